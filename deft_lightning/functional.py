@@ -1,0 +1,163 @@
+r"""Token statistics and the deformed logarithm: the mathematics everything else stands on.
+
+Notation: a supervised token has logits ``z`` over ``V`` entries, ``pi = softmax(z)``, target ``y`` and ``p = pi_y``.
+For every per-token loss ``l(log p; statistics)`` whose statistics are detached,
+
+    dl/dz = gate * (pi - onehot(y)),    gate = -dl/d(log p)
+
+so a function that returns a differentiable ``log p`` beside detached statistics serves every objective.
+This module needs torch alone and is the oracle for the fused head in :mod:`deft_lightning.ops`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+
+class TokenStats(NamedTuple):
+    r"""What an objective may know about each token. Every field has the shape of the targets.
+
+    Attributes:
+        log_prob: ``log p`` in nats, at most 0. The only differentiable field.
+        collision: Collision probability ``C = sum_v pi_v^2 = exp(-H_2)`` in ``[1/V, 1]``.
+        entropy: Shannon entropy ``H`` in nats, in ``[0, ln V]``.
+        correct: Whether the target is the arg-max (bool).
+        topk_entropy: Entropy in nats of the ``k`` largest probabilities renormalised, in ``[0, ln k]``; present only
+            where an objective asked for it through ``topk``.
+    """
+
+    log_prob: Tensor
+    collision: Tensor
+    entropy: Tensor
+    correct: Tensor
+    topk_entropy: Tensor | None = None
+
+    def select(self, index: Tensor) -> TokenStats:
+        """Return the statistics of the tokens that ``index`` (a mask or positions) picks, flattened."""
+        return TokenStats(*(None if field is None else field[index] for field in self))
+
+    def detach(self) -> TokenStats:
+        """Return the same statistics without a graph."""
+        return TokenStats(*(None if field is None else field.detach() for field in self))
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype statistics are computed in: float64 for float64, float32 for everything else."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def deformed_log(log_prob: Tensor, alpha: Tensor | float) -> Tensor:
+    r"""Deformed negative log-likelihood, ``(1 - p^alpha) / alpha``, with its limit ``-log p`` at ``alpha = 0``.
+
+    Computed as ``-expm1(alpha log p) / alpha``. Where ``|alpha log p|`` is below a quarter of the machine epsilon the two
+    forms agree to the last bit and the limit is used: that keeps subnormal ``alpha`` exact, and adds no epsilon.
+    Its gate is ``p^alpha``. Source: arXiv 2602.11424, the deformed-log family.
+
+    Args:
+        log_prob: ``log p`` in nats, any shape.
+        alpha: Focus index, broadcast to ``log_prob``; detached by the caller. 0 is NLL, 1 is ``1 - p``.
+
+    Returns:
+        The loss per token, in the shape and dtype of ``log_prob``.
+    """
+    alpha = torch.as_tensor(alpha, dtype=log_prob.dtype, device=log_prob.device)
+    exponent = alpha * log_prob
+    limit = exponent.detach().abs() < torch.finfo(log_prob.dtype).eps / 4
+    safe = torch.where(limit, torch.ones_like(exponent), alpha)
+    return torch.where(limit, -log_prob, -torch.expm1(safe * log_prob) / safe)
+
+
+class _LogSoftmaxStats(torch.autograd.Function):
+    """One softmax pass; backward writes ``grad * (onehot - pi)`` with the target entry free of cancellation."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, topk: int) -> tuple[Tensor, ...]:
+        z = logits.to(accumulation_dtype(logits.dtype))
+        top, arg = z.max(dim=-1, keepdim=True)
+        shifted = z - top
+        # The largest entry is exactly 1: leaving it out of the sum and using log1p keeps log p, H and C accurate
+        # where the prediction is nearly certain, which is where most trained tokens are.
+        rest = shifted.exp().scatter_(-1, arg, 0.0)
+        tail = rest.sum(-1)
+        log_sum = torch.log1p(tail)
+        log_prob = shifted.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - log_sum
+        collision = (1 + rest.square().sum(-1)) / (1 + tail).square()
+        weighted = torch.where(rest > 0, rest * shifted, torch.zeros_like(rest))
+        entropy = log_sum - weighted.sum(-1) / (1 + tail)
+        correct = arg.squeeze(-1) == targets
+        topk_entropy = _topk_entropy(shifted, topk) if topk else torch.zeros_like(log_prob)
+        ctx.save_for_backward(logits, targets, top, log_sum, log_prob)
+        ctx.mark_non_differentiable(collision, entropy, correct, topk_entropy)
+        return log_prob, collision, entropy, correct, topk_entropy
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        logits, targets, top, log_sum, log_prob = ctx.saved_tensors
+        upstream = grads[0].unsqueeze(-1)
+        pi = (logits.to(log_prob.dtype) - top - log_sum.unsqueeze(-1)).exp_()
+        grad = pi.mul_(-upstream)
+        grad.scatter_(-1, targets.unsqueeze(-1), -torch.expm1(log_prob).unsqueeze(-1) * upstream)
+        return grad.to(logits.dtype), None, None
+
+
+def _topk_entropy(shifted: Tensor, k: int) -> Tensor:
+    """Entropy of the ``k`` largest probabilities renormalised, from logits shifted so that their maximum is 0."""
+    largest = shifted.topk(min(k, shifted.shape[-1]), dim=-1).values[..., 1:]
+    exps = largest.exp()
+    tail = exps.sum(-1)
+    weighted = torch.where(exps > 0, exps * largest, torch.zeros_like(exps))
+    return torch.log1p(tail) - weighted.sum(-1) / (1 + tail)
+
+
+def token_stats(logits: Tensor, targets: Tensor, *, ignore_index: int = -100, topk: int = 0) -> TokenStats:
+    """Statistics of every token from dense logits: the oracle for the fused head.
+
+    Args:
+        logits: Shape ``(..., V)``, any floating dtype. ``logits[i]`` predicts ``targets[i]``: nothing is shifted here.
+        targets: Shape ``(...)``, integers in ``[0, V)`` or ``ignore_index``.
+        ignore_index: Target value of positions that do not count; every statistic is 0 there.
+        topk: Also return the entropy of that many largest probabilities (0: leave it out).
+
+    Returns:
+        Statistics in the shape of ``targets``, float32 (float64 for float64 logits).
+    """
+    keep = targets != ignore_index
+    log_prob, collision, entropy, correct, topk_entropy = cast(
+        "tuple[Tensor, ...]", _LogSoftmaxStats.apply(logits, targets.masked_fill(~keep, 0), topk)
+    )
+    zero = log_prob.new_zeros(())
+    return TokenStats(
+        log_prob=torch.where(keep, log_prob, zero),
+        collision=torch.where(keep, collision, zero),
+        entropy=torch.where(keep, entropy, zero),
+        correct=correct & keep,
+        topk_entropy=torch.where(keep, topk_entropy, zero) if topk else None,
+    )
+
+
+def token_loss(
+    logits: Tensor, targets: Tensor, objective: Callable[[TokenStats], Tensor], ignore_index: int = -100
+) -> Tensor:
+    """Loss of every token under ``objective``, never reduced.
+
+    The objective sees the supervised tokens alone, so one that looks at the batch (``Cayley(floor=0.5)``) is not
+    disturbed by padding.
+
+    Args:
+        logits: Shape ``(..., V)``, any floating dtype, aligned with ``targets``.
+        targets: Shape ``(...)``.
+        objective: Any callable from :class:`TokenStats` to per-token losses.
+        ignore_index: Target value of positions that do not count.
+
+    Returns:
+        Shape ``(...)``, float32 (float64 for float64 logits), 0 where ignored; differentiable in ``logits``.
+    """
+    keep = targets != ignore_index
+    stats = token_stats(logits[keep], targets[keep], ignore_index=ignore_index, topk=getattr(objective, "topk", 0))
+    loss = objective(stats)
+    return loss.new_zeros(targets.shape).masked_scatter(keep, loss)

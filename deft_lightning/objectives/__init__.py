@@ -1,0 +1,20 @@
+"""Token objectives as values: frozen, defaulted, checked when made, found through the class tree."""
+
+from deft_lightning.objectives.base import DeformedLog, Objective, known_objectives
+from deft_lightning.objectives.deformed import DEFT, NLL, Cayley, Likelihood, Tsallis
+from deft_lightning.objectives.reweighted import DFT, EAFT, Focal, Truncated
+
+__all__ = [
+    "DEFT",
+    "DFT",
+    "EAFT",
+    "NLL",
+    "Cayley",
+    "DeformedLog",
+    "Focal",
+    "Likelihood",
+    "Objective",
+    "Truncated",
+    "Tsallis",
+    "known_objectives",
+]
