@@ -36,13 +36,19 @@ class TokenStats(NamedTuple):
     correct: Tensor
     topk_entropy: Tensor | None = None
 
+    def map(self, function: Callable[[Tensor], Tensor]) -> TokenStats:
+        """Return the statistics with ``function`` applied to every field that is there."""
+        topk = None if self.topk_entropy is None else function(self.topk_entropy)
+        log_prob, collision, entropy, correct = (function(field) for field in self[:4])
+        return TokenStats(log_prob, collision, entropy, correct, topk)
+
     def select(self, index: Tensor) -> TokenStats:
         """Return the statistics of the tokens that ``index`` (a mask or positions) picks, flattened."""
-        return TokenStats(*(None if field is None else field[index] for field in self))
+        return self.map(lambda field: field[index])
 
     def detach(self) -> TokenStats:
         """Return the same statistics without a graph."""
-        return TokenStats(*(None if field is None else field.detach() for field in self))
+        return self.map(Tensor.detach)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -53,7 +59,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 def deformed_log(log_prob: Tensor, alpha: Tensor | float) -> Tensor:
     r"""Deformed negative log-likelihood, ``(1 - p^alpha) / alpha``, with its limit ``-log p`` at ``alpha = 0``.
 
-    Computed as ``-expm1(alpha log p) / alpha``. Where ``|alpha log p|`` is below a quarter of the machine epsilon the two
+    Computed as ``-expm1(alpha log p) / alpha``. Where ``|alpha log p|`` is below a quarter of the machine epsilon both
     forms agree to the last bit and the limit is used: that keeps subnormal ``alpha`` exact, and adds no epsilon.
     Its gate is ``p^alpha``. Source: arXiv 2602.11424, the deformed-log family.
 

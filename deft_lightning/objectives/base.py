@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from abc import ABC, abstractmethod
-from typing import ClassVar, final
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -18,15 +18,20 @@ class Objective(ABC):
 
     A new objective is a subclass with ``__call__``; the command line, the fused head, the monitors and the property
     tests find it through the class tree.
-
-    Attributes:
-        topk: How many of the largest probabilities :attr:`TokenStats.topk_entropy` is to cover; 0 when not needed.
-        needs_batch: Whether the loss of one token depends on the statistics of the others. The fused head then makes a
-            pass for the statistics before it computes gradients.
     """
 
-    topk: ClassVar[int] | int = 0
-    needs_batch: ClassVar[bool] | bool = False
+    @property
+    def topk(self) -> int:
+        """How many of the largest probabilities :attr:`TokenStats.topk_entropy` is to cover; 0 when not needed."""
+        return 0
+
+    @property
+    def needs_batch(self) -> bool:
+        """Whether the loss of one token depends on the statistics of the others.
+
+        The fused head then makes a pass for the statistics before it computes gradients.
+        """
+        return False
 
     @abstractmethod
     def __call__(self, stats: TokenStats) -> Tensor:
@@ -44,7 +49,7 @@ class Objective(ABC):
         """
         # inference_mode(False) and the clones let validation, which Lightning runs under inference mode, ask too.
         with torch.inference_mode(False), torch.enable_grad():
-            frozen = TokenStats(*(None if field is None else field.detach().clone() for field in stats))
+            frozen = stats.map(lambda field: field.detach().clone())
             log_prob = frozen.log_prob.requires_grad_()
             loss = self(frozen._replace(log_prob=log_prob))
             (grad,) = torch.autograd.grad(loss.sum(), log_prob)
@@ -52,8 +57,9 @@ class Objective(ABC):
 
     def __repr__(self) -> str:
         """Return the legend: every setting, without the switches that are off."""
-        shown = []
-        for field in dataclasses.fields(self) if dataclasses.is_dataclass(self) else ():
+        shown: list[str] = []
+        fields: tuple[dataclasses.Field[Any], ...] = dataclasses.fields(self) if dataclasses.is_dataclass(self) else ()
+        for field in fields:
             value = getattr(self, field.name)
             if value or value != field.default:
                 shown.append(f"{field.name}={value!r}")
@@ -81,7 +87,7 @@ class DeformedLog(Objective):
 def known_objectives() -> dict[str, type[Objective]]:
     """Return every concrete objective imported so far by name, a user's own included."""
     found: dict[str, type[Objective]] = {}
-    todo: list[type[Objective]] = [Objective]
+    todo: list[type[Objective]] = [Objective]  # type: ignore[type-abstract]
     while todo:
         cls = todo.pop()
         todo.extend(cls.__subclasses__())

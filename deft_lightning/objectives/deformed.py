@@ -76,7 +76,7 @@ class Cayley(DeformedLog):
             raise UserError(f"Cayley: floor {self.floor} is outside [0, 1]")
 
     @property
-    def needs_batch(self) -> bool:  # type: ignore[override]
+    def needs_batch(self) -> bool:
         """Whether the mean of p over the batch enters: only with a floor."""
         return self.floor > 0
 

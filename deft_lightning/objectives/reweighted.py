@@ -50,7 +50,7 @@ class EAFT(Objective):
             raise UserError(f"EAFT: normalizer must be log_k, three or none, not {self.normalizer!r}")
 
     @property
-    def topk(self) -> int:  # type: ignore[override]
+    def topk(self) -> int:
         """How many probabilities the statistics must cover."""
         return self.k
 
@@ -120,12 +120,12 @@ class Truncated(Objective):
             raise UserError(f"Truncated: normalize_by must be all or kept, not {self.normalize_by!r}")
 
     @property
-    def topk(self) -> int:  # type: ignore[override]
+    def topk(self) -> int:
         """What the base needs."""
         return int(self.base.topk)
 
     @property
-    def needs_batch(self) -> bool:  # type: ignore[override]
+    def needs_batch(self) -> bool:
         """Whether the number of kept tokens, or the base, looks at the batch."""
         return self.normalize_by == "kept" or bool(self.base.needs_batch)
 

@@ -57,8 +57,10 @@ def _concatenate(parts: list[TokenStats], like: Tensor, topk: int) -> TokenStats
     if not parts:
         empty = like.new_zeros((0,), dtype=accumulation_dtype(like.dtype))
         return TokenStats(empty, empty.clone(), empty.clone(), empty.bool(), empty.clone() if topk else None)
-    columns = zip(*parts, strict=True)
-    return TokenStats(*(None if column[0] is None else torch.cat(column) for column in columns))
+    columns = zip(*(part[:4] for part in parts), strict=True)
+    log_prob, collision, entropy, correct = (torch.cat(column) for column in columns)
+    extra = [part.topk_entropy for part in parts if part.topk_entropy is not None]
+    return TokenStats(log_prob, collision, entropy, correct, torch.cat(extra) if extra else None)
 
 
 def _value_and_gate(objective: Objective, stats: TokenStats) -> tuple[Tensor, Tensor]:
@@ -87,7 +89,9 @@ class _FusedHead(torch.autograd.Function):
         stats_parts: list[TokenStats] = []
         if two_pass:
             for piece in pieces:
-                stats_parts.append(token_stats(head.logits(hidden[piece], weight, bias), targets[piece], topk=head.topk))
+                stats_parts.append(
+                    token_stats(head.logits(hidden[piece], weight, bias), targets[piece], topk=head.topk)
+                )
             loss, whole_grad = _value_and_gate(head.objective, _concatenate(stats_parts, hidden, head.topk))
             losses.append(loss)
 
@@ -162,9 +166,7 @@ def _mirror_autocast(*tensors: Tensor | None) -> list[Tensor | None]:
 
 
 def _scatter(stats: TokenStats, keep: Tensor) -> TokenStats:
-    return TokenStats(
-        *(None if f is None else f.new_zeros(keep.shape).masked_scatter(keep, f) for f in stats)
-    )  # fmt: skip
+    return stats.map(lambda field: field.new_zeros(keep.shape).masked_scatter(keep, field))
 
 
 def linear_loss(
@@ -239,15 +241,16 @@ class _StatsHead(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets = ctx.saved_tensors
         with torch.enable_grad():
-            leaves = [None if t is None else t.detach().requires_grad_() for t in (hidden, weight, bias)]
-            upstream = grads[0]
+            rows, matrix = hidden.detach().requires_grad_(), weight.detach().requires_grad_(ctx.needs_input_grad[1])
+            offset = None if bias is None else bias.detach().requires_grad_(ctx.needs_input_grad[2])
             loss, _ = linear_loss(
-                leaves[0], leaves[1], targets, lambda stats: stats.log_prob, bias=leaves[2], token_weight=upstream,
+                rows, matrix, targets, lambda stats: stats.log_prob, bias=offset, token_weight=grads[0],
                 softcap=ctx.head.softcap, logit_scale=ctx.head.logit_scale,
             )  # fmt: skip
-        wanted = [t for t in leaves if t is not None]
+        wanted = [t for t in (rows, matrix, offset) if t is not None and t.requires_grad]
         found = iter(torch.autograd.grad(loss, wanted))
-        return (*(None if t is None else next(found) for t in leaves), None, None)
+        found_or_none = (next(found) if t is not None and t.requires_grad else None for t in (rows, matrix, offset))
+        return (*found_or_none, None, None)
 
 
 def linear_token_stats(
