@@ -1,0 +1,47 @@
+"""Noise on whole responses."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from deft_lightning.data.noise.base import ResponseNoise, key, uniform
+
+BUCKET = 16  # Examples of similar length that trade responses among themselves: small keeps lengths alike.
+
+
+@dataclass(frozen=True)
+class ResponseSwap(ResponseNoise):
+    """Give the selected examples each other's responses: fluent, well-formed and wrong.
+
+    The selected examples are rotated by one place in the order of their hashes, so nobody keeps its own. Where two
+    neighbours happen to have the same text the label stays right; such examples are left clean and not flagged.
+
+    Args:
+        rate: Share of examples, in ``[0, 1]``.
+        bucket_by_length: Rotate among responses of similar length, so that length does not give the noise away.
+    """
+
+    rate: float = 0.1
+    bucket_by_length: bool = True
+
+    def corrupt_responses(self, salt: str, ids: Sequence[str], responses: Sequence[str]) -> dict[int, str]:
+        """Return the swapped responses by position."""
+        chosen = [i for i, id in enumerate(ids) if uniform(salt, id) < self.rate]
+        chosen.sort(key=lambda i: key(salt, ids[i], "order"))
+        groups = [chosen]
+        if self.bucket_by_length:
+            # A stable sort keeps the hash order among equals; each slice is a rotation of its own.
+            by_length = sorted(chosen, key=lambda i: len(responses[i]))
+            starts = range(0, max(len(by_length) - BUCKET // 2, 1), BUCKET)
+            edges = [*starts, len(by_length)]
+            groups = [by_length[a:b] for a, b in itertools.pairwise(edges)]
+            for group in groups:
+                group.sort(key=lambda i: key(salt, ids[i], "order"))
+        swapped: dict[int, str] = {}
+        for group in groups:
+            for taker, giver in zip(group, group[1:] + group[:1], strict=True):
+                if responses[giver] != responses[taker]:
+                    swapped[taker] = responses[giver]
+        return swapped

@@ -1,0 +1,172 @@
+"""From examples to prepared tokens: noise, template, tokens, truncation, and the count of what was lost on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from deft_lightning.data.collate import IGNORE, Prepared, Prompt
+from deft_lightning.data.noise import Noise, ResponseNoise, TokenNoise
+from deft_lightning.data.noise.base import Vocabulary
+from deft_lightning.data.records import Example
+from deft_lightning.data.template import NOT_SUPERVISED, Encoded, encode, render
+from deft_lightning.errors import UserError
+
+
+@dataclass
+class Report:
+    """What became of the examples of a split."""
+
+    name: str
+    examples: int = 0
+    tokens: int = 0
+    supervised: int = 0
+    noisy: int = 0
+    noisy_examples: int = 0
+    truncated: int = 0
+    dropped: int = 0
+
+    def __str__(self) -> str:
+        """Return one line for the log."""
+        parts = [
+            f"{self.name}: {self.examples} examples, {self.tokens} tokens,"
+            f" {self.supervised / max(self.tokens, 1):.0%} supervised"
+        ]
+        if self.noisy:
+            share = self.noisy / max(self.supervised, 1)
+            parts.append(f"{self.noisy_examples} examples with noise ({share:.1%} of the supervised tokens)")
+        if self.truncated:
+            parts.append(f"{self.truncated} truncated")
+        if self.dropped:
+            parts.append(f"{self.dropped} dropped because max_length left no supervised token")
+        return "; ".join(parts)
+
+
+def corrupt_responses(examples: Sequence[Example], noise: Noise) -> tuple[list[Example], list[int]]:
+    """Apply the operations on whole responses; return the examples and the code of each (0: clean)."""
+    result, codes = list(examples), [0] * len(examples)
+    for number, (op, salt) in enumerate(zip(noise.ops, noise.salts(), strict=True), 1):
+        if not isinstance(op, ResponseNoise):
+            continue
+        open_to = [i for i, e in enumerate(result) if e.response is not None and not noise.trusts(e.id)]
+        answers = [result[i].response or "" for i in open_to]
+        for position, answer in op.corrupt_responses(salt, [result[i].id for i in open_to], answers).items():
+            i = open_to[position]
+            messages = (*result[i].prompt, {"role": "assistant", "content": answer})
+            result[i], codes[i] = replace(result[i], messages=messages), number
+    # An operation may have restored what an earlier one broke.
+    codes = [
+        0 if new.messages == old.messages else code for new, old, code in zip(result, examples, codes, strict=True)
+    ]
+    return result, codes
+
+
+def _given_tokens(example: Example, vocab_size: int) -> Encoded:
+    ids, labels = (np.array(values, dtype=np.int64) for values in example.tokens or ([], []))
+    wrong = (ids < 0) | (ids >= vocab_size) | ((labels != IGNORE) & ((labels < 0) | (labels >= vocab_size)))
+    if wrong.any():
+        at = int(np.flatnonzero(wrong)[0])
+        raise UserError(
+            f"{example.where}, field 'input_ids[{at}]': token {int(ids[at])} is outside the tokenizer's vocabulary of"
+            f" {vocab_size} (--data.tokenizer)"
+        )
+    return Encoded(ids, np.where(labels == IGNORE, NOT_SUPERVISED, 0))
+
+
+def tokenise(tokenizer: Any, examples: Sequence[Example], codes: Sequence[int]) -> list[Prepared]:
+    """Turn examples into tokens with clean-text labels; ``codes`` marks the last turn of corrupted responses."""
+    prepared = []
+    for example, code in zip(examples, codes, strict=True):
+        encoded = _given_tokens(example, len(tokenizer)) if example.tokens else encode(tokenizer, example)
+        supervised = encoded.turn != NOT_SUPERVISED
+        supervised[:1] = False  # nothing predicts the first token
+        source = np.array(example.tokens[1], dtype=np.int64) if example.tokens else encoded.input_ids
+        labels = np.where(supervised, source, IGNORE)
+        last = len(example.messages) - 1 if example.messages else 0
+        noise_code = np.where(supervised & (encoded.turn == last), code, 0)
+        prepared.append(Prepared(example.id, encoded.input_ids, labels, noise_code))
+    return prepared
+
+
+def vocabulary(tokenizer: Any, prepared: Sequence[Prepared]) -> Vocabulary:
+    """Return what token noise may draw from: every token that is not special, with its count among the labels."""
+    size = len(tokenizer)
+    counts = np.zeros(size, dtype=np.int64)
+    for example in prepared:
+        counts += np.bincount(example.labels[example.labels != IGNORE], minlength=size)
+    ids = np.setdiff1d(np.arange(size), np.array(sorted(set(tokenizer.all_special_ids)), dtype=np.int64))
+    return Vocabulary(ids, counts[ids])
+
+
+def corrupt_tokens(prepared: Sequence[Prepared], noise: Noise, words: Vocabulary) -> list[Prepared]:
+    """Apply the operations on single tokens."""
+    result = list(prepared)
+    for number, (op, salt) in enumerate(zip(noise.ops, noise.salts(), strict=True), 1):
+        if not isinstance(op, TokenNoise):
+            continue
+        for i, example in enumerate(result):
+            if noise.trusts(example.id):
+                continue
+            at = np.flatnonzero(example.labels != IGNORE)
+            clean = example.labels[at]
+            wrong = op.corrupt_tokens(salt, example.id, clean, words)
+            hit = at[wrong != clean]
+            if not hit.size:
+                continue
+            ids, labels, codes = example.input_ids.copy(), example.labels.copy(), example.noise_code.copy()
+            labels[hit], codes[hit] = wrong[wrong != clean], number
+            if op.target == "text":
+                ids[hit] = labels[hit]
+            result[i] = Prepared(example.id, ids, labels, codes)
+    return result
+
+
+def finish(prepared: Sequence[Prepared], max_length: int, report: Report) -> list[Prepared]:
+    """Truncate, drop what has no supervised token left, and count.
+
+    Raises:
+        UserError: Nothing is left; the message names the option that took it.
+    """
+    kept: list[Prepared] = []
+    supervised_before = 0
+    for example in prepared:
+        supervised_before += int((example.labels != IGNORE).sum())
+        short = example.truncate(max_length)
+        report.truncated += len(example.input_ids) > max_length
+        supervised = int((short.labels != IGNORE).sum())
+        if not supervised:
+            report.dropped += 1
+            continue
+        noisy = int((short.noise_code > 0).sum())
+        report.examples += 1
+        report.tokens += len(short.input_ids)
+        report.supervised += supervised
+        report.noisy += noisy
+        report.noisy_examples += noisy > 0
+        kept.append(short)
+    if prepared and not supervised_before:
+        raise UserError(
+            f"{report.name}: the chat template or the labels leave no supervised token in any of {len(prepared)}"
+            " examples (--data.chat_template)"
+        )
+    if prepared and not kept:
+        raise UserError(
+            f"{report.name}: all {len(prepared)} examples are fully masked at max_length {max_length}: raise"
+            " --data.max_length"
+        )
+    return kept
+
+
+def prompts(tokenizer: Any, examples: Sequence[Example]) -> list[Prompt]:
+    """Return what generation starts from, for every example that is a conversation."""
+    result = []
+    for example in examples:
+        if example.messages is None:
+            continue
+        text = render(tokenizer, example.prompt, prompt=True)
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        result.append(Prompt(example.id, ids, text, example.response))
+    return result
