@@ -13,7 +13,6 @@ from torch.utils.data import DataLoader
 
 from deft_lightning.data.collate import Prepared, PromptCollator, TrainCollator
 from deft_lightning.data.noise import Noise
-from deft_lightning.data.noise.base import uniform
 from deft_lightning.data.order import ShardedSampler
 from deft_lightning.data.prepare import (
     Report,
@@ -29,6 +28,7 @@ from deft_lightning.data.sources import read
 from deft_lightning.data.template import set_template
 from deft_lightning.data.tokenizer import build_tokenizer, load_tokenizer
 from deft_lightning.errors import UserError
+from deft_lightning.hashing import uniform
 
 
 class InstructionDataModule(LightningDataModule):
@@ -198,6 +198,11 @@ class InstructionDataModule(LightningDataModule):
                 f"the last supervised token of a response, {self.tokenizer.decode([last[0]])!r}, is not a special"
                 " token: the model will not learn where to stop (--data.chat_template)"
             )
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prepared example; 0 before anything is prepared."""
+        return max((len(example.input_ids) for rows in self._prepared.values() for example in rows), default=0)
 
     @property
     def stop_token_ids(self) -> list[int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -13,24 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deft_lightning.errors import UserError
+from deft_lightning.hashing import uniform
 
 Ids = NDArray[np.int64]
-
-
-def key(*parts: object) -> int:
-    """Return a 128-bit key of the parts, the same on every machine and in every process."""
-    text = "\x1f".join(map(str, parts))
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest(), "little")
-
-
-def uniform(*parts: object) -> float:
-    """Return a number in ``[0, 1)`` drawn by hashing the parts."""
-    return (key(*parts) >> 64) / 2**64
-
-
-def stream(*parts: object) -> np.random.Generator:
-    """Return a counter-based generator keyed by the parts."""
-    return np.random.Generator(np.random.Philox(key=key(*parts)))
 
 
 @dataclass(frozen=True)

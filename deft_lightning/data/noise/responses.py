@@ -6,7 +6,8 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from deft_lightning.data.noise.base import ResponseNoise, key, uniform
+from deft_lightning.data.noise.base import ResponseNoise
+from deft_lightning.hashing import key, uniform
 
 BUCKET = 16  # Examples of similar length that trade responses among themselves: small keeps lengths alike.
 

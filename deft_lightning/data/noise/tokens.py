@@ -7,8 +7,9 @@ from typing import Literal
 
 import numpy as np
 
-from deft_lightning.data.noise.base import Ids, TokenNoise, Vocabulary, stream
+from deft_lightning.data.noise.base import Ids, TokenNoise, Vocabulary
 from deft_lightning.errors import UserError
+from deft_lightning.hashing import stream
 
 
 @dataclass(frozen=True)

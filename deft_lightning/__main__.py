@@ -1,0 +1,24 @@
+"""``python -m deft_lightning``: the version at once, everything else through the command line."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from deft_lightning._version import __version__
+
+
+def main() -> None:
+    """Run the command line; mistakes end with one line and status 2."""
+    if sys.argv[1:] in (["--version"], ["-V"]):  # before torch and Lightning are imported: it takes no time
+        print(f"deft_lightning {__version__}")
+        return
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenizers deadlock in forked loader processes
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning calls the deprecated names
+    from deft_lightning.cli import run
+
+    run()
+
+
+if __name__ == "__main__":
+    main()

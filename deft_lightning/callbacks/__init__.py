@@ -1,0 +1,20 @@
+"""Callbacks watch; steps compute."""
+
+from deft_lightning.callbacks.base import TokenMonitor
+from deft_lightning.callbacks.checkpoint import Checkpoint, newest_checkpoint
+from deft_lightning.callbacks.entropy import EntropyMonitor
+from deft_lightning.callbacks.gate import GateMonitor
+from deft_lightning.callbacks.noise import NoiseMonitor
+from deft_lightning.callbacks.predictions import PredictionWriter
+from deft_lightning.callbacks.progress import SFTProgressBar
+
+__all__ = [
+    "Checkpoint",
+    "EntropyMonitor",
+    "GateMonitor",
+    "NoiseMonitor",
+    "PredictionWriter",
+    "SFTProgressBar",
+    "TokenMonitor",
+    "newest_checkpoint",
+]

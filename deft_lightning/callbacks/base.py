@@ -1,0 +1,57 @@
+"""What monitors share: when to look, and how to write histograms."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from deft_lightning.functional import TokenStats
+from deft_lightning.metrics import Histogram, PackedHistogram
+
+
+class TokenMonitor(Callback):
+    """Watches the tokens of logged optimizer steps, all micro-batches and ranks of them.
+
+    Nothing is computed on other steps. A subclass names its quantities, adds values in :meth:`observe` and writes them
+    in :meth:`report`; syncing is one all-reduce for all of them.
+    """
+
+    def __init__(self) -> None:
+        self.packed: PackedHistogram | None = None
+
+    def open(self, trainer: Trainer, module: Any) -> PackedHistogram:
+        """Return the empty packed histogram, once the model is known."""
+        raise NotImplementedError
+
+    def observe(self, packed: PackedHistogram, module: Any, stats: TokenStats, noise_code: Any) -> None:
+        """Add the tokens of one micro-batch."""
+        raise NotImplementedError
+
+    def report(self, trainer: Trainer, module: Any, rows: list[Histogram]) -> None:
+        """Write what was seen in the step, the same keys on every rank."""
+        raise NotImplementedError
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Collect on logged steps; report once the optimizer has stepped."""
+        if not trainer._logger_connector.should_update_logs:
+            return
+        if self.packed is None:
+            self.packed = self.open(trainer, pl_module).to(pl_module.device)
+        self.observe(self.packed, pl_module, outputs["stats"], outputs.get("noise_code"))
+        if not trainer.fit_loop._should_accumulate():
+            rows = self.packed.rows()
+            self.packed.reset()
+            self.report(trainer, pl_module, rows)
+
+    def write_histogram(self, trainer: Trainer, tag: str, row: Histogram) -> None:
+        """Write one histogram to every TensorBoard logger; on rank zero alone."""
+        if not trainer.is_global_zero or not row.total:
+            return
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                step = trainer.fit_loop.epoch_loop._batches_that_stepped
+                logger.experiment.add_histogram_raw(tag, global_step=step, **row.raw())

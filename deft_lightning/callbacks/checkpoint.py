@@ -1,0 +1,50 @@
+"""Checkpoints with the defaults of this package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+
+class Checkpoint(ModelCheckpoint):
+    """Saves the newest state, by default after each validation and at the end of training.
+
+    Args:
+        every_n_train_steps: Save each that many optimizer steps instead.
+        save_top_k: How many to keep; with `monitor`, the best ones.
+        monitor: For example `val/nll`.
+        mode: Whether a smaller (min) or larger (max) value of `monitor` is better.
+        dirpath: Folder; default: `checkpoints` in the run's log folder.
+        save_weights_only: Leave optimizer and progress out; such a file cannot be resumed from.
+    """
+
+    def __init__(
+        self,
+        every_n_train_steps: int | None = None,
+        save_top_k: int = 1,
+        monitor: str | None = None,
+        mode: str = "min",
+        dirpath: str | None = None,
+        save_weights_only: bool = False,
+    ) -> None:
+        super().__init__(
+            dirpath=dirpath,
+            filename="step={step}",
+            auto_insert_metric_name=False,
+            monitor=monitor,
+            mode=mode,
+            save_last="link" if monitor is None else True,
+            save_top_k=save_top_k,
+            save_weights_only=save_weights_only,
+            every_n_train_steps=every_n_train_steps,
+            save_on_train_epoch_end=None,
+        )
+
+
+def newest_checkpoint(root: str | Path) -> Path | None:
+    """Return the newest complete checkpoint under a folder, or None."""
+    import zipfile
+
+    files = sorted(Path(root).rglob("*.ckpt"), key=lambda path: path.stat().st_mtime, reverse=True)
+    return next((path for path in files if zipfile.is_zipfile(path)), None)

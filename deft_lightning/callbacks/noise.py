@@ -1,0 +1,54 @@
+"""Clean against noisy: what the objective does to labels known to be wrong."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+
+from deft_lightning.callbacks.base import TokenMonitor
+from deft_lightning.functional import TokenStats
+from deft_lightning.metrics import Histogram, PackedHistogram, binned_auroc, spread
+
+BINS = 1024
+
+
+class NoiseMonitor(TokenMonitor):
+    """Logs clean and noisy tokens apart, on steps that have both; without synthetic noise it is silent.
+
+    `gate/clean`, `gate/noisy`, `nll/clean`, `nll/noisy` are means; `noise/auroc_gate` and `noise/auroc_prob` how well
+    1 - gate and 1 - p detect noise (0.5 is chance; tokens within one of 1024 bins count as equal);
+    `noise/gradient_share` the noisy tokens' share of the summed gate * (1 - p).
+    """
+
+    def open(self, trainer: Trainer, module: Any) -> PackedHistogram:
+        """Return rows of gate, probability, NLL and gradient, each for clean and noisy."""
+        # Ranges of nll and gradient do not matter: only their sums are read.
+        return PackedHistogram([(0.0, 1.0)] * 10, BINS)
+
+    def observe(self, packed: PackedHistogram, module: Any, stats: TokenStats, noise_code: Any) -> None:
+        """Add each token to its class."""
+        if noise_code is None:
+            return
+        gate = module.objective.gate(stats)
+        error = -torch.expm1(stats.log_prob)
+        for offset, chosen in ((0, noise_code == 0), (5, noise_code != 0)):
+            log_prob, kept = stats.log_prob[chosen], gate[chosen]
+            for row, values in enumerate(
+                (spread(kept.log()), spread(log_prob), kept, -log_prob, kept * error[chosen]), start=offset
+            ):
+                packed.update(row, values)
+
+    def report(self, trainer: Trainer, module: Any, rows: list[Histogram]) -> None:
+        """Write the comparison once both classes were seen."""
+        clean, noisy = rows[:5], rows[5:]
+        if not (clean[0].total and noisy[0].total):
+            return
+        for name, kind in (("clean", clean), ("noisy", noisy)):
+            module.log(f"gate/{name}", kind[2].mean)
+            module.log(f"nll/{name}", kind[3].mean)
+        module.log("noise/auroc_gate", binned_auroc(noisy[0].counts, clean[0].counts))
+        module.log("noise/auroc_prob", binned_auroc(noisy[1].counts, clean[1].counts))
+        spent = clean[4].sum + noisy[4].sum
+        module.log("noise/gradient_share", noisy[4].sum / spent if spent else 0.0)

@@ -1,0 +1,164 @@
+"""Command line: LightningCLI with verbs of our own, defaults of the paper's recipe, and errors of one line."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+
+from deft_lightning.callbacks import (
+    Checkpoint,
+    EntropyMonitor,
+    GateMonitor,
+    NoiseMonitor,
+    PredictionWriter,
+    SFTProgressBar,
+)
+from deft_lightning.data import InstructionDataModule, known_noise
+from deft_lightning.errors import UserError
+from deft_lightning.messages import one_line
+from deft_lightning.module import SFTModule
+from deft_lightning.objectives import known_objectives
+from deft_lightning.trainer import Trainer
+
+TRAINER_DEFAULTS: dict[str, Any] = {
+    "max_epochs": 1,
+    "gradient_clip_val": 1.0,
+    "log_every_n_steps": 10,
+    "default_root_dir": "logs",
+    "use_distributed_sampler": False,  # the data module shards by itself
+}
+OPTIMIZER = {
+    "class_path": "torch.optim.AdamW",
+    "init_args": {"lr": 5e-5, "betas": [0.9, 0.95], "weight_decay": 0.01},
+}
+SCHEDULER = {"class_path": "deft_lightning.optim.CosineWithWarmup"}
+
+
+def _choices() -> str:
+    return (
+        f"Objectives (--model.objective): {', '.join(known_objectives())}, or the class path of your own. "
+        f"Label noise (--data.noise.ops+=): {', '.join(known_noise())}. "
+        "Strategies (--trainer.strategy): auto (one device), ddp (one process a device). "
+        "Sources (--data.source): .jsonl, .json, .csv, .parquet, a hub id, reasoning_gym:<task>. "
+        "Details of a class: --model.objective.help NAME, --data.noise.ops.help NAME."
+    )
+
+
+@dataclass(frozen=True)
+class AfterFit:
+    """What follows training.
+
+    Args:
+        test: Generate for the held-out examples and report exact match.
+        export: Write a Hugging Face folder, `export` in the run's log folder.
+    """
+
+    test: bool = False
+    export: bool = True
+
+
+class DeftParser(LightningArgumentParser):
+    """A parser whose errors are one line that names the option and what comes close."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("allow_abbrev", False)  # an abbreviation that is unique today is ambiguous tomorrow
+        kwargs.setdefault("epilog", _choices())
+        super().__init__(*args, **kwargs)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print one line and exit with status 2."""
+        if not self.exit_on_error:
+            super().error(message, ex)
+        parser = getattr(ex, "subcommand_parser", None) or self
+        sys.stderr.write(f"error: {one_line(message, parser._option_string_actions)}\n")
+        self.exit(2)
+
+
+class DeftCLI(LightningCLI):
+    """fit, validate, test, predict and export for :class:`SFTModule` and :class:`InstructionDataModule`."""
+
+    trainer: Trainer
+
+    def __init__(self, args: ArgsType = None) -> None:
+        super().__init__(
+            SFTModule,
+            InstructionDataModule,
+            save_config_callback=SaveConfigCallback,
+            save_config_kwargs={"overwrite": True},
+            trainer_class=Trainer,
+            trainer_defaults=TRAINER_DEFAULTS,
+            seed_everything_default=0,
+            parser_class=DeftParser,
+            parser_kwargs={"description": "Fine-tune causal language models on imperfect instruction data."},
+            auto_configure_optimizers=False,  # it would build the optimizer before the model exists
+            load_from_checkpoint_support=False,
+            args=args,
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Return the verbs and what the command line does not set of each."""
+        return {**LightningCLI.subcommands(), "export": {"model", "datamodule"}}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Give our callbacks keys of their own, so that a user's ``trainer.callbacks`` does not replace them."""
+        parser.add_lightning_class_args(Checkpoint, "checkpoint")
+        parser.add_lightning_class_args(SFTProgressBar, "progress_bar")
+        parser.add_lightning_class_args(GateMonitor, "gate_monitor")
+        parser.add_lightning_class_args(EntropyMonitor, "entropy_monitor")
+        parser.add_lightning_class_args(NoiseMonitor, "noise_monitor")
+        parser.add_lightning_class_args(PredictionWriter, "predictions")
+        parser.add_class_arguments(AfterFit, "after_fit")
+        parser.set_defaults({"model.optimizer": OPTIMIZER, "model.scheduler": SCHEDULER})
+
+    def _parse_ckpt_path(self) -> None:
+        """Do nothing: what a checkpoint was trained with must not override the command line."""
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        """Leave out the callbacks that the trainer's switches turn off; Lightning would refuse them."""
+        config, parser = self._get(self.config_init, "trainer"), self._parser(self.subcommand)
+        off = {"checkpoint": config.get("enable_checkpointing"), "progress_bar": config.get("enable_progress_bar")}
+        parser.callback_keys = [key for key in parser.callback_keys if off.get(key) is not False]
+        return super().instantiate_trainer(**kwargs)
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        path = kwargs.get("ckpt_path")
+        if path == "last":
+            kwargs["ckpt_path"] = path = str(self.trainer.last_checkpoint())
+            rank_zero_info(f"--ckpt_path last: {path}")
+        elif path is not None and not Path(path).exists():
+            raise UserError(f"--ckpt_path {path}: no such checkpoint")
+        if path is None and subcommand in ("validate", "test", "predict") and self.model.pretrained is None:
+            rank_zero_warn(f"{subcommand} of random weights: set --ckpt_path FILE or last, or --model.pretrained")
+        return kwargs
+
+    def after_fit(self) -> None:
+        """Test and export what was trained, unless training was cut short."""
+        if self.trainer.interrupted or self._get(self.config_init, "trainer").get("fast_dev_run"):
+            return
+        wanted = self._get(self.config_init, "after_fit")
+        folder = self.trainer.log_dir
+        if wanted.test:
+            self.trainer.test(self.model, datamodule=self.datamodule)
+        if wanted.export and folder is not None:
+            self.trainer.export(self.model, output=str(Path(folder) / "export"), datamodule=self.datamodule)
+
+
+def run(args: ArgsType = None) -> None:
+    """Run the command line; a user's mistake ends with one line on stderr and status 2."""
+    # Loader processes do not help tokens that are in memory already; the tree-spec notice is Lightning's own.
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*treespec.*")
+    try:
+        DeftCLI(args)
+    except (UserError, MisconfigurationException) as error:
+        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        sys.exit(2)

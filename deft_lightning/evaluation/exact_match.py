@@ -1,0 +1,17 @@
+"""Exact match of a completion with its gold response."""
+
+from __future__ import annotations
+
+
+def exact_match(completion: str, gold: str) -> bool:
+    """Whether the two are equal once surrounding blanks and line-end styles are taken off; case and inner blanks count.
+
+    Args:
+        completion: What the model wrote.
+        gold: The reference.
+    """
+    return _tidy(completion) == _tidy(gold)
+
+
+def _tidy(text: str) -> str:
+    return "\n".join(line.rstrip() for line in text.strip().splitlines())

@@ -1,0 +1,40 @@
+"""Token-weighted means that are exact over micro-batches, steps and ranks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from deft_lightning.functional import TokenStats
+
+
+class TokenMeter(Metric):
+    """Sums of loss, NLL, correct predictions and tokens in one packed float64 state: one all-reduce to sync.
+
+    ``compute`` returns per-token means ``loss``, ``nll``, ``ppl = exp(nll)``, ``token_accuracy`` and the number of
+    ``tokens``; zeros (ppl 1) when no token was seen.
+    """
+
+    full_state_update = False
+    sums: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("sums", torch.zeros(4, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, loss_sum: Tensor, stats: TokenStats) -> None:
+        """Add supervised tokens.
+
+        Args:
+            loss_sum: Sum of the objective over them.
+            stats: Their statistics, shape ``(N,)``.
+        """
+        tokens = torch.tensor(stats.log_prob.numel(), device=loss_sum.device)
+        parts = (loss_sum.detach(), -stats.log_prob.sum(), stats.correct.sum(), tokens)
+        self.sums += torch.stack([part.to(torch.float64) for part in parts])
+
+    def compute(self) -> dict[str, Tensor]:
+        """Return the means."""
+        loss, nll, correct = (self.sums[:3] / self.sums[3].clamp_min(1)).unbind()
+        return {"loss": loss, "nll": nll, "ppl": nll.exp(), "token_accuracy": correct, "tokens": self.sums[3]}

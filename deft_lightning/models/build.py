@@ -1,0 +1,150 @@
+"""Build or load a Hugging Face causal language model, ready to train."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from deft_lightning.errors import UserError, did_you_mean
+
+Dtype = Literal["float32", "bfloat16"]
+
+
+def check_pretrained(name: str) -> str:
+    """Return the folder or hub id to load; refuse a path that does not exist before anything else is done."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(
+                f"{name}: has no config.json, so it is not a Hugging Face model folder (--model.pretrained)"
+            )
+        return str(path)
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or not name.strip():
+        raise UserError(f"{name}: no such model folder (--model.pretrained)")
+    return name
+
+
+def load_pretrained(name: str, dtype: Dtype, attention: str | None = None) -> Any:
+    """Load a causal language model from a folder or the hub in train mode.
+
+    Args:
+        name: Folder or hub id.
+        dtype: Dtype of the weights.
+        attention: transformers' ``attn_implementation``; None lets it choose.
+    """
+    from transformers import AutoModelForCausalLM
+
+    source = check_pretrained(name)
+    options: dict[str, Any] = {"attn_implementation": attention} if attention else {}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype), **options)
+    except (OSError, ValueError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{name}: cannot load the model: {reason} (--model.pretrained)") from None
+    return ready(model)
+
+
+def from_architecture(
+    architecture: Mapping[str, Any], tokenizer: Any | None, dtype: Dtype, attention: str | None = None
+) -> Any:
+    """Build a causal language model with random weights.
+
+    Args:
+        architecture: ``model_type`` (llama, qwen3, gpt2, ...) and any option of its transformers config. A
+            ``vocab_size`` that is left out is the tokenizer's.
+        tokenizer: Gives the vocabulary size and the special token ids; None without a data module.
+        dtype: Dtype of the weights.
+        attention: transformers' ``attn_implementation``.
+
+    Raises:
+        UserError: Unknown model type or option, or a vocabulary smaller than the tokenizer's.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    options = dict(architecture)
+    kind = str(options.pop("model_type", "llama"))
+    known = list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    if kind not in known:
+        raise UserError(
+            f"--model.architecture.model_type: transformers has no causal model {kind!r}.{did_you_mean(kind, known)}"
+        )
+    # A transformers config takes any keyword and ignores those it does not know.
+    default = AutoConfig.for_model(kind)
+    names = {*default.to_dict(), *default.attribute_map, "attn_implementation", "dtype"}
+    for name in options:
+        if name not in names and not hasattr(default, name):
+            raise UserError(f"--model.architecture.{name}: {kind} has no such option.{did_you_mean(name, names)}")
+    if tokenizer is not None:
+        size = options.setdefault("vocab_size", len(tokenizer))
+        if size < len(tokenizer):
+            raise UserError(
+                f"--model.architecture.vocab_size {size} is smaller than the tokenizer's vocabulary of {len(tokenizer)}"
+            )
+        for special in ("bos", "eos", "pad"):
+            options.setdefault(f"{special}_token_id", getattr(tokenizer, f"{special}_token_id"))
+    try:
+        config = AutoConfig.for_model(kind, **options)
+        extra: dict[str, Any] = {"attn_implementation": attention} if attention else {}
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), **extra)
+    except Exception as error:  # configs validate themselves with many kinds of exception
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"--model.architecture: {kind} cannot be built from these options: {reason}") from None
+    return ready(model)
+
+
+def ready(model: Any) -> Any:
+    """Put a model into the state training needs: train mode, no cache, rotary frequencies that stay float32."""
+    model.train()  # from_pretrained returns eval mode, in which dropout and gradient checkpointing are off
+    model.config.use_cache = False
+    keep_rotary_fp32(model)
+    return model
+
+
+def keep_rotary_fp32(model: nn.Module) -> None:
+    """Keep rotary frequencies in float32 through ``model.to(bfloat16)``.
+
+    Rounded to bfloat16 they are off by 0.73 rad at position 4095; Lightning's ``bf16-true`` casts every buffer.
+    """
+    for module in model.modules():
+        names = [name for name, buffer in module.named_buffers(recurse=False) if name.endswith("inv_freq")]
+        if names:
+            module._apply = types.MethodType(_apply_keeping(names), module)  # type: ignore[method-assign]
+
+
+def _apply_keeping(names: list[str]) -> Callable[..., nn.Module]:
+    def apply(self: nn.Module, fn: Callable[..., Any], recurse: bool = True) -> nn.Module:
+        kept = {name: self.get_buffer(name) for name in names}
+        nn.Module._apply(self, fn, recurse)
+        for name, old in kept.items():
+            new = self.get_buffer(name)
+            if new.dtype != old.dtype:
+                setattr(self, name, old.to(new.device))
+        return self
+
+    return apply
+
+
+def check_fits(model: Any, tokenizer: Any | None, longest: int) -> None:
+    """Refuse data the model has no embedding for.
+
+    Raises:
+        UserError: The vocabulary or the number of positions is too small.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    if tokenizer is not None and rows < len(tokenizer):
+        raise UserError(
+            f"the model's vocabulary of {rows} is smaller than the tokenizer's of {len(tokenizer)}"
+            " (--model.pretrained, --data.tokenizer)"
+        )
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and longest > positions:
+        raise UserError(
+            f"the longest example has {longest} tokens, the model {positions} positions; set --data.max_length"
+            f" {positions}"
+        )

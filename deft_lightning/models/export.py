@@ -1,0 +1,127 @@
+"""From a model or a checkpoint to a Hugging Face folder that transformers and vLLM serve as it is."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deft_lightning.errors import UserError
+from deft_lightning.models.build import ready
+from deft_lightning.models.head import base_causal_lm
+from deft_lightning.models.lora import LoRA, add_adapters
+
+KEY = "deft_lightning"
+
+
+def describe(model: Any, tokenizer: Any | None, lora: LoRA | None, stop_token_ids: Sequence[int]) -> dict[str, Any]:
+    """Return what a checkpoint must hold, in plain values, to be exported without its configuration or data."""
+    files: dict[str, str] = {}
+    if tokenizer is not None:
+        with tempfile.TemporaryDirectory() as folder:
+            tokenizer.save_pretrained(folder)
+            for path in Path(folder).rglob("*"):
+                if path.is_file():
+                    files[str(path.relative_to(folder))] = path.read_text(encoding="utf-8")
+    causal = base_causal_lm(model)
+    return {
+        "config": causal.config.to_json_string(use_diff=False),
+        "generation_config": causal.generation_config.to_json_string(use_diff=False),
+        "dtype": str(causal.dtype).removeprefix("torch."),
+        "lora": None if lora is None else lora.settings(),
+        "tokenizer": files,
+        "stop_token_ids": list(stop_token_ids),
+    }
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint of this package.
+
+    Raises:
+        UserError: It does not exist, is incomplete, or was written by something else.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such checkpoint (--ckpt_path)")
+    if not zipfile.is_zipfile(path):
+        raise UserError(f"{path}: is not a complete checkpoint (--ckpt_path)")
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    if KEY not in checkpoint or "state_dict" not in checkpoint:
+        raise UserError(f"{path}: is not a checkpoint of SFTModule (--ckpt_path)")
+    return dict(checkpoint)
+
+
+def model_from_checkpoint(checkpoint: dict[str, Any]) -> tuple[Any, Any | None, list[int]]:
+    """Rebuild model, tokenizer and stop tokens from a checkpoint alone."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+    about = checkpoint[KEY]
+    settings = json.loads(about["config"])
+    config = AutoConfig.for_model(settings["model_type"]).from_dict(settings)
+    model = ready(AutoModelForCausalLM.from_config(config, dtype=getattr(torch, about["dtype"])))
+    model.generation_config = GenerationConfig.from_dict(json.loads(about["generation_config"]))
+    if about["lora"] is not None:
+        model = add_adapters(model, LoRA(**about["lora"]))
+    state = {k.removeprefix("model."): v for k, v in checkpoint["state_dict"].items() if k.startswith("model.")}
+    model.load_state_dict(state)
+    tokenizer = None
+    if about["tokenizer"]:
+        with tempfile.TemporaryDirectory() as folder:
+            for name, text in about["tokenizer"].items():
+                (Path(folder) / name).parent.mkdir(parents=True, exist_ok=True)
+                (Path(folder) / name).write_text(text, encoding="utf-8")
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+    return model, tokenizer, list(about["stop_token_ids"])
+
+
+def save_hugging_face(
+    model: Any, tokenizer: Any | None, stop_token_ids: Sequence[int], output: str | Path, *, merge: bool = True
+) -> Path:
+    """Write a Hugging Face folder: weights as safetensors, config, generation config, tokenizer with chat template.
+
+    The folder appears under its name only once it is complete.
+
+    Args:
+        model: A causal language model, with or without adapters.
+        tokenizer: Saved beside it; None leaves it out.
+        stop_token_ids: Where generation ends.
+        output: Folder to create.
+        merge: Merge adapters into the weights; otherwise only the adapters are written. The merge is done on a copy.
+
+    Raises:
+        UserError: The folder exists and is not empty.
+    """
+    target = Path(output)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{target}: exists already; choose another --output")
+    if hasattr(model, "merge_and_unload") and merge:
+        model = copy.deepcopy(model).merge_and_unload()
+    causal = base_causal_lm(model)
+    training_cache = causal.config.use_cache
+    causal.config.use_cache = True
+    if stop_token_ids:
+        causal.generation_config.eos_token_id = list(stop_token_ids)
+    if tokenizer is not None:
+        causal.generation_config.pad_token_id = tokenizer.pad_token_id
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        model.save_pretrained(partial)
+        if model is not causal:
+            causal.generation_config.save_pretrained(partial)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+        partial.chmod(0o755)
+        if target.exists():
+            target.rmdir()
+        partial.rename(target)
+    finally:
+        causal.config.use_cache = training_cache
+        shutil.rmtree(partial, ignore_errors=True)
+    return target

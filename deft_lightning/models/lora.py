@@ -1,0 +1,58 @@
+"""Low-rank adapters through peft."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from deft_lightning.errors import UserError
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """Low-rank adapters (arXiv 2106.09685): ``W + alpha / r * B A``, only A and B are trained.
+
+    Args:
+        r: Rank, at least 1.
+        alpha: Scale; None is ``2 r``.
+        dropout: Dropout on the adapter's input, in [0, 1).
+        target_modules: Names of the linear modules to adapt; `all-linear` is every one but the head.
+    """
+
+    r: int = 16
+    alpha: float | None = None
+    dropout: float = 0.0
+    target_modules: str | list[str] = "all-linear"
+
+    def __post_init__(self) -> None:
+        """Refuse ranks and dropouts that mean nothing."""
+        if self.r < 1:
+            raise UserError(f"--model.lora.r must be at least 1, got {self.r}")
+        if not 0.0 <= self.dropout < 1.0:
+            raise UserError(f"--model.lora.dropout {self.dropout} is outside [0, 1)")
+
+    def settings(self) -> dict[str, Any]:
+        """Return the fields as plain values, for a checkpoint."""
+        return asdict(self)
+
+
+def add_adapters(model: Any, lora: LoRA) -> Any:
+    """Wrap a model so that only its adapters train.
+
+    Raises:
+        UserError: No module has one of the names.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=lora.r,
+        lora_alpha=2 * lora.r if lora.alpha is None else lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"--model.lora.target_modules {lora.target_modules}: {reason}") from None

@@ -1,0 +1,331 @@
+"""SFTModule: a causal language model, a token objective and an optimizer, with one owner of normalisation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import LightningModule
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from deft_lightning.errors import UserError
+from deft_lightning.evaluation import Completion, Generation, complete, exact_match
+from deft_lightning.functional import TokenStats, token_stats
+from deft_lightning.metrics import ExactMatch, TokenMeter
+from deft_lightning.models import (
+    HeadSeam,
+    LoRA,
+    add_adapters,
+    check_fits,
+    check_head,
+    check_pretrained,
+    describe,
+    find_head,
+    from_architecture,
+    load_pretrained,
+)
+from deft_lightning.models.export import KEY
+from deft_lightning.objectives import DEFT, Objective
+from deft_lightning.ops import linear_loss, linear_token_stats
+from deft_lightning.optim import CosineWithWarmup, adamw
+
+IGNORE = -100
+OptimizerCallable = Callable[[Iterable[Any]], Optimizer]
+SchedulerCallable = Callable[[Optimizer], LRScheduler]
+
+
+class SFTModule(LightningModule):
+    """Supervised fine-tuning of a Hugging Face causal language model with any token objective.
+
+    The gradient of an optimizer step is that of the mean loss over all its supervised tokens: all micro-batches, all
+    ranks, whatever their lengths. `training_step` returns a sum; the division happens once.
+
+    Args:
+        objective: Token objective; a name of this package's, or the class path of your own.
+        pretrained: Hub id or folder of a causal language model; wins over `architecture`.
+        architecture: `model_type` and options of a transformers config, for random weights.
+        optimizer: Called with parameter groups; biases and norms are exempt from weight decay.
+        scheduler: Called with the optimizer; stepped each optimizer step.
+        head: `fused` never holds the logits of a batch; `dense` uses the model's own.
+        lora: Train low-rank adapters only; `--model.lora.r 16` switches them on.
+        dtype: Dtype the weights are loaded in. For bf16 with float32 weights use `--trainer.precision bf16-mixed`.
+        attention: transformers' `attn_implementation` (sdpa, eager, flash_attention_2); default: its choice.
+        gradient_checkpointing: Recompute activations in backward, to save memory.
+        generation: How `test` and `predict` generate.
+
+    Raises:
+        UserError: Neither `pretrained` nor `architecture`, or a combination that would not train what was asked for.
+    """
+
+    def __init__(
+        self,
+        objective: Objective = DEFT(),  # noqa: B008 - frozen
+        pretrained: str | None = None,
+        architecture: dict[str, Any] | None = None,
+        optimizer: OptimizerCallable = adamw,
+        scheduler: SchedulerCallable = CosineWithWarmup,
+        head: Literal["fused", "dense"] = "fused",
+        lora: LoRA | None = None,
+        dtype: Literal["float32", "bfloat16"] = "float32",
+        attention: str | None = None,
+        gradient_checkpointing: bool = False,
+        generation: Generation = Generation(),  # noqa: B008 - frozen
+    ) -> None:
+        super().__init__()
+        if head not in ("fused", "dense"):
+            raise UserError(f"--model.head must be fused or dense, not {head!r}")
+        if pretrained is not None:
+            check_pretrained(pretrained)
+        self.objective, self.pretrained, self.architecture = objective, pretrained, architecture
+        self.optimizer_callable, self.scheduler_callable = optimizer, scheduler
+        self.head, self.lora, self.dtype_name, self.attention = head, lora, dtype, attention
+        self.gradient_checkpointing, self.generation = gradient_checkpointing, generation
+        self.model: Any = None
+        self.tokens_seen = 0
+        self._seam: HeadSeam | None = None
+        self._head_checked = False
+        self._step_tokens: Tensor | None = None
+        self._grad_norm: Tensor | None = None
+        self._about: dict[str, Any] | None = None
+        # In a plain dict, so that casting the module to bfloat16 leaves their float64 sums alone.
+        self._meters = {"train": TokenMeter(), "val": TokenMeter(), "test": ExactMatch()}
+
+    # ---------------------------------------------------------------- the model
+
+    @property
+    def _datamodule(self) -> Any | None:
+        return getattr(self._trainer, "datamodule", None) if self._trainer is not None else None
+
+    @property
+    def tokenizer(self) -> Any | None:
+        """The data module's tokenizer, if there is one."""
+        return getattr(self._datamodule, "tokenizer", None)
+
+    def setup(self, stage: str) -> None:
+        """Refuse strategies under which the head would not see its whole weight."""
+        name = type(self.trainer.strategy).__name__
+        if not name.startswith(("SingleDevice", "DDP")):
+            raise UserError(f"{name} is not supported by this version: use --trainer.strategy auto or ddp")
+
+    def configure_model(self) -> None:
+        """Build or load the model; Lightning calls this once the data is known."""
+        if self.model is not None:
+            return
+        if self.pretrained is not None:
+            model = load_pretrained(self.pretrained, self.dtype_name, self.attention)
+        elif self.architecture is not None:
+            model = from_architecture(self.architecture, self.tokenizer, self.dtype_name, self.attention)
+        else:
+            raise UserError("no model: set --model.pretrained ID_OR_DIR, or --model.architecture.* for random weights")
+        check_fits(model, self.tokenizer, getattr(self._datamodule, "longest", 0))
+        if self.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if self.lora is not None:
+            model = add_adapters(model, self.lora)
+        self._seam = find_head(model) if self.head == "fused" else None
+        self.model = model
+
+    # ---------------------------------------------------------------- loss
+
+    def forward(self, input_ids: Tensor, **kwargs: Any) -> Any:
+        """Return the model's own output, logits included."""
+        return self.model(input_ids=input_ids, use_cache=False, **kwargs)
+
+    def loss_and_stats(self, batch: dict[str, Any]) -> tuple[Tensor, TokenStats, Tensor]:
+        """Return the summed objective, the statistics of the supervised tokens, and where they are.
+
+        Args:
+            batch: ``input_ids`` and ``labels`` of shape ``(B, T)``, right-padded; ``labels[:, t]`` is what the model
+                should have said before token t, -100 where nothing is learnt.
+
+        Returns:
+            The sum over the N supervised tokens, their detached statistics, and the mask ``(B, T - 1)`` of positions
+            whose next token is supervised. Without any, the sum is a zero that is part of the graph.
+        """
+        input_ids, targets = batch["input_ids"], batch["labels"][:, 1:]
+        keep = targets != IGNORE
+        wanted = targets[keep]
+        # No attention mask: behind right padding causal attention cannot see it, and SDPA takes its fast path.
+        if self._seam is None:
+            logits = self.model(input_ids=input_ids, use_cache=False).logits[:, :-1][keep]
+            stats = token_stats(logits, wanted, topk=self.objective.topk)
+            return self.objective(stats).sum(), stats.detach(), keep
+        seam = self._seam
+        if not self._head_checked:
+            check_head(self.model, seam, input_ids)
+            self._head_checked = True
+        hidden = seam.body(input_ids=input_ids, use_cache=False).last_hidden_state[:, :-1][keep]
+        weight, bias = seam.linear.weight, seam.linear.bias
+        options: dict[str, Any] = {"bias": bias, "softcap": seam.softcap, "logit_scale": seam.logit_scale}
+        if torch.is_grad_enabled():
+            loss, stats = linear_loss(hidden, weight, wanted, self.objective, **options)
+            return loss, stats, keep
+        stats = linear_token_stats(hidden, weight, wanted, topk=self.objective.topk, **options)
+        return self.objective(stats).sum(), stats, keep
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
+        """Return the summed loss, and detached statistics for the callbacks that watch."""
+        loss, stats, keep = self.loss_and_stats(batch)
+        self._meters["train"].update(loss, stats)
+        codes = batch.get("noise_code")
+        return {"loss": loss, "stats": stats, "noise_code": None if codes is None else codes[:, 1:][keep]}
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
+        """Add a batch to the validation sums; the NLL is plain whatever the objective."""
+        loss, stats, _ = self.loss_and_stats(batch)
+        self._meters["val"].update(loss, stats)
+        return {"stats": stats}
+
+    # ---------------------------------------------------------------- one optimizer step
+
+    def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Count the supervised tokens of the optimizer step, micro-batch by micro-batch."""
+        tokens = (batch["labels"][:, 1:] != IGNORE).sum()
+        self._step_tokens = tokens if self._step_tokens is None else self._step_tokens + tokens
+
+    def optimizer_step(
+        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
+    ) -> None:
+        """Divide the summed gradients by the supervised tokens of the whole step, then step.
+
+        Lightning has divided by ``accumulate_grad_batches`` and DDP by the number of ranks; both are multiplied back,
+        so a short last window or a rank without supervised tokens weighs what it should.
+        """
+        assert optimizer_closure is not None and self._step_tokens is not None
+        tokens, world = self._step_tokens.clone(), 1
+        work = None
+        if dist.is_available() and dist.is_initialized():
+            world = dist.get_world_size()
+            work = dist.all_reduce(tokens, async_op=True)  # overlaps the last micro-batch
+
+        def closure() -> Any:
+            result = optimizer_closure()
+            if work is not None:
+                work.wait()
+            scale = world * self.trainer.accumulate_grad_batches / tokens.clamp_min(1).float()
+            grads = [p.grad for p in _parameters(optimizer) if p.grad is not None]
+            if grads:  # before clipping, loss-scale removal and the logged norm
+                torch._foreach_mul_(grads, scale)
+            return result
+
+        super().optimizer_step(epoch, batch_idx, optimizer, closure)
+        self._step_tokens = None
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip, and keep the norm before clipping: computed once for both."""
+        parameters = [p for p in _parameters(optimizer) if p.grad is not None]
+        if gradient_clip_val and gradient_clip_algorithm in (None, "norm"):
+            self._grad_norm = torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
+            return
+        self._grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if gradient_clip_val:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    def on_train_batch_end(self, outputs: Any, batch: dict[str, Any], batch_idx: int) -> None:
+        """Log the exact token-weighted means since the last logged step, on every rank alike."""
+        loop = self.trainer.fit_loop
+        if loop._should_accumulate() or not self.trainer._logger_connector.should_update_logs:
+            return
+        means = self._meters["train"].compute()
+        self._meters["train"].reset()
+        self.tokens_seen += int(means.pop("tokens"))
+        self.log_dict({"train/loss": means.pop("loss"), "train/nll": means.pop("nll")}, prog_bar=True)
+        self.log_dict({f"train/{name}": value for name, value in means.items()})
+        self.log("train/tokens", float(self.tokens_seen))
+        self.log("train/lr", float(self.trainer.optimizers[0].param_groups[0]["lr"]))
+        if self._grad_norm is not None:
+            self.log("train/grad_norm", self._grad_norm)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the validation means; they are already global, so no rank averages them again."""
+        means = self._meters["val"].compute()
+        self._meters["val"].reset()
+        for name in ("loss", "nll", "ppl", "token_accuracy"):
+            self.log(f"val/{name}", means[name], prog_bar=name == "nll", sync_dist=True)
+
+    def configure_optimizers(self) -> Any:
+        """Build the optimizer and the schedule; plan the schedule over the trainer's optimizer steps."""
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        groups: list[dict[str, Any]] = [
+            {"params": [p for p in trained if p.ndim >= 2]},
+            {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        optimizer = self.optimizer_callable([group for group in groups if group["params"]])
+        scheduler = self.scheduler_callable(optimizer)
+        if isinstance(scheduler, CosineWithWarmup) and scheduler.total_steps is None:
+            steps = self.trainer.estimated_stepping_batches
+            if math.isinf(steps):
+                raise UserError("the schedule needs an end: set --trainer.max_epochs or --trainer.max_steps")
+            scheduler.plan(int(steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    # ---------------------------------------------------------------- generation
+
+    def generate(self, batch: dict[str, Any]) -> list[list[Completion]]:
+        """Complete the left-padded prompts of a batch; one list of samples for each."""
+        if self.tokenizer is None or self._datamodule is None:
+            raise UserError("generation needs the data module's tokenizer")
+        return complete(self.model, self.tokenizer, batch, self.generation, self._datamodule.stop_token_ids)
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Generate and compare with the gold responses."""
+        for samples, gold in zip(self.generate(batch), batch["gold"], strict=True):
+            self._meters["test"].update([exact_match(s.text, gold) for s in samples], [s.truncated for s in samples])
+
+    def on_test_epoch_end(self) -> None:
+        """Log exact match with its standard error over examples."""
+        for name, value in self._meters["test"].compute().items():
+            self.log(f"test/{name}", value.float(), sync_dist=True)
+        self._meters["test"].reset()
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
+        """Return one record a prompt: id, prompt, completions, gold."""
+        made = self.generate(batch)
+        columns = zip(batch["example_id"], batch["prompt"], made, batch["gold"], strict=True)
+        return [
+            {"id": id, "prompt": prompt, "completions": [s.text for s in samples], "gold": gold}
+            for id, prompt, samples, gold in columns
+        ]
+
+    # ---------------------------------------------------------------- state
+
+    def _meters_to_device(self) -> None:
+        self._meters = {name: meter.to(self.device) for name, meter in self._meters.items()}
+
+    def on_fit_start(self) -> None:
+        """Put the sums where the tokens are."""
+        self._meters_to_device()
+
+    def on_validation_start(self) -> None:
+        """Put the sums where the tokens are."""
+        self._meters_to_device()
+
+    def on_test_start(self) -> None:
+        """Put the sums where the tokens are."""
+        self._meters_to_device()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what `export` needs, so that a checkpoint stands alone."""
+        if self._about is None:
+            stops = self._datamodule.stop_token_ids if self._datamodule is not None else []
+            self._about = describe(self.model, self.tokenizer, self.lora, stops)
+        checkpoint[KEY] = {**self._about, "objective": repr(self.objective), "tokens_seen": self.tokens_seen}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on counting tokens."""
+        self.tokens_seen = int(checkpoint.get(KEY, {}).get("tokens_seen", 0))
+
+
+def _parameters(optimizer: Any) -> Iterator[Tensor]:
+    for group in optimizer.param_groups:
+        yield from group["params"]

@@ -1,0 +1,80 @@
+"""Trainer with the defaults of this package and the verb ``export``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch import Trainer as LightningTrainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning_utilities.core.rank_zero import rank_zero_info
+
+from deft_lightning.callbacks import newest_checkpoint
+from deft_lightning.errors import UserError
+from deft_lightning.models import load_checkpoint, model_from_checkpoint, save_hugging_face
+
+
+class Trainer(LightningTrainer):
+    """Lightning's Trainer; runs go to ``<default_root_dir>/version_N`` and can be exported.
+
+    Args:
+        args: As Lightning's.
+        kwargs: As Lightning's. No ``logger``, or True, is TensorBoard.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        if kwargs.get("logger") in (None, True):
+            kwargs["logger"] = TensorBoardLogger(kwargs.get("default_root_dir") or ".", name="")
+        super().__init__(*args, **kwargs)
+
+    def export(
+        self,
+        model: LightningModule | None = None,
+        ckpt_path: str | None = None,
+        output: str | None = None,
+        merge: bool = True,
+        datamodule: LightningDataModule | None = None,
+    ) -> Path:
+        """Write a Hugging Face folder from a checkpoint, or from the model as it is.
+
+        Args:
+            model: A module whose model is exported when no checkpoint is given.
+            ckpt_path: Checkpoint file, or `last` for the newest complete one under `trainer.default_root_dir`. It holds
+                all that is needed: neither data nor configuration is read.
+            output: Folder to create.
+            merge: Merge LoRA adapters into the weights; otherwise only the adapters are written.
+            datamodule: Gives the tokenizer when no checkpoint is given.
+
+        Returns:
+            The folder.
+        """
+        if output is None:
+            raise UserError("export: set --output DIR")
+        if ckpt_path is not None:
+            if ckpt_path == "last":
+                ckpt_path = str(self.last_checkpoint())
+            network, tokenizer, stops = model_from_checkpoint(load_checkpoint(ckpt_path))
+        elif getattr(model, "model", None) is not None:
+            network = model.model  # type: ignore[union-attr]
+            tokenizer, stops = (datamodule.tokenizer, datamodule.stop_token_ids) if datamodule else (None, [])  # type: ignore[attr-defined]
+        else:
+            raise UserError("export: set --ckpt_path FILE, or last")
+        folder = Path(output)
+        if self.is_global_zero:
+            folder = save_hugging_face(network, tokenizer, stops, output, merge=merge)
+            rank_zero_info(f"exported: {folder}")
+        return folder
+
+    def last_checkpoint(self) -> Path:
+        """Return the newest complete checkpoint under ``default_root_dir``.
+
+        Raises:
+            UserError: There is none.
+        """
+        found = newest_checkpoint(self.default_root_dir)
+        if found is None:
+            raise UserError(
+                f"--ckpt_path last: no checkpoint under {self.default_root_dir} (--trainer.default_root_dir)"
+            )
+        return found
