@@ -71,10 +71,24 @@ def deformed_log(log_prob: Tensor, alpha: Tensor | float) -> Tensor:
         The loss per token, in the shape and dtype of ``log_prob``.
     """
     alpha = torch.as_tensor(alpha, dtype=log_prob.dtype, device=log_prob.device)
-    exponent = alpha * log_prob
-    limit = exponent.detach().abs() < torch.finfo(log_prob.dtype).eps / 4
-    safe = torch.where(limit, torch.ones_like(exponent), alpha)
-    return torch.where(limit, -log_prob, -torch.expm1(safe * log_prob) / safe)
+    return cast("Tensor", _DeformedLog.apply(log_prob, alpha.detach()))
+
+
+class _DeformedLog(torch.autograd.Function):
+    """The derivative of expm1 is taken as ``result + 1``, which rounds a small ``p^alpha`` to 0; this one does not."""
+
+    @staticmethod
+    def forward(ctx: Any, log_prob: Tensor, alpha: Tensor) -> Tensor:
+        exponent = alpha * log_prob
+        limit = exponent.abs() < torch.finfo(log_prob.dtype).eps / 4
+        ctx.save_for_backward(exponent)
+        return torch.where(limit, -log_prob, -torch.expm1(exponent) / torch.where(limit, 1, alpha))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (exponent,) = ctx.saved_tensors
+        return -grads[0] * exponent.exp(), None
 
 
 class _LogSoftmaxStats(torch.autograd.Function):

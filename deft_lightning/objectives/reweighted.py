@@ -84,8 +84,9 @@ class Focal(Objective):
         """Return the focal loss per token."""
         if not self.gamma:
             return -stats.log_prob
-        # At p = 1 the derivative of (1-p)^gamma can be infinite while the gate's limit is 0: take the limit there.
-        certain = stats.log_prob.detach() == 0
+        # At p = 1 the derivative of (1-p)^gamma can be infinite while the gate's limit is 0: take the limit there, and
+        # where 1 - p is subnormal, whose powers overflow.
+        certain = stats.log_prob.detach() > -torch.finfo(stats.log_prob.dtype).tiny
         log_prob = torch.where(certain, -torch.ones_like(stats.log_prob), stats.log_prob)
         return torch.where(certain, 0 * stats.log_prob, -((-torch.expm1(log_prob)) ** self.gamma) * log_prob)
 
@@ -135,5 +136,5 @@ class Truncated(Objective):
         kept = p >= self.threshold if self.keep == "above" else p <= self.threshold
         loss = torch.where(kept, self.base(stats), torch.zeros_like(p))
         if self.normalize_by == "kept":
-            loss = loss * (kept.numel() / kept.sum().clamp_min(1))
+            loss = loss * (kept.numel() / kept.sum().clamp_min(1).to(p.dtype))
         return loss

@@ -83,6 +83,10 @@ class _FusedHead(torch.autograd.Function):
         assert head.objective is not None
         pieces = _pieces(hidden.shape[0], head.chunk)
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        if not any(ctx.needs_input_grad[:3]):
+            parts = [token_stats(head.logits(hidden[p], weight, bias), targets[p], topk=head.topk) for p in pieces]
+            stats = _concatenate(parts, hidden, head.topk)
+            return _result(ctx, head.objective(stats), token_weight, stats)
         two_pass = bool(getattr(head.objective, "needs_batch", False)) and len(pieces) > 1
         whole_grad: Tensor | None = None
         losses: list[Tensor] = []
@@ -100,8 +104,6 @@ class _FusedHead(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=wide) if needs_weight else None
         grad_bias = torch.zeros_like(bias, dtype=wide) if needs_bias and bias is not None else None
         for piece in pieces:
-            if two_pass and not any(ctx.needs_input_grad[:3]):
-                break
             rows, labels = hidden[piece], targets[piece]
             logits = head.logits(rows, weight, bias)
             stats = token_stats(logits, labels, topk=head.topk)
@@ -111,8 +113,6 @@ class _FusedHead(torch.autograd.Function):
                 stats_parts.append(stats)
             else:
                 dlogp = whole_grad[piece]
-            if not any(ctx.needs_input_grad[:3]):
-                continue
             if token_weight is not None:
                 dlogp = dlogp * token_weight[piece]
             chain = head.chain(logits)
@@ -127,23 +127,26 @@ class _FusedHead(torch.autograd.Function):
             if grad_bias is not None:
                 grad_bias += error.sum(0, dtype=wide)
         stats = _concatenate(stats_parts, hidden, head.topk)
-        per_token = torch.cat(losses) if losses else stats.log_prob
-        total = (per_token if token_weight is None else per_token * token_weight).sum()
-        ctx.save_for_backward(
-            grad_hidden,
-            None if grad_weight is None else grad_weight.to(weight.dtype),
-            None if grad_bias is None or bias is None else grad_bias.to(bias.dtype),
-        )
-        fields = tuple(field for field in stats if field is not None)
-        ctx.mark_non_differentiable(*fields)
-        return (total, *fields)
+        # dW and the bias gradient stay wide until backward has scaled them: one rounding, at the end.
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+        ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
+        return _result(ctx, torch.cat(losses) if losses else stats.log_prob, token_weight, stats)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         upstream = grads[0]
-        scaled = [None if grad is None else grad * upstream.to(grad.dtype) for grad in ctx.saved_tensors]
+        scaled = (
+            None if grad is None else (grad.to(upstream.dtype) * upstream).to(dtype)
+            for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        )
         return (*scaled, None, None, None)
+
+
+def _result(ctx: Any, loss: Tensor, token_weight: Tensor | None, stats: TokenStats) -> tuple[Tensor, ...]:
+    fields = tuple(field for field in stats if field is not None)
+    ctx.mark_non_differentiable(*fields)
+    return ((loss if token_weight is None else loss * token_weight).sum(), *fields)
 
 
 def _check(hidden: Tensor, weight: Tensor, targets: Tensor, backend: str) -> None:
@@ -211,7 +214,7 @@ def linear_loss(
         objective, softcap, logit_scale, CHUNK_CUDA if hidden.is_cuda else CHUNK_CPU, int(getattr(objective, "topk", 0))
     )
     rows, weight_, bias_ = _mirror_autocast(hidden[keep], weight, bias)
-    kept_weight = None if token_weight is None else token_weight.detach()[keep]
+    kept_weight = None if token_weight is None else token_weight.detach()[keep].to(accumulation_dtype(hidden.dtype))
     total, *fields = cast(
         "tuple[Tensor, ...]", _FusedHead.apply(rows, weight_, bias_, targets[keep], kept_weight, head)
     )
