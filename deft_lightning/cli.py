@@ -69,7 +69,8 @@ class DeftParser(LightningArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs.setdefault("allow_abbrev", False)  # an abbreviation that is unique today is ambiguous tomorrow
-        kwargs.setdefault("epilog", _choices())
+        kwargs.setdefault("prog", "python -m deft_lightning")
+        kwargs["description"] = f"{kwargs.get('description') or ''} {_choices()}".strip()
         super().__init__(*args, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
@@ -107,6 +108,11 @@ class DeftCLI(LightningCLI):
         """Return the verbs and what the command line does not set of each."""
         return {**LightningCLI.subcommands(), "export": {"model", "datamodule"}}
 
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        # Ninety lines of brackets say less than the groups below them.
+        kwargs.setdefault("usage", f"python -m deft_lightning {subcommand} [--config FILE] [options]")
+        return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Give our callbacks keys of their own, so that a user's ``trainer.callbacks`` does not replace them."""
         parser.add_lightning_class_args(Checkpoint, "checkpoint")
@@ -121,12 +127,27 @@ class DeftCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Do nothing: what a checkpoint was trained with must not override the command line."""
 
+    def instantiate_classes(self) -> None:
+        """Build everything; what a class refuses in its arguments is the user's to change."""
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            if isinstance(error, UserError) or "Does not validate" not in str(error):
+                raise
+            raise UserError(one_line(str(error))) from None
+
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """Leave out the callbacks that the trainer's switches turn off; Lightning would refuse them."""
         config, parser = self._get(self.config_init, "trainer"), self._parser(self.subcommand)
         off = {"checkpoint": config.get("enable_checkpointing"), "progress_bar": config.get("enable_progress_bar")}
         parser.callback_keys = [key for key in parser.callback_keys if off.get(key) is not False]
-        return super().instantiate_trainer(**kwargs)
+        strategy = config.get("strategy")
+        if isinstance(strategy, str) and not strategy.startswith(("auto", "ddp")):
+            raise UserError(f"--trainer.strategy {strategy} is not supported by this version: use auto or ddp")
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (ValueError, TypeError) as error:  # Lightning checks its own options with both
+            raise UserError(f"--trainer: {error}") from None
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
