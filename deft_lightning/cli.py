@@ -178,6 +178,8 @@ def run(args: ArgsType = None) -> None:
     # Loader processes do not help tokens that are in memory already; the tree-spec notice is Lightning's own.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*treespec.*")
+    # Every run has a folder of its own, so a resumed one always checkpoints to another.
+    warnings.filterwarnings("ignore", message="The dirpath has changed from.*")
     try:
         DeftCLI(args)
     except (UserError, MisconfigurationException) as error:

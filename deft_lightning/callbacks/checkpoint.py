@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 
@@ -41,10 +43,18 @@ class Checkpoint(ModelCheckpoint):
             save_on_train_epoch_end=None,
         )
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the final state if no validation or epoch end has: a `max_steps` stop can fall between them."""
+        super().on_train_end(trainer, pl_module)
+        if self._should_skip_saving_checkpoint(trainer):
+            return
+        candidates = self._monitor_candidates(trainer)
+        if self.monitor is None:
+            self._save_topk_checkpoint(trainer, candidates)
+        self._save_last_checkpoint(trainer, candidates)
+
 
 def newest_checkpoint(root: str | Path) -> Path | None:
     """Return the newest complete checkpoint under a folder, or None."""
-    import zipfile
-
     files = sorted(Path(root).rglob("*.ckpt"), key=lambda path: path.stat().st_mtime, reverse=True)
     return next((path for path in files if zipfile.is_zipfile(path)), None)

@@ -1,0 +1,57 @@
+"""The objectives train inside transformers.Trainer, and its normalisation stays exact."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+
+from deft_lightning.functional import token_loss
+from deft_lightning.integrations import compute_loss_func
+from deft_lightning.objectives import DEFT, NLL, Objective
+
+
+def tiny() -> Any:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=31, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+            num_key_value_heads=2,
+        )
+    )  # fmt: skip
+
+
+def rows() -> list[dict[str, list[int]]]:
+    generator = torch.Generator().manual_seed(1)
+    result = []
+    for masked in (1, 5, 7, 2):  # unlike numbers of supervised tokens: a mean of means would be wrong
+        ids = torch.randint(0, 31, (8,), generator=generator).tolist()
+        result.append({"input_ids": ids, "labels": [-100] * masked + ids[masked:]})
+    return result
+
+
+@pytest.mark.parametrize("objective", [NLL(), DEFT()], ids=repr)
+@pytest.mark.parametrize(("batch", "accumulate"), [(4, 1), (1, 4), (2, 2)])
+def test_one_step_of_the_trainer_is_the_mean_over_all_its_tokens(
+    objective: Objective, batch: int, accumulate: int, tmp_path: Path
+) -> None:
+    data = rows()
+    reference = tiny().double()
+    ids = torch.tensor([row["input_ids"] for row in data])
+    labels = torch.tensor([row["labels"] for row in data])
+    loss = token_loss(reference(ids).logits[:, :-1], labels[:, 1:], objective)
+    (loss.sum() / (labels[:, 1:] != -100).sum()).backward()
+    model = tiny()
+    before = [p.detach().clone() for p in model.parameters()]
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), per_device_train_batch_size=batch, gradient_accumulation_steps=accumulate,
+        max_steps=1, learning_rate=1.0, optim="sgd", max_grad_norm=0.0, lr_scheduler_type="constant", use_cpu=True,
+        report_to=[], save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    Trainer(model, arguments, train_dataset=data, compute_loss_func=compute_loss_func(objective)).train()
+    for old, new, true in zip(before, model.parameters(), reference.parameters(), strict=True):
+        assert true.grad is not None
+        torch.testing.assert_close((old - new.detach()).double(), true.grad, rtol=1e-4, atol=1e-6)

@@ -1,0 +1,337 @@
+"""The command line as a user meets it: verbs, overrides, one-line errors."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from deft_lightning import __version__
+from deft_lightning.__main__ import main
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = [
+    "--config", str(ROOT / "configs" / "quickstart.yaml"), "--trainer.max_steps", "4",
+    "--trainer.val_check_interval", "2", "--trainer.log_every_n_steps", "1", "--trainer.limit_val_batches", "1",
+    "--trainer.limit_test_batches", "2", "--trainer.limit_predict_batches", "2",
+    "--trainer.num_sanity_val_steps", "0", "--model.architecture.hidden_size", "32",
+    "--model.architecture.intermediate_size", "64", "--model.architecture.num_hidden_layers", "1",
+    "--model.generation.max_new_tokens", "4", "--data.batch_size", "4",
+    "--data.source", "reasoning_gym:spell_backward?size=200",
+]  # fmt: skip
+
+ALWAYS = {
+    "train/loss", "train/nll", "train/ppl", "train/token_accuracy", "train/tokens", "train/grad_norm",
+    "val/loss", "val/nll", "val/ppl", "val/token_accuracy",
+}  # fmt: skip
+MONITORS = {
+    "gate/mean", "gate/ess", "focus/mean", "prob/mean", "entropy/shannon", "entropy/renyi2",
+    "gate/clean", "gate/noisy", "nll/clean", "nll/noisy", "noise/auroc_gate", "noise/auroc_prob",
+    "noise/gradient_share",
+}  # fmt: skip
+
+Cli = Callable[..., None]
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Cli:
+    """Run the command line in this process, with its runs under ``tmp_path / "logs"`` unless told otherwise."""
+
+    def call(verb: str, *args: str) -> None:
+        root = [] if "--trainer.default_root_dir" in args else ["--trainer.default_root_dir", str(tmp_path / "logs")]
+        monkeypatch.setattr("sys.argv", ["deft_lightning", verb, *args, *root])
+        main()
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Root of one short quickstart run, made once for the tests that only read it."""
+    root = tmp_path_factory.mktemp("fitted")
+    patch = pytest.MonkeyPatch()
+    patch.setattr("sys.argv", ["deft_lightning", "fit", *TINY, "--trainer.default_root_dir", str(root)])
+    main()
+    patch.undo()
+    return root
+
+
+def test_fit_writes_every_tag_of_the_contract(fitted: Path) -> None:
+    events = EventAccumulator(str(fitted / "version_0"), size_guidance={"histograms": 0})
+    events.Reload()
+    tags = events.Tags()
+    assert set(tags["scalars"]) >= ALWAYS | MONITORS
+    assert set(tags["histograms"]) >= {"gate/hist", "focus/hist", "prob/hist", "entropy/hist"}
+    assert len(events.Scalars("train/nll")) == 4
+
+
+def test_fit_leaves_a_folder_that_transformers_generates_from(fitted: Path) -> None:
+    folder = fitted / "version_0" / "export"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "abc"}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    out = model.generate(**ids, max_new_tokens=3, do_sample=False)
+    assert ids["input_ids"].shape[1] < out.shape[1] <= ids["input_ids"].shape[1] + 3
+    assert model.generation_config.eos_token_id == [tokenizer.eos_token_id]
+    assert model.config.use_cache
+
+
+def test_export_from_a_checkpoint_alone_equals_the_export_of_the_run(fitted: Path, cli: Cli, tmp_path: Path) -> None:
+    cli("export", "--ckpt_path", str(next(fitted.rglob("step=4.ckpt"))), "--output", str(tmp_path / "hf"))
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").state_dict()
+    theirs = AutoModelForCausalLM.from_pretrained(fitted / "version_0" / "export").state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert (tmp_path / "hf" / "chat_template.jinja").read_text() == (
+        fitted / "version_0" / "export" / "chat_template.jinja"
+    ).read_text()
+
+
+def test_test_and_predict_from_the_last_checkpoint(
+    fitted: Path, cli: Cli, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = ["--trainer.default_root_dir", str(fitted)]
+    cli("test", *TINY, *root, "--ckpt_path", "last")
+    assert "test/exact_match" in capsys.readouterr().out
+    cli("predict", *TINY, *root, "--ckpt_path", "last", "--predictions.output", str(tmp_path / "p.jsonl"))
+    rows = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
+    assert len(rows) == 8
+    assert all(set(row) == {"id", "prompt", "completions", "gold"} for row in rows)
+    assert all(row["prompt"].startswith("<|user|>") and len(row["completions"]) == 1 for row in rows)
+
+
+def test_predict_samples_several_completions_and_repeats_itself(fitted: Path, cli: Cli, tmp_path: Path) -> None:
+    files = []
+    for name in ("a", "b"):
+        cli(
+            "predict", *TINY, "--trainer.default_root_dir", str(fitted), "--ckpt_path", "last",
+            "--model.generation.temperature", "1.0", "--model.generation.samples", "3",
+            "--predictions.output", str(tmp_path / name),
+        )  # fmt: skip
+        files.append((tmp_path / name).read_text())
+    assert files[0] == files[1]
+    assert all(len(json.loads(line)["completions"]) == 3 for line in files[0].splitlines())
+
+
+def test_validate_of_a_checkpoint_gives_the_nll_that_fit_logged(
+    fitted: Path, cli: Cli, capsys: pytest.CaptureFixture[str]
+) -> None:
+    events = EventAccumulator(str(fitted / "version_0"))
+    events.Reload()
+    logged = events.Scalars("val/nll")[-1].value
+    cli("validate", *TINY, "--trainer.default_root_dir", str(fitted), "--ckpt_path", "last")
+    row = next(line for line in capsys.readouterr().out.splitlines() if "val/nll" in line)
+    assert float(row.split("│")[2]) == pytest.approx(logged, rel=1e-5)
+
+
+def test_the_command_line_wins_over_the_checkpoint(fitted: Path, cli: Cli, tmp_path: Path) -> None:
+    checkpoint = next(fitted.rglob("step=4.ckpt"))
+    cli(
+        "fit", *TINY, "--ckpt_path", str(checkpoint), "--trainer.max_steps", "5", "--model.objective", "Tsallis",
+        "--model.objective.q", "0.25", "--after_fit.test", "false",
+    )  # fmt: skip
+    saved = torch.load(next((tmp_path / "logs").rglob("step=5.ckpt")), weights_only=True)
+    assert saved["deft_lightning"]["objective"] == "Tsallis(q=0.25)"
+    assert saved["global_step"] == 5
+
+
+def test_every_objective_of_the_class_tree_trains_by_name(cli: Cli, tmp_path: Path) -> None:
+    from deft_lightning.objectives import known_objectives
+
+    names = [name for name, cls in known_objectives().items() if cls.__module__.startswith("deft_lightning.")]
+    assert len(names) >= 9
+    for name in names:
+        cli(
+            "fit", *TINY, "--model.objective", name, "--after_fit.test", "false", "--after_fit.export", "false",
+            "--trainer.max_steps", "1", "--trainer.default_root_dir", str(tmp_path / name),
+        )  # fmt: skip
+        assert list((tmp_path / name).rglob("step=1.ckpt"))
+
+
+def test_an_objective_of_ones_own_is_found_by_class_path(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_pkg.py").write_text(
+        "from dataclasses import dataclass\n"
+        "from deft_lightning.functional import TokenStats\n"
+        "from deft_lightning.objectives import Objective\n"
+        "from torch import Tensor\n"
+        "@dataclass(frozen=True)\n"
+        "class Damped(Objective):\n"
+        "    power: float = 2.0\n"
+        "    def __call__(self, stats: TokenStats) -> Tensor:\n"
+        "        return -stats.collision.detach() ** self.power * stats.log_prob\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    cli("fit", *TINY, "--model.objective", "my_pkg.Damped", "--model.objective.power", "3", "--after_fit.test", "false")
+    saved = torch.load(next((tmp_path / "logs").rglob("step=4.ckpt")), weights_only=True)
+    assert saved["deft_lightning"]["objective"] == "Damped(power=3.0)"
+
+
+def test_lora_exports_merged_and_adapter_folders(fitted: Path, cli: Cli, tmp_path: Path) -> None:
+    base = fitted / "version_0" / "export"
+    cli("fit", *TINY, "--model.pretrained", str(base), "--model.lora.r", "2", "--after_fit.test", "false")
+    checkpoint = str(next((tmp_path / "logs").rglob("step=4.ckpt")))
+    merged = tmp_path / "logs" / "version_0" / "export"
+    assert (merged / "model.safetensors").is_file() and not (merged / "adapter_config.json").exists()
+    cli("export", "--ckpt_path", checkpoint, "--output", str(tmp_path / "adapter"), "--merge", "false")
+    assert (tmp_path / "adapter" / "adapter_config.json").is_file()
+
+
+def test_checkpoint_and_progress_switches_of_the_trainer_are_honoured(cli: Cli, tmp_path: Path) -> None:
+    cli(
+        "fit", *TINY, "--trainer.enable_checkpointing", "false", "--trainer.enable_progress_bar", "false",
+        "--trainer.logger", "false", "--after_fit.test", "false", "--after_fit.export", "false",
+    )  # fmt: skip
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_checkpoint_every_n_steps(cli: Cli, tmp_path: Path) -> None:
+    cli(
+        "fit",
+        *TINY,
+        "--checkpoint.every_n_train_steps",
+        "1",
+        "--checkpoint.save_top_k",
+        "-1",
+        "--after_fit.test",
+        "false",
+    )
+    assert {path.name for path in tmp_path.rglob("step=*.ckpt")} == {f"step={i}.ckpt" for i in range(1, 5)}
+
+
+def jsonl(path: Path, *rows: Any) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def chat(*turns: tuple[str, str]) -> dict[str, Any]:
+    return {"messages": [{"role": role, "content": content} for role, content in turns]}
+
+
+GOOD = chat(("user", "hi"), ("assistant", "hello"))
+
+
+def bad_input(name: str, path: Path) -> tuple[list[str], list[str]]:
+    """Arguments that are wrong, and what the one line must say."""
+    file = path / "rows.jsonl"
+    no_map = ["--data.column_map", "{}", "--data.source"]
+    cases: dict[str, tuple[Callable[[], list[str]], list[str]]] = {
+        "unknown role": (
+            lambda: [*no_map, jsonl(file, GOOD, chat(("usr", "hi"), ("assistant", "ho")))],
+            ["rows.jsonl, row 2", "messages[0].role", "'usr'", "user"],
+        ),
+        "missing column": (
+            lambda: [*no_map, jsonl(file, {"question": "a", "answer": "b"}, {"question": "a", "answr": "b"})],
+            ["rows.jsonl, row 2", "'answer'", "answr"],
+        ),
+        "empty file": (lambda: [*no_map, jsonl(file)], ["rows.jsonl", "empty"]),
+        "empty response": (
+            lambda: [*no_map, jsonl(file, GOOD, GOOD, chat(("user", "hi"), ("assistant", " ")))],
+            ["rows.jsonl, row 3", "messages[1].content", "empty"],
+        ),
+        "unknown format": (lambda: ["--data.format", "alpacca"], ["--data.format", "alpaca", "alpacca"]),
+        "columns of no format": (lambda: [*no_map, jsonl(file, {"a": 1, "b": 2})], ["rows.jsonl, row 1", "a, b"]),
+        "rate": (
+            lambda: ["--data.noise.ops+=TokenReplace", "--data.noise.ops.rate", "1.5"],
+            ["TokenReplace", "1.5", "[0, 1]"],
+        ),
+        "masked by max_length": (lambda: ["--data.max_length", "2"], ["max_length 2", "--data.max_length"]),
+        "template without response": (
+            lambda: ["--data.chat_template", "{{ messages[0]['content'] }}"],
+            ["row 1", "--data.chat_template"],
+        ),
+        "template that supervises nothing": (
+            lambda: [
+                "--data.chat_template",
+                "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if false %}{% generation %}{% endgeneration %}"
+                "{% endif %}",
+            ],
+            ["no supervised token", "--data.chat_template"],
+        ),
+        "vocabulary": (lambda: ["--model.architecture.vocab_size", "10"], ["vocab_size 10", "262"]),
+        "model folder": (lambda: ["--model.pretrained", str(path / "nope")], ["nope", "--model.pretrained"]),
+        "objective": (lambda: ["--model.objective", "Cayleyy"], ["Cayleyy", "Did you mean Cayley?", "DEFT"]),
+        "objective option": (
+            lambda: ["--model.objective", "Cayley", "--model.objective.flor", "1"],
+            ["--model.objective.flor", "floor"],
+        ),
+        "option": (lambda: ["--model.objectiv", "DEFT"], ["--model.objectiv", "Did you mean --model.objective"]),
+        "strategy": (lambda: ["--trainer.strategy", "fsdp"], ["--trainer.strategy fsdp", "ddp"]),
+        "lora": (lambda: ["--model.lora.r", "0"], ["--model.lora.r", "at least 1"]),
+        "model type": (lambda: ["--model.architecture.model_type", "lama"], ["lama", "llama"]),
+        "no checkpoint": (lambda: ["--ckpt_path", "last"], ["--ckpt_path last", "no checkpoint"]),
+        "positions": (
+            lambda: ["--model.architecture.max_position_embeddings", "8"],
+            ["8 positions", "--data.max_length 8"],
+        ),
+    }
+    make, wanted = cases[name]
+    return make(), wanted
+
+
+BAD = [
+    "unknown role", "missing column", "empty file", "empty response", "unknown format", "columns of no format", "rate",
+    "masked by max_length", "template without response", "template that supervises nothing", "vocabulary",
+    "model folder", "objective", "objective option", "option", "strategy", "lora", "model type", "no checkpoint",
+    "positions",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line(name: str, cli: Cli, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    args, wanted = bad_input(name, tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        cli("fit", *TINY, *args)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    lines = [line for line in error.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and error.rstrip().splitlines()[-1] == lines[0]
+    assert "Traceback" not in error
+    assert all(part in lines[0] for part in wanted), lines[0]
+
+
+def test_an_error_of_a_real_process_has_no_traceback(tmp_path: Path) -> None:
+    source = jsonl(tmp_path / "rows.jsonl", GOOD, chat(("usr", "hi"), ("assistant", "ho")))
+    command = [sys.executable, "-m", "deft_lightning", "fit", *TINY, "--data.column_map", "{}", "--data.source", source]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr and "row 2" in done.stderr.splitlines()[-1]
+
+
+def test_version_is_printed_before_torch_is_imported() -> None:
+    start = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "deft_lightning", "--version"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert done.stdout == f"deft_lightning {__version__}\n"
+    assert "torch" not in done.stderr and "lightning.pytorch" not in done.stderr
+    assert time.perf_counter() - start < 10
+
+
+@pytest.mark.parametrize("verb", ["", "fit"])
+def test_help_lists_objectives_noise_and_strategies(
+    verb: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["deft_lightning", *filter(None, [verb]), "--help"])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for word in ("DEFT", "Cayley", "Truncated", "TokenReplace", "ResponseSwap", "ddp", "reasoning_gym:"):
+        assert word in text
+    if not verb:
+        assert all(name in text for name in ("fit", "validate", "test", "predict", "export"))

@@ -1,0 +1,53 @@
+"""Imports point down: the table of the rooms and who may enter them."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[1] / "deft_lightning"
+
+# Lower rooms first. A room may import any room of a lower level, and nothing else of the package.
+LEVEL = {
+    "_version": 0, "errors": 0, "hashing": 0, "functional": 0,
+    "objectives": 1, "ops": 1, "metrics": 1, "optim": 1,
+    "models": 2, "data": 2, "figures": 2, "evaluation": 2, "integrations": 2,
+    "module": 3, "callbacks": 3,
+    "trainer": 4, "messages": 4, "cli": 5, "__main__": 6,
+}  # fmt: skip
+FORBIDDEN = {("data", "objectives"), ("objectives", "ops"), ("ops", "objectives"), ("callbacks", "module")}
+
+
+def room(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).parts
+    return parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> set[str]:
+    """Rooms a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        found |= {name.split(".")[1] for name in names if name.startswith("deft_lightning.")}
+    return found
+
+
+FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or path.name != "__init__.py")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_down(path: Path) -> None:
+    here = room(path)
+    for there in imports(path) - {here}:
+        assert LEVEL[there] < LEVEL[here], f"{here} (level {LEVEL[here]}) imports {there} (level {LEVEL[there]})"
+        assert (here, there) not in FORBIDDEN
+
+
+def test_functional_needs_torch_alone() -> None:
+    tree = ast.parse((PACKAGE / "functional.py").read_text(encoding="utf-8"))
+    roots = {node.module.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}
+    roots |= {a.name.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names}
+    assert roots <= {"__future__", "collections", "typing", "torch"}
