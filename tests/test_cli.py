@@ -26,7 +26,7 @@ TINY = [
     "--trainer.num_sanity_val_steps", "0", "--model.architecture.hidden_size", "32",
     "--model.architecture.intermediate_size", "64", "--model.architecture.num_hidden_layers", "1",
     "--model.generation.max_new_tokens", "4", "--data.batch_size", "4",
-    "--data.source", "reasoning_gym:spell_backward?size=200",
+    "--data.source", "reasoning_gym:spell_backward?size=200&question=metadata.word",
 ]  # fmt: skip
 
 ALWAYS = {
@@ -225,23 +225,22 @@ GOOD = chat(("user", "hi"), ("assistant", "hello"))
 def bad_input(name: str, path: Path) -> tuple[list[str], list[str]]:
     """Arguments that are wrong, and what the one line must say."""
     file = path / "rows.jsonl"
-    no_map = ["--data.column_map", "{}", "--data.source"]
     cases: dict[str, tuple[Callable[[], list[str]], list[str]]] = {
         "unknown role": (
-            lambda: [*no_map, jsonl(file, GOOD, chat(("usr", "hi"), ("assistant", "ho")))],
+            lambda: ["--data.source", jsonl(file, GOOD, chat(("usr", "hi"), ("assistant", "ho")))],
             ["rows.jsonl, row 2", "messages[0].role", "'usr'", "user"],
         ),
         "missing column": (
-            lambda: [*no_map, jsonl(file, {"question": "a", "answer": "b"}, {"question": "a", "answr": "b"})],
+            lambda: ["--data.source", jsonl(file, {"question": "a", "answer": "b"}, {"question": "a", "answr": "b"})],
             ["rows.jsonl, row 2", "'answer'", "answr"],
         ),
-        "empty file": (lambda: [*no_map, jsonl(file)], ["rows.jsonl", "empty"]),
+        "empty file": (lambda: ["--data.source", jsonl(file)], ["rows.jsonl", "empty"]),
         "empty response": (
-            lambda: [*no_map, jsonl(file, GOOD, GOOD, chat(("user", "hi"), ("assistant", " ")))],
+            lambda: ["--data.source", jsonl(file, GOOD, GOOD, chat(("user", "hi"), ("assistant", " ")))],
             ["rows.jsonl, row 3", "messages[1].content", "empty"],
         ),
         "unknown format": (lambda: ["--data.format", "alpacca"], ["--data.format", "alpaca", "alpacca"]),
-        "columns of no format": (lambda: [*no_map, jsonl(file, {"a": 1, "b": 2})], ["rows.jsonl, row 1", "a, b"]),
+        "columns of no format": (lambda: ["--data.source", jsonl(file, {"a": 1, "b": 2})], ["rows.jsonl, row 1", "a, b"]),
         "rate": (
             lambda: ["--data.noise.ops+=TokenReplace", "--data.noise.ops.rate", "1.5"],
             ["TokenReplace", "1.5", "[0, 1]"],
@@ -303,7 +302,7 @@ def test_bad_input_is_one_line(name: str, cli: Cli, tmp_path: Path, capsys: pyte
 
 def test_an_error_of_a_real_process_has_no_traceback(tmp_path: Path) -> None:
     source = jsonl(tmp_path / "rows.jsonl", GOOD, chat(("usr", "hi"), ("assistant", "ho")))
-    command = [sys.executable, "-m", "deft_lightning", "fit", *TINY, "--data.column_map", "{}", "--data.source", source]
+    command = [sys.executable, "-m", "deft_lightning", "fit", *TINY, "--data.source", source]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr and "row 2" in done.stderr.splitlines()[-1]

@@ -95,7 +95,7 @@ def test_each_format_trains(name: str, cli: Cli, tmp_path: Path) -> None:
     source = tmp_path / f"data.{suffix}"
     write(source, [shape(f"What is {i} plus {i}?", f"It is {2 * i}.") for i in range(60)])
     cli(
-        "fit", *TINY, "--data.source", str(source), "--data.column_map", "{}", "--data.validation_fraction", "0.2",
+        "fit", *TINY, "--data.source", str(source), "--data.validation_fraction", "0.2",
         "--after_fit.test", "false",
     )  # fmt: skip
     assert (tmp_path / "logs" / "version_0" / "export" / "config.json").is_file()
@@ -110,7 +110,7 @@ def test_tokens_train_with_the_tokenizer_they_were_made_with(cli: Cli, tmp_path:
     source = tmp_path / "data.jsonl"
     write_jsonl(source, [{"input_ids": ids, "labels": [-100, *ids[1:]]} for ids in rows])
     cli(
-        "fit", *TINY, "--data.source", str(source), "--data.column_map", "{}", "--data.validation_fraction", "0.2",
+        "fit", *TINY, "--data.source", str(source), "--data.validation_fraction", "0.2",
         "--after_fit.test", "false", "--data.tokenizer", str(tmp_path / "tokenizer"),
     )  # fmt: skip
     assert (tmp_path / "logs" / "version_0" / "export" / "tokenizer.json").is_file()

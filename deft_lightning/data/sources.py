@@ -126,7 +126,11 @@ def _datasets(source: str, subset: str | None, split: str) -> Located:
 
 
 def _reasoning_gym(source: str) -> Located:
-    """Questions and answers of a reasoning_gym task; its own fields travel under ``metadata``."""
+    """Questions and answers of a reasoning_gym task.
+
+    Options go to the task, but for ``question`` and ``answer``: they name another field of its rows to take instead,
+    for example ``metadata.word``.
+    """
     import reasoning_gym
     import yaml
     from reasoning_gym.factory import DATASETS
@@ -135,9 +139,16 @@ def _reasoning_gym(source: str) -> Located:
     if task not in DATASETS:
         raise UserError(f"{source}: reasoning_gym has no task {task!r}.{did_you_mean(task, DATASETS)} (--data.source)")
     options = {key: yaml.safe_load(value) for key, value in parse_qsl(query, keep_blank_values=True)}
+    fields = {name: str(options.pop(name)).split(".") for name in ("question", "answer") if name in options}
     try:
         dataset = reasoning_gym.create_dataset(task, **{"size": 1000, "seed": 0, **options})
     except (TypeError, ValueError, AssertionError) as error:
         raise UserError(f"{source}: {task} refuses these options: {error} (--data.source)") from None
     for number in range(len(dataset)):
-        yield f"{source}, row {number + 1}", dataset[number]
+        record = dataset[number]
+        for name, path in fields.items():
+            value: Any = record
+            for part in path:
+                value = value.get(part) if isinstance(value, dict) else None
+            record[name] = value
+        yield f"{source}, row {number + 1}", record

@@ -1,0 +1,238 @@
+"""Two real ranks against one process on the same global batches."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from ddp_worker import SCENARIOS
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from deft_lightning import Trainer
+from deft_lightning.data.tokenizer import build_tokenizer
+
+SECONDS = 90.0
+ANSWERS = ["2", "red, green and blue", "Hello! How are you?", "y", "c a t", "no", "one two three four five", "!!"]
+HELD_OUT = ["something long, much longer than the rest", "4", "x y z", "no", "yes, it is"]
+PROMPTS = ["abc", "d\ne", "f", "gh", "i"]
+# JSON leaves these characters as they are, and some readers take them for line ends.
+SEPARATORS = ["abc", "d\u2028e", "f\u0085", "gh\u2029", "i"]
+
+
+class Runs(NamedTuple):
+    """What each scenario gave on one process and on both ranks."""
+
+    root: Path
+    ranks: list[dict[str, Any]]
+    single: dict[str, dict[str, Any]]
+
+
+def prepare(root: Path) -> None:
+    tokenizer = build_tokenizer(["hello"], 0)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=128, initializer_range=0.3, bos_token_id=None, pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(root / "pretrained")
+    tokenizer.save_pretrained(root / "pretrained")
+    rows = {
+        "train": [{"id": f"r{i}", "question": f"q{i}", "answer": a} for i, a in enumerate(ANSWERS * 2)],
+        "val": [{"id": f"v{i}", "question": f"v{i}", "answer": a} for i, a in enumerate(HELD_OUT)],
+        "test": [{"id": f"t{i}", "question": q, "answer": f"gold {i}"} for i, q in enumerate(PROMPTS)],
+        "separators": [{"id": f"t{i}", "question": q, "answer": f"gold {i}"} for i, q in enumerate(SEPARATORS)],
+    }
+    for name, content in rows.items():
+        (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def start(root: Path, rank: int, port: int) -> subprocess.Popen[bytes]:
+    here = Path(__file__).parent
+    environment = {
+        **{name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "TORCHELASTIC_"))},
+        "LOCAL_RANK": str(rank),
+        "NODE_RANK": "0",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "GLOO_SOCKET_IFNAME": "lo",
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONPATH": os.pathsep.join([str(here.parent), *filter(None, [os.environ.get("PYTHONPATH")])]),
+    }
+    with (root / f"rank{rank}.log").open("wb") as log:
+        return subprocess.Popen(
+            [sys.executable, str(here / "ddp_worker.py"), str(root)], env=environment, cwd=root, stdout=log,
+            stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+
+
+def run_ranks(root: Path) -> list[dict[str, Any]]:
+    """Start both ranks, wait, and kill whatever is left of them."""
+    port = free_port()
+    processes = [start(root, rank, port) for rank in range(2)]
+    deadline = time.monotonic() + SECONDS
+    try:
+        while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
+            if any(process.poll() for process in processes):
+                break  # one has failed, and the other waits for it
+            time.sleep(0.05)
+        codes = [process.poll() for process in processes]
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+    if codes != [0, 0]:
+        logs = [(root / f"rank{rank}.log").read_text(errors="replace")[-3000:] for rank in range(2)]
+        pytest.fail(f"ranks ended with {codes}\n--- rank 0\n{logs[0]}\n--- rank 1\n{logs[1]}", pytrace=False)
+    return [torch.load(root / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """All scenarios, run once: the start of a rank costs more than what it does."""
+    root = tmp_path_factory.mktemp("ddp")
+    prepare(root)
+    ranks = run_ranks(root)
+    return Runs(root, ranks, {name: scenario(root, 1) for name, scenario in SCENARIOS.items()})
+
+
+def assert_same_weights(runs: Runs, name: str, tolerance: float = 1e-5) -> None:
+    single, (first, second) = runs.single[name]["weights"], (rank[name]["weights"] for rank in runs.ranks)
+    assert single.keys() == first.keys() == second.keys()
+    initial = dict(AutoModelForCausalLM.from_pretrained(runs.root / "pretrained").named_parameters())
+    for key, value in single.items():
+        assert torch.equal(first[key], second[key]), f"the ranks disagree: {key}"
+        start = next((p for n, p in initial.items() if key == n), torch.zeros_like(value))
+        moved = float((value - start).detach().abs().max())
+        assert moved > 1e-4, f"{key} has not trained"
+        assert float((first[key] - value).abs().max()) / moved < tolerance, key
+
+
+@pytest.mark.parametrize("name", ["uneven", "dense", "clipped", "accumulated", "one rank masked", "lora"])
+def test_two_ranks_train_the_weights_of_one_process_on_the_same_global_batch(name: str, runs: Runs) -> None:
+    assert_same_weights(runs, name, 2e-4 if name == "lora" else 2e-5)
+    single = runs.single[name]
+    for rank in runs.ranks:
+        assert (rank[name]["steps"], rank[name]["tokens"]) == (single["steps"], single["tokens"])
+        assert rank[name]["grad_norm"].item() == pytest.approx(single["grad_norm"].item(), rel=1e-4)
+        assert rank[name]["nll"].item() == pytest.approx(single["nll"].item(), rel=1e-5)
+
+
+def test_the_scenarios_are_what_they_say(runs: Runs) -> None:
+    steps = {name: found["steps"] for name, found in runs.single.items() if "steps" in found}
+    assert steps == {"uneven": 4, "dense": 2, "clipped": 2, "accumulated": 4, "one rank masked": 2,
+                     "nothing supervised": 1, "lora": 4}  # fmt: skip
+    assert runs.single["clipped"]["grad_norm"] > 0.1, "something is clipped"
+
+
+def test_ranks_without_any_supervised_token_leave_the_weights_alone(runs: Runs) -> None:
+    initial = dict(AutoModelForCausalLM.from_pretrained(runs.root / "pretrained").named_parameters())
+    for rank in runs.ranks:
+        found = rank["nothing supervised"]
+        assert (found["steps"], found["tokens"]) == (1, 0)
+        assert all(torch.equal(value, initial[name]) for name, value in found["weights"].items())
+
+
+# --- what is logged -------------------------------------------------------------------------------------------------
+
+
+def events(folder: str) -> EventAccumulator:
+    return EventAccumulator(folder, size_guidance={"scalars": 0, "histograms": 0}).Reload()
+
+
+def test_scalars_are_those_of_one_process(runs: Runs) -> None:
+    single, double = events(runs.single["watched"]["log_dir"]), events(runs.ranks[0]["watched"]["log_dir"])
+    tags = set(single.Tags()["scalars"])
+    assert {"gate/mean", "gate/ess", "train/nll", "train/tokens", "val/nll", "val/ppl", "noise/auroc_gate"} <= tags
+    assert tags == set(double.Tags()["scalars"])
+    for tag in tags:
+        expected = [(event.step, event.value) for event in single.Scalars(tag)]
+        found = [(event.step, event.value) for event in double.Scalars(tag)]
+        assert [step for step, _ in found] == [step for step, _ in expected], tag
+        # A value near the edge of one of 1024 bins may fall on its other side.
+        tolerance = 1e-2 if "auroc" in tag else 1e-4
+        assert [v for _, v in found] == pytest.approx([v for _, v in expected], rel=tolerance), tag
+
+
+def test_histograms_count_the_tokens_of_both_ranks(runs: Runs) -> None:
+    single, double = events(runs.single["watched"]["log_dir"]), events(runs.ranks[0]["watched"]["log_dir"])
+    tags = {"gate/hist", "focus/hist", "prob/hist", "entropy/hist"}
+    assert tags == set(single.Tags()["histograms"]) == set(double.Tags()["histograms"])
+    for tag in tags:
+        pairs = list(zip(single.Histograms(tag), double.Histograms(tag), strict=True))
+        assert len(pairs) == 4
+        for expected, found in pairs:
+            assert found.step == expected.step
+            a, b = expected.histogram_value, found.histogram_value
+            assert (b.num, b.bucket_limit, b.bucket) == (a.num, a.bucket_limit, a.bucket), (tag, found.step)
+            assert b.sum == pytest.approx(a.sum, rel=1e-5)
+
+
+def test_both_ranks_know_the_same_metrics(runs: Runs) -> None:
+    first, second = (rank["watched"]["metrics"] for rank in runs.ranks)
+    assert first == second
+    assert first["val/nll"] == pytest.approx(runs.single["watched"]["metrics"]["val/nll"], rel=1e-4)
+
+
+def test_validation_counts_every_one_of_an_odd_number_of_examples_once(runs: Runs) -> None:
+    assert len(HELD_OUT) % 2 == 1
+    expected = runs.single["validated"]["metrics"]
+    for rank in runs.ranks:
+        assert rank["validated"]["metrics"] == pytest.approx(expected, rel=1e-6)
+
+
+# --- what is written ------------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_of_two_ranks_exports_what_they_trained(runs: Runs) -> None:
+    log_dir = Path(runs.ranks[0]["watched"]["log_dir"])
+    assert log_dir == Path(runs.ranks[1]["watched"]["log_dir"]), "one run, one folder"
+    files = [path for path in log_dir.rglob("*.ckpt") if not path.is_symlink()]
+    assert [path.name for path in files] == ["step=4.ckpt"]
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    folder = trainer.export(ckpt_path=str(files[0]), output=str(runs.root / "export"))
+    loaded = dict(AutoModelForCausalLM.from_pretrained(folder).named_parameters())
+    for name, value in runs.ranks[0]["watched"]["weights"].items():
+        assert torch.equal(loaded[name], value), name
+    assert_same_weights(runs, "watched", 1e-4)
+
+
+def records(path: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").split("\n") if line]
+
+
+@pytest.mark.parametrize("name", ["predicted", "separators predicted"])
+def test_predictions_of_both_ranks_merge_into_one_file_in_order(name: str, runs: Runs) -> None:
+    first, second = (rank[name]["path"] for rank in runs.ranks)
+    assert first == second
+    found = records(first)
+    assert [record["id"] for record in found] == [f"t{i}" for i in range(len(PROMPTS))]
+    assert [record["gold"] for record in found] == [f"gold {i}" for i in range(len(PROMPTS))]
+    assert found == records(runs.single[name]["path"])
+    assert not list(runs.root.glob(".predictions*")), "no part is left behind"
+
+
+def test_a_test_run_counts_every_one_of_an_odd_number_of_examples_once(runs: Runs) -> None:
+    for rank in runs.ranks:
+        found = rank["predicted"]["metrics"]
+        assert found["test/examples"] == len(PROMPTS)
+        assert found == pytest.approx(runs.single["predicted"]["metrics"])
