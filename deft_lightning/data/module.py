@@ -113,7 +113,7 @@ class InstructionDataModule(LightningDataModule):
         for where, record in read(source, subset=self.subset, split=self.split):
             try:
                 if format == "auto":
-                    format = detect_format(record, where, self.column_map)
+                    format = detect_format(record, where, self.column_map, need_response=need_response)
                 examples.append(normalise(record, where, format, self.column_map, need_response=need_response))
             except UserError as error:
                 if self.on_bad_row == "error":

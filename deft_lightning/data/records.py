@@ -195,15 +195,18 @@ CONVERSATIONS: dict[str, tuple[Callable[[Row], list[Message]], tuple[tuple[str, 
 OTHERS: dict[str, tuple[tuple[str, ...], ...]] = {"tokens": (("input_ids",),), "text": (("text",),)}
 
 
-def detect_format(record: Any, where: str, column_map: Mapping[str, str]) -> str:
-    """Return the format whose fields the record has.
+def detect_format(
+    record: Any, where: str, column_map: Mapping[str, str], *, need_response: bool = True
+) -> str:  # fmt: skip
+    """Return the format whose fields the record has; without need of a response, its prompt is enough.
 
     Raises:
         UserError: No format fits; the message lists the columns that are there.
     """
     row = Row(record, where, column_map)
     for name, fields in {**{k: v[1] for k, v in CONVERSATIONS.items()}, **OTHERS}.items():
-        if all(any(row.get(field) is not None for field in choice) for choice in fields):
+        needed = fields if need_response else fields[:1]
+        if all(any(row.get(field) is not None for field in choice) for choice in needed):
             return name
     raise UserError(
         f"{where}: the fields {', '.join(map(str, row.record)) or '(none)'} fit no known format; set --data.format or"
