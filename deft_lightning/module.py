@@ -91,6 +91,7 @@ class SFTModule(LightningModule):
         self._head_checked = False
         self._step_tokens: Tensor | None = None
         self._grad_norm: Tensor | None = None
+        self._rate = 0.0
         self._about: dict[str, Any] | None = None
         # In a plain dict, so that casting the module to bfloat16 leaves their float64 sums alone.
         self._meters = {"train": TokenMeter(), "val": TokenMeter(), "test": ExactMatch()}
@@ -213,6 +214,7 @@ class SFTModule(LightningModule):
                 torch._foreach_mul_(grads, scale)
             return result
 
+        self._rate = float(optimizer.param_groups[0]["lr"])  # of this step; the schedule moves on before it is logged
         super().optimizer_step(epoch, batch_idx, optimizer, closure)
         self._step_tokens = None
 
@@ -242,7 +244,7 @@ class SFTModule(LightningModule):
         self.log_dict({"train/loss": means.pop("loss"), "train/nll": means.pop("nll")}, prog_bar=True)
         self.log_dict({f"train/{name}": value for name, value in means.items()})
         self.log("train/tokens", float(self.tokens_seen))
-        self.log("train/lr", float(self.trainer.optimizers[0].param_groups[0]["lr"]))
+        self.log("train/lr", self._rate)
         if self._grad_norm is not None:
             self.log("train/grad_norm", self._grad_norm)
 

@@ -43,9 +43,21 @@ class CosineWithWarmup(LRScheduler):
     def plan(self, total_steps: int) -> None:
         """Set the number of optimizer steps before the first one."""
         self.total_steps = total_steps
+        self._apply()
+
+    def _apply(self) -> None:
         for group, rate in zip(self.optimizer.param_groups, self.get_lr(), strict=True):
             group["lr"] = rate
         self._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the place in the schedule; its shape and the peak rates belong to the run, not to the checkpoint."""
+        return {"last_epoch": self.last_epoch, "_step_count": self._step_count}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go to a place in the schedule."""
+        self.__dict__.update(state_dict)
+        self._apply()
 
     def factor(self, step: int) -> float:
         """Return the factor on the peak rate at an optimizer step, from 0."""

@@ -14,11 +14,11 @@ class SFTProgressBar(TQDMProgressBar):
     """Shows loss, nll, validation nll and the tokens per second of this rank (padding left out) since the last refresh.
 
     Args:
-        refresh_rate: Batches between updates; None is 1 in a terminal and 50 in a file.
+        refresh_rate: Batches between updates; None is 1 in a terminal and 10 in a file.
     """
 
     def __init__(self, refresh_rate: int | None = None) -> None:
-        super().__init__(refresh_rate=(1 if sys.stderr.isatty() else 50) if refresh_rate is None else refresh_rate)
+        super().__init__(refresh_rate=(1 if sys.stderr.isatty() else 10) if refresh_rate is None else refresh_rate)
         self._tokens, self._since, self._rate = 0, 0.0, 0.0
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from deft_lightning.data.collate import Prepared, PromptCollator, TrainCollator
 from deft_lightning.data.noise import Noise
-from deft_lightning.data.order import ShardedSampler
+from deft_lightning.data.order import ResumableLoader, ShardedSampler
 from deft_lightning.data.prepare import (
     Report,
     corrupt_responses,
@@ -222,7 +222,7 @@ class InstructionDataModule(LightningDataModule):
                 f"{len(dataset)} examples are fewer than the {world} ranks (--data.source, --trainer.devices)"
             )
         sampler = ShardedSampler(len(dataset), rank=rank, world=world, seed=self.seed, shuffle=train, even=train)
-        return DataLoader(
+        return (ResumableLoader if train else DataLoader)(
             dataset,  # type: ignore[arg-type]
             batch_size=size,
             sampler=sampler,

@@ -131,11 +131,16 @@ def _apply_keeping(names: list[str]) -> Callable[..., nn.Module]:
 
 
 def check_fits(model: Any, tokenizer: Any | None, longest: int) -> None:
-    """Refuse data the model has no embedding for.
+    """Refuse data the model has no embedding for, and losses of the model that would be left out.
 
     Raises:
-        UserError: The vocabulary or the number of positions is too small.
+        UserError: The vocabulary or the number of positions is too small, or the model has a router loss.
     """
+    if getattr(model.config.get_text_config(), "output_router_logits", False):
+        raise UserError(
+            f"{type(model).__name__}: the auxiliary loss of its router is not supported by this version; set"
+            " output_router_logits to false in its config (--model.architecture.output_router_logits false)"
+        )
     rows = model.get_input_embeddings().weight.shape[0]
     if tokenizer is not None and rows < len(tokenizer):
         raise UserError(

@@ -117,7 +117,9 @@ def save_hugging_face(
             causal.generation_config.save_pretrained(partial)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
-        partial.chmod(0o755)
+        partial.chmod(0o755)  # temporary folders and files are private, a model folder is not
+        for path in partial.rglob("*"):
+            path.chmod(0o755 if path.is_dir() else 0o644)
         if target.exists():
             target.rmdir()
         partial.rename(target)

@@ -55,8 +55,6 @@ def find_head(model: Any) -> HeadSeam:
     if body is causal:
         raise UserError(f"{name}: its body cannot be told from its head{DENSE}")
     config = causal.config.get_text_config()
-    if getattr(config, "output_router_logits", False):
-        raise UserError(f"{name}: the auxiliary loss of its router is not supported; set output_router_logits false")
     scale = getattr(config, "logit_scale", None)
     divisor = getattr(config, "logits_scaling", None)
     return HeadSeam(
