@@ -48,27 +48,31 @@ class ResumableLoader(DataLoader[Any]):
 
     Args:
         dataset: What the order picks from.
-        sampler: The order.
+        sampler: The order. Lightning puts another one in its place for ``overfit_batches``; then nothing is resumed.
         kwargs: As :class:`torch.utils.data.DataLoader`.
     """
 
-    def __init__(self, dataset: Any, *, sampler: ShardedSampler, **kwargs: Any) -> None:
+    def __init__(self, dataset: Any, *, sampler: Any, **kwargs: Any) -> None:
         super().__init__(dataset, sampler=sampler, **kwargs)
-        self.order, self._given = sampler, 0
+        self._given = 0
         self._resume: dict[str, int] = {}
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         """Yield batches; the first one is prepared on demand, since Lightning sets the epoch after it asks for this."""
-        resumed = self._resume.get("samples", 0) if self._resume.get("epoch") == self.order.epoch else 0
+        order = self.sampler
+        if not isinstance(order, ShardedSampler):
+            yield from super().__iter__()
+            return
+        resumed = self._resume.get("samples", 0) if self._resume.get("epoch") == order.epoch else 0
         self._resume = {}
-        self.order.start = self._given = resumed
+        order.start = self._given = resumed
         for batch in super().__iter__():
-            self._given = min(self._given + (self.batch_size or 1) * self.order.num_replicas, self.order.size)
+            self._given = min(self._given + (self.batch_size or 1) * order.num_replicas, order.size)
             yield batch
 
     def state_dict(self) -> dict[str, int]:
         """Return the place in the order."""
-        return {"epoch": self.order.epoch, "samples": self._given}
+        return {"epoch": getattr(self.sampler, "epoch", 0), "samples": self._given}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Continue there when the same epoch is iterated next; any other epoch starts at its beginning."""
