@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -86,7 +87,8 @@ class SFTModule(LightningModule):
         self.head, self.lora, self.dtype_name, self.attention = head, lora, dtype, attention
         self.gradient_checkpointing, self.generation = gradient_checkpointing, generation
         self.model: Any = None
-        self.tokens_seen = 0
+        self._seen_before = 0
+        self._seen: Tensor | None = None
         self._seam: HeadSeam | None = None
         self._head_checked = False
         self._step_tokens: Tensor | None = None
@@ -110,7 +112,7 @@ class SFTModule(LightningModule):
     def setup(self, stage: str) -> None:
         """Refuse strategies under which the head would not see its whole weight."""
         name = type(self.trainer.strategy).__name__
-        if not name.startswith(("SingleDevice", "DDP")):
+        if not isinstance(self.trainer.strategy, DDPStrategy) and not name.startswith("SingleDevice"):
             raise UserError(f"{name} is not supported by this version: use --trainer.strategy auto or ddp")
 
     def configure_model(self) -> None:
@@ -216,7 +218,13 @@ class SFTModule(LightningModule):
 
         self._rate = float(optimizer.param_groups[0]["lr"])  # of this step; the schedule moves on before it is logged
         super().optimizer_step(epoch, batch_idx, optimizer, closure)
+        self._seen = tokens if self._seen is None else self._seen + tokens
         self._step_tokens = None
+
+    @property
+    def tokens_seen(self) -> int:
+        """Supervised tokens trained on so far, on all ranks."""
+        return self._seen_before + (0 if self._seen is None else int(self._seen))
 
     def configure_gradient_clipping(
         self,
@@ -240,7 +248,7 @@ class SFTModule(LightningModule):
             return
         means = self._meters["train"].compute()
         self._meters["train"].reset()
-        self.tokens_seen += int(means.pop("tokens"))
+        means.pop("tokens")
         self.log_dict({"train/loss": means.pop("loss"), "train/nll": means.pop("nll")}, prog_bar=True)
         self.log_dict({f"train/{name}": value for name, value in means.items()})
         self.log("train/tokens", float(self.tokens_seen))
@@ -325,7 +333,7 @@ class SFTModule(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on counting tokens."""
-        self.tokens_seen = int(checkpoint.get(KEY, {}).get("tokens_seen", 0))
+        self._seen_before, self._seen = int(checkpoint.get(KEY, {}).get("tokens_seen", 0)), None
 
 
 def _parameters(optimizer: Any) -> Iterator[Tensor]:

@@ -63,7 +63,7 @@ class CosineWithWarmup(LRScheduler):
         """Return the factor on the peak rate at an optimizer step, from 0."""
         if self.total_steps is None:
             return 1.0
-        rising = math.ceil(self.warmup * self.total_steps)
+        rising = math.ceil(self.warmup * self.total_steps - 1e-9)  # 0.07 * 100 is a little above 7 in binary
         if step < rising:
             return (step + 1) / rising
         progress = min((step - rising) / max(self.total_steps - rising, 1), 1.0)

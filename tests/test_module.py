@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -393,6 +394,18 @@ def test_validation_nll_is_plain_and_its_perplexity_the_exponential(
     assert found["val/token_accuracy"] == pytest.approx(torch.cat(right).double().mean().item(), abs=1e-6)
 
 
+@pytest.mark.parametrize("sanity", [0, 2])
+def test_each_validation_starts_afresh(sanity: int, pretrained: str, source: str, tmp_path: Path) -> None:
+    held_out = write_rows(tmp_path / "val.jsonl", HELD_OUT)
+    module, loaded = make_module(pretrained), data(source, validation_source=held_out)
+    trainer = make_trainer(tmp_path, max_epochs=2, num_sanity_val_steps=sanity)
+    trainer.fit(module, loaded)
+    model = copy.deepcopy(module.model).double().eval()
+    with torch.no_grad():
+        plain = torch.cat([nll(*supervised(model, batch)) for batch in loaded.val_dataloader()])
+    assert trainer.callback_metrics["val/nll"].item() == pytest.approx(plain.mean().item(), rel=1e-4)
+
+
 # --- modes, precision, adapters -------------------------------------------------------------------------------------
 
 
@@ -576,6 +589,8 @@ def test_the_schedule_counts_optimizer_steps(
     )
     warmup = math.ceil(total / 4)
     assert recorder.rates == pytest.approx([0.3 * cosine(t, total, warmup, 0.1) for t in range(total)])
+    logged = module.trainer.callback_metrics["train/lr"].item()
+    assert logged == pytest.approx(recorder.rates[-1]), "the rate of the logged step, not of the next one"
 
 
 @pytest.mark.parametrize(

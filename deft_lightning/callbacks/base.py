@@ -47,6 +47,11 @@ class TokenMonitor(Callback):
             self.packed.reset()
             self.report(trainer, pl_module, rows)
 
+    def write_scalars(self, trainer: Trainer, values: dict[str, float]) -> None:
+        """Write values of this step alone, on rank zero; Lightning's ``log`` would repeat them on steps without any."""
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+
     def write_histogram(self, trainer: Trainer, tag: str, row: Histogram) -> None:
         """Write one histogram to every TensorBoard logger; on rank zero alone."""
         if not trainer.is_global_zero or not row.total:

@@ -68,5 +68,8 @@ class Checkpoint(ModelCheckpoint):
 
 def newest_checkpoint(root: str | Path) -> Path | None:
     """Return the newest complete checkpoint under a folder, or None."""
-    files = sorted(Path(root).rglob("*.ckpt"), key=lambda path: path.stat().st_mtime, reverse=True)
+    # A link may point to a file that is gone.
+    files = sorted(
+        filter(Path.is_file, Path(root).rglob("*.ckpt")), key=lambda path: path.stat().st_mtime, reverse=True
+    )
     return next((path for path in files if zipfile.is_zipfile(path)), None)

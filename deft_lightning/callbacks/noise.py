@@ -45,10 +45,12 @@ class NoiseMonitor(TokenMonitor):
         clean, noisy = rows[:5], rows[5:]
         if not (clean[0].total and noisy[0].total):
             return
+        values: dict[str, float] = {}
         for name, kind in (("clean", clean), ("noisy", noisy)):
-            module.log(f"gate/{name}", kind[2].mean)
-            module.log(f"nll/{name}", kind[3].mean)
-        module.log("noise/auroc_gate", binned_auroc(noisy[0].counts, clean[0].counts))
-        module.log("noise/auroc_prob", binned_auroc(noisy[1].counts, clean[1].counts))
+            values[f"gate/{name}"] = kind[2].mean
+            values[f"nll/{name}"] = kind[3].mean
+        values["noise/auroc_gate"] = binned_auroc(noisy[0].counts, clean[0].counts)
+        values["noise/auroc_prob"] = binned_auroc(noisy[1].counts, clean[1].counts)
         spent = clean[4].sum + noisy[4].sum
-        module.log("noise/gradient_share", noisy[4].sum / spent if spent else 0.0)
+        values["noise/gradient_share"] = noisy[4].sum / spent if spent else 0.0
+        self.write_scalars(trainer, values)

@@ -58,11 +58,13 @@ class PredictionWriter(BasePredictionWriter):
             return
         target = self._target(trainer)
         parts = [self._part(trainer, rank) for rank in range(trainer.world_size)]
-        lines = [part.read_text(encoding="utf-8").splitlines(keepends=True) for part in parts]
+        lines = [part.read_text(encoding="utf-8").split("\n")[:-1] for part in parts]
         merged = target.with_name(f".{target.name}.all")
         # Rank r holds every world-th example from r: taking one from each in turn restores the order.
         longest = max(map(len, lines))
-        merged.write_text("".join(rows[i] for i in range(longest) for rows in lines if i < len(rows)), encoding="utf-8")
+        merged.write_text(
+            "".join(rows[i] + "\n" for i in range(longest) for rows in lines if i < len(rows)), encoding="utf-8"
+        )
         merged.replace(target)
         for part in parts:
             part.unlink()

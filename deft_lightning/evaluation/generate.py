@@ -38,6 +38,10 @@ class Generation:
             raise UserError("--model.generation.samples above 1 needs --model.generation.temperature above 0")
 
 
+# What a model's own generation config may ask for and a measurement must not: Qwen2.5-Instruct penalises repetition.
+NEUTRAL = {"num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_length": 0}
+
+
 class Completion(NamedTuple):
     """One sample: its text without the end token, and whether ``max_new_tokens`` cut it off."""
 
@@ -61,9 +65,9 @@ def complete(
     Returns:
         For each of the B prompts its samples.
     """
-    options: dict[str, Any] = {"do_sample": False}
+    options: dict[str, Any] = {**NEUTRAL, "do_sample": False}
     if settings.temperature:
-        options = {"do_sample": True, "temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0}
+        options |= {"do_sample": True, "temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0}
         torch.manual_seed(key(settings.seed, *batch["example_id"]) >> 65)
     out = model.generate(
         input_ids=batch["input_ids"],

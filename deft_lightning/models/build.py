@@ -37,13 +37,14 @@ def load_pretrained(name: str, dtype: Dtype, attention: str | None = None) -> An
         dtype: Dtype of the weights.
         attention: transformers' ``attn_implementation``; None lets it choose.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     source = check_pretrained(name)
     options: dict[str, Any] = {"attn_implementation": attention} if attention else {}
     try:
         model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype), **options)
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{name}: cannot load the model: {reason} (--model.pretrained)") from None
     return ready(model)

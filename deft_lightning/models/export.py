@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 import shutil
 import tempfile
 import zipfile
@@ -51,8 +52,11 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{path}: no such checkpoint (--ckpt_path)")
     if not zipfile.is_zipfile(path):
         raise UserError(f"{path}: is not a complete checkpoint (--ckpt_path)")
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    if KEY not in checkpoint or "state_dict" not in checkpoint:
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, pickle.UnpicklingError):  # another archive, or objects of another program
+        checkpoint = None
+    if not isinstance(checkpoint, dict) or KEY not in checkpoint or "state_dict" not in checkpoint:
         raise UserError(f"{path}: is not a checkpoint of SFTModule (--ckpt_path)")
     return dict(checkpoint)
 

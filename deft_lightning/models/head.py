@@ -85,8 +85,8 @@ def check_head(model: Any, seam: HeadSeam, input_ids: Tensor) -> None:
     own = model(input_ids=few, use_cache=False).logits
     ours = seam.logits(seam.body(input_ids=few, use_cache=False).last_hidden_state)
     model.train(was_training)
-    full = seam.linear.weight.dtype == torch.float32 and not torch.is_autocast_enabled(few.device.type)
-    tolerance = 1e-3 if full else 5e-2
+    low = own.dtype in (torch.bfloat16, torch.float16) or ours.dtype in (torch.bfloat16, torch.float16)
+    tolerance = 2e-2 if low else 1e-3  # a few roundings of either
     worst = float((own - ours).float().abs().max() / own.float().abs().max().clamp_min(1e-30))
     if not worst <= tolerance:
         raise UserError(

@@ -51,6 +51,11 @@ def add_adapters(model: Any, lora: LoRA) -> Any:
         target_modules=lora.target_modules,
         task_type="CAUSAL_LM",
     )
+    if not isinstance(lora.target_modules, str):
+        there = [f".{name}" for name, _ in model.named_modules()]
+        missing = [t for t in lora.target_modules if not any(name.endswith(f".{t}") for name in there)]
+        if missing:
+            raise UserError(f"--model.lora.target_modules: no module is named {', '.join(missing)}")
     try:
         return get_peft_model(model, config)
     except ValueError as error:

@@ -1,0 +1,322 @@
+"""Metrics against numpy and against counting by hand: means per token, packed histograms, binned AUROC, exact match."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from deft_lightning.functional import TokenStats
+from deft_lightning.metrics import ExactMatch, Histogram, PackedHistogram, TokenMeter, binned_auroc, spread
+
+quick = settings(deadline=None, max_examples=60, derandomize=True)
+UNIT = ((0.0, 1.0),)
+
+
+def stats(log_prob: Sequence[float], correct: Sequence[bool]) -> TokenStats:
+    values = torch.tensor(log_prob, dtype=torch.float32)
+    return TokenStats(values, torch.ones_like(values), torch.zeros_like(values), torch.tensor(correct).bool())
+
+
+def loss_of(*values: float) -> Tensor:
+    return torch.tensor(sum(values), dtype=torch.float32)
+
+
+# --- TokenMeter -----------------------------------------------------------------------------------------------------
+
+
+def test_token_meter_weighs_tokens_and_not_batches() -> None:
+    meter = TokenMeter()
+    meter.update(loss_of(0.5, 0.25, 0.25), stats([-1.0, -2.0, -3.0], [True, False, True]))
+    meter.update(loss_of(4.0), stats([-10.0], [False]))
+    found = {name: value.item() for name, value in meter.compute().items()}
+    assert found == pytest.approx(
+        {"loss": 5 / 4, "nll": 16 / 4, "ppl": math.exp(4.0), "token_accuracy": 0.5, "tokens": 4}
+    )
+
+
+def test_token_meter_without_tokens_is_zero_and_its_perplexity_one() -> None:
+    expected = {"loss": 0.0, "nll": 0.0, "ppl": 1.0, "token_accuracy": 0.0, "tokens": 0.0}
+    meter = TokenMeter()
+    meter.update(loss_of(), stats([], []))
+    assert {name: value.item() for name, value in meter.compute().items()} == expected
+
+
+def test_an_empty_batch_does_not_change_the_means() -> None:
+    meter = TokenMeter()
+    meter.update(loss_of(1.0), stats([-1.0], [True]))
+    before = meter.compute()
+    meter.update(loss_of(), stats([], []))
+    assert meter.compute() == before
+
+
+def test_token_meter_starts_afresh_after_reset() -> None:
+    meter = TokenMeter()
+    meter.update(loss_of(100.0), stats([-50.0, -50.0], [False, False]))
+    meter.compute()
+    meter.reset()
+    meter.update(loss_of(1.0), stats([-2.0], [True]))
+    found = meter.compute()
+    assert (found["loss"], found["nll"], found["token_accuracy"], found["tokens"]) == (1.0, 2.0, 1.0, 1.0)
+
+
+def test_token_meter_does_not_lose_small_terms_in_a_large_sum() -> None:
+    """In float32 a sum of 2^24 no longer grows when 1 is added to it."""
+    meter = TokenMeter()
+    meter.update(torch.tensor(2.0**24), stats([-1.0], [True]))
+    for _ in range(100):
+        meter.update(loss_of(1.0), stats([-1.0], [True]))
+    assert meter.compute()["loss"].item() == pytest.approx((2**24 + 100) / 101, rel=1e-12)
+
+
+def test_token_meter_keeps_no_graph() -> None:
+    meter = TokenMeter()
+    meter.update(torch.tensor(3.0, requires_grad=True) * 2, stats([-1.0], [True]))
+    assert not meter.sums.requires_grad
+
+
+token_batches = st.lists(
+    st.lists(st.tuples(st.floats(0, 9), st.floats(-9, 0), st.booleans()), max_size=6), min_size=1, max_size=5
+)
+
+
+@given(token_batches, st.integers(0, 5))
+@quick
+def test_merging_two_token_meters_equals_one_over_the_concatenation(
+    batches: list[list[tuple[float, float, bool]]], cut: int
+) -> None:
+    whole, first, second = TokenMeter(), TokenMeter(), TokenMeter()
+    for i, batch in enumerate(batches):
+        losses, log_probs, correct = [list(column) for column in zip(*batch, strict=True)] or [[], [], []]
+        for meter in (whole, first if i < cut else second):
+            meter.update(loss_of(*losses), stats(log_probs, correct))
+    first.merge_state(second)
+    for name, value in whole.compute().items():
+        torch.testing.assert_close(first.compute()[name], value, rtol=1e-12, atol=1e-12, msg=name)
+
+
+# --- PackedHistogram ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bins", [1, 7, 50])
+@pytest.mark.parametrize("edges", [(0.0, 1.0), (-2.0, 3.0), (0.0, math.log(262))])
+def test_packed_histogram_counts_as_numpy_does(edges: tuple[float, float], bins: int) -> None:
+    values = np.random.default_rng(bins).uniform(*edges, size=1000)
+    packed = PackedHistogram([edges], bins)
+    for part in np.array_split(values, 7):
+        packed.update(0, torch.from_numpy(part))
+    (row,) = packed.rows()
+    counts, bounds = np.histogram(values, bins=bins, range=edges)
+    assert row.counts == counts.tolist()
+    assert row.edges == pytest.approx(bounds.tolist(), abs=1e-12)
+    assert row.total == 1000
+    assert row.sum == pytest.approx(values.sum(), rel=1e-12)
+    assert row.sum_squares == pytest.approx(np.square(values).sum(), rel=1e-12)
+    assert row.mean == pytest.approx(values.mean(), rel=1e-12)
+
+
+def test_quantities_of_a_packed_histogram_do_not_mix() -> None:
+    packed = PackedHistogram([(0.0, 1.0), (0.0, 10.0), (-1.0, 0.0)], bins=2)
+    packed.update(1, torch.tensor([1.0, 9.0, 9.0]))
+    packed.update(2, torch.tensor([-0.75]))
+    empty, second, third = packed.rows()
+    assert (empty.total, empty.sum, empty.counts) == (0, 0, [0, 0])
+    assert (second.counts, second.sum, second.edges) == ([1, 2], 19.0, [0.0, 5.0, 10.0])
+    assert (third.counts, third.sum) == ([1, 0], -0.75)
+
+
+def test_both_ends_of_the_range_fall_into_the_outermost_bins() -> None:
+    packed = PackedHistogram(UNIT, bins=4)
+    packed.update(0, torch.tensor([0.0, 1.0]))
+    assert packed.rows()[0].counts == [1, 0, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("value", "bin"),
+    [(-3.0, 0), (1.5, -1), (1e6, -1), (1e17, -1), (1e30, -1), (-1e30, 0), (math.inf, -1), (-math.inf, 0)],
+)
+def test_a_value_outside_the_range_counts_in_the_nearest_bin(value: float, bin: int) -> None:
+    packed = PackedHistogram(UNIT, bins=50)
+    packed.update(0, torch.tensor([value], dtype=torch.float64))
+    counts = packed.rows()[0].counts
+    assert counts[bin] == 1 and sum(counts) == 1, counts.index(1)
+
+
+def test_packed_histogram_keeps_exact_sums_of_float32_values() -> None:
+    values = torch.full((4096,), 0.1, dtype=torch.float32)
+    packed = PackedHistogram(UNIT)
+    packed.update(0, values)
+    assert packed.rows()[0].sum == pytest.approx(4096 * float(values[0]), rel=1e-14)
+
+
+def test_packed_histogram_without_values_has_no_mean_to_divide_by() -> None:
+    packed = PackedHistogram(UNIT, bins=3)
+    packed.update(0, torch.empty(0))
+    (row,) = packed.rows()
+    assert (row.total, row.mean, row.effective_sample_size, row.counts) == (0, 0.0, 0.0, [0, 0, 0])
+
+
+def test_packed_histogram_starts_afresh_after_reset() -> None:
+    packed = PackedHistogram(UNIT, bins=2)
+    packed.update(0, torch.tensor([0.1, 0.2]))
+    packed.rows()
+    packed.reset()
+    packed.update(0, torch.tensor([0.9]))
+    (row,) = packed.rows()
+    assert (row.counts, row.total) == ([0, 1], 1)
+    assert row.sum == pytest.approx(0.9)
+
+
+@given(st.lists(st.lists(st.floats(-0.5, 1.5, width=32), max_size=8), min_size=1, max_size=5), st.integers(0, 5))
+@quick
+def test_merging_two_packed_histograms_equals_one_over_the_concatenation(parts: list[list[float]], cut: int) -> None:
+    whole, first, second = (PackedHistogram([(0.0, 1.0), (-1.0, 2.0)], bins=9) for _ in range(3))
+    for i, part in enumerate(parts):
+        for packed in (whole, first if i < cut else second):
+            packed.update(i % 2, torch.tensor(part))
+    first.merge_state(second)
+    for merged, single in zip(first.rows(), whole.rows(), strict=True):
+        assert (merged.counts, merged.total) == (single.counts, single.total)
+        assert merged.sum == pytest.approx(single.sum, abs=1e-12)
+        assert merged.sum_squares == pytest.approx(single.sum_squares, abs=1e-12)
+
+
+def test_effective_sample_size_is_one_for_equal_values_and_their_share_for_indicators() -> None:
+    packed = PackedHistogram([(0.0, 1.0)] * 3)
+    packed.update(0, torch.full((10,), 0.3))
+    packed.update(1, torch.tensor([1.0] * 3 + [0.0] * 9))
+    packed.update(2, torch.zeros(5))
+    equal, indicator, zero = packed.rows()
+    assert equal.effective_sample_size == pytest.approx(1.0)
+    assert indicator.effective_sample_size == pytest.approx(3 / 12)
+    assert zero.effective_sample_size == 0.0
+
+
+def test_raw_histogram_spans_what_is_filled_and_keeps_every_count() -> None:
+    raw = Histogram([0.0, 0.25, 0.5, 0.75, 1.0], [0, 2, 0, 1], 3, 1.5, 0.9).raw()
+    assert (raw["min"], raw["max"], raw["num"], raw["sum"], raw["sum_squares"]) == (0.25, 1.0, 3, 1.5, 0.9)
+    assert raw["bucket_limits"] == [0.25, 0.5, 0.75, 1.0]
+    assert raw["bucket_counts"] == [0, 2, 0, 1]
+
+
+# --- AUROC ----------------------------------------------------------------------------------------------------------
+
+
+def exact_auroc(positive: np.ndarray, negative: np.ndarray) -> float:
+    """Rank-sum statistic over all pairs; a tie counts one half."""
+    difference = positive[:, None] - negative[None, :]
+    return float(((difference > 0) + 0.5 * (difference == 0)).mean())
+
+
+@pytest.mark.parametrize("bins", [4, 64, 1024])
+@pytest.mark.parametrize("shift", [-1.0, 0.0, 0.5, 3.0])
+def test_binned_auroc_is_within_half_the_pairs_that_share_a_bin_of_the_exact_one(bins: int, shift: float) -> None:
+    generator = np.random.default_rng(0)
+    # Noisy tokens are less probable: their -log p is larger.
+    noisy, clean = np.exp(generator.normal(shift, 2, 300)), np.exp(generator.normal(0, 2, 500))
+    packed = PackedHistogram([(0.0, 1.0)] * 2, bins)
+    for row, values in enumerate((noisy, clean)):
+        packed.update(row, spread(torch.from_numpy(-values)))
+    places = [np.floor(values / (1 + values) * bins) for values in (noisy, clean)]
+    shared = float((places[0][:, None] == places[1][None, :]).mean())
+    rows = packed.rows()
+    assert abs(binned_auroc(rows[0].counts, rows[1].counts) - exact_auroc(noisy, clean)) <= shared / 2 + 1e-12
+    if bins == 1024:
+        assert shared < 0.01, "the bound would show nothing"
+
+
+def test_binned_auroc_of_one_value_a_bin_is_exact() -> None:
+    positive, negative = [0, 1, 0, 0, 1, 1], [1, 0, 1, 0, 0, 1]
+    places = np.arange(6)
+    exact = exact_auroc(np.repeat(places, positive), np.repeat(places, negative))
+    assert binned_auroc(positive, negative) == pytest.approx(exact)
+
+
+@pytest.mark.parametrize(
+    ("positive", "negative", "expected"),
+    [
+        ([0, 0, 5], [7, 0, 0], 1.0),
+        ([5, 0, 0], [0, 0, 7], 0.0),
+        ([3, 4], [3, 4], 0.5),
+        ([9], [2], 0.5),
+        ([0, 0], [1, 2], 0.5),
+        ([1, 2], [0, 0], 0.5),
+        ([], [], 0.5),
+    ],
+)
+def test_binned_auroc_of_separated_equal_and_empty_classes(
+    positive: list[int], negative: list[int], expected: float
+) -> None:
+    assert binned_auroc(positive, negative) == expected
+
+
+def test_spread_is_t_over_one_plus_t_of_minus_the_logarithm() -> None:
+    values = [0.0, -1e-6, -0.5, -1.0, -3.0, -1e4]
+    expected = [-v / (1 - v) for v in values]
+    assert spread(torch.tensor(values, dtype=torch.float64)).tolist() == pytest.approx(expected, rel=1e-12)
+
+
+def test_spread_sends_certainty_to_zero_impossibility_to_one_and_keeps_ranks() -> None:
+    log_prob = torch.tensor([0.5, 0.0, -1e-3, -0.1, -2.0, -80.0, -math.inf], dtype=torch.float64)
+    found = spread(log_prob)
+    assert found[0] == found[1] == 0.0 and found[-1] == 1.0
+    assert (found[1:].diff() > 0).all()
+
+
+# --- ExactMatch -----------------------------------------------------------------------------------------------------
+
+
+def test_exact_match_averages_samples_within_and_then_over_examples() -> None:
+    metric = ExactMatch()
+    outcomes = [([True, False], [False, True]), ([True, True], [False, False]), ([False, False], [True, True])]
+    for matches, truncated in outcomes:
+        metric.update(matches, truncated)
+    scores = np.array([0.5, 1.0, 0.0])
+    found = metric.compute()
+    assert found["exact_match"].item() == pytest.approx(scores.mean())
+    assert found["exact_match_se"].item() == pytest.approx(scores.std(ddof=1) / math.sqrt(3))
+    assert found["truncated"].item() == pytest.approx((0.5 + 0.0 + 1.0) / 3)
+    assert found["examples"].item() == 3
+
+
+@pytest.mark.parametrize("outcomes", [[], [True]])
+def test_exact_match_of_none_or_one_example_has_no_error(outcomes: list[bool]) -> None:
+    metric = ExactMatch()
+    for outcome in outcomes:
+        metric.update([outcome], [False])
+    found = {name: value.item() for name, value in metric.compute().items()}
+    score = float(any(outcomes))
+    expected = {"exact_match": score, "exact_match_se": 0.0, "truncated": 0.0, "examples": float(len(outcomes))}
+    assert found == expected
+
+
+@given(st.lists(st.lists(st.booleans(), min_size=1, max_size=3), min_size=1, max_size=12), st.integers(0, 12))
+@quick
+def test_merging_two_exact_matches_equals_one_over_the_concatenation(examples: list[list[bool]], cut: int) -> None:
+    whole, first, second = ExactMatch(), ExactMatch(), ExactMatch()
+    for i, matches in enumerate(examples):
+        for metric in (whole, first if i < cut else second):
+            metric.update(matches, [not match for match in matches])
+    first.merge_state(second)
+    for name, value in whole.compute().items():
+        torch.testing.assert_close(first.compute()[name], value, rtol=0, atol=1e-7, msg=name)
+    scores = np.array([np.mean(matches) for matches in examples])
+    assert whole.compute()["exact_match"].item() == pytest.approx(scores.mean())
+    if len(scores) > 1:
+        error = scores.std(ddof=1) / math.sqrt(len(scores))
+        assert whole.compute()["exact_match_se"].item() == pytest.approx(error, abs=1e-7)
+
+
+def test_exact_match_starts_afresh_after_reset() -> None:
+    metric = ExactMatch()
+    metric.update([False], [True])
+    metric.compute()
+    metric.reset()
+    metric.update([True], [False])
+    assert metric.compute()["exact_match"] == 1.0 and metric.compute()["examples"] == 1.0
