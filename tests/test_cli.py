@@ -240,7 +240,10 @@ def bad_input(name: str, path: Path) -> tuple[list[str], list[str]]:
             ["rows.jsonl, row 3", "messages[1].content", "empty"],
         ),
         "unknown format": (lambda: ["--data.format", "alpacca"], ["--data.format", "alpaca", "alpacca"]),
-        "columns of no format": (lambda: ["--data.source", jsonl(file, {"a": 1, "b": 2})], ["rows.jsonl, row 1", "a, b"]),
+        "columns of no format": (
+            lambda: ["--data.source", jsonl(file, {"a": 1, "b": 2})],
+            ["rows.jsonl, row 1", "a, b"],
+        ),
         "rate": (
             lambda: ["--data.noise.ops+=TokenReplace", "--data.noise.ops.rate", "1.5"],
             ["TokenReplace", "1.5", "[0, 1]"],
