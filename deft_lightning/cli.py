@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 import warnings
 from dataclasses import dataclass
@@ -170,7 +171,10 @@ class DeftCLI(LightningCLI):
         if wanted.test:
             self.trainer.test(self.model, datamodule=self.datamodule)
         if wanted.export and folder is not None:
-            self.trainer.export(self.model, output=str(Path(folder) / "export"), datamodule=self.datamodule)
+            # Without a logger, runs share a folder: an earlier export is not overwritten, and not a reason to fail.
+            names = itertools.chain(["export"], (f"export-{i}" for i in itertools.count(1)))
+            output = next(path for name in names if not (path := Path(folder) / name).exists())
+            self.trainer.export(self.model, output=str(output), datamodule=self.datamodule)
 
 
 def run(args: ArgsType = None) -> None:
