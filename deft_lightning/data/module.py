@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -23,11 +24,11 @@ from deft_lightning.data.prepare import (
     tokenise,
     vocabulary,
 )
-from deft_lightning.data.records import Example, Format, detect_format, normalise
+from deft_lightning.data.records import FIELDS, Example, Format, detect_format, normalise
 from deft_lightning.data.sources import read
-from deft_lightning.data.template import set_template
+from deft_lightning.data.template import end_of_turn, markers, set_template
 from deft_lightning.data.tokenizer import build_tokenizer, load_tokenizer
-from deft_lightning.errors import UserError
+from deft_lightning.errors import UserError, did_you_mean
 from deft_lightning.hashing import uniform
 
 
@@ -85,6 +86,13 @@ class InstructionDataModule(LightningDataModule):
         super().__init__()
         if not 0.0 <= validation_fraction < 1.0:
             raise UserError(f"--data.validation_fraction {validation_fraction} is outside [0, 1)")
+        if format not in get_args(Format):
+            raise UserError(f"--data.format {format!r}; known: {', '.join(get_args(Format))}")
+        for name in column_map or {}:
+            if name not in FIELDS:
+                raise UserError(f"--data.column_map.{name}: no such field.{did_you_mean(name, FIELDS)}")
+        if on_bad_row not in ("error", "skip"):
+            raise UserError(f"--data.on_bad_row must be error or skip, not {on_bad_row!r}")
         for name, value in (
             ("batch_size", batch_size),
             ("max_length", max_length),
@@ -110,7 +118,13 @@ class InstructionDataModule(LightningDataModule):
         examples: list[Example] = []
         skipped: list[str] = []
         format: str = self.format
-        for where, record in read(source, subset=self.subset, split=self.split):
+
+        def skip(error: UserError) -> None:
+            if self.on_bad_row == "error":
+                raise error
+            skipped.append(str(error))
+
+        for where, record in read(source, subset=self.subset, split=self.split, on_bad_row=skip):
             try:
                 if format == "auto":
                     format = detect_format(record, where, self.column_map, need_response=need_response)
@@ -192,7 +206,7 @@ class InstructionDataModule(LightningDataModule):
 
     def _check_end_of_turn(self, prepared: Sequence[Prepared]) -> None:
         last = [int(e.labels[e.labels != -100][-1]) for e in prepared[:100] if (e.labels != -100).any()]
-        self._turn_ends = sorted(set(last) & set(self.tokenizer.all_special_ids))
+        self._turn_ends = sorted(set(last) & set(markers(self.tokenizer).tolist()))
         if last and not self._turn_ends:
             rank_zero_warn(
                 f"the last supervised token of a response, {self.tokenizer.decode([last[0]])!r}, is not a special"
@@ -211,6 +225,8 @@ class InstructionDataModule(LightningDataModule):
         ends = {self.tokenizer.eos_token_id, *getattr(self, "_turn_ends", [])}
         if "<|im_end|>" in (self.tokenizer.chat_template or ""):
             ends |= {self.tokenizer.get_vocab().get("<|im_end|>", self.tokenizer.eos_token_id)}
+        if (end := end_of_turn(self.tokenizer)) is not None:
+            ends |= {end}
         return sorted(ends)
 
     # ---------------------------------------------------------------- loaders
@@ -269,10 +285,24 @@ class InstructionDataModule(LightningDataModule):
 
 
 def _unique_ids(examples: list[Example]) -> list[Example]:
-    """Number the repeats of an id, so that each example is one; the first keeps the plain id."""
-    seen: dict[str, int] = {}
+    """Make every id stand for one example, in a way that does not depend on the order of the rows.
+
+    Rows of different content that share an id get the hash of their content beside it; repeats of the same content are
+    numbered, which of them is which being all the same.
+    """
+    contents: dict[str, set[str]] = {}
+    for example in examples:
+        contents.setdefault(example.id, set()).add(example.digest)
+    repeats: Counter[str] = Counter()
+    taken: set[str] = set()
     result = []
     for example in examples:
-        count = seen[example.id] = seen.get(example.id, 0) + 1
-        result.append(example if count == 1 else replace(example, id=f"{example.id}#{count}"))
+        base = example.id if len(contents[example.id]) == 1 else f"{example.id}/{example.digest}"
+        repeats[base] += 1
+        id = base if repeats[base] == 1 else f"{base}#{repeats[base]}"
+        while id in taken or (id != base and id in contents):
+            repeats[base] += 1
+            id = f"{base}#{repeats[base]}"
+        taken.add(id)
+        result.append(example if id == example.id else replace(example, id=id))
     return result

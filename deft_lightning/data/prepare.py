@@ -12,7 +12,7 @@ from deft_lightning.data.collate import IGNORE, Prepared, Prompt
 from deft_lightning.data.noise import Noise, ResponseNoise, TokenNoise
 from deft_lightning.data.noise.base import Vocabulary
 from deft_lightning.data.records import Example
-from deft_lightning.data.template import NOT_SUPERVISED, Encoded, encode, render
+from deft_lightning.data.template import NOT_SUPERVISED, Encoded, encode, encode_prompt, markers
 from deft_lightning.errors import UserError
 
 
@@ -51,6 +51,8 @@ def corrupt_responses(examples: Sequence[Example], noise: Noise) -> tuple[list[E
     for number, (op, salt) in enumerate(zip(noise.ops, noise.salts(), strict=True), 1):
         if not isinstance(op, ResponseNoise):
             continue
+        if all(e.response is None for e in result):
+            raise UserError(f"{type(op).__name__} needs conversations that end with a response (--data.noise.ops)")
         open_to = [i for i, e in enumerate(result) if e.response is not None and not noise.trusts(e.id)]
         answers = [result[i].response or "" for i in open_to]
         for position, answer in op.corrupt_responses(salt, [result[i].id for i in open_to], answers).items():
@@ -69,8 +71,9 @@ def _given_tokens(example: Example, vocab_size: int) -> Encoded:
     wrong = (ids < 0) | (ids >= vocab_size) | ((labels != IGNORE) & ((labels < 0) | (labels >= vocab_size)))
     if wrong.any():
         at = int(np.flatnonzero(wrong)[0])
+        field, token = ("input_ids", ids[at]) if not 0 <= ids[at] < vocab_size else ("labels", labels[at])
         raise UserError(
-            f"{example.where}, field 'input_ids[{at}]': token {int(ids[at])} is outside the tokenizer's vocabulary of"
+            f"{example.where}, field '{field}[{at}]': token {int(token)} is outside the tokenizer's vocabulary of"
             f" {vocab_size} (--data.tokenizer)"
         )
     return Encoded(ids, np.where(labels == IGNORE, NOT_SUPERVISED, 0))
@@ -97,13 +100,13 @@ def vocabulary(tokenizer: Any, prepared: Sequence[Prepared]) -> Vocabulary:
     counts = np.zeros(size, dtype=np.int64)
     for example in prepared:
         counts += np.bincount(example.labels[example.labels != IGNORE], minlength=size)
-    ids = np.setdiff1d(np.arange(size), np.array(sorted(set(tokenizer.all_special_ids)), dtype=np.int64))
+    ids = np.setdiff1d(np.arange(size), markers(tokenizer))
     return Vocabulary(ids, counts[ids])
 
 
 def corrupt_tokens(prepared: Sequence[Prepared], noise: Noise, words: Vocabulary) -> list[Prepared]:
     """Apply the operations on single tokens."""
-    result = list(prepared)
+    result, truth = list(prepared), [example.labels for example in prepared]
     for number, (op, salt) in enumerate(zip(noise.ops, noise.salts(), strict=True), 1):
         if not isinstance(op, TokenNoise):
             continue
@@ -117,7 +120,9 @@ def corrupt_tokens(prepared: Sequence[Prepared], noise: Noise, words: Vocabulary
             if not hit.size:
                 continue
             ids, labels, codes = example.input_ids.copy(), example.labels.copy(), example.noise_code.copy()
-            labels[hit], codes[hit] = wrong[wrong != clean], number
+            labels[hit] = wrong[wrong != clean]
+            # An earlier operation may have broken what this one restores; a swapped response stays wrong.
+            codes[hit] = np.where(labels[hit] == truth[i][hit], prepared[i].noise_code[hit], number)
             if op.target == "text":
                 ids[hit] = labels[hit]
             result[i] = Prepared(example.id, ids, labels, codes)
@@ -166,7 +171,6 @@ def prompts(tokenizer: Any, examples: Sequence[Example]) -> list[Prompt]:
     for example in examples:
         if example.messages is None:
             continue
-        text = render(tokenizer, example.prompt, prompt=True)
-        ids = tokenizer(text, add_special_tokens=False).input_ids
+        text, ids = encode_prompt(tokenizer, example)
         result.append(Prompt(example.id, ids, text, example.response))
     return result

@@ -21,6 +21,12 @@ ALIASES = {
     "observation": "tool", "function_response": "tool", "function": "tool", "developer": "system",
 }  # fmt: skip
 
+# What column_map may rename.
+FIELDS = (
+    "id", "messages", "conversations", "system", "prompt", "completion", "instruction", "input", "output", "response",
+    "history", "question", "answer", "text", "input_ids", "labels",
+)  # fmt: skip
+
 Message = dict[str, str]
 
 
@@ -104,6 +110,8 @@ class Row:
             value = "".join(str(part.get("text", "")) for part in value)
         if not isinstance(value, str):
             raise self.fail(field, f"expected text, got {type(value).__name__}")
+        if any("\ud800" <= letter <= "\udfff" for letter in value):
+            raise self.fail(field, "holds half a surrogate pair, which is not text")
         if not empty and not value.strip():
             raise self.fail(field, "is empty")
         return value
@@ -169,7 +177,10 @@ def _alpaca(row: Row) -> list[Message]:
     messages: list[Message] = []
     if system := row.optional("system"):
         messages.append({"role": "system", "content": system})
-    for i, pair in enumerate(row.get("history") or []):
+    history = row.get("history") or []
+    if not isinstance(history, list | tuple):
+        raise row.fail(row.name("history"), f"expected a list of pairs, got {type(history).__name__}")
+    for i, pair in enumerate(history):
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise row.fail(f"{row.name('history')}[{i}]", "expected a pair [instruction, response]")
         for role, value in zip(("user", "assistant"), pair, strict=True):
@@ -250,7 +261,8 @@ def normalise(
         reader = CONVERSATIONS[format][0]
         if not need_response and format in ("prompt_completion", "alpaca", "question_answer"):
             blank = {"prompt_completion": "completion", "alpaca": "output", "question_answer": "answer"}[format]
-            absent = row.get(blank) is None and (format != "alpaca" or row.get("response") is None)
+            fields = (blank, "response") if format == "alpaca" else (blank,)
+            absent = all(row.get(f) is None or row.get(f) == "" for f in fields)
             if absent:
                 row.record = {**row.record, row.name(blank): "-"}
             messages = reader(row)[:-1] if absent else reader(row)

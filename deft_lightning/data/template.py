@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -67,9 +70,31 @@ class Encoded(NamedTuple):
     turn: Ints
 
 
+Span = tuple[int, int, int]  # start, end, number of the message
+TAG = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+
+
+@functools.lru_cache(maxsize=8)
+def markers(tokenizer: Any) -> Ints:
+    """Return the tokens that stand outside the text: special ones, and others that were added to the vocabulary."""
+    return np.array(sorted({*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}), dtype=np.int64)
+
+
+def end_of_turn(tokenizer: Any) -> int | None:
+    """Return the token that the template writes after what the assistant says; None if it is an ordinary one."""
+    conversation = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "zqz"}]
+    try:
+        text = render(tokenizer, conversation, prompt=False)
+    except Exception:  # a template may insist on more, such as a system message
+        return None
+    after = tokenizer(text.rpartition("zqz")[2], add_special_tokens=False).input_ids[:1]
+    return after[0] if after and after[0] in markers(tokenizer) else None
+
+
 def render(tokenizer: Any, messages: Sequence[Message], *, prompt: bool) -> str:
     """Return the conversation as text, with the assistant's header at the end for a prompt."""
-    text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt)
+    # As a batch of one: transformers cannot tell an empty conversation from an empty batch.
+    (text,) = tokenizer.apply_chat_template([list(messages)], tokenize=False, add_generation_prompt=prompt)
     assert isinstance(text, str)
     return text
 
@@ -89,35 +114,102 @@ def encode(tokenizer: Any, example: Example) -> Encoded:
         ids = ids if ids[-1:] == [tokenizer.eos_token_id] else [*ids, tokenizer.eos_token_id]
         return Encoded(np.array(ids, dtype=np.int64), np.zeros(len(ids), dtype=np.int64))
     messages = list(example.messages or ())
+    text, spans = _spans(tokenizer, messages, example.where)
+    ids, starts, ends = _tokens(tokenizer, text, [start for start, _, _ in spans])
+    marks = np.isin(ids, markers(tokenizer))
+    tagged = TAG.search(tokenizer.chat_template) is not None
+    turn = np.full(len(ids), NOT_SUPERVISED, dtype=np.int64)
+    for start, end, i in spans:
+        span = (starts >= start) & (starts < end) & (ends > starts)
+        closing = np.flatnonzero(span & marks)
+        # Only blanks may follow the end of the turn: a template may put special tokens inside the turn as well.
+        if not tagged and closing.size and not text[ends[closing[-1]] : end].strip():
+            span[closing[-1] + 1 :] = False
+        turn[span] = i
+    return Encoded(ids, turn)
+
+
+def encode_prompt(tokenizer: Any, example: Example) -> tuple[str, list[int]]:
+    """Return what generation starts from: the prefix of the tokens that :func:`encode` would give."""
+    messages = list(example.prompt)
     try:
-        if "{% generation" in tokenizer.chat_template or "{%- generation" in tokenizer.chat_template:
-            return _by_generation_tags(tokenizer, messages)
-        return _by_prefixes(tokenizer, messages, example.where)
+        text = render(tokenizer, messages, prompt=True)
+    except Exception as error:
+        raise UserError(f"{example.where}: the chat template refuses it: {error} (--data.chat_template)") from None
+    cuts = []
+    if any(message["role"] == "assistant" for message in messages):
+        cuts = [start for start, _, _ in _spans(tokenizer, messages, example.where)[1]]
+    return text, _tokens(tokenizer, text, cuts)[0].tolist()
+
+
+def _tokens(tokenizer: Any, text: str, cuts: Sequence[int]) -> tuple[Ints, Ints, Ints]:
+    """Return tokens with their first and last letter; none reaches across a cut, where generation would begin."""
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    ids = np.array(encoded.input_ids, dtype=np.int64)
+    starts, ends = np.array(encoded.offset_mapping, dtype=np.int64).reshape(-1, 2).T
+    for cut in cuts:
+        if ((starts < cut) & (cut < ends)).any():
+            head = _tokens(tokenizer, text[:cut], [c for c in cuts if c < cut])
+            tail = _tokens(tokenizer, text[cut:], [c - cut for c in cuts if c > cut])
+            ids, starts, ends = (np.concatenate([a, b]) for a, b in zip(head, tail, strict=True))
+            starts[len(head[0]) :] += cut
+            ends[len(head[0]) :] += cut
+            break
+    return ids, starts, ends
+
+
+def _spans(tokenizer: Any, messages: list[Message], where: str) -> tuple[str, list[Span]]:
+    try:
+        find = _tagged_spans if TAG.search(tokenizer.chat_template) else _prefix_spans
+        text, spans = find(tokenizer, messages, where)
     except UserError:
         raise
     except Exception as error:  # Jinja raises many kinds, raise_exception() of the template among them
-        raise UserError(f"{example.where}: the chat template refuses it: {error} (--data.chat_template)") from None
+        raise UserError(f"{where}: the chat template refuses it: {error} (--data.chat_template)") from None
+    at = 0
+    for i, message in enumerate(messages):
+        content = message["content"].strip()
+        found = max(text.find(content, at), text.find(json.dumps(content)[1:-1], at))
+        if found < 0:
+            parts = TAG.search(tokenizer.chat_template) and message["role"] == "assistant"
+            if parts and any(number == i for _, _, number in spans):
+                continue  # written in parts
+            raise UserError(f"{where}: the chat template leaves out or changes message {i + 1} (--data.chat_template)")
+        at = found + len(content)
+    return text, spans
 
 
-def _by_generation_tags(tokenizer: Any, messages: list[Message]) -> Encoded:
-    encoded = tokenizer.apply_chat_template(
-        messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-    )
-    mask = np.array(encoded["assistant_masks"], dtype=bool)
-    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    # The k-th run of supervised tokens is the k-th assistant turn.
-    run = np.cumsum(np.diff(mask, prepend=False) & mask) - 1
-    turn = np.where(mask, np.array(turns)[run.clip(0, len(turns) - 1)], NOT_SUPERVISED)
-    return Encoded(np.array(encoded["input_ids"], dtype=np.int64), turn)
+def _tagged_spans(tokenizer: Any, messages: list[Message], where: str) -> tuple[str, list[Span]]:
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    rendered, generated = render_jinja_template(
+        conversations=[messages], chat_template=tokenizer.chat_template, return_assistant_tokens_mask=True,
+        add_generation_prompt=False, **tokenizer.special_tokens_map,
+    )  # fmt: skip
+    text, turns = rendered[0], [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    spans: list[Span] = []
+    runs = [(start, end) for start, end in generated[0] if end > start]
+    if len(runs) == len(turns):
+        return text, [(start, end, i) for (start, end), i in zip(runs, turns, strict=True)]
+    for start, end in runs:
+        said = text[start:end]
+        for token in tokenizer.get_added_vocab():
+            said = said.replace(token, "")
+        said = said.strip()
+        if not said:
+            continue
+        # Some turns have no tags, or several pairs: a run belongs to the next turn that says it.
+        while turns and said not in messages[turns[0]]["content"] and messages[turns[0]]["content"].strip() not in said:
+            turns.pop(0)
+        if not turns:
+            raise UserError(f"{where}: the chat template's tags are around no assistant turn (--data.chat_template)")
+        spans.append((start, end, turns[0]))
+    return text, spans
 
 
-def _by_prefixes(tokenizer: Any, messages: list[Message], where: str) -> Encoded:
+def _prefix_spans(tokenizer: Any, messages: list[Message], where: str) -> tuple[str, list[Span]]:
     whole = render(tokenizer, messages, prompt=False)
-    encoded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
-    ids = np.array(encoded.input_ids, dtype=np.int64)
-    starts, ends = np.array(encoded.offset_mapping, dtype=np.int64).reshape(-1, 2).T
-    special = np.isin(ids, tokenizer.all_special_ids)
-    turn = np.full(len(ids), NOT_SUPERVISED, dtype=np.int64)
+    spans: list[Span] = []
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
@@ -130,10 +222,5 @@ def _by_prefixes(tokenizer: Any, messages: list[Message], where: str) -> Encoded
             )
         if message["content"].strip() not in after[len(before) :]:
             raise UserError(f"{where}: the chat template leaves out or changes message {i + 1} (--data.chat_template)")
-        span = (starts >= len(before)) & (starts < len(after)) & (ends > starts)
-        closing = np.flatnonzero(span & special)
-        # Only blanks may follow the end of the turn: a template may put special tokens inside the turn as well.
-        if closing.size and not whole[ends[closing[-1]] : len(after)].strip():
-            span[closing[-1] + 1 :] = False
-        turn[span] = i
-    return Encoded(ids, turn)
+        spans.append((len(before), len(after), i))
+    return whole, spans

@@ -55,10 +55,11 @@ def load_tokenizer(name: str) -> Any:
     """
     from transformers import AutoTokenizer
 
-    if not Path(name).expanduser().is_dir() and name.startswith((".", "/", "~")):
+    folder = Path(name).expanduser()
+    if not folder.is_dir() and name.startswith((".", "/", "~")):
         raise UserError(f"{name}: no such folder (--data.tokenizer, or --model.pretrained which it follows)")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(Path(name).expanduser()) if Path(name).is_dir() else name)
+        tokenizer = AutoTokenizer.from_pretrained(str(folder) if folder.is_dir() else name)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{name}: cannot load its tokenizer: {reason} (--data.tokenizer)") from None

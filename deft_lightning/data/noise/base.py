@@ -96,6 +96,9 @@ class Noise:
         """Refuse shares outside the unit interval and more operations than a code can name."""
         if not 0.0 <= self.trusted_fraction <= 1.0:
             raise UserError(f"--data.noise.trusted_fraction {self.trusted_fraction} is outside [0, 1]")
+        for split in self.splits:
+            if split not in ("train", "validation"):
+                raise UserError(f"--data.noise.splits: {split!r} is neither train nor validation")
         if len(self.ops) > 127:
             raise UserError("--data.noise.ops: at most 127 operations")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,8 +17,9 @@ BUCKET = 16  # Examples of similar length that trade responses among themselves:
 class ResponseSwap(ResponseNoise):
     """Give the selected examples each other's responses: fluent, well-formed and wrong.
 
-    The selected examples are rotated by one place in the order of their hashes, so nobody keeps its own. Where two
-    neighbours happen to have the same text the label stays right; such examples are left clean and not flagged.
+    The selected examples are rotated by one place in the order of their hashes, so nobody keeps its own. Those whose
+    neighbour happens to say the same trade among themselves across all lengths ("yes" with "no"); where even that
+    leaves the label right, the example stays clean and is not flagged.
 
     Args:
         rate: Share of examples, in ``[0, 1]``.
@@ -40,9 +42,10 @@ class ResponseSwap(ResponseNoise):
             groups = [by_length[a:b] for a, b in itertools.pairwise(edges)]
             for group in groups:
                 group.sort(key=lambda i: key(salt, ids[i], "order"))
-        swapped: dict[int, str] = {}
-        for group in groups:
-            for taker, giver in zip(group, group[1:] + group[:1], strict=True):
-                if responses[giver] != responses[taker]:
-                    swapped[taker] = responses[giver]
-        return swapped
+        givers = {taker: giver for group in groups for taker, giver in zip(group, group[1:] + group[:1], strict=True)}
+        same = [taker for taker, giver in givers.items() if responses[giver] == responses[taker]]
+        # In order of text, a shift by the largest class gives no one its own text unless that class is the majority.
+        same.sort(key=lambda i: (key(salt, responses[i], "text"), key(salt, ids[i], "order")))
+        shift = max(Counter(responses[i] for i in same).values(), default=0)
+        givers.update({taker: same[(at + shift) % len(same)] for at, taker in enumerate(same)})
+        return {t: responses[giver] for t, giver in givers.items() if responses[giver] != responses[t]}
