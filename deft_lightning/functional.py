@@ -109,7 +109,7 @@ class _LogSoftmaxStats(torch.autograd.Function):
         weighted = torch.where(rest > 0, rest * shifted, torch.zeros_like(rest))
         entropy = log_sum - weighted.sum(-1) / (1 + tail)
         correct = arg.squeeze(-1) == targets
-        topk_entropy = _topk_entropy(shifted, topk) if topk else torch.zeros_like(log_prob)
+        topk_entropy = topk_entropy_of(shifted, topk) if topk else torch.zeros_like(log_prob)
         ctx.save_for_backward(logits, targets, top, log_sum, log_prob)
         ctx.mark_non_differentiable(collision, entropy, correct, topk_entropy)
         return log_prob, collision, entropy, correct, topk_entropy
@@ -125,7 +125,7 @@ class _LogSoftmaxStats(torch.autograd.Function):
         return grad.to(logits.dtype), None, None
 
 
-def _topk_entropy(shifted: Tensor, k: int) -> Tensor:
+def topk_entropy_of(shifted: Tensor, k: int) -> Tensor:
     """Entropy of the ``k`` largest probabilities renormalised, from logits shifted so that their maximum is 0."""
     largest = shifted.topk(min(k, shifted.shape[-1]), dim=-1).values[..., 1:]
     exps = largest.exp()

@@ -13,9 +13,10 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from deft_lightning.errors import UserError
-from deft_lightning.functional import TokenStats, accumulation_dtype, token_stats
+from deft_lightning.functional import TokenStats, accumulation_dtype, topk_entropy_of
 
 Objective = Callable[[TokenStats], Tensor]
 Backend = Literal["auto", "torch"]
@@ -23,6 +24,8 @@ Backend = Literal["auto", "torch"]
 # Tokens a chunk: enough rows to keep the matrix products efficient, few enough that a chunk of fp32 logits over 152k
 # entries stays near 300 MB on the CPU. CUDA wants at least 1024 rows to amortise the fp32 accumulation of dW.
 CHUNK_CPU, CHUNK_CUDA = 512, 1024
+# Elements of a block of rows for the element-wise work between the products on the CPU.
+BLOCK_CPU = 1 << 21
 
 
 @dataclass(frozen=True)
@@ -35,22 +38,51 @@ class _Head:
     chunk: int
     topk: int
 
-    def logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        z = torch.nn.functional.linear(hidden, weight, bias)
-        z = z.to(accumulation_dtype(z.dtype))
+    def transform(self, product: Tensor) -> tuple[Tensor, Tensor | float]:
+        """Return fresh logits in the accumulation dtype, and their derivative by the product."""
+        z = product.to(accumulation_dtype(product.dtype), copy=True)
         if self.logit_scale != 1.0:
-            z = z * self.logit_scale
-        return self.softcap * torch.tanh(z / self.softcap) if self.softcap else z
+            z *= self.logit_scale
+        if not self.softcap:
+            return z, self.logit_scale
+        squashed = torch.tanh(z / self.softcap)
+        return self.softcap * squashed, (1 - squashed.square()) * self.logit_scale
 
-    def chain(self, logits: Tensor) -> Tensor | float:
-        """Derivative of the transformed logits by the product ``hidden @ weight.T``."""
-        if self.softcap:
-            return (1 - (logits / self.softcap).square()) * self.logit_scale
-        return self.logit_scale
+    def statistics(self, product: Tensor, labels: Tensor) -> TokenStats:
+        """Return the statistics of a chunk, block by block."""
+        parts = [_statistics(self.transform(product[b])[0], labels[b], self.topk)[0] for b in _blocks(product)]
+        return _concatenate(parts, product, self.topk)
 
 
 def _pieces(n: int, chunk: int) -> list[slice]:
     return [slice(i, min(i + chunk, n)) for i in range(0, n, chunk)]
+
+
+def _blocks(product: Tensor) -> list[slice]:
+    """Rows of a chunk whose element-wise work stays in a CPU's cache; the whole chunk elsewhere."""
+    n, vocabulary = product.shape
+    return _pieces(n, max(1, BLOCK_CPU // vocabulary) if product.device.type == "cpu" else max(n, 1))
+
+
+def _statistics(z: Tensor, labels: Tensor, topk: int) -> tuple[TokenStats, Tensor]:
+    """Statistics of logits, and their softmax; the logits are shifted in place by their maximum."""
+    top, arg = z.max(dim=-1, keepdim=True)
+    z -= top
+    topk_entropy = topk_entropy_of(z, topk) if topk else None
+    pi = torch.softmax(z, dim=-1)
+    peak = pi.gather(-1, arg)
+    # Without its largest entry the sum keeps its relative accuracy when the prediction is nearly certain; when it is
+    # flat, 1 - tail does not, and the entry itself does.
+    pi.scatter_(-1, arg, 0.0)
+    tail = pi.sum(-1)
+    log_sum = torch.where(tail < 0.5, -torch.log1p(-tail), -peak.squeeze(-1).log())
+    rest = torch.linalg.vector_norm(pi, dim=-1).square()
+    # An entry without mass (a bias of -inf) has 0 * -inf in its product: the finite minimum keeps that a zero.
+    entropy = log_sum - (pi * z.clamp_min_(torch.finfo(z.dtype).min)).sum(-1)  # vecdot would autocast
+    log_prob = z.gather(-1, labels.unsqueeze(-1)).squeeze(-1) - log_sum
+    pi.scatter_(-1, arg, peak)
+    stats = TokenStats(log_prob, peak.squeeze(-1).square() + rest, entropy, arg.squeeze(-1) == labels, topk_entropy)
+    return stats, pi
 
 
 def _concatenate(parts: list[TokenStats], like: Tensor, topk: int) -> TokenStats:
@@ -83,20 +115,17 @@ class _FusedHead(torch.autograd.Function):
         assert head.objective is not None
         pieces = _pieces(hidden.shape[0], head.chunk)
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        if not any(ctx.needs_input_grad[:3]):
-            parts = [token_stats(head.logits(hidden[p], weight, bias), targets[p], topk=head.topk) for p in pieces]
-            stats = _concatenate(parts, hidden, head.topk)
-            return _result(ctx, head.objective(stats), token_weight, stats)
-        two_pass = bool(getattr(head.objective, "needs_batch", False)) and len(pieces) > 1
-        whole_grad: Tensor | None = None
+        whole_stats: TokenStats | None = None
         losses: list[Tensor] = []
-        stats_parts: list[TokenStats] = []
-        if two_pass:
-            for piece in pieces:
-                stats_parts.append(
-                    token_stats(head.logits(hidden[piece], weight, bias), targets[piece], topk=head.topk)
-                )
-            loss, whole_grad = _value_and_gate(head.objective, _concatenate(stats_parts, hidden, head.topk))
+        parts: list[TokenStats] = []
+        gradients = any(ctx.needs_input_grad[:3])
+        whole_batch = bool(getattr(head.objective, "needs_batch", False))
+        if not gradients or whole_batch:
+            parts = [head.statistics(linear(hidden[p], weight, bias), targets[p]) for p in pieces]
+            whole_stats = _concatenate(parts, hidden, head.topk)
+            if not gradients:
+                return _result(ctx, head.objective(whole_stats), token_weight, whole_stats)
+            loss, whole_gate = _value_and_gate(head.objective, whole_stats)
             losses.append(loss)
 
         wide = accumulation_dtype(weight.dtype)
@@ -104,29 +133,31 @@ class _FusedHead(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=wide) if needs_weight else None
         grad_bias = torch.zeros_like(bias, dtype=wide) if needs_bias and bias is not None else None
         for piece in pieces:
-            rows, labels = hidden[piece], targets[piece]
-            logits = head.logits(rows, weight, bias)
-            stats = token_stats(logits, labels, topk=head.topk)
-            if whole_grad is None:
-                loss, dlogp = _value_and_gate(head.objective, stats)
-                losses.append(loss)
-                stats_parts.append(stats)
-            else:
-                dlogp = whole_grad[piece]
-            if token_weight is not None:
-                dlogp = dlogp * token_weight[piece]
-            chain = head.chain(logits)
-            # The target entry is dl/dlogp * (1 - p) through expm1, written last: no p - 1 cancellation.
-            error = torch.softmax(logits, dim=-1).mul_(-dlogp.unsqueeze(-1))
-            error[torch.arange(labels.numel(), device=labels.device), labels] = -torch.expm1(stats.log_prob) * dlogp
-            error = (error * chain).to(hidden.dtype)
+            rows = hidden[piece]
+            product = linear(rows, weight, bias)
+            for block in _blocks(product):
+                at = slice(piece.start + block.start, piece.start + block.stop)
+                z, chain = head.transform(product[block])
+                stats, error = _statistics(z, targets[at], head.topk)
+                if whole_stats is None:
+                    loss, dlogp = _value_and_gate(head.objective, stats)
+                    losses.append(loss)
+                    parts.append(stats)
+                else:
+                    dlogp = whole_gate[at]
+                if token_weight is not None:
+                    dlogp = dlogp * token_weight[at]
+                # The target entry is dl/dlogp * (1 - p) through expm1, written last: no p - 1 cancellation.
+                error.mul_(-dlogp.unsqueeze(-1))
+                error.scatter_(-1, targets[at].unsqueeze(-1), (-torch.expm1(stats.log_prob) * dlogp).unsqueeze(-1))
+                product[block] = error if isinstance(chain, float) and chain == 1.0 else error * chain
             if grad_hidden is not None:
-                torch.mm(error, weight, out=grad_hidden[piece])
+                torch.mm(product, weight, out=grad_hidden[piece])
             if grad_weight is not None:
-                grad_weight += error.t() @ rows
+                grad_weight += product.t() @ rows
             if grad_bias is not None:
-                grad_bias += error.sum(0, dtype=wide)
-        stats = _concatenate(stats_parts, hidden, head.topk)
+                grad_bias += product.sum(0, dtype=wide)
+        stats = _concatenate(parts, hidden, head.topk)
         # dW and the bias gradient stay wide until backward has scaled them: one rounding, at the end.
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
@@ -228,10 +259,8 @@ class _StatsHead(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, head: _Head
     ) -> tuple[Tensor, ...]:
-        parts = [
-            token_stats(head.logits(hidden[piece], weight, bias), targets[piece], topk=head.topk)
-            for piece in _pieces(hidden.shape[0], head.chunk)
-        ]
+        pieces = _pieces(hidden.shape[0], head.chunk)
+        parts = [head.statistics(linear(hidden[piece], weight, bias), targets[piece]) for piece in pieces]
         stats = _concatenate(parts, hidden, head.topk)
         fields = tuple(field for field in stats if field is not None)
         ctx.mark_non_differentiable(*fields[1:])
