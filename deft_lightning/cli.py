@@ -24,12 +24,12 @@ from deft_lightning.callbacks import (
 from deft_lightning.data import InstructionDataModule, known_noise
 from deft_lightning.errors import UserError
 from deft_lightning.messages import one_line
+from deft_lightning.models import load_checkpoint, tokenizer_from_checkpoint
 from deft_lightning.module import SFTModule
 from deft_lightning.objectives import known_objectives
 from deft_lightning.trainer import Trainer
 
 TRAINER_DEFAULTS: dict[str, Any] = {
-    "max_epochs": 1,
     "gradient_clip_val": 1.0,
     "log_every_n_steps": 10,
     "default_root_dir": "logs",
@@ -142,6 +142,8 @@ class DeftCLI(LightningCLI):
         config, parser = self._get(self.config_init, "trainer"), self._parser(self.subcommand)
         off = {"checkpoint": config.get("enable_checkpointing"), "progress_bar": config.get("enable_progress_bar")}
         parser.callback_keys = [key for key in parser.callback_keys if off.get(key) is not False]
+        if config.get("accumulate_grad_batches", 1) < 1:
+            raise UserError("--trainer.accumulate_grad_batches must be at least 1")
         strategy = config.get("strategy")
         if isinstance(strategy, str) and not strategy.startswith(("auto", "ddp")):
             raise UserError(f"--trainer.strategy {strategy} is not supported by this version: use auto or ddp")
@@ -156,8 +158,12 @@ class DeftCLI(LightningCLI):
         if path == "last":
             kwargs["ckpt_path"] = path = str(self.trainer.last_checkpoint())
             rank_zero_info(f"--ckpt_path last: {path}")
-        elif path is not None and not Path(path).exists():
-            raise UserError(f"--ckpt_path {path}: no such checkpoint")
+        if path is not None and subcommand != "export":
+            checkpoint = load_checkpoint(path)
+            data = self.datamodule
+            if data.tokenizer_name is None and self.model.pretrained is None:
+                # It was built from the training rows, which may have changed since.
+                data.use_tokenizer(tokenizer_from_checkpoint(checkpoint))
         if path is None and subcommand in ("validate", "test", "predict") and self.model.pretrained is None:
             rank_zero_warn(f"{subcommand} of random weights: set --ckpt_path FILE or last, or --model.pretrained")
         return kwargs
@@ -168,13 +174,13 @@ class DeftCLI(LightningCLI):
             return
         wanted = self._get(self.config_init, "after_fit")
         folder = self.trainer.log_dir
-        if wanted.test:
-            self.trainer.test(self.model, datamodule=self.datamodule)
         if wanted.export and folder is not None:
             # Without a logger, runs share a folder: an earlier export is not overwritten, and not a reason to fail.
             names = itertools.chain(["export"], (f"export-{i}" for i in itertools.count(1)))
             output = next(path for name in names if not (path := Path(folder) / name).exists())
             self.trainer.export(self.model, output=str(output), datamodule=self.datamodule)
+        if wanted.test:
+            self.trainer.test(self.model, datamodule=self.datamodule)
 
 
 def run(args: ArgsType = None) -> None:
@@ -186,6 +192,6 @@ def run(args: ArgsType = None) -> None:
     warnings.filterwarnings("ignore", message="The dirpath has changed from.*")
     try:
         DeftCLI(args)
-    except (UserError, MisconfigurationException) as error:
+    except (UserError, MisconfigurationException, OSError) as error:  # OSError: a full disk, a folder not to write to
         sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
         sys.exit(2)

@@ -5,10 +5,14 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterable, Mapping
+from types import ModuleType
+
+import torch
 
 from deft_lightning.data import known_noise
 from deft_lightning.errors import did_you_mean
 from deft_lightning.objectives import known_objectives
+from deft_lightning.optim import CosineWithWarmup
 
 
 def one_line(message: str, options: Iterable[str] = ()) -> str:
@@ -33,7 +37,12 @@ def one_line(message: str, options: Iterable[str] = ()) -> str:
     key = found[1] if (found := re.search(r"Parser key ['\"]([\w.]+)['\"]:?", text)) else ""
     if key == "subcommand" or "subcommand" in text.splitlines()[0]:
         return text.splitlines()[0].replace('"subcommand"', "the verb")
-    families: dict[str, Mapping[str, type]] = {"model.objective": known_objectives(), "data.noise.ops": known_noise()}
+    families: dict[str, Mapping[str, type]] = {
+        "model.objective": known_objectives(),
+        "data.noise.ops": known_noise(),
+        "model.optimizer": _classes(torch.optim),
+        "model.scheduler": {"CosineWithWarmup": CosineWithWarmup, **_classes(torch.optim.lr_scheduler)},
+    }
     for place, known in families.items():
         if not key.startswith(place):
             continue
@@ -42,10 +51,17 @@ def one_line(message: str, options: Iterable[str] = ()) -> str:
         if (word := _class_name(text)) and word not in known:
             return f"--{place} {word} is unknown.{did_you_mean(word, known)} Known: {', '.join(known)}"
         if found := re.search(r"Option '(\w+)' is not accepted", text):
+            owners = [name for name, cls in known.items() if found[1] in inspect.signature(cls).parameters]
+            if owners:
+                return f"--{place}.{found[1]} is an option of {', '.join(owners)}: choose it with --{place} {owners[0]}"
             names = [name for cls in known.values() for name in inspect.signature(cls).parameters]
             return f"--{place}.{found[1]} is not an option of the class chosen.{did_you_mean(found[1], names)}"
     reason = _reason(text)
     return f"--{key}: {reason}" if key and f"--{key}" not in reason else reason
+
+
+def _classes(module: ModuleType) -> dict[str, type]:
+    return {name: value for name, value in vars(module).items() if inspect.isclass(value) and name[0].isupper()}
 
 
 def _class_name(text: str) -> str:

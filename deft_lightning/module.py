@@ -22,13 +22,16 @@ from deft_lightning.models import (
     HeadSeam,
     LoRA,
     add_adapters,
+    check_causal,
     check_fits,
     check_head,
     check_pretrained,
+    check_state,
     describe,
     find_head,
     from_architecture,
     load_pretrained,
+    vocabulary_digest,
 )
 from deft_lightning.models.export import KEY
 from deft_lightning.objectives import DEFT, Objective
@@ -90,7 +93,7 @@ class SFTModule(LightningModule):
         self._seen_before = 0
         self._seen: Tensor | None = None
         self._seam: HeadSeam | None = None
-        self._head_checked = False
+        self._checked = False
         self._step_tokens: Tensor | None = None
         self._grad_norm: Tensor | None = None
         self._rate = 0.0
@@ -151,6 +154,12 @@ class SFTModule(LightningModule):
             whose next token is supervised. Without any, the sum is a zero that is part of the graph.
         """
         input_ids, targets = batch["input_ids"], batch["labels"][:, 1:]
+        if not self._checked:
+            _check_batch(batch)
+            check_causal(self.model, input_ids)
+            if self._seam is not None:
+                check_head(self.model, self._seam, input_ids)
+            self._checked = True
         keep = targets != IGNORE
         wanted = targets[keep]
         # No attention mask: behind right padding causal attention cannot see it, and SDPA takes its fast path.
@@ -159,9 +168,6 @@ class SFTModule(LightningModule):
             stats = token_stats(logits, wanted, topk=self.objective.topk)
             return self.objective(stats).sum(), stats.detach(), keep
         seam = self._seam
-        if not self._head_checked:
-            check_head(self.model, seam, input_ids)
-            self._head_checked = True
         hidden = seam.body(input_ids=input_ids, use_cache=False).last_hidden_state[:, :-1][keep]
         weight, bias = seam.linear.weight, seam.linear.bias
         options: dict[str, Any] = {"bias": bias, "softcap": seam.softcap, "logit_scale": seam.logit_scale}
@@ -234,11 +240,12 @@ class SFTModule(LightningModule):
     ) -> None:
         """Clip, and keep the norm before clipping: computed once for both."""
         parameters = [p for p in _parameters(optimizer) if p.grad is not None]
-        if gradient_clip_val and gradient_clip_algorithm in (None, "norm"):
-            self._grad_norm = torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
+        clip = 0.0 if gradient_clip_val is None else gradient_clip_val  # 0 and below are off, as in Lightning
+        if clip > 0 and gradient_clip_algorithm in (None, "norm"):
+            self._grad_norm = torch.nn.utils.clip_grad_norm_(parameters, clip)
             return
         self._grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        if gradient_clip_val:
+        if clip > 0:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def on_train_batch_end(self, outputs: Any, batch: dict[str, Any], batch_idx: int) -> None:
@@ -249,6 +256,11 @@ class SFTModule(LightningModule):
         means = self._meters["train"].compute()
         self._meters["train"].reset()
         means.pop("tokens")
+        if not bool(torch.isfinite(means["nll"]) & torch.isfinite(means["loss"])):
+            raise UserError(
+                f"the loss is not finite at step {self.trainer.global_step}: lower --model.optimizer.lr, or use"
+                " --trainer.precision bf16-mixed instead of 16 bits"
+            )
         self.log_dict({"train/loss": means.pop("loss"), "train/nll": means.pop("nll")}, prog_bar=True)
         self.log_dict({f"train/{name}": value for name, value in means.items()})
         self.log("train/tokens", float(self.tokens_seen))
@@ -270,8 +282,14 @@ class SFTModule(LightningModule):
             {"params": [p for p in trained if p.ndim >= 2]},
             {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
         ]
-        optimizer = self.optimizer_callable([group for group in groups if group["params"]])
-        scheduler = self.scheduler_callable(optimizer)
+        try:
+            optimizer = self.optimizer_callable([group for group in groups if group["params"]])
+        except (ValueError, TypeError) as error:
+            raise UserError(f"--model.optimizer: {error}") from None
+        try:
+            scheduler = self.scheduler_callable(optimizer)
+        except (ValueError, TypeError) as error:
+            raise UserError(f"--model.scheduler: {error}") from None
         if isinstance(scheduler, CosineWithWarmup) and scheduler.total_steps is None:
             steps = self.trainer.estimated_stepping_batches
             if math.isinf(steps):
@@ -332,8 +350,24 @@ class SFTModule(LightningModule):
         checkpoint[KEY] = {**self._about, "objective": repr(self.objective), "tokens_seen": self.tokens_seen}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on counting tokens."""
+        """Refuse another model or vocabulary than the checkpoint's; go on counting tokens."""
+        check_state(self.model, checkpoint["state_dict"])
+        known = checkpoint.get(KEY, {}).get("vocabulary")
+        if self.tokenizer is not None and known is not None and known != vocabulary_digest(self.tokenizer):
+            raise UserError(
+                "the tokenizer is not the one the checkpoint was trained with: a tokenizer built from the data changes"
+                " with --data.source and its split; name one with --data.tokenizer, for example the run's export folder"
+            )
         self._seen_before, self._seen = int(checkpoint.get(KEY, {}).get("tokens_seen", 0)), None
+
+
+def _check_batch(batch: dict[str, Any]) -> None:
+    """Refuse what this version would ignore in a batch of a user's own loader."""
+    if "position_ids" in batch:
+        raise UserError("the batch has position_ids: packed rows are not supported by this version; leave them out")
+    mask = batch.get("attention_mask")
+    if mask is not None and bool((mask.diff(dim=1) > 0).any()):
+        raise UserError("the batch is left-padded: training wants right padding (padding_side='right')")
 
 
 def _parameters(optimizer: Any) -> Iterator[Tensor]:

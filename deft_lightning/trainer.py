@@ -1,4 +1,4 @@
-"""Trainer with the defaults of this package and the verb ``export``."""
+"""Trainer with the verb ``export``; the defaults of the paper's recipe belong to the command line."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from deft_lightning.models import load_checkpoint, model_from_checkpoint, save_h
 class Trainer(LightningTrainer):
     """Lightning's Trainer; runs go to ``<default_root_dir>/version_N`` and can be exported.
 
+    Without ``max_epochs`` it stops after ``max_steps`` or ``max_time``, or after one epoch if neither is given.
+
     Args:
         args: As Lightning's.
         kwargs: As Lightning's. No ``logger``, or True, is TensorBoard.
@@ -26,6 +28,9 @@ class Trainer(LightningTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         if kwargs.get("logger") in (None, True):
             kwargs["logger"] = TensorBoardLogger(kwargs.get("default_root_dir") or ".", name="")
+        if kwargs.get("max_epochs") is None and not args:
+            limited = kwargs.get("max_steps", -1) not in (None, -1) or kwargs.get("max_time") is not None
+            kwargs["max_epochs"] = -1 if limited else 1
         super().__init__(*args, **kwargs)
 
     def export(

@@ -343,3 +343,92 @@ def test_help_lists_objectives_noise_and_strategies(
         assert word in text
     if not verb:
         assert all(name in text for name in ("fit", "validate", "test", "predict", "export"))
+
+
+def test_a_checkpoint_brings_its_tokenizer_although_the_training_rows_changed(
+    cli: Cli, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A tokenizer built from other rows has other merges under the same ids."""
+    first = [{"question": f"word{i}", "answer": f"alpha beta {i}"} for i in range(80)]
+    second = [{"question": f"{i} zzz", "answer": f"gamma qqq {i}"} for i in range(80)]
+    one, two = jsonl(tmp_path / "one.jsonl", *first), jsonl(tmp_path / "two.jsonl", *second)
+    size = ["--data.tokenizer_size", "290", "--data.test_source", one]
+    cli("fit", *TINY, *size, "--data.source", one, "--after_fit.test", "false")
+    files = []
+    for source in (one, two):
+        output = tmp_path / f"{Path(source).stem}.predictions"
+        cli(
+            "predict", *TINY, *size, "--data.source", source, "--ckpt_path", "last", "--predictions.output", str(output)
+        )
+        files.append(output.read_text())
+    assert files[0] == files[1] and "word0" in files[0]
+    # Continuing to train on rows whose tokenizer was named differently is refused.
+    from deft_lightning.data.tokenizer import build_tokenizer
+
+    build_tokenizer([f"gamma{i} qqq{i * 7} zzz{i * 3} eta theta" for i in range(80)], 290).save_pretrained(
+        tmp_path / "other"
+    )
+    with pytest.raises(SystemExit):
+        cli("fit", *TINY, "--data.source", two, "--ckpt_path", "last", "--data.tokenizer", str(tmp_path / "other"))
+    assert "error: the tokenizer is not the one" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("args", "wanted"),
+    [
+        (["--model.architecture.hidden_size", "64"], ["another model", "model.lm_head.weight", "--model.architecture"]),
+        (["--ckpt_path", str(ROOT / "README.md")], ["README.md", "--ckpt_path"]),
+        (["--ckpt_path", str(ROOT)], ["no such checkpoint"]),
+        (["--model.optimizer.lr", "-1"], ["--model.optimizer", "-1"]),
+        (["--model.optimizer", "AdamWW"], ["AdamWW", "Did you mean AdamW"]),
+        (["--model.scheduler", "Cosine"], ["Cosine", "CosineWithWarmup"]),
+        (["--data.num_workers", "-1"], ["--data.num_workers"]),
+        (["--data.tokenizer_size", "-5"], ["--data.tokenizer_size"]),
+        (["--trainer.accumulate_grad_batches", "0"], ["--trainer.accumulate_grad_batches"]),
+        (["--gate_monitor.bins", "0"], ["GateMonitor", "bins"]),
+        (["--model.objective.floor", "0.5"], ["--model.objective Cayley"]),
+        (["--data.column_map.qestion", "q"], ["qestion", "question"]),
+        (["--model.architecture.model_type", "bert"], ["not a causal model"]),
+        (
+            ["--model.optimizer", "SGD", "--model.optimizer.lr", "1e30", "--trainer.gradient_clip_val", "0"],
+            ["not finite"],
+        ),
+    ],
+    ids=lambda value: value[-1][-24:] if isinstance(value, list) and value[0].startswith("--") else "",
+)
+def test_mistakes_that_used_to_be_tracebacks(
+    args: list[str], wanted: list[str], fitted: Path, cli: Cli, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    resume = [] if "--ckpt_path" in args or "hidden_size" not in args[0] else ["--ckpt_path", "last"]
+    root = ["--trainer.default_root_dir", str(fitted)] if resume else []
+    with pytest.raises(SystemExit) as stop:
+        cli("fit", *TINY, "--trainer.max_steps", "8", *resume, *root, *args)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    (line,) = [line for line in error.splitlines() if line.startswith("error: ")]
+    assert all(part in line for part in wanted), line
+
+
+def test_max_steps_alone_is_not_cut_at_one_epoch(cli: Cli, tmp_path: Path) -> None:
+    rows = [{"question": str(i), "answer": str(i)} for i in range(9)]
+    source = jsonl(tmp_path / "few.jsonl", *rows)
+    model = ["--model.architecture.hidden_size", "16", "--model.architecture.num_attention_heads", "2"]
+    model += ["--model.architecture.intermediate_size", "16", "--model.architecture.num_hidden_layers", "1"]
+    common = ["--data.source", source, "--data.batch_size", "4", "--data.validation_fraction", "0", *model]
+    cli("fit", *common, "--trainer.max_steps", "7")
+    assert list(tmp_path.rglob("step=7.ckpt"))
+    cli("fit", *common, "--trainer.default_root_dir", str(tmp_path / "one"))
+    assert list((tmp_path / "one").rglob("step=3.ckpt"))
+
+
+def test_clipping_below_zero_is_off_and_does_not_train_uphill(cli: Cli, tmp_path: Path) -> None:
+    for clip in ("-1", "0"):
+        cli(
+            "fit", *TINY, "--trainer.gradient_clip_val", clip, "--after_fit.test", "false",
+            "--trainer.default_root_dir", str(tmp_path / clip),
+        )  # fmt: skip
+    states = [
+        torch.load(next((tmp_path / clip).rglob("step=4.ckpt")), weights_only=True)["state_dict"]
+        for clip in ("-1", "0")
+    ]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])

@@ -7,6 +7,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from deft_lightning.errors import UserError
 from deft_lightning.functional import TokenStats
 from deft_lightning.metrics import Histogram, PackedHistogram
 
@@ -18,7 +19,9 @@ class TokenMonitor(Callback):
     in :meth:`report`; syncing is one all-reduce for all of them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, bins: int = 50) -> None:
+        if bins < 1:
+            raise UserError(f"{type(self).__name__}: bins must be at least 1, got {bins}")
         self.packed: PackedHistogram | None = None
 
     def open(self, trainer: Trainer, module: Any) -> PackedHistogram:

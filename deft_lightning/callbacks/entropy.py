@@ -21,7 +21,7 @@ class EntropyMonitor(TokenMonitor):
     """
 
     def __init__(self, histograms: bool = True, bins: int = 50) -> None:
-        super().__init__()
+        super().__init__(bins)
         self.histograms, self.bins = histograms, bins
 
     def open(self, trainer: Trainer, module: Any) -> PackedHistogram:

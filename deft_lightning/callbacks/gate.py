@@ -25,7 +25,7 @@ class GateMonitor(TokenMonitor):
     """
 
     def __init__(self, histograms: bool = True, bins: int = 50) -> None:
-        super().__init__()
+        super().__init__(bins)
         self.histograms, self.bins = histograms, bins
         self.has_focus = False
 

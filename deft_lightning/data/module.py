@@ -93,6 +93,8 @@ class InstructionDataModule(LightningDataModule):
                 raise UserError(f"--data.column_map.{name}: no such field.{did_you_mean(name, FIELDS)}")
         if on_bad_row not in ("error", "skip"):
             raise UserError(f"--data.on_bad_row must be error or skip, not {on_bad_row!r}")
+        if num_workers < 0 or tokenizer_size < 0:
+            raise UserError("--data.num_workers and --data.tokenizer_size must not be negative")
         for name, value in (
             ("batch_size", batch_size),
             ("max_length", max_length),
@@ -108,6 +110,7 @@ class InstructionDataModule(LightningDataModule):
         self.max_length, self.batch_size, self.eval_batch_size = max_length, batch_size, eval_batch_size or batch_size
         self.num_workers, self.seed, self.noise = num_workers, seed, noise
         self.tokenizer: Any = None
+        self._settled: str | None = None
         self.reports: dict[str, Report] = {}
         self._examples: dict[str, list[Example]] = {}
         self._prepared: dict[str, list[Prepared]] = {}
@@ -158,11 +161,17 @@ class InstructionDataModule(LightningDataModule):
         if not self._examples["train"]:
             raise UserError(f"{self.source}: no row is left to train on; lower --data.validation_fraction")
 
+    def use_tokenizer(self, tokenizer: Any) -> None:
+        """Use a tokenizer object, for example a checkpoint's, instead of naming or building one."""
+        self.tokenizer, self._settled = tokenizer, None
+
     def _settle_tokenizer(self) -> None:
-        if self.tokenizer is not None:
-            return
         model = getattr(self.trainer, "lightning_module", None) if self.trainer else None
         name = self.tokenizer_name or getattr(model, "pretrained", None)
+        if self.tokenizer is not None and name in (None, self._settled):
+            return
+        self._settled = name
+        self._prepared = {}  # what was prepared for another model is of another vocabulary
         if name is not None:
             self.tokenizer = load_tokenizer(name)
             set_template(self.tokenizer, self.chat_template)
@@ -193,7 +202,12 @@ class InstructionDataModule(LightningDataModule):
         for name, examples in self._examples.items():
             noise = self.noise if name in self.noise.splits else replace(self.noise, ops=[])
             corrupted, codes = corrupt_responses(examples, noise)
-            prepared = tokenise(self.tokenizer, corrupted, codes)
+            refused: list[str] = []
+            prepared = tokenise(self.tokenizer, corrupted, codes, refused if self.on_bad_row == "skip" else None)
+            if refused:
+                rank_zero_warn(f"{name}: skipped {len(refused)} rows; the first: {refused[0]}")
+            if refused and not prepared:
+                raise UserError(f"{name}: no usable row; the first problem: {refused[0]}")
             if name == "train":
                 clean_train = prepared
                 self._check_end_of_turn(prepared)

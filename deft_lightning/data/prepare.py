@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from deft_lightning.data.collate import IGNORE, Prepared, Prompt
 from deft_lightning.data.noise import Noise, ResponseNoise, TokenNoise
@@ -41,7 +42,7 @@ class Report:
         if self.truncated:
             parts.append(f"{self.truncated} truncated")
         if self.dropped:
-            parts.append(f"{self.dropped} dropped because max_length left no supervised token")
+            parts.append(f"{self.dropped} dropped for want of a supervised token within max_length")
         return "; ".join(parts)
 
 
@@ -52,7 +53,8 @@ def corrupt_responses(examples: Sequence[Example], noise: Noise) -> tuple[list[E
         if not isinstance(op, ResponseNoise):
             continue
         if all(e.response is None for e in result):
-            raise UserError(f"{type(op).__name__} needs conversations that end with a response (--data.noise.ops)")
+            name = type(op).__name__
+            rank_zero_warn(f"{name} does nothing: no example ends with a response (--data.noise.ops)")
         open_to = [i for i, e in enumerate(result) if e.response is not None and not noise.trusts(e.id)]
         answers = [result[i].response or "" for i in open_to]
         for position, answer in op.corrupt_responses(salt, [result[i].id for i in open_to], answers).items():
@@ -79,11 +81,22 @@ def _given_tokens(example: Example, vocab_size: int) -> Encoded:
     return Encoded(ids, np.where(labels == IGNORE, NOT_SUPERVISED, 0))
 
 
-def tokenise(tokenizer: Any, examples: Sequence[Example], codes: Sequence[int]) -> list[Prepared]:
-    """Turn examples into tokens with clean-text labels; ``codes`` marks the last turn of corrupted responses."""
+def tokenise(
+    tokenizer: Any, examples: Sequence[Example], codes: Sequence[int], refused: list[str] | None = None
+) -> list[Prepared]:
+    """Turn examples into tokens with clean-text labels; ``codes`` marks the last turn of corrupted responses.
+
+    Rows that the template or the vocabulary refuses are told to ``refused`` and left out; without it they raise.
+    """
     prepared = []
     for example, code in zip(examples, codes, strict=True):
-        encoded = _given_tokens(example, len(tokenizer)) if example.tokens else encode(tokenizer, example)
+        try:
+            encoded = _given_tokens(example, len(tokenizer)) if example.tokens else encode(tokenizer, example)
+        except UserError as error:
+            if refused is None:
+                raise
+            refused.append(str(error))
+            continue
         supervised = encoded.turn != NOT_SUPERVISED
         supervised[:1] = False  # nothing predicts the first token
         source = np.array(example.tokens[1], dtype=np.int64) if example.tokens else encoded.input_ids

@@ -95,7 +95,7 @@ class Row:
         """Return the first of the fields that is there, with its name."""
         for field in fields:
             value = self.get(field)
-            if value is not None:
+            if value is not None and value == value:  # NaN is how pandas writes a missing value
                 return self.name(field), value
         wanted, columns = " or ".join(repr(self.name(f)) for f in fields), ", ".join(map(str, self.record))
         raise UserError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ def read(
         source: A .jsonl, .json, .csv or .parquet file, ``reasoning_gym:<task>[?option=value&...]``, a folder that
             ``datasets`` can load, or a hub id.
         subset: Configuration name of a hub dataset.
-        split: Split of a hub dataset or folder.
+        split: Split of a hub dataset or folder; ``name[test]`` as the source names another one.
         on_bad_row: Told of a line that is no record, which is then left out; default: raise.
 
     Raises:
@@ -42,6 +43,8 @@ def read(
 def _open(source: str, subset: str | None, split: str, on_bad_row: OnBadRow | None) -> Located:
     if source.startswith("reasoning_gym:"):
         return _reasoning_gym(source)
+    if found := re.fullmatch(r"(.+)\[([\w.:%+-]+)\]", source):
+        source, split = found[1], found[2]
     path = Path(source).expanduser()
     if path.is_file():
         suffix = path.suffix.lower()

@@ -120,7 +120,7 @@ def encode(tokenizer: Any, example: Example) -> Encoded:
     tagged = TAG.search(tokenizer.chat_template) is not None
     turn = np.full(len(ids), NOT_SUPERVISED, dtype=np.int64)
     for start, end, i in spans:
-        span = (starts >= start) & (starts < end) & (ends > starts)
+        span = (starts >= start) & (starts < end)
         closing = np.flatnonzero(span & marks)
         # Only blanks may follow the end of the turn: a template may put special tokens inside the turn as well.
         if not tagged and closing.size and not text[ends[closing[-1]] : end].strip():

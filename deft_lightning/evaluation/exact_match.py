@@ -4,7 +4,9 @@ from __future__ import annotations
 
 
 def exact_match(completion: str, gold: str) -> bool:
-    """Whether the two are equal once surrounding blanks and line-end styles are taken off; case and inner blanks count.
+    """Whether the two are equal but for blanks around each line's end, around the whole, and the style of line ends.
+
+    Case and blanks inside a line count.
 
     Args:
         completion: What the model wrote.

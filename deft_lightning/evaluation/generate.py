@@ -43,7 +43,7 @@ NEUTRAL = {"num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0,
 
 
 class Completion(NamedTuple):
-    """One sample: its text without the end token, and whether ``max_new_tokens`` cut it off."""
+    """One sample: its text without the end token, and whether a length limit cut it off."""
 
     text: str
     truncated: bool
@@ -69,10 +69,15 @@ def complete(
     if settings.temperature:
         options |= {"do_sample": True, "temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0}
         torch.manual_seed(key(settings.seed, *batch["example_id"]) >> 65)
+    prompt = batch["input_ids"].shape[1]
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or prompt + 2**31
+    if prompt >= positions:
+        raise UserError(f"a prompt of {prompt} tokens fills the model's {positions} positions (--data.test_source)")
     out = model.generate(
         input_ids=batch["input_ids"],
         attention_mask=batch["attention_mask"],
-        max_new_tokens=settings.max_new_tokens,
+        # Past its positions a model has no embedding; what is cut there counts as truncated.
+        max_new_tokens=min(settings.max_new_tokens, positions - prompt),
         num_return_sequences=settings.samples,
         eos_token_id=list(stops),
         pad_token_id=tokenizer.pad_token_id,
@@ -80,7 +85,7 @@ def complete(
         **options,
     )
     done: list[Completion] = []
-    for row in out[:, batch["input_ids"].shape[1] :].tolist():
+    for row in out[:, prompt:].tolist():
         end = next((i for i, token in enumerate(row) if token in stops), None)
         done.append(Completion(tokenizer.decode(row[:end], skip_special_tokens=True), end is None))
     n = settings.samples

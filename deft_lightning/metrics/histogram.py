@@ -77,7 +77,7 @@ class PackedHistogram(Metric):
         """Add values, shape ``(N,)``, to quantity ``row``."""
         low, high = self.ranges[row]
         wide = values.detach().to(torch.float64)
-        index = ((wide - low) * (self.bins / (high - low))).clamp(0, self.bins - 1).long()
+        index = ((wide - low) * (self.bins / (high - low))).nan_to_num(0.0).clamp(0, self.bins - 1).long()
         self.state[row].scatter_add_(0, index, torch.ones_like(wide))
         self.state[row, self.bins :] += torch.stack([wide.sum(), wide.square().sum(), wide.new_tensor(wide.numel())])
 

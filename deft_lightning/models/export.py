@@ -15,11 +15,35 @@ from typing import Any
 import torch
 
 from deft_lightning.errors import UserError
+from deft_lightning.hashing import key
 from deft_lightning.models.build import ready
 from deft_lightning.models.head import base_causal_lm
 from deft_lightning.models.lora import LoRA, add_adapters
 
 KEY = "deft_lightning"
+
+
+def vocabulary_digest(tokenizer: Any) -> str:
+    """Return a hash of a tokenizer's tokens and their ids."""
+    items = sorted(tokenizer.get_vocab().items())
+    return f"{key(*(part for item in items for part in item)):032x}"
+
+
+def check_state(model: Any, state: dict[str, Any]) -> None:
+    """Refuse weights of another architecture.
+
+    Raises:
+        UserError: A weight is missing, too many, or of another shape; the message names one.
+    """
+    own = {f"model.{name}": tuple(value.shape) for name, value in model.state_dict().items()}
+    theirs = {name: tuple(value.shape) for name, value in state.items() if name.startswith("model.")}
+    wrong = sorted(name for name in own.keys() | theirs.keys() if own.get(name) != theirs.get(name))
+    if wrong:
+        raise UserError(
+            f"--ckpt_path: the checkpoint is of another model, for example {wrong[0]} has shape"
+            f" {theirs.get(wrong[0])} in it and {own.get(wrong[0])} here (--model.architecture, --model.pretrained,"
+            " --model.lora)"
+        )
 
 
 def describe(model: Any, tokenizer: Any | None, lora: LoRA | None, stop_token_ids: Sequence[int]) -> dict[str, Any]:
@@ -38,6 +62,7 @@ def describe(model: Any, tokenizer: Any | None, lora: LoRA | None, stop_token_id
         "dtype": str(causal.dtype).removeprefix("torch."),
         "lora": None if lora is None else lora.settings(),
         "tokenizer": files,
+        "vocabulary": None if tokenizer is None else vocabulary_digest(tokenizer),
         "stop_token_ids": list(stop_token_ids),
     }
 
@@ -63,7 +88,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
 def model_from_checkpoint(checkpoint: dict[str, Any]) -> tuple[Any, Any | None, list[int]]:
     """Rebuild model, tokenizer and stop tokens from a checkpoint alone."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     about = checkpoint[KEY]
     settings = json.loads(about["config"])
@@ -74,14 +99,21 @@ def model_from_checkpoint(checkpoint: dict[str, Any]) -> tuple[Any, Any | None, 
         model = add_adapters(model, LoRA(**about["lora"]))
     state = {k.removeprefix("model."): v for k, v in checkpoint["state_dict"].items() if k.startswith("model.")}
     model.load_state_dict(state)
-    tokenizer = None
-    if about["tokenizer"]:
-        with tempfile.TemporaryDirectory() as folder:
-            for name, text in about["tokenizer"].items():
-                (Path(folder) / name).parent.mkdir(parents=True, exist_ok=True)
-                (Path(folder) / name).write_text(text, encoding="utf-8")
-            tokenizer = AutoTokenizer.from_pretrained(folder)
-    return model, tokenizer, list(about["stop_token_ids"])
+    return model, tokenizer_from_checkpoint(checkpoint), list(about["stop_token_ids"])
+
+
+def tokenizer_from_checkpoint(checkpoint: dict[str, Any]) -> Any | None:
+    """Return the tokenizer a checkpoint was trained with, or None if it had none."""
+    from transformers import AutoTokenizer
+
+    files = checkpoint[KEY]["tokenizer"]
+    if not files:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        for name, text in files.items():
+            (Path(folder) / name).parent.mkdir(parents=True, exist_ok=True)
+            (Path(folder) / name).write_text(text, encoding="utf-8")
+        return AutoTokenizer.from_pretrained(folder)
 
 
 def save_hugging_face(

@@ -66,6 +66,33 @@ def find_head(model: Any) -> HeadSeam:
 
 
 @torch.no_grad()
+def check_causal(model: Any, input_ids: Tensor) -> None:
+    """Refuse a model whose prediction changes with the tokens it is to predict.
+
+    Args:
+        model: The model as trained.
+        input_ids: Shape ``(B, T)``; the first tokens of the first row are used.
+
+    Raises:
+        UserError: Changing the last token changes the logits of an earlier one.
+    """
+    few = input_ids[:1, :16]
+    if few.shape[1] < 2:
+        return
+    other = few.clone()
+    other[0, -1] = (few[0, -1] + 1) % model.get_input_embeddings().weight.shape[0]
+    was_training = model.training
+    model.eval()
+    both = model(input_ids=torch.cat([few, other]), use_cache=False).logits[:, :-1].float()
+    model.train(was_training)
+    if float((both[0] - both[1]).abs().max()) > 1e-4 * float(both.abs().max()):
+        raise UserError(
+            f"{type(base_causal_lm(model)).__name__} sees the tokens it is to predict: it is not a causal model"
+            " (--model.pretrained, --model.architecture.model_type)"
+        )
+
+
+@torch.no_grad()
 def check_head(model: Any, seam: HeadSeam, input_ids: Tensor) -> None:
     """Compare the fused head's logits with the model's own on a few tokens.
 
