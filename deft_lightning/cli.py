@@ -17,6 +17,7 @@ from deft_lightning.callbacks import (
     Checkpoint,
     EntropyMonitor,
     GateMonitor,
+    GracefulStop,
     NoiseMonitor,
     PredictionWriter,
     SFTProgressBar,
@@ -147,6 +148,8 @@ class DeftCLI(LightningCLI):
         strategy = config.get("strategy")
         if isinstance(strategy, str) and not strategy.startswith(("auto", "ddp")):
             raise UserError(f"--trainer.strategy {strategy} is not supported by this version: use auto or ddp")
+        self.stop = GracefulStop()
+        config.callbacks = [*_as_list(config.get("callbacks")), self.stop]
         try:
             return super().instantiate_trainer(**kwargs)
         except (ValueError, TypeError) as error:  # Lightning checks its own options with both
@@ -170,6 +173,9 @@ class DeftCLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Test and export what was trained, unless training was cut short."""
+        if self.stop.stopped:
+            rank_zero_info(f"stopped at step {self.trainer.global_step}; go on with --ckpt_path last")
+            return
         if self.trainer.interrupted or self._get(self.config_init, "trainer").get("fast_dev_run"):
             return
         wanted = self._get(self.config_init, "after_fit")
@@ -181,6 +187,10 @@ class DeftCLI(LightningCLI):
             self.trainer.export(self.model, output=str(output), datamodule=self.datamodule)
         if wanted.test:
             self.trainer.test(self.model, datamodule=self.datamodule)
+
+
+def _as_list(callbacks: Any) -> list[Any]:
+    return callbacks if isinstance(callbacks, list) else [] if callbacks is None else [callbacks]
 
 
 def run(args: ArgsType = None) -> None:

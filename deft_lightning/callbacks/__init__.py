@@ -7,11 +7,13 @@ from deft_lightning.callbacks.gate import GateMonitor
 from deft_lightning.callbacks.noise import NoiseMonitor
 from deft_lightning.callbacks.predictions import PredictionWriter
 from deft_lightning.callbacks.progress import SFTProgressBar
+from deft_lightning.callbacks.stop import GracefulStop
 
 __all__ = [
     "Checkpoint",
     "EntropyMonitor",
     "GateMonitor",
+    "GracefulStop",
     "NoiseMonitor",
     "PredictionWriter",
     "SFTProgressBar",

@@ -55,9 +55,12 @@ class Checkpoint(ModelCheckpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save at `max_steps` before Lightning counts the epoch that is cut there as finished: it can be continued."""
+        """Save where training stops, before Lightning counts the epoch that is cut there as finished."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        if trainer.global_step == trainer.max_steps and self.monitor is None:
+        stops = trainer.global_step == trainer.max_steps or (
+            trainer.should_stop and not trainer.fit_loop._should_accumulate()
+        )
+        if stops and self.monitor is None:
             self._save_final(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

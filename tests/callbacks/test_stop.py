@@ -1,0 +1,81 @@
+"""Ctrl-C in a real process: one stops after the step and saves, and the run goes on from there."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_one_interrupt_saves_the_step_in_hand_and_the_run_goes_on(tmp_path: Path) -> None:
+    command = [
+        sys.executable, "-m", "deft_lightning", "fit", "--config", "configs/quickstart.yaml",
+        "--trainer.default_root_dir", str(tmp_path), "--data.source", "reasoning_gym:spell_backward?size=300",
+        "--trainer.max_steps", "100000", "--trainer.val_check_interval", "50000", "--data.batch_size", "2",
+        "--trainer.log_every_n_steps", "1", "--progress_bar.refresh_rate", "1",
+    ]  # fmt: skip
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        seen, deadline = "", time.monotonic() + 120
+        while "train/loss" not in seen and "loss=" not in seen and time.monotonic() < deadline:
+            seen += process.stdout.read(200)
+        process.send_signal(signal.SIGINT)
+        rest, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, rest[-2000:]
+    assert "stopping after this step" in rest and "go on with --ckpt_path last" in rest
+    (checkpoint,) = tmp_path.rglob("step=*.ckpt")
+    step = torch.load(checkpoint, weights_only=True)["global_step"]
+    assert step > 0 and not list(tmp_path.rglob("export"))
+    again = [*command, "--ckpt_path", "last", "--trainer.max_steps", str(step + 2), "--after_fit.test", "false"]
+    done = subprocess.run(again, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert list(tmp_path.rglob(f"step={step + 2}.ckpt"))
+
+
+def test_the_handler_is_taken_back_after_training(tmp_path: Path) -> None:
+    from deft_lightning import InstructionDataModule, SFTModule, Trainer
+    from deft_lightning.callbacks import GracefulStop
+
+    before = signal.getsignal(signal.SIGINT)
+    source = tmp_path / "rows.jsonl"
+    source.write_text("".join(f'{{"question": "{i}", "answer": "{i}"}}\n' for i in range(8)))
+    stop = GracefulStop()
+    seen = []
+
+    class Press(GracefulStop):
+        def on_train_batch_start(self, *args: object) -> None:
+            seen.append(signal.getsignal(signal.SIGINT))
+            if len(seen) == 2:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    trainer = Trainer(max_steps=50, default_root_dir=str(tmp_path), callbacks=[stop], logger=False, accelerator="cpu")
+    press = Press()
+    press.on_fit_start = lambda *args: None  # type: ignore[method-assign]
+    trainer.callbacks.append(press)
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    module = SFTModule(architecture=shape)
+    trainer.fit(module, InstructionDataModule(str(source), validation_fraction=0.0, tokenizer_size=0, batch_size=2))
+    assert stop.stopped and trainer.global_step == 2
+    assert seen[0] == stop._handle
+    assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_a_second_interrupt_is_immediate() -> None:
+    from deft_lightning.callbacks import GracefulStop
+
+    stop = GracefulStop()
+    stop._handle(signal.SIGINT, None)
+    assert stop.asked
+    with pytest.raises(KeyboardInterrupt):
+        stop._handle(signal.SIGINT, None)
