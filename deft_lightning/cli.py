@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import sys
 import warnings
@@ -79,8 +80,12 @@ class DeftParser(LightningArgumentParser):
         """Print one line and exit with status 2."""
         if not self.exit_on_error:
             super().error(message, ex)
-        parser = getattr(ex, "subcommand_parser", None) or self
-        sys.stderr.write(f"error: {one_line(message, parser._option_string_actions)}\n")
+        parsers: list[Any] = [getattr(ex, "subcommand_parser", None) or self]
+        for action in parsers[0]._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                parsers.extend(action.choices.values())
+        options = {option for parser in parsers for option in parser._option_string_actions}
+        sys.stderr.write(f"error: {one_line(message, sorted(options))}\n")
         self.exit(2)
 
 

@@ -30,10 +30,10 @@ def one_line(message: str, options: Iterable[str] = ()) -> str:
         word = found[1].split("=")[0]
         return f"unknown option {word}.{did_you_mean(word, options)}"
     if found := re.search(
-        r"[Kk]ey ['\"]([\w.]+)['\"] is not expected|does not accept (?:nested )?key ['\"]([\w.]+)", text
+        r"[Kk]ey ['\"]([\w.]+)['\"] is not expected|does not accept (?:option|(?:nested )?key) ['\"]([\w.]+)", text
     ):
         word = next(group for group in found.groups() if group)
-        return f"unknown option --{word}.{did_you_mean(f'--{word}', options)}"
+        return f"unknown option {word} in the configuration.{did_you_mean(f'--{word}', options)}"
     key = found[1] if (found := re.search(r"Parser key ['\"]([\w.]+)['\"]:?", text)) else ""
     if key == "subcommand" or "subcommand" in text.splitlines()[0]:
         return text.splitlines()[0].replace('"subcommand"', "the verb")

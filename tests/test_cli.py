@@ -388,6 +388,7 @@ def test_a_checkpoint_brings_its_tokenizer_although_the_training_rows_changed(
         (["--gate_monitor.bins", "0"], ["GateMonitor", "bins"]),
         (["--model.objective.floor", "0.5"], ["--model.objective Cayley"]),
         (["--data.column_map.qestion", "q"], ["qestion", "question"]),
+        (["--config", "model: {objektive: DEFT}"], ["model.objektive", "--model.objective"]),
         (["--model.architecture.model_type", "bert"], ["not a causal model"]),
         (
             ["--model.optimizer", "SGD", "--model.optimizer.lr", "1e30", "--trainer.gradient_clip_val", "0"],
