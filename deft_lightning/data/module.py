@@ -133,9 +133,7 @@ class InstructionDataModule(LightningDataModule):
                     format = detect_format(record, where, self.column_map, need_response=need_response)
                 examples.append(normalise(record, where, format, self.column_map, need_response=need_response))
             except UserError as error:
-                if self.on_bad_row == "error":
-                    raise
-                skipped.append(str(error))
+                skip(error)
         if skipped:
             rank_zero_warn(f"{source}: skipped {len(skipped)} rows; the first: {skipped[0]}")
         if not examples:
@@ -162,8 +160,13 @@ class InstructionDataModule(LightningDataModule):
             raise UserError(f"{self.source}: no row is left to train on; lower --data.validation_fraction")
 
     def use_tokenizer(self, tokenizer: Any) -> None:
-        """Use a tokenizer object, for example a checkpoint's, instead of naming or building one."""
+        """Use a tokenizer object, for example a checkpoint's, instead of naming or building one.
+
+        A ``chat_template`` that was asked for still wins over the tokenizer's own.
+        """
         self.tokenizer, self._settled = tokenizer, None
+        if tokenizer is not None and self.chat_template is not None:
+            set_template(tokenizer, self.chat_template)
 
     def _settle_tokenizer(self) -> None:
         model = getattr(self.trainer, "lightning_module", None) if self.trainer else None
@@ -211,7 +214,7 @@ class InstructionDataModule(LightningDataModule):
             if name == "train":
                 clean_train = prepared
                 self._check_end_of_turn(prepared)
-            if any(op for op in noise.ops):
+            if noise.ops:
                 words = words or vocabulary(self.tokenizer, clean_train or prepared)
                 prepared = corrupt_tokens(prepared, noise, words)
             report = self.reports[name] = Report(name)
@@ -219,6 +222,7 @@ class InstructionDataModule(LightningDataModule):
             rank_zero_info(str(report))
 
     def _check_end_of_turn(self, prepared: Sequence[Prepared]) -> None:
+        # One template writes every turn: a few examples show how it ends.
         last = [int(e.labels[e.labels != -100][-1]) for e in prepared[:100] if (e.labels != -100).any()]
         self._turn_ends = sorted(set(last) & set(markers(self.tokenizer).tolist()))
         if last and not self._turn_ends:

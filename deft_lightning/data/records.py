@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -82,20 +83,18 @@ class Row:
         return self.column_map.get(field, field)
 
     def get(self, field: str) -> Any:
-        """Return the value of a field, following dotted keys; None when absent."""
+        """Return the value of a field, following dotted keys; None when absent, or NaN as pandas writes absence."""
         name = self.name(field)
-        if name in self.record:
-            return self.record[name]
         value: Any = self.record
-        for part in name.split("."):
+        for part in [name] if name in self.record else name.split("."):
             value = value.get(part) if isinstance(value, Mapping) else None
-        return value
+        return None if isinstance(value, float) and math.isnan(value) else value
 
     def require(self, *fields: str) -> tuple[str, Any]:
         """Return the first of the fields that is there, with its name."""
         for field in fields:
             value = self.get(field)
-            if value is not None and value == value:  # NaN is how pandas writes a missing value
+            if value is not None:
                 return self.name(field), value
         wanted, columns = " or ".join(repr(self.name(f)) for f in fields), ", ".join(map(str, self.record))
         raise UserError(

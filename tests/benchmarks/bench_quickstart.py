@@ -3,8 +3,8 @@
     python tests/benchmarks/bench_quickstart.py [--rounds 5] [--steps 150] [--output docs/bench_quickstart.json]
 
 Each figure comes from whole processes, run in turn (package, bare loop, package, ...), so that a machine whose speed
-drifts treats both alike. The bare loop has the same model, initial weights, batches, optimizer, schedule and clipping,
-and transformers' own cross entropy; no monitors, logging, bars or checkpoints.
+drifts treats both alike. The bare loop has the same architecture, batches, optimizer and clipping, and transformers'
+own cross entropy; no schedule, monitors, logging, bars or checkpoints.
 """
 
 from __future__ import annotations

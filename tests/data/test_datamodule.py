@@ -909,3 +909,12 @@ def test_a_given_column_map_is_copied(tmp_path: Path) -> None:
     column_map.clear()
     data.setup("fit")
     assert answers(data, data.train_dataloader()) == ["b"]
+
+
+def test_a_template_that_was_asked_for_wins_over_that_of_a_given_tokenizer(tmp_path: Path) -> None:
+    data = make(tmp_path, qa(3), validation_fraction=0.0, chat_template="chatml")
+    tokenizer = build_tokenizer(["abc"], 0)
+    own = tokenizer.chat_template
+    data.use_tokenizer(tokenizer)
+    data.setup("fit")
+    assert data.tokenizer is tokenizer and "<|im_start|>" in tokenizer.chat_template != own

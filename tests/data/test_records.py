@@ -549,3 +549,16 @@ def test_any_record_becomes_an_example_or_one_line(case: tuple[str, dict[str, An
         assert all(isinstance(m["content"], str) for m in example.messages)
         answers = [m["content"] for m in example.messages if m["role"] == "assistant"]
         assert all(answer.strip() for answer in answers) and (answers or not need_response)
+
+
+@pytest.mark.parametrize("field", ["question", "answer"])
+def test_nan_as_pandas_writes_it_is_a_missing_value(field: str) -> None:
+    record = {"question": "2 + 2?", "answer": "4", field: float("nan")}
+    with pytest.raises(UserError, match=rf"row 1: missing field '{field}'"):
+        normalise(record, "rows.jsonl, row 1", "question_answer", {})
+
+
+def test_nan_in_an_optional_field_is_left_out() -> None:
+    record = {"instruction": "Say hi", "input": float("nan"), "output": "hi"}
+    example = normalise(record, "rows.jsonl, row 1", "alpaca", {})
+    assert example.messages is not None and example.messages[0]["content"] == "Say hi"
