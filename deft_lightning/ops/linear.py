@@ -1,206 +1,120 @@
-"""Fused linear head: hidden states to statistics, loss and gradients in chunks, never holding ``(N, V)``.
-
-One pass over chunks of tokens does three matrix products (logits, dX, dW) whatever the objective: within a chunk the
-statistics give the loss and, by autograd over ``(n,)`` vectors, the gate; then ``gate * (pi - onehot)`` replaces the
-logits. Objectives that need the whole batch first (``needs_batch``) cost a second product for the logits.
-"""
+"""Hidden states to statistics, loss and gradients under any objective, without ever holding ``(N, V)`` logits."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal, cast
+from dataclasses import replace
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from deft_lightning.errors import UserError
-from deft_lightning.functional import TokenStats, accumulation_dtype, topk_entropy_of
+from deft_lightning.functional import TokenStats, accumulation_dtype
+from deft_lightning.ops.backend import Backend, choose_kernel
+from deft_lightning.ops.chunked import Inputs, Plan, loss_and_gradients, statistics
+from deft_lightning.ops.rows import Transform
 
 Objective = Callable[[TokenStats], Tensor]
-Backend = Literal["auto", "torch"]
-
-# Tokens a chunk: enough rows to keep the matrix products efficient, few enough that a chunk of fp32 logits over 152k
-# entries stays near 300 MB on the CPU. CUDA wants at least 1024 rows to amortise the fp32 accumulation of dW.
-CHUNK_CPU, CHUNK_CUDA = 512, 1024
-# Elements of a block of rows for the element-wise work between the products on the CPU.
-BLOCK_CPU = 1 << 21
-
-
-@dataclass(frozen=True)
-class _Head:
-    """The fixed part of a call: everything that is not a tensor with a gradient."""
-
-    objective: Objective | None
-    softcap: float | None
-    logit_scale: float
-    chunk: int
-    topk: int
-
-    def transform(self, product: Tensor) -> tuple[Tensor, Tensor | float]:
-        """Return fresh logits in the accumulation dtype, and their derivative by the product."""
-        z = product.to(accumulation_dtype(product.dtype), copy=True)
-        if self.logit_scale != 1.0:
-            z *= self.logit_scale
-        if not self.softcap:
-            return z, self.logit_scale
-        squashed = torch.tanh(z / self.softcap)
-        return self.softcap * squashed, (1 - squashed.square()) * self.logit_scale
-
-    def statistics(self, product: Tensor, labels: Tensor) -> TokenStats:
-        """Return the statistics of a chunk, block by block."""
-        parts = [_statistics(self.transform(product[b])[0], labels[b], self.topk)[0] for b in _blocks(product)]
-        return _concatenate(parts, product, self.topk)
-
-
-def _pieces(n: int, chunk: int) -> list[slice]:
-    return [slice(i, min(i + chunk, n)) for i in range(0, n, chunk)]
-
-
-def _blocks(product: Tensor) -> list[slice]:
-    """Rows of a chunk whose element-wise work stays in a CPU's cache; the whole chunk elsewhere."""
-    n, vocabulary = product.shape
-    return _pieces(n, max(1, BLOCK_CPU // vocabulary) if product.device.type == "cpu" else max(n, 1))
-
-
-def _statistics(z: Tensor, labels: Tensor, topk: int) -> tuple[TokenStats, Tensor]:
-    """Statistics of logits, and their softmax; the logits are shifted in place by their maximum."""
-    top, arg = z.max(dim=-1, keepdim=True)
-    z -= top
-    topk_entropy = topk_entropy_of(z, topk) if topk else None
-    pi = torch.softmax(z, dim=-1)
-    peak = pi.gather(-1, arg)
-    # Without its largest entry the sum keeps its relative accuracy when the prediction is nearly certain; when it is
-    # flat, 1 - tail does not, and the entry itself does.
-    pi.scatter_(-1, arg, 0.0)
-    tail = pi.sum(-1)
-    log_sum = torch.where(tail < 0.5, -torch.log1p(-tail), -peak.squeeze(-1).log())
-    rest = torch.linalg.vector_norm(pi, dim=-1).square()
-    # An entry without mass (a bias of -inf) has 0 * -inf in its product: the finite minimum keeps that a zero.
-    entropy = log_sum - (pi * z.clamp_min_(torch.finfo(z.dtype).min)).sum(-1)  # vecdot would autocast
-    log_prob = z.gather(-1, labels.unsqueeze(-1)).squeeze(-1) - log_sum
-    pi.scatter_(-1, arg, peak)
-    stats = TokenStats(log_prob, peak.squeeze(-1).square() + rest, entropy, arg.squeeze(-1) == labels, topk_entropy)
-    return stats, pi
-
-
-def _concatenate(parts: list[TokenStats], like: Tensor, topk: int) -> TokenStats:
-    if not parts:
-        empty = like.new_zeros((0,), dtype=accumulation_dtype(like.dtype))
-        return TokenStats(empty, empty.clone(), empty.clone(), empty.bool(), empty.clone() if topk else None)
-    columns = zip(*(part[:4] for part in parts), strict=True)
-    log_prob, collision, entropy, correct = (torch.cat(column) for column in columns)
-    extra = [part.topk_entropy for part in parts if part.topk_entropy is not None]
-    return TokenStats(log_prob, collision, entropy, correct, torch.cat(extra) if extra else None)
-
-
-def _value_and_gate(objective: Objective, stats: TokenStats) -> tuple[Tensor, Tensor]:
-    """Loss per token and its derivative by log p, from detached statistics."""
-    with torch.enable_grad():
-        log_prob = stats.log_prob.detach().requires_grad_()
-        loss = objective(stats._replace(log_prob=log_prob))
-        (grad,) = torch.autograd.grad(loss.sum(), log_prob)
-    return loss.detach(), grad
 
 
 class _FusedHead(torch.autograd.Function):
     """Gradients are computed in forward, where the logits of a chunk exist; backward only scales them."""
 
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, token_weight: Tensor | None,
-        head: _Head,
-    ) -> tuple[Tensor, ...]:  # fmt: skip
-        assert head.objective is not None
-        pieces = _pieces(hidden.shape[0], head.chunk)
-        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        whole_stats: TokenStats | None = None
-        losses: list[Tensor] = []
-        parts: list[TokenStats] = []
-        gradients = any(ctx.needs_input_grad[:3])
-        whole_batch = bool(getattr(head.objective, "needs_batch", False))
-        if not gradients or whole_batch:
-            parts = [head.statistics(linear(hidden[p], weight, bias), targets[p]) for p in pieces]
-            whole_stats = _concatenate(parts, hidden, head.topk)
-            if not gradients:
-                return _result(ctx, head.objective(whole_stats), token_weight, whole_stats)
-            loss, whole_gate = _value_and_gate(head.objective, whole_stats)
-            losses.append(loss)
-
-        wide = accumulation_dtype(weight.dtype)
-        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=wide) if needs_weight else None
-        grad_bias = torch.zeros_like(bias, dtype=wide) if needs_bias and bias is not None else None
-        for piece in pieces:
-            rows = hidden[piece]
-            product = linear(rows, weight, bias)
-            for block in _blocks(product):
-                at = slice(piece.start + block.start, piece.start + block.stop)
-                z, chain = head.transform(product[block])
-                stats, error = _statistics(z, targets[at], head.topk)
-                if whole_stats is None:
-                    loss, dlogp = _value_and_gate(head.objective, stats)
-                    losses.append(loss)
-                    parts.append(stats)
-                else:
-                    dlogp = whole_gate[at]
-                if token_weight is not None:
-                    dlogp = dlogp * token_weight[at]
-                # The target entry is dl/dlogp * (1 - p) through expm1, written last: no p - 1 cancellation.
-                error.mul_(-dlogp.unsqueeze(-1))
-                error.scatter_(-1, targets[at].unsqueeze(-1), (-torch.expm1(stats.log_prob) * dlogp).unsqueeze(-1))
-                product[block] = error if isinstance(chain, float) and chain == 1.0 else error * chain
-            if grad_hidden is not None:
-                torch.mm(product, weight, out=grad_hidden[piece])
-            if grad_weight is not None:
-                grad_weight += product.t() @ rows
-            if grad_bias is not None:
-                grad_bias += product.sum(0, dtype=wide)
-        stats = _concatenate(parts, hidden, head.topk)
-        # dW and the bias gradient stay wide until backward has scaled them: one rounding, at the end.
-        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
-        ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
-        return _result(ctx, torch.cat(losses) if losses else stats.log_prob, token_weight, stats)
+    def forward(ctx: Any, plan: Plan, *tensors: Tensor) -> tuple[Tensor, ...]:
+        assert plan.objective is not None
+        inputs, wanted = Inputs(*tensors), ctx.needs_input_grad[1:6]
+        if any(wanted):
+            loss, stats, ctx.found = loss_and_gradients(inputs, plan, wanted)
+            ctx.save_for_backward(*inputs)
+            ctx.plan = plan
+        else:
+            stats = statistics(inputs, plan)
+            loss = plan.objective(stats)
+        fields = tuple(field for field in stats if field is not None)
+        ctx.mark_non_differentiable(*fields)
+        return ((loss if inputs.token_weight is None else loss * inputs.token_weight).sum(), *fields)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        upstream = grads[0]
-        scaled = (
-            None if grad is None else (grad.to(upstream.dtype) * upstream).to(dtype)
-            for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        )
-        return (*scaled, None, None, None)
+        # The first backward uses the gradients up, which saves a copy of dW; one through a retained graph, which
+        # hardly anyone runs, computes them again.
+        found, ctx.found, inputs = ctx.found, None, Inputs(*ctx.saved_tensors)
+        if found is None:
+            _, _, found = loss_and_gradients(inputs, ctx.plan, ctx.needs_input_grad[1:6])
+        return (None, *found.scaled(grads[0], inputs), None, None)
 
 
-def _result(ctx: Any, loss: Tensor, token_weight: Tensor | None, stats: TokenStats) -> tuple[Tensor, ...]:
-    fields = tuple(field for field in stats if field is not None)
-    ctx.mark_non_differentiable(*fields)
-    return ((loss if token_weight is None else loss * token_weight).sum(), *fields)
+class _StatsHead(torch.autograd.Function):
+    """Statistics with a differentiable log p: backward computes the logits again, chunk by chunk."""
+
+    @staticmethod
+    def forward(ctx: Any, plan: Plan, *tensors: Tensor) -> tuple[Tensor, ...]:
+        inputs = Inputs._make((*tensors, None))
+        fields = tuple(field for field in statistics(inputs, plan) if field is not None)
+        ctx.mark_non_differentiable(*fields[1:])
+        ctx.save_for_backward(*inputs[:-1])
+        ctx.plan = plan
+        return fields
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        plan = replace(ctx.plan, objective=_log_prob, transform=replace(ctx.plan.transform, topk=0))
+        inputs = Inputs._make((*ctx.saved_tensors, grads[0].contiguous()))
+        _, _, found = loss_and_gradients(inputs, plan, ctx.needs_input_grad[1:6])
+        return (None, *found.scaled(grads[0].new_ones(()), inputs), None)
 
 
-def _check(hidden: Tensor, weight: Tensor, targets: Tensor, backend: str) -> None:
-    if hidden.dim() != 2 or targets.shape != hidden.shape[:1] or weight.shape[1:] != hidden.shape[1:]:
+def _log_prob(stats: TokenStats) -> Tensor:
+    return stats.log_prob
+
+
+class _Call(NamedTuple):
+    """A checked call: its tensors with ignored tokens dropped, and where the others were."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    low: Tensor | None
+    up: Tensor | None
+    targets: Tensor
+    kept: Tensor | None
+    kernel: str
+
+    def scatter(self, stats: TokenStats, count: int) -> TokenStats:
+        """Put the statistics of the kept tokens back in their places, 0 elsewhere."""
+        kept = self.kept
+        return stats if kept is None else stats.map(lambda field: field.new_zeros(count).index_copy_(0, kept, field))
+
+
+def _prepare(
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, adapter: tuple[Tensor, Tensor] | None,
+    ignore_index: int | None, backend: str,
+) -> _Call:  # fmt: skip
+    low, up = adapter if adapter is not None else (None, None)
+    fits = hidden.dim() == 2 and targets.shape == hidden.shape[:1] and weight.shape[1:] == hidden.shape[1:]
+    if not fits or (low is not None and up is not None and (low.shape[:1], up.shape) != (
+        hidden.shape[:1], (weight.shape[0], *low.shape[1:])
+    )):  # fmt: skip
+        shapes = [tuple(t.shape) for t in (hidden, weight, targets, low, up) if t is not None]
         raise UserError(
-            f"linear head: expected hidden (N, D), weight (V, D), targets (N,); got {tuple(hidden.shape)}, "
-            f"{tuple(weight.shape)}, {tuple(targets.shape)}"
+            "linear head: expected hidden (N, D), weight (V, D), targets (N,), adapter (N, r) and (V, r); got "
+            + ", ".join(map(str, shapes))
         )
-    if backend not in ("auto", "torch"):
-        raise UserError(f"linear head: unknown backend {backend!r}; known: auto, torch")
-
-
-def _mirror_autocast(*tensors: Tensor | None) -> list[Tensor | None]:
-    """Cast as autocast would for ``F.linear``: inside a custom Function autocast does not reach the products."""
-    kind = next(tensor.device.type for tensor in tensors if tensor is not None)
-    if not torch.is_autocast_enabled(kind):
-        return list(tensors)
-    dtype = torch.get_autocast_dtype(kind)
-    return [tensor if tensor is None or tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in tensors]
-
-
-def _scatter(stats: TokenStats, keep: Tensor) -> TokenStats:
-    return stats.map(lambda field: field.new_zeros(keep.shape).masked_scatter(keep, field))
+    kind = hidden.device.type
+    kernel = choose_kernel(backend, kind, hidden.dtype)
+    kept = None
+    if ignore_index is not None:
+        kept = (targets != ignore_index).nonzero().squeeze(1)  # how many there are is the only thing CUDA waits for
+        hidden, targets = hidden[kept], targets[kept]
+        low = None if low is None else low[kept]
+    if torch.is_autocast_enabled(kind) and hidden.dtype != torch.float64:
+        hidden = hidden.to(torch.get_autocast_dtype(kind))
+    low = None if low is None else low.to(hidden.dtype)
+    return _Call(hidden, weight, bias, low, up, targets, kept, kernel)
 
 
 def linear_loss(
@@ -213,12 +127,14 @@ def linear_loss(
     token_weight: Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     backend: Backend = "auto",
+    adapter: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, TokenStats]:
     """Summed loss of ``softmax(cap(scale * (hidden @ weight.T + bias)))`` under any objective, without ``(N, V)``.
 
-    Ignored tokens are dropped before the first product, so the cost scales with the supervised share.
+    Ignored tokens are dropped before the first product, so the cost scales with the supervised share. A backward
+    through the result cannot be differentiated again.
 
     Args:
         hidden: Shape ``(N, D)``, already aligned with the targets (no shift happens here).
@@ -229,60 +145,28 @@ def linear_loss(
         token_weight: Shape ``(N,)``, factor on each token's loss and gradient; detached.
         softcap: Final soft-capping ``c * tanh(z / c)`` (Gemma 2).
         logit_scale: Factor on the logits (Cohere; Granite divides, so pass the inverse).
-        ignore_index: Target value of tokens that do not count.
-        backend: ``auto`` or ``torch``.
+        ignore_index: Target value of tokens that do not count; None when all count, which spares CUDA a wait.
+        backend: ``torch``, ``triton`` (CUDA), or ``auto``: Triton where it runs.
+        adapter: Low-rank update of the product, ``(low, up)`` of shapes ``(N, r)`` and ``(V, r)``: adds ``low @ up.T``
+            (LoRA: ``low = scale * dropout(hidden) @ A.T``, ``up = B``). Differentiable in both.
 
     Returns:
         The sum over supervised tokens, a float32 scalar (float64 for float64 input) differentiable in ``hidden``,
-        ``weight`` and ``bias``, and the detached statistics of all N tokens, 0 where ignored.
+        ``weight``, ``bias`` and ``adapter``, and the detached statistics of all N tokens, 0 where ignored.
 
     Raises:
-        UserError: Shapes that do not fit, or an unknown backend.
+        UserError: Shapes that do not fit, or a backend that cannot run here.
     """
-    _check(hidden, weight, targets, backend)
-    keep = targets != ignore_index
-    head = _Head(
-        objective, softcap, logit_scale, CHUNK_CUDA if hidden.is_cuda else CHUNK_CPU, int(getattr(objective, "topk", 0))
-    )
-    rows, weight_, bias_ = _mirror_autocast(hidden[keep], weight, bias)
-    kept_weight = None if token_weight is None else token_weight.detach()[keep].to(accumulation_dtype(hidden.dtype))
+    call = _prepare(hidden, weight, targets, bias, adapter, ignore_index, backend)
+    transform = Transform(logit_scale, softcap, int(getattr(objective, "topk", 0)))
+    if token_weight is not None:
+        token_weight = token_weight.detach().to(accumulation_dtype(hidden.dtype))
+        token_weight = token_weight if call.kept is None else token_weight[call.kept]
     total, *fields = cast(
-        "tuple[Tensor, ...]", _FusedHead.apply(rows, weight_, bias_, targets[keep], kept_weight, head)
+        "tuple[Tensor, ...]",
+        _FusedHead.apply(Plan(objective, transform, call.kernel), *call[:6], token_weight),
     )
-    return total, _scatter(TokenStats(*fields), keep)
-
-
-class _StatsHead(torch.autograd.Function):
-    """Statistics with a differentiable log p: backward recomputes the logits chunk by chunk."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, head: _Head
-    ) -> tuple[Tensor, ...]:
-        pieces = _pieces(hidden.shape[0], head.chunk)
-        parts = [head.statistics(linear(hidden[piece], weight, bias), targets[piece]) for piece in pieces]
-        stats = _concatenate(parts, hidden, head.topk)
-        fields = tuple(field for field in stats if field is not None)
-        ctx.mark_non_differentiable(*fields[1:])
-        ctx.save_for_backward(hidden, weight, bias, targets)
-        ctx.head = head
-        return fields
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets = ctx.saved_tensors
-        with torch.enable_grad():
-            rows, matrix = hidden.detach().requires_grad_(), weight.detach().requires_grad_(ctx.needs_input_grad[1])
-            offset = None if bias is None else bias.detach().requires_grad_(ctx.needs_input_grad[2])
-            loss, _ = linear_loss(
-                rows, matrix, targets, lambda stats: stats.log_prob, bias=offset, token_weight=grads[0],
-                softcap=ctx.head.softcap, logit_scale=ctx.head.logit_scale,
-            )  # fmt: skip
-        wanted = [t for t in (rows, matrix, offset) if t is not None and t.requires_grad]
-        found = iter(torch.autograd.grad(loss, wanted))
-        found_or_none = (next(found) if t is not None and t.requires_grad else None for t in (rows, matrix, offset))
-        return (*found_or_none, None, None)
+    return total, call.scatter(TokenStats(*fields), len(targets))
 
 
 def linear_token_stats(
@@ -293,9 +177,10 @@ def linear_token_stats(
     bias: Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     topk: int = 0,
     backend: Backend = "auto",
+    adapter: tuple[Tensor, Tensor] | None = None,
 ) -> TokenStats:
     """Statistics of every token from hidden states, without ``(N, V)``; ``log_prob`` is differentiable.
 
@@ -306,16 +191,18 @@ def linear_token_stats(
         bias: Shape ``(V,)``.
         softcap: Final soft-capping.
         logit_scale: Factor on the logits.
-        ignore_index: Target value of tokens that do not count.
+        ignore_index: Target value of tokens that do not count; None when all count.
         topk: Also the entropy of that many largest probabilities.
-        backend: ``auto`` or ``torch``.
+        backend: ``torch``, ``triton`` (CUDA), or ``auto``.
+        adapter: Low-rank update of the product, as in :func:`linear_loss`.
 
     Returns:
         Statistics of all N tokens, 0 where ignored; float32 (float64 for float64 input).
+
+    Raises:
+        UserError: Shapes that do not fit, or a backend that cannot run here.
     """
-    _check(hidden, weight, targets, backend)
-    keep = targets != ignore_index
-    head = _Head(None, softcap, logit_scale, CHUNK_CUDA if hidden.is_cuda else CHUNK_CPU, topk)
-    rows, weight_, bias_ = _mirror_autocast(hidden[keep], weight, bias)
-    fields = cast("tuple[Tensor, ...]", _StatsHead.apply(rows, weight_, bias_, targets[keep], head))
-    return _scatter(TokenStats(*fields), keep)
+    call = _prepare(hidden, weight, targets, bias, adapter, ignore_index, backend)
+    plan = Plan(None, Transform(logit_scale, softcap, topk), call.kernel)
+    fields = cast("tuple[Tensor, ...]", _StatsHead.apply(plan, *call[:6]))
+    return call.scatter(TokenStats(*fields), len(targets))

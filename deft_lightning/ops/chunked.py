@@ -1,0 +1,240 @@
+"""The fused head: chunks of tokens through three matrix products, with everything between them in a row kernel.
+
+One pass over chunks of tokens does three matrix products (logits, dX, dW) whatever the objective: within a chunk the
+statistics give the loss and, by autograd over ``(n,)`` vectors, the gate; then ``gate * (pi - onehot)`` replaces the
+logits. Objectives that need the whole batch first (``needs_batch``) cost a second product for the logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from deft_lightning.functional import TokenStats, accumulation_dtype
+from deft_lightning.ops.gradient import WeightGradient
+from deft_lightning.ops.rows import RowKernel, TorchRows, Transform
+
+Objective = Callable[[TokenStats], Tensor]
+
+# Tokens a chunk on the CPU: enough rows to keep the products efficient, few enough that a chunk of bfloat16 logits
+# over 152k entries stays at 150 MB.
+CHUNK_CPU = 512
+# On CUDA a chunk fills a budget, and has at least 1024 tokens: summing dW in float32 costs about 250 / chunk.
+CHUNK_CUDA, BUDGET_CUDA = 1024, 1 << 30
+# Entries of gate * (pi - onehot) are small: float16 would make most of them subnormal. Powers of two are exact.
+BOOST_FLOAT16 = 1024.0
+
+
+class Inputs(NamedTuple):
+    """The tensors of a head; all tokens are supervised.
+
+    Attributes:
+        hidden: Shape ``(N, D)``, in the dtype of the products.
+        weight: Shape ``(V, D)``, in the dtype of the parameter.
+        bias: Shape ``(V,)``.
+        low: Low-rank update of the product, shape ``(N, r)``.
+        up: Its other factor, shape ``(V, r)``: the product is ``hidden @ weight.T + low @ up.T + bias``.
+        targets: Shape ``(N,)``.
+        token_weight: Shape ``(N,)``.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    low: Tensor | None
+    up: Tensor | None
+    targets: Tensor
+    token_weight: Tensor | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The part of a call that is not a tensor.
+
+    Attributes:
+        objective: Statistics to loss, per token; None for statistics alone.
+        transform: What turns a product into logits.
+        kernel: ``torch`` or ``triton``.
+    """
+
+    objective: Objective | None
+    transform: Transform
+    kernel: str
+
+    def chunk(self, hidden: Tensor, vocabulary: int) -> int:
+        """Tokens of a chunk."""
+        if hidden.device.type == "cpu":
+            return CHUNK_CPU
+        # In torch the softmax and the wide logits stand beside the product.
+        wide = 0 if self.kernel == "triton" else 2 * accumulation_dtype(hidden.dtype).itemsize
+        return max(CHUNK_CUDA, BUDGET_CUDA // max(1, vocabulary * (hidden.element_size() + wide)) // 128 * 128)
+
+    def rows(self, product: Tensor) -> RowKernel:
+        """Make the row kernel for chunks like this one."""
+        if self.kernel == "triton":
+            from deft_lightning.ops.triton_rows import TritonRows
+
+            return TritonRows(product, self.transform)
+        return TorchRows(product, self.transform, len(product))
+
+
+class Gradients(NamedTuple):
+    """Gradients of the summed loss, before backward scales them; None where nobody asked."""
+
+    hidden: Tensor | None
+    weight: WeightGradient | None
+    bias: Tensor | None
+    low: Tensor | None
+    up: WeightGradient | None
+
+    def scaled(self, upstream: Tensor, inputs: Inputs) -> tuple[Tensor | None, ...]:
+        """Return the gradients times the upstream scalar, each rounded once, to the dtype of its input."""
+        factor = upstream / boost(inputs.hidden.dtype)
+
+        def scale(gradient: Tensor | None, like: Tensor | None) -> Tensor | None:
+            return None if gradient is None or like is None else (gradient.to(factor.dtype) * factor).to(like.dtype)
+
+        return (
+            scale(self.hidden, inputs.hidden),
+            None if self.weight is None else self.weight.finish(factor),
+            scale(self.bias, inputs.bias),
+            scale(self.low, inputs.low),
+            None if self.up is None else self.up.finish(factor),
+        )
+
+
+class _Chunks:
+    """Products of one call, chunk by chunk, in one buffer."""
+
+    def __init__(self, inputs: Inputs, plan: Plan) -> None:
+        self.inputs, self.topk, dtype = inputs, plan.transform.topk, inputs.hidden.dtype
+        n, vocabulary = len(inputs.hidden), len(inputs.weight)
+        size = max(1, min(plan.chunk(inputs.hidden, vocabulary), n))
+        self.pieces = [slice(i, min(i + size, n)) for i in range(0, n, size)]
+        # Inside a custom Function autocast does not reach the products; a weight is cast here, its gradient is not.
+        self.weight = inputs.weight.to(dtype)
+        self._bias = None if inputs.bias is None else inputs.bias.to(dtype)
+        self._up = None if inputs.up is None else inputs.up.to(dtype)
+        self._buffer = inputs.hidden.new_empty((size, vocabulary))
+        self.kernel = plan.rows(self._buffer)
+
+    @property
+    def up(self) -> Tensor:
+        assert self._up is not None
+        return self._up
+
+    def product(self, piece: slice) -> Tensor:
+        rows, out = self.inputs.hidden[piece], self._buffer[: piece.stop - piece.start]
+        if self._bias is None:
+            torch.mm(rows, self.weight.t(), out=out)
+        else:
+            torch.addmm(self._bias, rows, self.weight.t(), out=out)
+        if self.inputs.low is not None:
+            out.addmm_(self.inputs.low[piece], self.up.t())
+        return out
+
+    def blocks(self, piece: slice) -> list[tuple[slice, slice]]:
+        """Rows of a chunk the kernel takes at once: their place in the chunk, and among all tokens."""
+        n, step, start = piece.stop - piece.start, self.kernel.block, piece.start
+        inside = [slice(i, min(i + step, n)) for i in range(0, n, step)]
+        return [(block, slice(start + block.start, start + block.stop)) for block in inside]
+
+    def statistics(self) -> TokenStats:
+        """Statistics of all tokens, nothing else."""
+        parts = []
+        for piece in self.pieces:
+            product = self.product(piece)
+            parts += [self.kernel.statistics(product[b], self.inputs.targets[at]) for b, at in self.blocks(piece)]
+        return concatenate(parts, self.inputs.hidden, self.topk)
+
+
+def concatenate(parts: list[TokenStats], like: Tensor, topk: int) -> TokenStats:
+    """Return the statistics of several blocks as one; of none, empty ones."""
+    if not parts:
+        empty = like.new_zeros((0,), dtype=accumulation_dtype(like.dtype))
+        return TokenStats(empty, empty.clone(), empty.clone(), empty.bool(), empty.clone() if topk else None)
+    columns = zip(*(part[:4] for part in parts), strict=True)
+    log_prob, collision, entropy, correct = (torch.cat(column) for column in columns)
+    extra = [part.topk_entropy for part in parts if part.topk_entropy is not None]
+    return TokenStats(log_prob, collision, entropy, correct, torch.cat(extra) if extra else None)
+
+
+def _value_and_slope(objective: Objective, stats: TokenStats) -> tuple[Tensor, Tensor]:
+    """Loss per token and its derivative by log p, from detached statistics."""
+    with torch.enable_grad():
+        log_prob = stats.log_prob.detach().requires_grad_()
+        loss = objective(stats._replace(log_prob=log_prob))
+        (slope,) = torch.autograd.grad(loss.sum(), log_prob)
+    return loss.detach(), slope
+
+
+def boost(dtype: torch.dtype) -> float:
+    """Factor on the gradient by the logits between the products."""
+    return BOOST_FLOAT16 if dtype == torch.float16 else 1.0
+
+
+def statistics(inputs: Inputs, plan: Plan) -> TokenStats:
+    """Statistics of all tokens: one product, no gradient buffers."""
+    with torch.autocast(inputs.hidden.device.type, enabled=False):
+        return _Chunks(inputs, plan).statistics()
+
+
+def loss_and_gradients(inputs: Inputs, plan: Plan, wanted: tuple[bool, ...]) -> tuple[Tensor, TokenStats, Gradients]:
+    """Loss per token, statistics, and the gradients of the summed loss.
+
+    Args:
+        inputs: Tensors of the head.
+        plan: Its options, with an objective.
+        wanted: Whether to compute the gradient of hidden, weight, bias, low and up.
+    """
+    assert plan.objective is not None
+    with torch.autocast(inputs.hidden.device.type, enabled=False):
+        chunks, dtype = _Chunks(inputs, plan), inputs.hidden.dtype
+        hidden, weight, bias, low, up = (
+            tensor if want else None for tensor, want in zip(inputs[:5], wanted, strict=True)
+        )
+        count = len(chunks.pieces)
+        found = Gradients(
+            None if hidden is None else torch.empty_like(hidden),
+            None if weight is None else WeightGradient(weight, dtype, count),
+            None if bias is None else torch.zeros_like(bias, dtype=torch.promote_types(bias.dtype, torch.float32)),
+            None if low is None else torch.empty_like(low),
+            None if up is None else WeightGradient(up, dtype, count),
+        )
+        whole: TokenStats | None = None
+        if getattr(plan.objective, "needs_batch", False):
+            whole = chunks.statistics()
+            whole_loss, whole_slope = _value_and_slope(plan.objective, whole)
+        losses: list[Tensor] = []
+        parts: list[TokenStats] = []
+        for piece in chunks.pieces:
+            product = chunks.product(piece)
+            for block, at in chunks.blocks(piece):
+                stats = chunks.kernel.statistics(product[block], inputs.targets[at])
+                if whole is None:
+                    loss, slope = _value_and_slope(plan.objective, stats)
+                    losses.append(loss)
+                    parts.append(stats)
+                else:
+                    slope = whole_slope[at]
+                if inputs.token_weight is not None:
+                    slope = slope * inputs.token_weight[at]
+                chunks.kernel.gradient_(product[block], inputs.targets[at], stats, slope * boost(dtype))
+            if found.hidden is not None:
+                torch.mm(product, chunks.weight, out=found.hidden[piece])
+            if found.weight is not None:
+                found.weight.add(product, inputs.hidden[piece])
+            if found.bias is not None:
+                found.bias.add_(product.sum(0, dtype=found.bias.dtype))
+            if found.low is not None:
+                torch.mm(product, chunks.up, out=found.low[piece])
+            if found.up is not None and inputs.low is not None:
+                found.up.add(product, inputs.low[piece])
+        if whole is not None:
+            return whole_loss, whole, found
+        stats = concatenate(parts, inputs.hidden, chunks.topk)
+        return torch.cat(losses) if losses else stats.log_prob, stats, found
