@@ -13,6 +13,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torchmetrics import MeanMetric
 
 from deft_lightning.errors import UserError
 from deft_lightning.evaluation import Completion, Generation, complete, exact_match
@@ -22,20 +23,24 @@ from deft_lightning.models import (
     HeadSeam,
     LoRA,
     add_adapters,
+    base_causal_lm,
     check_causal,
     check_fits,
     check_head,
     check_pretrained,
     check_state,
+    compile_body,
     describe,
     find_head,
     from_architecture,
+    fused_forward,
     load_pretrained,
+    router_loss_factor,
     vocabulary_digest,
 )
 from deft_lightning.models.export import KEY
 from deft_lightning.objectives import DEFT, Objective
-from deft_lightning.ops import linear_loss, linear_token_stats
+from deft_lightning.ops import Backend
 from deft_lightning.optim import CosineWithWarmup, adamw
 
 IGNORE = -100
@@ -56,10 +61,12 @@ class SFTModule(LightningModule):
         optimizer: Called with parameter groups; biases and norms are exempt from weight decay.
         scheduler: Called with the optimizer; stepped each optimizer step.
         head: `fused` never holds the logits of a batch; `dense` uses the model's own.
+        head_backend: Row kernel of the fused head: `triton` (CUDA), `torch`, or `auto`, Triton where it runs.
         lora: Train low-rank adapters only; `--model.lora.r 16` switches them on.
         dtype: Dtype the weights are loaded in. For bf16 with float32 weights use `--trainer.precision bf16-mixed`.
         attention: transformers' `attn_implementation` (sdpa, eager, flash_attention_2); default: its choice.
         gradient_checkpointing: Recompute activations in backward, to save memory.
+        compile: Compile the layers of the body with torch.compile; the head stays as it is.
         generation: How `test` and `predict` generate.
 
     Raises:
@@ -74,32 +81,38 @@ class SFTModule(LightningModule):
         optimizer: OptimizerCallable = adamw,
         scheduler: SchedulerCallable = CosineWithWarmup,
         head: Literal["fused", "dense"] = "fused",
+        head_backend: Backend = "auto",
         lora: LoRA | None = None,
         dtype: Literal["float32", "bfloat16"] = "float32",
         attention: str | None = None,
         gradient_checkpointing: bool = False,
+        compile: bool = False,
         generation: Generation = Generation(),  # noqa: B008 - frozen
     ) -> None:
         super().__init__()
         if head not in ("fused", "dense"):
             raise UserError(f"--model.head must be fused or dense, not {head!r}")
+        if head_backend not in ("auto", "torch", "triton"):
+            raise UserError(f"--model.head_backend must be auto, torch or triton, not {head_backend!r}")
         if pretrained is not None:
             check_pretrained(pretrained)
         self.objective, self.pretrained, self.architecture = objective, pretrained, architecture
         self.optimizer_callable, self.scheduler_callable = optimizer, scheduler
-        self.head, self.lora, self.dtype_name, self.attention = head, lora, dtype, attention
+        self.head, self.head_backend, self.compile_layers = head, head_backend, compile
+        self.lora, self.dtype_name, self.attention = lora, dtype, attention
         self.gradient_checkpointing, self.generation = gradient_checkpointing, generation
         self.model: Any = None
         self._seen_before = 0
         self._seen: Tensor | None = None
         self._seam: HeadSeam | None = None
+        self._router: float | None = None
         self._checked = False
         self._step_tokens: Tensor | None = None
         self._grad_norm: Tensor | None = None
         self._rate = 0.0
         self._about: dict[str, Any] | None = None
         # In a plain dict, so that casting the module to bfloat16 leaves their float64 sums alone.
-        self._meters = {"train": TokenMeter(), "val": TokenMeter(), "test": ExactMatch()}
+        self._meters = {"train": TokenMeter(), "val": TokenMeter(), "test": ExactMatch(), "router": MeanMetric()}
 
     # ---------------------------------------------------------------- the model
 
@@ -133,7 +146,10 @@ class SFTModule(LightningModule):
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if self.lora is not None:
             model = add_adapters(model, self.lora)
-        self._seam = find_head(model) if self.head == "fused" else None
+        self._seam = find_head(model, self.head_backend) if self.head == "fused" else None
+        self._router = router_loss_factor(model)
+        if self.compile_layers:
+            compile_body(model)
         self.model = model
 
     # ---------------------------------------------------------------- loss
@@ -143,50 +159,68 @@ class SFTModule(LightningModule):
         return self.model(input_ids=input_ids, use_cache=False, **kwargs)
 
     def loss_and_stats(self, batch: dict[str, Any]) -> tuple[Tensor, TokenStats, Tensor]:
-        """Return the summed objective, the statistics of the supervised tokens, and where they are.
+        """Return the summed loss, the statistics of the supervised tokens, and where they are.
 
         Args:
             batch: ``input_ids`` and ``labels`` of shape ``(B, T)``, right-padded; ``labels[:, t]`` is what the model
                 should have said before token t, -100 where nothing is learnt.
 
         Returns:
-            The sum over the N supervised tokens, their detached statistics, and the mask ``(B, T - 1)`` of positions
-            whose next token is supervised. Without any, the sum is a zero that is part of the graph.
+            The sum of the objective over the N supervised tokens, their detached statistics, and the mask
+            ``(B, T - 1)`` of positions whose next token is supervised. Without any, the sum is a zero that is part of
+            the graph. The router's loss of a mixture of experts is added, times its factor and N.
         """
+        loss, stats, keep, router = self._terms(batch)
+        return (loss if router is None else loss + router), stats, keep
+
+    def _terms(self, batch: dict[str, Any]) -> tuple[Tensor, TokenStats, Tensor, Tensor | None]:
+        """Objective, statistics, their places, and the router's loss if there is one: all sums over tokens."""
         input_ids, targets = batch["input_ids"], batch["labels"][:, 1:]
         if not self._checked:
             _check_batch(batch)
             check_causal(self.model, input_ids)
             if self._seam is not None:
-                check_head(self.model, self._seam, input_ids)
+                check_head(self.model, self._seam, input_ids, self.objective)
             self._checked = True
         keep = targets != IGNORE
-        wanted = targets[keep]
-        # No attention mask: behind right padding causal attention cannot see it, and SDPA takes its fast path.
+        # No attention mask: behind right padding causal attention cannot see it, and SDPA takes its fast path. A
+        # router would count the padding.
+        inputs: dict[str, Any] = {"input_ids": input_ids, "use_cache": False}
+        if self._router is not None:
+            inputs["attention_mask"] = batch.get("attention_mask")
         if self._seam is None:
-            logits = self.model(input_ids=input_ids, use_cache=False).logits[:, :-1][keep]
-            stats = token_stats(logits, wanted, topk=self.objective.topk)
-            return self.objective(stats).sum(), stats.detach(), keep
-        seam = self._seam
-        hidden = seam.body(input_ids=input_ids, use_cache=False).last_hidden_state[:, :-1][keep]
-        weight, bias = seam.linear.weight, seam.linear.bias
-        options: dict[str, Any] = {"bias": bias, "softcap": seam.softcap, "logit_scale": seam.logit_scale}
+            output = self.model(**inputs)
+            stats = token_stats(output.logits[:, :-1][keep], targets[keep], topk=self.objective.topk)
+            loss, aux = self.objective(stats).sum(), getattr(output, "aux_loss", None)
+        else:
+            shifted = torch.nn.functional.pad(targets, (0, 1), value=IGNORE)
+            loss, stats, aux = fused_forward(self.model, self._seam, inputs, shifted, self.objective)
+        if self._router is None:
+            return loss, stats.detach(), keep, None
+        if aux is None:
+            raise UserError(
+                f"{type(base_causal_lm(self.model)).__name__} gives no auxiliary loss though its config says"
+                " output_router_logits; set it to false (--model.architecture.output_router_logits false)"
+            )
+        tokens = len(stats.log_prob)
         if torch.is_grad_enabled():
-            loss, stats = linear_loss(hidden, weight, wanted, self.objective, **options)
-            return loss, stats, keep
-        stats = linear_token_stats(hidden, weight, wanted, topk=self.objective.topk, **options)
-        return self.objective(stats).sum(), stats, keep
+            self._meters["router"].update(aux.detach(), max(tokens, 1e-9))
+        return loss, stats.detach(), keep, self._router * tokens * aux
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         """Return the summed loss, and detached statistics for the callbacks that watch."""
-        loss, stats, keep = self.loss_and_stats(batch)
+        loss, stats, keep, router = self._terms(batch)
         self._meters["train"].update(loss, stats)
         codes = batch.get("noise_code")
-        return {"loss": loss, "stats": stats, "noise_code": None if codes is None else codes[:, 1:][keep]}
+        return {
+            "loss": loss if router is None else loss + router,
+            "stats": stats,
+            "noise_code": None if codes is None else codes[:, 1:][keep],
+        }
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         """Add a batch to the validation sums; the NLL is plain whatever the objective."""
-        loss, stats, _ = self.loss_and_stats(batch)
+        loss, stats, _, _ = self._terms(batch)
         self._meters["val"].update(loss, stats)
         return {"stats": stats}
 
@@ -263,6 +297,9 @@ class SFTModule(LightningModule):
             )
         self.log_dict({"train/loss": means.pop("loss"), "train/nll": means.pop("nll")}, prog_bar=True)
         self.log_dict({f"train/{name}": value for name, value in means.items()})
+        if self._router is not None:
+            self.log("train/router_loss", self._meters["router"].compute())
+            self._meters["router"].reset()
         self.log("train/tokens", float(self.tokens_seen))
         self.log("train/lr", self._rate)
         if self._grad_norm is not None:

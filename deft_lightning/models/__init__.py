@@ -1,6 +1,7 @@
 """Hugging Face causal language models: build, load, adapt, read the head, export."""
 
-from deft_lightning.models.build import check_fits, check_pretrained, from_architecture, load_pretrained
+from deft_lightning.models.build import check_fits, check_pretrained, compile_body, from_architecture, load_pretrained
+from deft_lightning.models.checks import check_causal, check_head
 from deft_lightning.models.export import (
     check_state,
     describe,
@@ -10,24 +11,30 @@ from deft_lightning.models.export import (
     tokenizer_from_checkpoint,
     vocabulary_digest,
 )
-from deft_lightning.models.head import HeadSeam, check_causal, check_head, find_head
+from deft_lightning.models.fused import FusedOutput, fused_forward
+from deft_lightning.models.head import HeadSeam, base_causal_lm, find_head, router_loss_factor
 from deft_lightning.models.lora import LoRA, add_adapters
 
 __all__ = [
+    "FusedOutput",
     "HeadSeam",
     "LoRA",
     "add_adapters",
+    "base_causal_lm",
     "check_causal",
     "check_fits",
     "check_head",
     "check_pretrained",
     "check_state",
+    "compile_body",
     "describe",
     "find_head",
     "from_architecture",
+    "fused_forward",
     "load_checkpoint",
     "load_pretrained",
     "model_from_checkpoint",
+    "router_loss_factor",
     "save_hugging_face",
     "tokenizer_from_checkpoint",
     "vocabulary_digest",

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from deft_lightning.errors import UserError, did_you_mean
+from deft_lightning.models.head import base_causal_lm
 
 Dtype = Literal["float32", "bfloat16"]
 
@@ -107,6 +108,22 @@ def ready(model: Any) -> Any:
     return model
 
 
+def compile_body(model: Any) -> None:
+    """Compile each layer of a model's body with torch.compile; names of weights stay.
+
+    Layers alike share one compilation, where a whole body takes minutes.
+
+    Raises:
+        UserError: The layers cannot be found.
+    """
+    causal = base_causal_lm(model)
+    stacks = [m for m in causal.base_model.modules() if isinstance(m, nn.ModuleList) and len(m)]
+    if not stacks:
+        raise UserError(f"{type(causal).__name__}: its layers cannot be found; leave --model.compile off")
+    for layer in stacks[0]:
+        layer.compile()
+
+
 def keep_rotary_fp32(model: nn.Module) -> None:
     """Keep rotary frequencies in float32 through ``model.to(bfloat16)``.
 
@@ -132,16 +149,11 @@ def _apply_keeping(names: list[str]) -> Callable[..., nn.Module]:
 
 
 def check_fits(model: Any, tokenizer: Any | None, longest: int) -> None:
-    """Refuse data the model has no embedding for, and losses of the model that would be left out.
+    """Refuse data the model has no embedding for.
 
     Raises:
-        UserError: The vocabulary or the number of positions is too small, or the model has a router loss.
+        UserError: The vocabulary or the number of positions is too small.
     """
-    if getattr(model.config.get_text_config(), "output_router_logits", False):
-        raise UserError(
-            f"{type(model).__name__}: the auxiliary loss of its router is not supported by this version; set"
-            " output_router_logits to false in its config (--model.architecture.output_router_logits false)"
-        )
     rows = model.get_input_embeddings().weight.shape[0]
     if tokenizer is not None and rows < len(tokenizer):
         raise UserError(

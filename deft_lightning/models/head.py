@@ -15,19 +15,56 @@ DENSE = "; use --model.head dense"
 
 @dataclass(frozen=True)
 class HeadSeam:
-    """Body and head of a causal language model.
+    """The head of a causal language model, and what the model does to its output.
 
     Attributes:
-        body: Gives ``last_hidden_state`` of shape ``(B, T, D)``.
-        linear: The output projection; its weight is looked up at each use, so that tying and casting are honoured.
+        causal: The transformers model, whose forward runs the head.
+        linear: The output projection, or its LoRA; weights are looked up at each use, so that tying, casting and
+            gathering are honoured.
         softcap: Final soft-capping, or None.
         logit_scale: Factor on the logits.
+        backend: Row kernel of the fused head: ``auto``, ``torch`` or ``triton``.
     """
 
-    body: nn.Module
-    linear: nn.Linear
+    causal: nn.Module
+    linear: nn.Module
     softcap: float | None
     logit_scale: float
+    backend: str = "auto"
+
+    @property
+    def projection(self) -> nn.Linear:
+        """The linear module itself, inside an adapter or not."""
+        return _projection(self.linear)
+
+    def weights(self) -> tuple[Tensor, Tensor | None]:
+        """Return the weight ``(V, D)`` and the bias ``(V,)`` as they are now.
+
+        Raises:
+            UserError: The weight is sharded here: the head does not run inside the forward that gathers it.
+        """
+        linear = self.projection
+        if hasattr(linear.weight, "placements"):
+            raise UserError(f"{type(self.causal).__name__}: the weight of its head is sharded where it is used{DENSE}")
+        return linear.weight, linear.bias
+
+    def adapter(self, hidden: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Return the low-rank update of the head for hidden states ``(N, D)``: ``(N, r)`` and ``(V, r)``, or None."""
+        lora: Any = self.linear
+        if not hasattr(lora, "lora_A") or lora.disable_adapters or lora.merged:
+            return None
+        low, up = [], []
+        for name in lora.active_adapters:
+            if name in lora.lora_A:
+                down = lora.lora_A[name]
+                dropped = lora.lora_dropout[name](hidden.to(down.weight.dtype))
+                low.append(down(dropped) * lora.scaling[name])
+                up.append(lora.lora_B[name].weight)
+        return (torch.cat(low, dim=1), torch.cat(up, dim=1)) if low else None
+
+    def options(self) -> dict[str, Any]:
+        """Return what the functions of :mod:`deft_lightning.ops` take beside weight and adapter."""
+        return {"softcap": self.softcap, "logit_scale": self.logit_scale, "backend": self.backend}
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits of hidden states the way the fused head computes them."""
@@ -35,13 +72,23 @@ class HeadSeam:
         return self.softcap * torch.tanh(z / self.softcap) if self.softcap else z
 
 
+def _projection(module: Any) -> Any:
+    if hasattr(module, "modules_to_save"):  # peft trains a copy of the whole head
+        return module.modules_to_save[module.active_adapters[0]]
+    return module.base_layer if hasattr(module, "base_layer") else module
+
+
 def base_causal_lm(model: Any) -> Any:
     """Return the transformers model inside a peft wrapper, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def find_head(model: Any) -> HeadSeam:
+def find_head(model: Any, backend: str = "auto") -> HeadSeam:
     """Find what the fused head needs in a causal language model.
+
+    Args:
+        model: A transformers causal language model, with or without adapters.
+        backend: Row kernel of the fused head.
 
     Raises:
         UserError: The head does more than is known here; the message names the option that turns the fused head off.
@@ -49,74 +96,34 @@ def find_head(model: Any) -> HeadSeam:
     causal = base_causal_lm(model)
     linear = causal.get_output_embeddings()
     name = type(causal).__name__
-    if type(linear) is not nn.Linear:
-        raise UserError(f"{name}: its head is a {type(linear).__name__}, which the fused head cannot read{DENSE}")
-    body = causal.base_model
-    if body is causal:
-        raise UserError(f"{name}: its body cannot be told from its head{DENSE}")
+    projection = _projection(linear)
+    if type(projection) is not nn.Linear:
+        kind = type(projection).__name__
+        raise UserError(f"{name}: its head is a {kind}, which the fused head cannot read{DENSE}")
+    if hasattr(linear, "lora_A"):
+        if linear.lora_variant or any(down.bias is not None for down in linear.lora_B.values()):
+            raise UserError(f"{name}: the fused head knows plain LoRA on the head, no DoRA and no LoRA bias{DENSE}")
+    elif projection is not linear and not hasattr(linear, "modules_to_save"):
+        raise UserError(f"{name}: the fused head cannot read the adapter {type(linear).__name__} on its head{DENSE}")
     config = causal.config.get_text_config()
     scale = getattr(config, "logit_scale", None)
     divisor = getattr(config, "logits_scaling", None)
     return HeadSeam(
-        body=body,
+        causal=causal,
         linear=linear,
         softcap=getattr(config, "final_logit_softcapping", None),
         logit_scale=float(scale) if scale else 1 / float(divisor) if divisor else 1.0,
+        backend=backend,
     )
 
 
-@torch.no_grad()
-def check_causal(model: Any, input_ids: Tensor) -> None:
-    """Refuse a model whose prediction changes with the tokens it is to predict.
+def router_loss_factor(model: Any) -> float | None:
+    """Return the factor on the auxiliary loss of a mixture of experts, or None where the model has none.
 
-    Args:
-        model: The model as trained.
-        input_ids: Shape ``(B, T)``; the first tokens of the first row are used.
-
-    Raises:
-        UserError: Changing the last token changes the logits of an earlier one.
+    transformers computes that loss where the config says ``output_router_logits``.
     """
-    few = input_ids[:1, :16]
-    if few.shape[1] < 2:
-        return
-    other = few.clone()
-    other[0, -1] = (few[0, -1] + 1) % model.get_input_embeddings().weight.shape[0]
-    was_training = model.training
-    model.eval()
-    both = model(input_ids=torch.cat([few, other]), use_cache=False).logits[:, :-1].float()
-    model.train(was_training)
-    if float((both[0] - both[1]).abs().max()) > 1e-4 * float(both.abs().max()):
-        raise UserError(
-            f"{type(base_causal_lm(model)).__name__} sees the tokens it is to predict: it is not a causal model"
-            " (--model.pretrained, --model.architecture.model_type)"
-        )
-
-
-@torch.no_grad()
-def check_head(model: Any, seam: HeadSeam, input_ids: Tensor) -> None:
-    """Compare the fused head's logits with the model's own on a few tokens.
-
-    Any transform of the logits that :func:`find_head` does not know of shows here, before it trains anything.
-
-    Args:
-        model: The model as trained.
-        seam: What :func:`find_head` found.
-        input_ids: Shape ``(B, T)``; the first tokens of the first row are used.
-
-    Raises:
-        UserError: They differ by more than rounding.
-    """
-    few = input_ids[:1, :16]
-    was_training = model.training
-    model.eval()
-    own = model(input_ids=few, use_cache=False).logits
-    ours = seam.logits(seam.body(input_ids=few, use_cache=False).last_hidden_state)
-    model.train(was_training)
-    low = own.dtype in (torch.bfloat16, torch.float16) or ours.dtype in (torch.bfloat16, torch.float16)
-    tolerance = 2e-2 if low else 1e-3  # a few roundings of either
-    worst = float((own - ours).float().abs().max() / own.float().abs().max().clamp_min(1e-30))
-    if not worst <= tolerance:
-        raise UserError(
-            f"{type(base_causal_lm(model)).__name__}: the fused head does not reproduce the model's logits (they differ"
-            f" by {worst:.1%}){DENSE}"
-        )
+    causal = base_causal_lm(model)
+    config = causal.config.get_text_config()
+    if not getattr(config, "output_router_logits", False):
+        return None
+    return float(getattr(causal, "router_aux_loss_coef", getattr(config, "router_aux_loss_coef", 0.0)))

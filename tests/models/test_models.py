@@ -192,15 +192,6 @@ def test_data_the_model_has_no_embedding_for_is_refused(tokenizer: Any, kind: st
     check_fits(model, None, 64)
 
 
-def test_a_router_loss_that_would_be_left_out_is_refused() -> None:
-    router = {**TINY, "num_key_value_heads": 1, "num_local_experts": 2}
-    for head in ("fused", "dense"):
-        with pytest.raises(UserError, match="output_router_logits") as caught:
-            prepare({"model_type": "mixtral", **router, "output_router_logits": True}, head=head)
-        one_line(caught)
-    assert prepare({"model_type": "mixtral", **router}).model.training
-
-
 # --- load_pretrained and ready --------------------------------------------------------------------------------------
 
 
@@ -346,7 +337,7 @@ def prepare(options: dict[str, Any], **settings: Any) -> SFTModule:
 def test_fused_deft_and_its_gradients_equal_the_dense_ones(kind: str, batch: dict[str, Tensor]) -> None:
     module = prepare(architecture(kind))
     seam = find_head(module.model)
-    check_head(module.model, seam, batch["input_ids"])
+    check_head(module.model, seam, batch["input_ids"], DEFT())
     module.double()
     wanted = dense(module.model, batch)
     wanted.backward()
@@ -418,7 +409,7 @@ def test_check_head_leaves_the_mode_and_the_gradients_alone(batch: dict[str, Ten
     model = build({**LLAMA, "attention_dropout": 0.5})
     for training in (True, False):
         model.train(training)
-        check_head(model, find_head(model), batch["input_ids"])
+        check_head(model, find_head(model), batch["input_ids"], DEFT())
         assert model.training is training and not gradients(model)
 
 

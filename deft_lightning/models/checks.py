@@ -1,0 +1,152 @@
+"""What is checked on the first batch, before anything is trained: causality, and the fused head against the logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deft_lightning.errors import UserError
+from deft_lightning.functional import TokenStats, token_stats
+from deft_lightning.models.fused import fused_forward
+from deft_lightning.models.head import DENSE, HeadSeam, base_causal_lm
+from deft_lightning.ops import linear_loss
+
+# Largest logit the comparison is made at: a transform that bends large logits shows, whatever the weights are.
+LARGE = 40.0
+
+
+@contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+@torch.no_grad()
+def check_causal(model: Any, input_ids: Tensor) -> None:
+    """Refuse a model whose prediction changes with the tokens it is to predict.
+
+    Args:
+        model: The model as trained.
+        input_ids: Shape ``(B, T)``; the first tokens of the first row are used.
+
+    Raises:
+        UserError: Changing the last token changes the logits of an earlier one.
+    """
+    few = input_ids[:1, :16]
+    if few.shape[1] < 2:
+        return
+    other = few.clone()
+    other[0, -1] = (few[0, -1] + 1) % model.get_input_embeddings().weight.shape[0]
+    with _evaluating(model):
+        both = model(input_ids=torch.cat([few, other]), use_cache=False).logits[:, :-1].float()
+    if float((both[0] - both[1]).abs().max()) > 1e-4 * float(both.abs().max()):
+        raise UserError(
+            f"{type(base_causal_lm(model)).__name__} sees the tokens it is to predict: it is not a causal model"
+            " (--model.pretrained, --model.architecture.model_type)"
+        )
+
+
+@torch.no_grad()
+def check_head(model: Any, seam: HeadSeam, input_ids: Tensor, objective: Callable[[TokenStats], Tensor]) -> None:
+    """Compare the fused head with the model's own logits on a few tokens: statistics, loss and gradient.
+
+    Any transform of the logits that :func:`~deft_lightning.models.find_head` does not know of shows here, before it
+    trains anything: the hidden states are scaled for the comparison until the largest logit is about 40.
+
+    Args:
+        model: The model as trained.
+        seam: What :func:`~deft_lightning.models.find_head` found.
+        input_ids: Shape ``(B, T)``; the first tokens of the first row are used.
+        objective: What will be trained.
+
+    Raises:
+        UserError: They differ by more than rounding.
+    """
+    few = input_ids[:1, :17]
+    if few.shape[1] < 2:
+        return
+    inputs = {"input_ids": few[:, :-1], "use_cache": False}
+    name = type(base_causal_lm(model)).__name__
+    factor, hidden, gradient_error = 1.0, torch.empty(0), 0.0
+
+    def amplify(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        nonlocal hidden
+        hidden = args[0] * factor
+        return (hidden, *args[1:])
+
+    def compare(module: Any, args: tuple[Any, ...], output: Any) -> None:
+        nonlocal gradient_error
+        gradient_error = _gradient_error(seam, hidden.flatten(0, -2), few[0, 1:], objective)
+
+    with _evaluating(model):
+        hooks = [seam.linear.register_forward_pre_hook(amplify)]
+        try:
+            factor = LARGE / max(_largest(model(**inputs).logits), 1e-6)
+            hooks.append(seam.linear.register_forward_hook(compare))  # here FSDP has gathered the weight
+            own = model(**inputs).logits
+            hooks.pop().remove()
+            try:
+                fused = fused_forward(model, seam, inputs, few[:, 1:], objective)
+            except UserError:
+                raise
+            except Exception as error:  # whatever the model does to its logits, there are none here
+                reason = " ".join(str(error).split())
+                raise UserError(f"{name}: the fused head does not run in its forward: {reason}{DENSE}") from error
+        finally:
+            for hook in hooks:
+                hook.remove()
+    low = bool({torch.bfloat16, torch.float16} & {own.dtype, hidden.dtype, seam.projection.weight.dtype})
+    low = low or torch.is_autocast_enabled(input_ids.device.type)
+    # A few roundings of either; a log-probability and an entropy are off by twice what a logit is.
+    allowed = (2e-2 if low else 1e-3) * 2 * max(1.0, _largest(own))
+    wanted = token_stats(own[0], few[0, 1:])
+    pairs = [(fused.stats.log_prob, wanted.log_prob), (fused.stats.entropy, wanted.entropy)]
+    worst = max(float((a - b).abs().max()) for a, b in pairs)
+    if not worst <= allowed:
+        raise UserError(
+            f"{name}: the fused head does not reproduce the model's logits (log-probabilities differ by {worst:.2g})"
+            f"{DENSE}"
+        )
+    if not gradient_error <= (5e-2 if low else 1e-3):
+        raise UserError(
+            f"{name}: the gradient of the fused head is off by {gradient_error:.1%} (backend {seam.backend}); use"
+            " --model.head_backend torch, or --model.head dense"
+        )
+
+
+def _largest(logits: Tensor) -> float:
+    """Largest finite magnitude; a model may bar tokens with -inf."""
+    return float(logits.masked_fill(~logits.isfinite(), 0).abs().max())
+
+
+def _gradient_error(
+    seam: HeadSeam, hidden: Tensor, targets: Tensor, objective: Callable[[TokenStats], Tensor]
+) -> float:
+    """Distance of the fused gradient by the hidden states from the dense one, as a share of its norm."""
+    weight, bias = seam.weights()
+    update = seam.adapter(hidden)
+    with torch.inference_mode(False), torch.enable_grad():
+        # Copies, because tensors of inference mode cannot take part in autograd.
+        adapter = None if update is None else (update[0].clone(), update[1].detach())
+        leaf, targets, weight = hidden.clone().requires_grad_(), targets.clone(), weight.detach()
+        bias = None if bias is None else bias.detach()
+        loss, _ = linear_loss(
+            leaf, weight, targets, objective, bias=bias, adapter=adapter, ignore_index=None, **seam.options()
+        )
+        (fused,) = torch.autograd.grad(loss, leaf)
+        z = torch.nn.functional.linear(leaf, weight, bias)
+        if adapter is not None:
+            z = z + torch.nn.functional.linear(*adapter).to(z.dtype)
+        z = z.float() * seam.logit_scale
+        z = seam.softcap * torch.tanh(z / seam.softcap) if seam.softcap else z
+        stats = token_stats(z, targets, topk=int(getattr(objective, "topk", 0)))
+        (dense,) = torch.autograd.grad(objective(stats).sum(), leaf)
+    return float((fused - dense).float().norm() / dense.float().norm().clamp_min(1e-20))

@@ -1,0 +1,102 @@
+"""The loss in place of the logits, computed inside the model's own forward.
+
+For one call the head of the model is replaced by the fused head, and the model's output by the loss. What stands
+around the head keeps working: FSDP gathers its weight, hooks run, the body may be compiled or checkpointed, a mixture
+of experts computes its auxiliary loss. Outside that call the model is untouched, and gives real logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from deft_lightning.errors import UserError
+from deft_lightning.functional import TokenStats
+from deft_lightning.models.head import DENSE, HeadSeam
+from deft_lightning.ops import linear_loss, linear_token_stats
+
+IGNORE = -100
+
+
+class FusedOutput(NamedTuple):
+    """What a model gives in place of logits.
+
+    Attributes:
+        loss: Sum of the objective over the N supervised tokens.
+        stats: Their detached statistics, shape ``(N,)``, in the order of the batch.
+        aux_loss: The router's loss of a mixture of experts, or None.
+    """
+
+    loss: Tensor
+    stats: TokenStats
+    aux_loss: Tensor | None
+
+
+def fused_forward(
+    model: Any, seam: HeadSeam, inputs: dict[str, Any], targets: Tensor, objective: Callable[[TokenStats], Tensor]
+) -> FusedOutput:
+    """Run a model with the fused head in place of its own.
+
+    Args:
+        model: The model to call, around ``seam.causal`` or that itself.
+        seam: Its head.
+        inputs: Keywords of the model's forward.
+        targets: Shape ``(B, T)``: what position t is to predict, -100 where nothing.
+        objective: Statistics to loss per token.
+
+    Raises:
+        UserError: The model does not run its head once, on the hidden states of every position.
+    """
+    # Before the body is queued: how many tokens there are is all that CUDA waits for.
+    index = (targets != IGNORE).flatten().nonzero().squeeze(1)
+    wanted = targets.flatten()[index]
+    found: list[tuple[Tensor, TokenStats]] = []
+    name = type(seam.causal).__name__
+
+    def head(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if hidden.shape[:-1] != targets.shape:
+            raise UserError(f"{name}: its head sees {tuple(hidden.shape)}, not every position{DENSE}")
+        found.append(_loss(seam, hidden.flatten(0, -2)[index], wanted, objective))
+        return hidden.new_empty((*hidden.shape[:-1], 0))  # the model may scale or cap it
+
+    run = seam.causal.forward
+
+    def forward(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        with _forward_of(seam.linear, head):
+            output = run(*args, **kwargs)
+        if len(found) != 1:
+            raise UserError(f"{name}: it runs its head {len(found)} times{DENSE}")
+        # Through the output of the model, where FSDP hangs the hooks of its backward.
+        return {"loss": found[0][0], "stats": found[0][1], "aux_loss": getattr(output, "aux_loss", None)}
+
+    with _forward_of(seam.causal, forward):
+        return FusedOutput(**model(**inputs))
+
+
+def _loss(
+    seam: HeadSeam, rows: Tensor, targets: Tensor, objective: Callable[[TokenStats], Tensor]
+) -> tuple[Tensor, TokenStats]:
+    weight, bias = seam.weights()
+    options = {"bias": bias, "adapter": seam.adapter(rows), "ignore_index": None, **seam.options()}
+    if torch.is_grad_enabled():
+        return linear_loss(rows, weight, targets, objective, **options)
+    stats = linear_token_stats(rows, weight, targets, topk=int(getattr(objective, "topk", 0)), **options)
+    return objective(stats).sum(), stats
+
+
+@contextmanager
+def _forward_of(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Let a module run another forward; its hooks run as ever."""
+    before = module.__dict__.get("forward")
+    module.forward = forward  # an attribute of the instance wins over the method of the class
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before
