@@ -18,7 +18,7 @@ from deft_lightning.errors import UserError
 from deft_lightning.hashing import key
 from deft_lightning.models.build import ready
 from deft_lightning.models.head import base_causal_lm
-from deft_lightning.models.lora import LoRA, add_adapters
+from deft_lightning.models.lora import LoRA, add_adapters, untie_adapted_head
 
 KEY = "deft_lightning"
 
@@ -137,7 +137,9 @@ def save_hugging_face(
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target}: exists already; choose another --output")
     if hasattr(model, "merge_and_unload") and merge:
-        model = copy.deepcopy(model).merge_and_unload()
+        model = copy.deepcopy(model)
+        untie_adapted_head(model)
+        model = model.merge_and_unload()
     causal = base_causal_lm(model)
     training_cache = causal.config.use_cache
     causal.config.use_cache = True

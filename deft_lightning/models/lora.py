@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import asdict, dataclass
 from typing import Any
+
+from torch import nn
 
 from deft_lightning.errors import UserError
 
@@ -57,7 +60,24 @@ def add_adapters(model: Any, lora: LoRA) -> Any:
         if missing:
             raise UserError(f"--model.lora.target_modules: no module is named {', '.join(missing)}")
     try:
-        return get_peft_model(model, config)
+        with warnings.catch_warnings():
+            # peft cannot merge into a tied head; untie_adapted_head can.
+            warnings.filterwarnings("ignore", message=".*tie_word_embeddings=True.*")
+            return get_peft_model(model, config)
     except ValueError as error:
         reason = " ".join(str(error).split())
         raise UserError(f"--model.lora.target_modules {lora.target_modules}: {reason}") from None
+
+
+def untie_adapted_head(model: Any) -> None:
+    """Give a head that has adapters a weight of its own, so that merging them leaves the input embedding alone.
+
+    Args:
+        model: A peft model; changed in place. A model that is not tied, or whose head has no adapter, is left alone.
+    """
+    causal = model.get_base_model()
+    head = causal.get_output_embeddings()
+    if not hasattr(head, "lora_A") or head.base_layer.weight is not causal.get_input_embeddings().weight:
+        return
+    head.base_layer.weight = nn.Parameter(head.base_layer.weight.detach().clone(), requires_grad=False)
+    causal.config.tie_word_embeddings = causal.config.get_text_config().tie_word_embeddings = False
