@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -29,6 +30,7 @@ FIELDS = (
 )  # fmt: skip
 
 Message = dict[str, str]
+SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ class Row:
             value = "".join(str(part.get("text", "")) for part in value)
         if not isinstance(value, str):
             raise self.fail(field, f"expected text, got {type(value).__name__}")
-        if any("\ud800" <= letter <= "\udfff" for letter in value):
+        if not value.isascii() and SURROGATE.search(value):
             raise self.fail(field, "holds half a surrogate pair, which is not text")
         if not empty and not value.strip():
             raise self.fail(field, "is empty")

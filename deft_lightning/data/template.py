@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import re
+from bisect import bisect_left
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -109,24 +110,63 @@ def encode(tokenizer: Any, example: Example) -> Encoded:
     Raises:
         UserError: The template rewrites earlier turns, or leaves out a message.
     """
-    if example.text is not None:
-        ids = tokenizer(example.text).input_ids
-        ids = ids if ids[-1:] == [tokenizer.eos_token_id] else [*ids, tokenizer.eos_token_id]
-        return Encoded(np.array(ids, dtype=np.int64), np.zeros(len(ids), dtype=np.int64))
-    messages = list(example.messages or ())
-    text, spans = _spans(tokenizer, messages, example.where)
-    ids, starts, ends = _tokens(tokenizer, text, [start for start, _, _ in spans])
-    marks = np.isin(ids, markers(tokenizer))
-    tagged = TAG.search(tokenizer.chat_template) is not None
+    (encoded,) = encode_many(tokenizer, [example])
+    if isinstance(encoded, UserError):
+        raise encoded
+    return encoded
+
+
+def encode_many(tokenizer: Any, examples: Sequence[Example]) -> list[Encoded | UserError]:
+    """Tokenise examples as :func:`encode` does, in one call of the tokenizer; a refused one gives its error."""
+    found: list[Encoded | UserError | tuple[str, list[Span]]] = []
+    for example in examples:
+        if example.text is not None:
+            ids = tokenizer(example.text).input_ids
+            ids = ids if ids[-1:] == [tokenizer.eos_token_id] else [*ids, tokenizer.eos_token_id]
+            found.append(Encoded(np.array(ids, dtype=np.int64), np.zeros(len(ids), dtype=np.int64)))
+            continue
+        try:
+            found.append(_spans(tokenizer, list(example.messages or ()), example.where))
+        except UserError as error:
+            found.append(error)
+    texts = [item[0] for item in found if not isinstance(item, Encoded | UserError)]
+    encodings = iter(_encodings(tokenizer, texts))
+    tagged = TAG.search(tokenizer.chat_template or "") is not None
+    ends = frozenset(markers(tokenizer).tolist())
+    return [
+        item if isinstance(item, Encoded | UserError) else _turns(tokenizer, *item, next(encodings), tagged, ends)
+        for item in found
+    ]
+
+
+def _encodings(tokenizer: Any, texts: list[str]) -> list[Any]:
+    """Tokens and offsets of texts, without the lists of masks that nobody reads."""
+    if not texts:
+        return []
+    options = {"add_special_tokens": False, "return_attention_mask": False, "return_token_type_ids": False}
+    return list(tokenizer(texts, **options).encodings)
+
+
+def _turns(
+    tokenizer: Any, text: str, spans: list[Span], encoding: Any, tagged: bool, ends: frozenset[int]
+) -> Encoded:  # fmt: skip
+    """Map character spans to tokens: the first token that starts in a span, up to the first that starts behind it."""
+    ids, offsets = encoding.ids, encoding.offsets
+    bounds = [(bisect_left(offsets, (start,)), bisect_left(offsets, (end,)), i) for start, end, i in spans]
+    # Generation would begin at the start of a span: a token that reaches across it is taken apart.
+    if any(first and offsets[first - 1][1] > start for (first, _, _), (start, _, _) in zip(bounds, spans, strict=True)):
+        array, starts, stops = _tokens(tokenizer, text, [start for start, _, _ in spans])
+        ids, offsets = array.tolist(), list(zip(starts.tolist(), stops.tolist(), strict=True))
+        bounds = [(bisect_left(offsets, (start,)), bisect_left(offsets, (end,)), i) for start, end, i in spans]
     turn = np.full(len(ids), NOT_SUPERVISED, dtype=np.int64)
-    for start, end, i in spans:
-        span = (starts >= start) & (starts < end)
-        closing = np.flatnonzero(span & marks)
-        # Only blanks may follow the end of the turn: a template may put special tokens inside the turn as well.
-        if not tagged and closing.size and not text[ends[closing[-1]] : end].strip():
-            span[closing[-1] + 1 :] = False
-        turn[span] = i
-    return Encoded(ids, turn)
+    for (first, last, i), (_, end, _) in zip(bounds, spans, strict=True):
+        if not tagged:
+            # Only blanks may follow the end of the turn: a template may put special tokens inside the turn as well.
+            closing = next((at for at in range(last - 1, first - 1, -1) if ids[at] in ends), None)
+            if closing is not None and not text[offsets[closing][1] : end].strip():
+                last = closing + 1
+        turn[first:last] = i
+    return Encoded(np.array(ids, dtype=np.int64), turn)
 
 
 def encode_prompt(tokenizer: Any, example: Example) -> tuple[str, list[int]]:

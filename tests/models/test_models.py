@@ -13,6 +13,21 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import (
+    ARCHITECTURES,
+    LLAMA,
+    TINY,
+    VOCAB,
+    architecture,
+    assert_same_gradients,
+    build,
+    checkpoint_of,
+    deft_by_hand,
+    gradients,
+    logits_of,
+    one_line,
+    prepare,
+)
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -24,7 +39,6 @@ from deft_lightning.models import (
     check_fits,
     check_head,
     check_pretrained,
-    describe,
     find_head,
     from_architecture,
     load_checkpoint,
@@ -33,57 +47,7 @@ from deft_lightning.models import (
     save_hugging_face,
 )
 from deft_lightning.models.build import keep_rotary_fp32
-from deft_lightning.module import SFTModule
 from deft_lightning.objectives import DEFT
-
-VOCAB = 61
-TINY: dict[str, Any] = {
-    "vocab_size": VOCAB,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.3,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-LLAMA = {"model_type": "llama", **TINY}
-# The options that make a kind tiny, or that turn on what its head does beside the product.
-ARCHITECTURES: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "qwen2": {"num_key_value_heads": 1},
-    "qwen3": {"num_key_value_heads": 1, "head_dim": 8},
-    "mistral": {"num_key_value_heads": 1, "sliding_window": 4},
-    "gemma2": {"num_key_value_heads": 1, "head_dim": 8, "final_logit_softcapping": 2.0},
-    "gemma3_text": {"num_key_value_heads": 1, "head_dim": 8},
-    "phi3": {"num_key_value_heads": 1},
-    "gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
-    "gpt_neox": {},
-    "granite": {"num_key_value_heads": 1, "logits_scaling": 3.0},
-    "cohere": {"num_key_value_heads": 1, "logit_scale": 0.25},
-    "olmo2": {"num_key_value_heads": 1},
-}
-
-
-def architecture(kind: str, **more: Any) -> dict[str, Any]:
-    options = {"model_type": kind, **TINY, **ARCHITECTURES[kind], **more}
-    if kind == "gpt2":
-        del options["intermediate_size"]  # its own name is n_inner, four times the width by default
-    return options
-
-
-def build(options: dict[str, Any], seed: int = 0) -> Any:
-    torch.manual_seed(seed)
-    return from_architecture(options, None, "float32")
-
-
-def one_line(error: pytest.ExceptionInfo[BaseException], *parts: str) -> None:
-    text = str(error.value)
-    assert "\n" not in text
-    for part in parts:
-        assert part in text, text
 
 
 @pytest.fixture(scope="module")
@@ -296,41 +260,12 @@ def test_rotary_frequencies_of_other_families_stay_float32(kind: str) -> None:
 # --- the head -------------------------------------------------------------------------------------------------------
 
 
-def deft_by_hand(logits: Tensor, targets: Tensor) -> Tensor:
-    """Summed DEFT loss (1 - p^C) / C from dense logits, C detached."""
-    log_pi = torch.log_softmax(logits, dim=-1)
-    collision = log_pi.detach().exp().square().sum(-1)
-    log_prob = log_pi.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
-    return ((1 - (collision * log_prob).exp()) / collision).sum()
-
-
 def dense(model: Any, batch: dict[str, Tensor]) -> Tensor:
     """The loss through the model's own forward, attention mask included."""
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
     targets = batch["labels"][:, 1:]
     keep = targets != -100
     return deft_by_hand(logits[keep], targets[keep])
-
-
-def gradients(model: nn.Module) -> dict[str, Tensor]:
-    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    return found
-
-
-def assert_same_gradients(found: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: float) -> None:
-    assert found.keys() == wanted.keys()
-    scale = max(float(grad.abs().max()) for grad in wanted.values())
-    assert scale > 0
-    worst = {name: float((found[name] - grad).abs().max()) / scale for name, grad in wanted.items()}
-    assert max(worst.values()) <= tolerance, {k: v for k, v in worst.items() if v > tolerance}
-
-
-def prepare(options: dict[str, Any], **settings: Any) -> SFTModule:
-    torch.manual_seed(0)
-    module = SFTModule(DEFT(), architecture=options, **settings)
-    module.configure_model()
-    return module
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
@@ -503,11 +438,6 @@ def test_ranks_and_dropouts_that_mean_nothing_are_one_line(settings: dict[str, A
 # --- export ---------------------------------------------------------------------------------------------------------
 
 
-def logits_of(model: Any, ids: Tensor) -> Tensor:
-    with torch.no_grad():
-        return model.eval()(input_ids=ids).logits
-
-
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt2"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_an_exported_folder_gives_transformers_the_same_logits(
@@ -645,13 +575,6 @@ def test_a_folder_with_something_in_it_is_refused_and_an_empty_one_filled(tmp_pa
 
 
 # --- checkpoints ----------------------------------------------------------------------------------------------------
-
-
-def checkpoint_of(model: Any, tokenizer: Any | None, lora: LoRA | None, path: Path) -> Path:
-    """A checkpoint as the module writes it."""
-    state = {f"model.{name}": value for name, value in model.state_dict().items()}
-    torch.save({"state_dict": state, "deft_lightning": describe(model, tokenizer, lora, [1, 4])}, path)
-    return path
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt2"])
