@@ -27,6 +27,7 @@ from deft_lightning.models import (
     check_causal,
     check_fits,
     check_head,
+    check_packing,
     check_pretrained,
     check_state,
     compile_body,
@@ -112,7 +113,10 @@ class SFTModule(LightningModule):
         self._rate = 0.0
         self._about: dict[str, Any] | None = None
         # In a plain dict, so that casting the module to bfloat16 leaves their float64 sums alone.
-        self._meters = {"train": TokenMeter(), "val": TokenMeter(), "test": ExactMatch(), "router": MeanMetric()}
+        self._meters = {
+            "train": TokenMeter(), "val": TokenMeter(), "val_noisy": TokenMeter(), "test": ExactMatch(),
+            "router": MeanMetric(),
+        }  # fmt: skip
 
     # ---------------------------------------------------------------- the model
 
@@ -163,7 +167,8 @@ class SFTModule(LightningModule):
 
         Args:
             batch: ``input_ids`` and ``labels`` of shape ``(B, T)``, right-padded; ``labels[:, t]`` is what the model
-                should have said before token t, -100 where nothing is learnt.
+                should have said before token t, -100 where nothing is learnt. ``position_ids`` that start again keep
+                examples of a packed row apart.
 
         Returns:
             The sum of the objective over the N supervised tokens, their detached statistics, and the mask
@@ -179,6 +184,8 @@ class SFTModule(LightningModule):
         if not self._checked:
             _check_batch(batch)
             check_causal(self.model, input_ids)
+            if "position_ids" in batch:
+                check_packing(self.model, input_ids)
             if self._seam is not None:
                 check_head(self.model, self._seam, input_ids, self.objective)
             self._checked = True
@@ -186,7 +193,9 @@ class SFTModule(LightningModule):
         # No attention mask: behind right padding causal attention cannot see it, and SDPA takes its fast path. A
         # router would count the padding.
         inputs: dict[str, Any] = {"input_ids": input_ids, "use_cache": False}
-        if self._router is not None:
+        if "position_ids" in batch:
+            inputs["position_ids"] = batch["position_ids"]
+        elif self._router is not None:
             inputs["attention_mask"] = batch.get("attention_mask")
         if self._seam is None:
             output = self.model(**inputs)
@@ -218,10 +227,17 @@ class SFTModule(LightningModule):
             "noise_code": None if codes is None else codes[:, 1:][keep],
         }
 
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
-        """Add a batch to the validation sums; the NLL is plain whatever the objective."""
-        loss, stats, _, _ = self._terms(batch)
-        self._meters["val"].update(loss, stats)
+    def validation_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
+        """Add a batch to the validation sums; the NLL is plain whatever the objective.
+
+        A second loader has corrupted examples: of them the corrupted tokens alone count.
+        """
+        loss, stats, keep, _ = self._terms(batch)
+        if dataloader_idx == 0:
+            self._meters["val"].update(loss, stats)
+        else:
+            noisy = stats.select(batch["noise_code"][:, 1:][keep] > 0)
+            self._meters["val_noisy"].update(loss.new_zeros(()), noisy)
         return {"stats": stats}
 
     # ---------------------------------------------------------------- one optimizer step
@@ -311,6 +327,12 @@ class SFTModule(LightningModule):
         self._meters["val"].reset()
         for name in ("loss", "nll", "ppl", "token_accuracy"):
             self.log(f"val/{name}", means[name], prog_bar=name == "nll", sync_dist=True)
+        noisy = self._meters["val_noisy"].compute()
+        self._meters["val_noisy"].reset()
+        if noisy["tokens"] > 0:
+            self.log("val_noisy/nll", noisy["nll"], sync_dist=True)
+            # Share of the corrupted labels that the model gives as its first choice: what it has memorised.
+            self.log("val_noisy/reproduced", noisy["token_accuracy"], sync_dist=True)
 
     def configure_optimizers(self) -> Any:
         """Build the optimizer and the schedule; plan the schedule over the trainer's optimizer steps."""
@@ -400,8 +422,6 @@ class SFTModule(LightningModule):
 
 def _check_batch(batch: dict[str, Any]) -> None:
     """Refuse what this version would ignore in a batch of a user's own loader."""
-    if "position_ids" in batch:
-        raise UserError("the batch has position_ids: packed rows are not supported by this version; leave them out")
     mask = batch.get("attention_mask")
     if mask is not None and bool((mask.diff(dim=1) > 0).any()):
         raise UserError("the batch is left-padded: training wants right padding (padding_side='right')")

@@ -23,16 +23,32 @@ class Prepared:
         input_ids: Tokens.
         labels: What is learnt at each token (aligned with ``input_ids``, not shifted), -100 where nothing is.
         noise_code: 0 where the label is clean, else the place of the corrupting operation, from 1.
+        clean_labels: What the labels were before token noise, -100 where the text itself was corrupted; None where no
+            token noise was applied.
     """
 
     id: str
     input_ids: Ints
     labels: Ints
     noise_code: Ints
+    clean_labels: Ints | None = None
 
-    def truncate(self, length: int) -> Prepared:
-        """Return the first ``length`` tokens."""
-        return Prepared(self.id, self.input_ids[:length], self.labels[:length], self.noise_code[:length])
+    def truncate(self, length: int, keep: str = "start") -> Prepared:
+        """Return the first ``length`` tokens, or the last; nothing predicts the first token that is left."""
+        if len(self.input_ids) <= length:
+            return self
+        part = slice(0, length) if keep == "start" else slice(len(self.input_ids) - length, None)
+        labels = self.labels[part].copy()
+        labels[:1] = IGNORE
+        codes = np.where(labels == IGNORE, 0, self.noise_code[part])
+        return Prepared(self.id, self.input_ids[part], labels, codes)
+
+    @property
+    def clean(self) -> Ints:
+        """The labels that are right, -100 where none is known."""
+        if self.clean_labels is not None:
+            return self.clean_labels
+        return np.where(self.noise_code == 0, self.labels, IGNORE)
 
 
 @dataclass(frozen=True)
@@ -52,28 +68,64 @@ def _pad(rows: Sequence[Ints], length: int, value: int, dtype: torch.dtype) -> t
     return torch.from_numpy(out).to(dtype)
 
 
+Segments = Prepared | Sequence[Prepared]
+
+
 @dataclass(frozen=True)
 class TrainCollator:
-    """Right-pad to the longest example of the batch.
+    """Right-pad to the longest row of the batch; a row is an example, or several packed ones.
 
-    The batch has ``input_ids``, ``attention_mask``, ``labels`` (int64), ``noise_code`` (int8), all ``(B, T)``,
-    ``example_id`` (list of str) and ``num_tokens`` (int: tokens that are not padding).
+    The batch has, of shape ``(B, T)``: ``input_ids``, ``attention_mask``, ``labels``, ``clean_labels`` (int64),
+    ``noise_code`` (int8) and ``segment`` (int32: place in ``example_id``, -1 for padding); the lists ``example_id``
+    (str) and ``is_noisy`` (bool tensor) of its examples in order, and ``num_tokens`` (int, without padding). Packed
+    rows have ``position_ids`` that start again with each example in place of the attention mask; padding counts as an
+    example of its own.
+
+    Args:
+        pad_id: Token that fills rows up.
+        packed: Whether rows are packed.
+        flatten: Put all rows one after the other into a single one (flash attention knows lengths from positions).
     """
 
     pad_id: int
+    packed: bool = False
+    flatten: bool = False
 
-    def __call__(self, examples: Sequence[Prepared]) -> dict[str, Any]:
-        """Collate examples."""
-        lengths = torch.tensor([len(example.input_ids) for example in examples])
-        longest = int(lengths.max())
-        return {
-            "input_ids": _pad([e.input_ids for e in examples], longest, self.pad_id, torch.int64),
-            "attention_mask": (torch.arange(longest) < lengths.unsqueeze(1)).to(torch.int64),
-            "labels": _pad([e.labels for e in examples], longest, IGNORE, torch.int64),
-            "noise_code": _pad([e.noise_code for e in examples], longest, 0, torch.int8),
+    def __call__(self, rows: Sequence[Segments]) -> dict[str, Any]:
+        """Collate rows."""
+        parts = [[row] if isinstance(row, Prepared) else list(row) for row in rows]
+        if self.flatten:
+            parts = [[example for row in parts for example in row]]
+        lengths = torch.tensor([sum(len(e.input_ids) for e in row) for row in parts])
+        longest, examples = int(lengths.max()), [example for row in parts for example in row]
+
+        def field(name: str, fill: int, dtype: torch.dtype) -> torch.Tensor:
+            return _pad([np.concatenate([getattr(e, name) for e in row]) for row in parts], longest, fill, dtype)
+
+        starts = np.cumsum([0, *(len(row) for row in parts)]).tolist()
+        segments = [
+            np.repeat(np.arange(start, start + len(row)), [len(e.input_ids) for e in row])
+            for start, row in zip(starts, parts, strict=False)
+        ]
+        batch: dict[str, Any] = {
+            "input_ids": field("input_ids", self.pad_id, torch.int64),
+            "labels": field("labels", IGNORE, torch.int64),
+            "clean_labels": field("clean", IGNORE, torch.int64),
+            "noise_code": field("noise_code", 0, torch.int8),
+            "segment": _pad(segments, longest, -1, torch.int32),
             "example_id": [e.id for e in examples],
+            "is_noisy": torch.tensor([bool(e.noise_code.any()) for e in examples]),
             "num_tokens": int(lengths.sum()),
         }
+        if self.packed:
+            counts = [[len(e.input_ids) for e in row] for row in parts]
+            positions = [
+                np.concatenate([*map(np.arange, row), np.arange(longest - sum(row))]).astype(np.int64) for row in counts
+            ]
+            batch["position_ids"] = torch.from_numpy(np.stack(positions))
+        else:
+            batch["attention_mask"] = (torch.arange(longest) < lengths.unsqueeze(1)).to(torch.int64)
+        return batch
 
 
 @dataclass(frozen=True)

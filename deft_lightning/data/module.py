@@ -2,34 +2,34 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Sequence
+import json
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 
-from deft_lightning.data.collate import Prepared, PromptCollator, TrainCollator
+from deft_lightning._version import __version__
+from deft_lightning.data.build import BadRows, Recipe, build, read_examples, skipper, unique_ids
+from deft_lightning.data.cache import DONE, cache_root, cached, file_identity
+from deft_lightning.data.collate import IGNORE, PromptCollator, TrainCollator
 from deft_lightning.data.noise import Noise
-from deft_lightning.data.order import ResumableLoader, ShardedSampler
-from deft_lightning.data.prepare import (
-    Report,
-    corrupt_responses,
-    corrupt_tokens,
-    finish,
-    prompts,
-    tokenise,
-    vocabulary,
-)
-from deft_lightning.data.records import FIELDS, Example, Format, detect_format, normalise
-from deft_lightning.data.sources import read
+from deft_lightning.data.order import Batches, ResumableLoader, Rows, ShardedSampler
+from deft_lightning.data.packing import best_fit_decreasing, bounded_batches
+from deft_lightning.data.prepare import Report, Supervise, prompts, vocabulary
+from deft_lightning.data.records import FIELDS, Example, Format
+from deft_lightning.data.tables import Rows as Spool
+from deft_lightning.data.tables import Tokens
 from deft_lightning.data.template import end_of_turn, markers, set_template
-from deft_lightning.data.tokenizer import build_tokenizer, load_tokenizer
+from deft_lightning.data.tokenizer import load_tokenizer
 from deft_lightning.errors import UserError, did_you_mean
-from deft_lightning.hashing import uniform
+from deft_lightning.hashing import key
 
 
 class InstructionDataModule(LightningDataModule):
@@ -51,10 +51,18 @@ class InstructionDataModule(LightningDataModule):
         tokenizer: Hub id or folder; default: the one of `model.pretrained`, else one built from the training rows.
         tokenizer_size: Vocabulary of a tokenizer that is built; at most 262 means one token a byte.
         chat_template: None is the tokenizer's own (ChatML if it has none); `chatml`, a file, or a Jinja template.
-        max_length: Longest example in tokens; what exceeds it is cut off at the end.
-        batch_size: Examples per device and step.
+        max_length: Longest example in tokens, and longest row when packing.
+        keep: Which end of a longer example is kept.
+        supervise: Learn every assistant turn, the last one, or all tokens.
+        packing: Put several examples into a row of at most `max_length` tokens; they do not see each other.
+        batch_size: Examples (rows when packing) per device and step.
+        max_tokens_per_batch: Bound batches by their tokens, padding included, instead of by `batch_size`.
+        group_by_length: Put examples of like length into a batch; less padding, a less random order.
         eval_batch_size: Examples per device in validation, test and predict; default: `batch_size`.
         num_workers: Loader processes.
+        num_proc: Processes that prepare the data.
+        cache_dir: Where prepared data is kept; default: $DEFT_LIGHTNING_CACHE, or deft_lightning in the user's cache.
+        cache: Keep prepared data for the next run.
         seed: Seed of the order and of the split.
         noise: Synthetic label noise.
 
@@ -77,9 +85,17 @@ class InstructionDataModule(LightningDataModule):
         tokenizer_size: int = 4096,
         chat_template: str | None = None,
         max_length: int = 1024,
+        keep: Literal["start", "end"] = "start",
+        supervise: Supervise = "assistant",
+        packing: bool = False,
         batch_size: int = 8,
+        max_tokens_per_batch: int | None = None,
+        group_by_length: bool = False,
         eval_batch_size: int | None = None,
         num_workers: int = 0,
+        num_proc: int = 1,
+        cache_dir: str | None = None,
+        cache: bool = True,
         seed: int = 0,
         noise: Noise = Noise(),  # noqa: B008 - frozen
     ) -> None:
@@ -93,12 +109,27 @@ class InstructionDataModule(LightningDataModule):
                 raise UserError(f"--data.column_map.{name}: no such field.{did_you_mean(name, FIELDS)}")
         if on_bad_row not in ("error", "skip"):
             raise UserError(f"--data.on_bad_row must be error or skip, not {on_bad_row!r}")
+        if keep not in ("start", "end"):
+            raise UserError(f"--data.keep must be start or end, not {keep!r}")
+        if supervise not in get_args(Supervise):
+            raise UserError(f"--data.supervise must be assistant, last or all, not {supervise!r}")
+        if packing and group_by_length:
+            raise UserError("--data.group_by_length means nothing with --data.packing: packed rows are full")
+        if max_tokens_per_batch is not None and group_by_length:
+            raise UserError("--data.max_tokens_per_batch groups by length already; leave out --data.group_by_length")
+        if packing and max_tokens_per_batch is not None and max_tokens_per_batch < max_length:
+            raise UserError(
+                f"--data.max_tokens_per_batch {max_tokens_per_batch} is less than a packed row of --data.max_length"
+                f" {max_length}"
+            )
         if num_workers < 0 or tokenizer_size < 0:
             raise UserError("--data.num_workers and --data.tokenizer_size must not be negative")
         for name, value in (
             ("batch_size", batch_size),
             ("max_length", max_length),
             ("eval_batch_size", eval_batch_size),
+            ("max_tokens_per_batch", max_tokens_per_batch),
+            ("num_proc", num_proc),
         ):
             if value is not None and value < 1:
                 raise UserError(f"--data.{name} must be at least 1, got {value}")
@@ -109,62 +140,25 @@ class InstructionDataModule(LightningDataModule):
         self.tokenizer_name, self.tokenizer_size, self.chat_template = tokenizer, tokenizer_size, chat_template
         self.max_length, self.batch_size, self.eval_batch_size = max_length, batch_size, eval_batch_size or batch_size
         self.num_workers, self.seed, self.noise = num_workers, seed, noise
+        self.keep, self.supervise, self.packing = keep, supervise, packing
+        self.max_tokens_per_batch, self.group_by_length = max_tokens_per_batch, group_by_length
+        self.num_proc, self.cache_dir, self.cache = num_proc, cache_dir, cache
         self.tokenizer: Any = None
         self._settled: str | None = None
+        self._built = False
         self.reports: dict[str, Report] = {}
-        self._examples: dict[str, list[Example]] = {}
-        self._prepared: dict[str, list[Prepared]] = {}
+        self._rows: dict[str, Rows] = {}
+        self._held_out: Iterable[Example] = ()
+        self._temporary: tempfile.TemporaryDirectory[str] | None = None
 
-    # ---------------------------------------------------------------- reading
-
-    def _read(self, source: str, *, need_response: bool = True) -> list[Example]:
-        examples: list[Example] = []
-        skipped: list[str] = []
-        format: str = self.format
-
-        def skip(error: UserError) -> None:
-            if self.on_bad_row == "error":
-                raise error
-            skipped.append(str(error))
-
-        for where, record in read(source, subset=self.subset, split=self.split, on_bad_row=skip):
-            try:
-                if format == "auto":
-                    format = detect_format(record, where, self.column_map, need_response=need_response)
-                examples.append(normalise(record, where, format, self.column_map, need_response=need_response))
-            except UserError as error:
-                skip(error)
-        if skipped:
-            rank_zero_warn(f"{source}: skipped {len(skipped)} rows; the first: {skipped[0]}")
-        if not examples:
-            raise UserError(f"{source}: no usable row; the first problem: {skipped[0]}")
-        return _unique_ids(examples)
-
-    def _split(self) -> None:
-        if self._examples:
-            return
-        if self.source is None:
-            raise UserError("no data: set --data.source to a file, a hub id or reasoning_gym:<task>")
-        rows = self._read(self.source)
-        if self.validation_source is not None:
-            self._examples = {"train": rows, "validation": self._read(self.validation_source)}
-        else:
-            held_out = [uniform(self.seed, "split", row.digest) < self.validation_fraction for row in rows]
-            self._examples = {
-                "train": [row for row, out in zip(rows, held_out, strict=True) if not out],
-                "validation": [row for row, out in zip(rows, held_out, strict=True) if out],
-            }
-            if self.validation_fraction and not self._examples["validation"]:
-                rank_zero_warn(f"{self.source}: too few rows to hold any out; there will be no validation")
-        if not self._examples["train"]:
-            raise UserError(f"{self.source}: no row is left to train on; lower --data.validation_fraction")
+    # ---------------------------------------------------------------- tokenizer
 
     def use_tokenizer(self, tokenizer: Any) -> None:
         """Use a tokenizer object, for example a checkpoint's, instead of naming or building one.
 
         A ``chat_template`` that was asked for still wins over the tokenizer's own.
         """
-        self.tokenizer, self._settled = tokenizer, None
+        self.tokenizer, self._settled, self._built = tokenizer, None, False
         if tokenizer is not None and self.chat_template is not None:
             set_template(tokenizer, self.chat_template)
 
@@ -174,56 +168,95 @@ class InstructionDataModule(LightningDataModule):
         if self.tokenizer is not None and name in (None, self._settled):
             return
         self._settled = name
-        self._prepared = {}  # what was prepared for another model is of another vocabulary
+        self._rows, self._held_out = {}, ()  # what was prepared for another model is of another vocabulary
         if name is not None:
-            self.tokenizer = load_tokenizer(name)
+            self.tokenizer, self._built = load_tokenizer(name), False
             set_template(self.tokenizer, self.chat_template)
             return
-        self._split()
-        train = self._examples["train"]
-        if all(example.tokens for example in train):
-            raise UserError(f"{self.source}: rows of tokens need the tokenizer they were made with (--data.tokenizer)")
-        texts = [t for e in train for t in ([e.text] if e.text else [m["content"] for m in e.messages or ()])]
-        self.tokenizer = build_tokenizer(texts, self.tokenizer_size)
-        if self.chat_template is not None:
-            set_template(self.tokenizer, self.chat_template)
+        folder = self._folder()
+        self.tokenizer, self._built = load_tokenizer(str(folder / "tokenizer")), True
 
     # ---------------------------------------------------------------- preparing
 
-    def setup(self, stage: str | None = None) -> None:
-        """Read, split, corrupt, tokenise and truncate; the same on every rank. Needed once; later calls do nothing."""
+    def _recipe(self) -> Recipe:
+        if self.source is None:
+            raise UserError("no data: set --data.source to a file, a hub id or reasoning_gym:<task>")
+        return Recipe(
+            self.source, self.format, self.column_map, self.subset, self.split, self.validation_source,
+            self.validation_fraction, self.seed, self.on_bad_row, self.tokenizer_size, self.max_length, self.keep,
+            self.supervise, self.noise,
+        )  # fmt: skip
+
+    def _folder(self) -> Path:
+        """Return the folder of the prepared data, prepared now if nobody has."""
+        recipe, tokenizer = self._recipe(), None if self._built else self.tokenizer
+
+        def fill(folder: Path) -> None:
+            build(recipe, tokenizer, self.chat_template, folder, self.num_proc)
+
+        root = cache_root(self.cache_dir) / "data"
+        if not self.cache:
+            self._temporary = self._temporary or tempfile.TemporaryDirectory(prefix="deft_lightning-")
+            root = Path(self._temporary.name)
+        about = "built" if tokenizer is None else _tokenizer_identity(tokenizer)
+        template = self.chat_template if tokenizer is None else None
+        sources = [_source_identity(name) for name in (recipe.source, recipe.validation_source) if name]
+        return cached(root, [__version__, recipe, sources, about, template], fill)
+
+    def prepare_data(self) -> None:
+        """Read, split, corrupt, tokenise and truncate, once a node; nothing if an earlier run has done so."""
         self._settle_tokenizer()
-        if stage in ("fit", "validate", None) and not self._prepared:
-            self._split()
-            self._prepare()
-        if stage in ("test", "predict") and self.test_source is None:
-            self._split()
+        self._folder()
 
-    def _prepare(self) -> None:
-        clean_train: list[Prepared] | None = None
-        words = None
-        for name, examples in self._examples.items():
-            noise = self.noise if name in self.noise.splits else replace(self.noise, ops=[])
-            corrupted, codes = corrupt_responses(examples, noise)
-            refused: list[str] = []
-            prepared = tokenise(self.tokenizer, corrupted, codes, refused if self.on_bad_row == "skip" else None)
-            if refused:
-                rank_zero_warn(f"{name}: skipped {len(refused)} rows; the first: {refused[0]}")
-            if refused and not prepared:
-                raise UserError(f"{name}: no usable row; the first problem: {refused[0]}")
-            if name == "train":
-                clean_train = prepared
-                self._check_end_of_turn(prepared)
-            if noise.ops:
-                words = words or vocabulary(self.tokenizer, clean_train or prepared)
-                prepared = corrupt_tokens(prepared, noise, words)
-            report = self.reports[name] = Report(name)
-            self._prepared[name] = finish(prepared, self.max_length, report)
-            rank_zero_info(str(report))
+    def setup(self, stage: str | None = None) -> None:
+        """Open what was prepared, the same on every rank. Needed once; later calls do nothing."""
+        self._settle_tokenizer()
+        if stage in ("test", "predict") and self.test_source is not None:
+            return
+        if not self._rows:
+            self._open(self._folder(), quiet=stage in ("test", "predict"))
 
-    def _check_end_of_turn(self, prepared: Sequence[Prepared]) -> None:
+    def _open(self, folder: Path, quiet: bool) -> None:
+        meta = json.loads((folder / DONE).read_text(encoding="utf-8"))
+        self._held_out = Spool(folder / "held_out.arrow")
+        words = vocabulary(self.tokenizer, np.load(folder / "counts.npy"))
+        clean = replace(self.noise, ops=[])
+        for name, counted in meta["reports"].items():
+            noise = (
+                clean if name == "validation" or (name == "train" and "train" not in self.noise.splits) else self.noise
+            )
+            examples = Tokens(folder / f"{name}.arrow")
+            rows = self._rows[name] = Rows(examples, None, noise, words)
+            report = self.reports[name] = Report(**counted)
+            if rows.noise is not None:
+                report.count_noise(rows)
+        if quiet:
+            return
+        if meta["skipped"]:
+            rank_zero_warn(f"{self.source}: skipped {meta['skipped']} rows; the first: {meta['bad_rows'][0]}")
+        if self.validation_fraction and self.validation_source is None and not len(self._rows["validation"]):
+            rank_zero_warn(f"{self.source}: too few rows to hold any out; there will be no validation")
+        for report in self.reports.values():
+            if report.examples:
+                rank_zero_info(str(report))
+        self._check_end_of_turn(self._rows["train"])
+        if self.packing:
+            self._pack()
+
+    def _pack(self) -> None:
+        for name, rows in self._rows.items():
+            if len(rows):
+                lengths = rows.examples.lengths()
+                rows.rows = best_fit_decreasing(lengths.tolist(), self.max_length)
+                full = lengths.sum() / (len(rows.rows) * self.max_length)
+                rank_zero_info(
+                    f"{name}: packed into {len(rows.rows)} rows of {self.max_length} tokens, {full:.1%} full"
+                )
+
+    def _check_end_of_turn(self, rows: Rows) -> None:
         # One template writes every turn: a few examples show how it ends.
-        last = [int(e.labels[e.labels != -100][-1]) for e in prepared[:100] if (e.labels != -100).any()]
+        few = [rows.examples[at] for at in range(min(len(rows.examples), 100))]
+        last = [int(e.labels[e.labels != IGNORE][-1]) for e in few]
         self._turn_ends = sorted(set(last) & set(markers(self.tokenizer).tolist()))
         if last and not self._turn_ends:
             rank_zero_warn(
@@ -234,7 +267,8 @@ class InstructionDataModule(LightningDataModule):
     @property
     def longest(self) -> int:
         """Tokens of the longest prepared example; 0 before anything is prepared."""
-        return max((len(example.input_ids) for rows in self._prepared.values() for example in rows), default=0)
+        lengths = [rows.examples.lengths() for rows in self._rows.values()]
+        return max((int(found.max()) for found in lengths if len(found)), default=0)
 
     @property
     def stop_token_ids(self) -> list[int]:
@@ -249,15 +283,22 @@ class InstructionDataModule(LightningDataModule):
 
     # ---------------------------------------------------------------- loaders
 
-    def _loader(self, dataset: Sequence[Any], collate: Callable[..., Any], size: int, train: bool) -> DataLoader[Any]:
+    def _loader(self, dataset: Any, collate: Callable[..., Any], size: int | None, train: bool) -> DataLoader[Any]:
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         if len(dataset) < world:
+            what = "examples" if not self.packing else "packed rows"
             raise UserError(
-                f"{len(dataset)} examples are fewer than the {world} ranks (--data.source, --trainer.devices)"
+                f"{len(dataset)} {what} are fewer than the {world} ranks (--data.source, --trainer.devices)"
             )
-        sampler = ShardedSampler(len(dataset), rank=rank, world=world, seed=self.seed, shuffle=train, even=train)
+        lengths = None
+        if train and self.group_by_length:
+            lengths = dataset.examples.lengths()
+        sampler = ShardedSampler(
+            len(dataset), rank=rank, world=world, seed=self.seed, shuffle=train, even=train, lengths=lengths,
+            tag_epoch=train,
+        )  # fmt: skip
         return (ResumableLoader if train else DataLoader)(
-            dataset,  # type: ignore[arg-type]
+            dataset,
             batch_size=size,
             sampler=sampler,
             collate_fn=collate,
@@ -266,22 +307,55 @@ class InstructionDataModule(LightningDataModule):
             persistent_workers=self.num_workers > 0,
         )
 
+    def _token_loader(self, rows: Rows, size: int, train: bool) -> DataLoader[Any]:
+        model = getattr(self.trainer, "lightning_module", None) if self.trainer else None
+        flash = str(getattr(model, "attention", None) or "").startswith("flash")
+        collate = TrainCollator(self.tokenizer.pad_token_id, self.packing, self.packing and flash)
+        if self.max_tokens_per_batch is None:
+            return self._loader(rows, collate, size, train)
+        if self.packing:
+            return self._loader(rows, collate, self.max_tokens_per_batch // self.max_length, train)
+        lengths = rows.examples.lengths()
+        batches = bounded_batches(lengths.tolist(), self.max_tokens_per_batch, self.seed)
+        return self._loader(Batches(rows, batches), collate, None, train)
+
     def train_dataloader(self) -> DataLoader[Any]:
         """Return batches of the training split in the order of (seed, epoch)."""
-        collate = TrainCollator(self.tokenizer.pad_token_id)
-        return self._loader(self._prepared["train"], collate, self.batch_size, train=True)
+        return self._token_loader(self._rows["train"], self.batch_size, train=True)
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
-        """Return batches of the validation split; an empty list when there is none."""
-        rows = self._prepared["validation"]
-        collate = TrainCollator(self.tokenizer.pad_token_id)
-        return self._loader(rows, collate, self.eval_batch_size, train=False) if rows else []
+        """Return batches of the validation split; an empty list when there is none.
+
+        With noise, a list of two loaders: the clean examples, and beside them corrupted ones. Those are the corrupted
+        validation examples if `noise.splits` has `validation`, else as many of the training examples, on which what
+        the model has memorised shows.
+        """
+        clean = self._rows["validation"]
+        if not len(clean):
+            return []
+        loader = self._token_loader(clean, self.eval_batch_size, train=False)
+        noisy = self._noisy_rows(len(clean.examples))
+        return [loader, self._token_loader(noisy, self.eval_batch_size, train=False)] if noisy is not None else loader
+
+    def _noisy_rows(self, limit: int) -> Rows | None:
+        """Corrupted examples to validate on; None without noise."""
+        if not self.noise.ops:
+            return None
+        if "validation_noisy" in self._rows:
+            return self._rows["validation_noisy"]
+        if "train" not in self.noise.splits:
+            return None
+        train = self._rows["train"]
+        order = np.random.default_rng([self.seed, 1]).permutation(len(train.examples)).tolist()
+        chosen = (at for at in order if train.example(at).noise_code.any())
+        found = [at for at, _ in zip(chosen, range(limit), strict=False)]
+        return Rows(train.examples, [[at] for at in found], self.noise, train.words) if found else None
 
     def _prompt_loader(self, need_response: bool) -> DataLoader[Any]:
         if self.test_source is not None:
-            rows = self._read(self.test_source, need_response=need_response)
+            rows: Sequence[Example] = self._read(self.test_source, need_response)
         else:
-            rows = self._examples["validation"]
+            rows = list(self._held_out)
         ready = prompts(self.tokenizer, rows)
         if not ready:
             raise UserError(
@@ -293,6 +367,16 @@ class InstructionDataModule(LightningDataModule):
         collate = PromptCollator(self.tokenizer.pad_token_id)
         return self._loader(ready, collate, self.eval_batch_size, train=False)
 
+    def _read(self, source: str, need_response: bool) -> list[Example]:
+        recipe, bad = replace(self._recipe(), source=source), BadRows()
+        rows = list(read_examples(source, recipe, skipper(recipe, bad), need_response=need_response))
+        if bad.count:
+            rank_zero_warn(f"{source}: skipped {bad.count} rows; the first: {bad.first[0]}")
+        if not rows:
+            raise UserError(f"{source}: no usable row; the first problem: {bad.first[0]}")
+        renamed = unique_ids([row.id for row in rows], [row.digest for row in rows])
+        return [replace(row, id=renamed[at]) if at in renamed else row for at, row in enumerate(rows)]
+
     def test_dataloader(self) -> DataLoader[Any]:
         """Return left-padded prompts with their gold responses."""
         return self._prompt_loader(need_response=True)
@@ -302,25 +386,21 @@ class InstructionDataModule(LightningDataModule):
         return self._prompt_loader(need_response=False)
 
 
-def _unique_ids(examples: list[Example]) -> list[Example]:
-    """Make every id stand for one example, in a way that does not depend on the order of the rows.
+def _tokenizer_identity(tokenizer: Any) -> str:
+    """Return a hash of everything about a tokenizer that changes tokens or labels."""
+    parts = (
+        tokenizer.backend_tokenizer.to_str(),
+        tokenizer.chat_template,
+        sorted(tokenizer.special_tokens_map.items()),
+    )
+    return f"{key(*parts):032x}"
 
-    Rows of different content that share an id get the hash of their content beside it; repeats of the same content are
-    numbered, which of them is which being all the same.
-    """
-    contents: dict[str, set[str]] = {}
-    for example in examples:
-        contents.setdefault(example.id, set()).add(example.digest)
-    repeats: Counter[str] = Counter()
-    taken: set[str] = set()
-    result = []
-    for example in examples:
-        base = example.id if len(contents[example.id]) == 1 else f"{example.id}/{example.digest}"
-        repeats[base] += 1
-        id = base if repeats[base] == 1 else f"{base}#{repeats[base]}"
-        while id in taken or (id != base and id in contents):
-            repeats[base] += 1
-            id = f"{base}#{repeats[base]}"
-        taken.add(id)
-        result.append(example if id == example.id else replace(example, id=id))
-    return result
+
+def _source_identity(source: str) -> str:
+    """Return what a source is known by: the content of a file, the fingerprint of a dataset, else its name."""
+    path = Path(source).expanduser()
+    if path.is_file():
+        return file_identity(path)
+    if path.is_dir():
+        return repr([(str(file), file_identity(file)) for file in sorted(path.rglob("*")) if file.is_file()])
+    return source

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from deft_lightning.data.collate import Prepared
+from deft_lightning.data.noise import Noise, TokenNoise
+from deft_lightning.data.noise.base import Vocabulary
+from deft_lightning.data.packing import grouped
+from deft_lightning.data.prepare import corrupt_example
+from deft_lightning.data.tables import Tokens
 
 
 class ShardedSampler(DistributedSampler[int]):
@@ -22,22 +29,84 @@ class ShardedSampler(DistributedSampler[int]):
         shuffle: A new permutation each epoch; otherwise the given order.
         even: Leave out the last ``size % world`` examples of the epoch's order, so that all ranks do the same number
             of steps (training). Otherwise every example is seen once and ranks may differ by one (evaluation).
+        lengths: Tokens of every example: neighbours in the order are then of like length.
+        group: How many neighbours, with ``lengths``.
+        tag_epoch: Yield ``epoch * size + position``, for a dataset that changes with the epoch: worker processes are
+            not told of it otherwise.
     """
 
-    def __init__(self, size: int, *, rank: int, world: int, seed: int, shuffle: bool, even: bool) -> None:
+    def __init__(
+        self, size: int, *, rank: int, world: int, seed: int, shuffle: bool, even: bool,
+        lengths: Sequence[int] | None = None, group: int = 64, tag_epoch: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__(range(size), num_replicas=world, rank=rank, shuffle=shuffle, seed=seed, drop_last=even)  # type: ignore[arg-type]
         self.size = size - size % world if even else size
-        self.start = 0
+        self.start, self.lengths, self.group, self.tag_epoch = 0, lengths, group, tag_epoch
 
     def __iter__(self) -> Iterator[int]:
         """Yield this rank's positions of the epoch, from example ``start`` of the global order."""
         n = len(self.dataset)  # type: ignore[arg-type]
         order = np.random.default_rng([self.seed, self.epoch]).permutation(n) if self.shuffle else np.arange(n)
+        if self.lengths is not None:
+            order = grouped(order, self.lengths, self.group, [self.seed, self.epoch])
+        if self.tag_epoch:
+            order = order + self.epoch * n
         yield from order[self.start : self.size][self.rank :: self.num_replicas].tolist()
 
     def __len__(self) -> int:
         """Return how many examples this rank sees in a whole epoch."""
         return len(range(self.rank, self.size, self.num_replicas))
+
+
+class Rows(Dataset[Any]):
+    """What a loader picks from: rows of examples, with token noise applied as they are read.
+
+    Args:
+        examples: Prepared examples.
+        rows: Positions of the examples of each row; None is one example a row.
+        noise: Its token operations are applied; what they draw is a function of the example id.
+        words: What they draw from.
+    """
+
+    def __init__(self, examples: Tokens, rows: list[list[int]] | None, noise: Noise, words: Vocabulary | None) -> None:
+        self.examples, self.rows, self.words = examples, rows, words
+        self.noise = noise if any(isinstance(op, TokenNoise) for op in noise.ops) else None
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self.examples if self.rows is None else self.rows)
+
+    def example(self, at: int, epoch: int = 0) -> Prepared:
+        """Return an example as it is trained on in an epoch."""
+        if self.noise is None or self.words is None:
+            return self.examples[at]
+        return corrupt_example(self.examples[at], self.noise, self.words)
+
+    def __getitem__(self, key: int) -> list[Prepared]:
+        """Return the examples of row ``key % len`` in epoch ``key // len``."""
+        epoch, at = divmod(key, len(self))
+        return [self.example(i, epoch) for i in ([at] if self.rows is None else self.rows[at])]
+
+
+class Batches(Dataset[Any]):
+    """Whole batches to pick from: rows of one example each.
+
+    Args:
+        rows: What the batches are of.
+        batches: Positions of the examples of each batch.
+    """
+
+    def __init__(self, rows: Rows, batches: list[list[int]]) -> None:
+        self.rows, self.batches = rows, batches
+
+    def __len__(self) -> int:
+        """Return the number of batches."""
+        return len(self.batches)
+
+    def __getitem__(self, key: int) -> list[Prepared]:
+        """Return the examples of batch ``key % len`` in epoch ``key // len``."""
+        epoch, at = divmod(key, len(self))
+        return [self.rows.example(i, epoch) for i in self.batches[at]]
 
 
 class ResumableLoader(DataLoader[Any]):

@@ -1,7 +1,7 @@
 """Hugging Face causal language models: build, load, adapt, read the head, export."""
 
 from deft_lightning.models.build import check_fits, check_pretrained, compile_body, from_architecture, load_pretrained
-from deft_lightning.models.checks import check_causal, check_head
+from deft_lightning.models.checks import check_causal, check_head, check_packing
 from deft_lightning.models.export import (
     check_state,
     describe,
@@ -24,6 +24,7 @@ __all__ = [
     "check_causal",
     "check_fits",
     "check_head",
+    "check_packing",
     "check_pretrained",
     "check_state",
     "compile_body",

@@ -55,6 +55,37 @@ def check_causal(model: Any, input_ids: Tensor) -> None:
 
 
 @torch.no_grad()
+def check_packing(model: Any, input_ids: Tensor) -> None:
+    """Refuse a model in which packed examples see each other.
+
+    Args:
+        model: The model as trained.
+        input_ids: Shape ``(B, T)``; the first tokens of the first row are used.
+
+    Raises:
+        UserError: The logits of a second example in a row change with the first one.
+    """
+    few = input_ids[:1, :16]
+    if few.shape[1] < 4:
+        return
+    cut = few.shape[1] // 2
+    positions = torch.cat([torch.arange(cut), torch.arange(few.shape[1] - cut)]).unsqueeze(0).to(few.device)
+    with _evaluating(model):
+        try:
+            packed = model(input_ids=few, position_ids=positions, use_cache=False).logits[:, cut:].float()
+        except (TypeError, ValueError) as error:
+            raise UserError(
+                f"{type(base_causal_lm(model)).__name__} takes no positions: {error}; use --data.packing false"
+            ) from None
+        alone = model(input_ids=few[:, cut:], use_cache=False).logits.float()
+    low = model.dtype in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled(few.device.type)
+    if float((packed - alone).abs().max()) > (5e-2 if low else 1e-3) * float(alone.abs().max()):
+        raise UserError(
+            f"{type(base_causal_lm(model)).__name__}: packed examples see each other; use --data.packing false"
+        )
+
+
+@torch.no_grad()
 def check_head(model: Any, seam: HeadSeam, input_ids: Tensor, objective: Callable[[TokenStats], Tensor]) -> None:
     """Compare the fused head with the model's own logits on a few tokens: statistics, loss and gradient.
 

@@ -254,7 +254,8 @@ def test_scalars_of_every_step_are_those_of_all_micro_batches_of_its_window(
 
 def test_validation_scalars_are_means_over_all_held_out_tokens(pretrained: str, tmp_path: Path) -> None:
     events, _, loaded = monitored(tmp_path, pretrained)
-    tokens = Tokens(pretrained, list(loaded.val_dataloader()))
+    clean, _ = loaded.val_dataloader()
+    tokens = Tokens(pretrained, list(clean))
     expected = {tag.replace("train", "val"): v for tag, v in expected_scalars(tokens).items() if tag[:5] == "train"}
     for tag in contract() & {f"val/{name}" for name in SCALARS["val"]}:
         assert list(events.scalars[tag].values()) == [pytest.approx(expected[tag], rel=2e-5)], tag

@@ -88,6 +88,12 @@ def answers(data: InstructionDataModule, loader: Any) -> list[str]:
     return sorted(text.removesuffix("<|end|>") for text in texts)
 
 
+def validation(data: InstructionDataModule, noisy: bool = False) -> Any:
+    """The loader of clean validation rows, or the one of corrupted rows beside it."""
+    found = data.val_dataloader()
+    return found[int(noisy)] if isinstance(found, list) and found else found
+
+
 def sides(data: InstructionDataModule) -> tuple[list[str], list[str]]:
     return answers(data, data.train_dataloader()), answers(data, data.val_dataloader())
 
@@ -279,8 +285,11 @@ def test_rows_of_tokens_without_a_label_are_dropped(tmp_path: Path) -> None:
 def test_training_batches_are_padded_on_the_right(tmp_path: Path, split: str) -> None:
     data = fitted(tmp_path, qa(60), noise=Noise(splits=["train", "validation"], ops=[TokenReplace(rate=0.3)]))
     pad, padded = data.tokenizer.pad_token_id, 0
-    for batch in data.train_dataloader() if split == "train" else data.val_dataloader():
-        assert set(batch) == {"input_ids", "attention_mask", "labels", "noise_code", "example_id", "num_tokens"}
+    for batch in data.train_dataloader() if split == "train" else validation(data, noisy=True):
+        assert set(batch) == {
+            "input_ids", "attention_mask", "labels", "noise_code", "example_id", "num_tokens", "clean_labels",
+            "is_noisy", "segment",
+        }  # fmt: skip
         mask, shape = batch["attention_mask"], batch["input_ids"].shape
         assert {key: batch[key].dtype for key in ("input_ids", "attention_mask", "labels", "noise_code")} == {
             "input_ids": torch.int64, "attention_mask": torch.int64, "labels": torch.int64, "noise_code": torch.int8,
@@ -405,7 +414,7 @@ def test_unigram_draws_from_the_labels_of_the_clean_training_rows(tmp_path: Path
     spoken = {label for line in lines(clean.train_dataloader()).values() for label in line.clean}
     noise = Noise(splits=["train", "validation"], ops=[TokenReplace(rate=1.0, source="unigram")])
     data = fitted(tmp_path, qa(80), validation_source=held_out, tokenizer_size=1, noise=noise)
-    for loader in (data.train_dataloader(), data.val_dataloader()):
+    for loader in (data.train_dataloader(), validation(data, noisy=True)):
         drawn = {label for line in lines(loader).values() for label in line.clean}
         assert drawn and drawn <= spoken - {data.tokenizer.eos_token_id}
 
@@ -742,7 +751,7 @@ def assert_same_batches(first: Iterable[dict[str, Any]], second: Iterable[dict[s
 
 
 def loaders(data: InstructionDataModule) -> Sequence[Any]:
-    return data.train_dataloader(), data.val_dataloader(), data.predict_dataloader()
+    return data.train_dataloader(), validation(data), data.predict_dataloader()
 
 
 NOISY = Noise(ops=[ResponseSwap(rate=0.3), TokenReplace(rate=0.2, target="text")])

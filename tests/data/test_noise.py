@@ -524,7 +524,10 @@ def labels_of_splits(path: Path, noise: Noise) -> dict[str, dict[str, tuple[list
     data = InstructionDataModule(str(path), validation_fraction=0.4, batch_size=200, noise=noise)
     data.setup("fit")
     found = {}
-    for split, loader in {"train": data.train_dataloader(), "validation": data.val_dataloader()}.items():
+    held_out = data.val_dataloader()
+    if isinstance(held_out, list):  # clean rows, and corrupted ones beside them
+        held_out = held_out[int("validation" in noise.splits)]
+    for split, loader in {"train": data.train_dataloader(), "validation": held_out}.items():
         (batch,) = loader
         fields = (batch["input_ids"].tolist(), batch["labels"].tolist(), batch["noise_code"].tolist())
         found[split] = dict(zip(batch["example_id"], zip(*fields, strict=True), strict=True))

@@ -1,0 +1,74 @@
+"""Prepared data on disk, under a key of everything that changes it; there whole, or not there."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from filelock import FileLock
+
+from deft_lightning.errors import UserError
+from deft_lightning.hashing import key
+
+# Files up to this size are known by their content, larger ones by path, size and time of change: reading them again
+# to find out would take as long as it saves.
+HASHED = 1 << 28
+DONE = "meta.json"
+
+
+def cache_root(choice: str | None) -> Path:
+    """Return the folder of caches: the choice, ``$DEFT_LIGHTNING_CACHE``, or the user's cache folder."""
+    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    named = choice or os.environ.get("DEFT_LIGHTNING_CACHE") or f"{home}/deft_lightning"
+    return Path(named).expanduser()
+
+
+def file_identity(path: Path) -> str:
+    """Return what a file is known by: a hash of its content, or path, size and time of change if it is large."""
+    found = path.stat()
+    if found.st_size > HASHED:
+        return f"{path.resolve()}:{found.st_size}:{found.st_mtime_ns}"
+    with path.open("rb") as content:
+        return hashlib.file_digest(content, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def cached(root: Path, parts: list[object], build: Callable[[Path], None]) -> Path:
+    """Return the folder of a key, built if it is not there.
+
+    One process builds, others wait for it and take what it built. The folder gets its name when it is complete, so a
+    build that is killed leaves nothing that is ever used; what it left is removed by the next one.
+
+    Args:
+        root: Folder of caches.
+        parts: Everything that changes the result.
+        build: Fills the folder it is given; writes :data:`DONE` last.
+
+    Raises:
+        UserError: The folder cannot be written.
+    """
+    name = f"{key(*parts):032x}"
+    target = root / name
+    if (target / DONE).is_file():
+        return target
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(root / f"{name}.lock")
+        with lock:
+            if (target / DONE).is_file():
+                return target
+            for left in root.glob(f".{name}-*"):
+                shutil.rmtree(left, ignore_errors=True)
+            shutil.rmtree(target, ignore_errors=True)
+            partial = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=root))
+            try:
+                build(partial)
+                partial.rename(target)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+    except (PermissionError, FileExistsError, NotADirectoryError) as error:
+        raise UserError(f"{root}: cannot keep prepared data there: {error} (--data.cache_dir)") from None
+    return target

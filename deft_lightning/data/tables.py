@@ -1,0 +1,164 @@
+"""Rows on disk: Arrow files that are written in batches and read back memory-mapped, one row at a time."""
+
+from __future__ import annotations
+
+import json
+from abc import abstractmethod
+from bisect import bisect_right
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Generic, Self, TypeVar
+
+import numpy as np
+import pyarrow as pa
+
+from deft_lightning.data.collate import Prepared
+from deft_lightning.data.records import Example
+
+ROWS = pa.schema([("id", pa.string()), ("digest", pa.string()), ("where", pa.string()), ("content", pa.string())])
+TOKENS = pa.schema(
+    [
+        ("id", pa.string()),
+        ("input_ids", pa.list_(pa.int32())),
+        ("labels", pa.list_(pa.int32())),
+        ("noise_code", pa.list_(pa.int8())),
+    ]
+)
+BATCH = 1000
+T = TypeVar("T")
+
+
+class Lazy(Generic[T]):
+    """A sequence whose items are made when they are asked for."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Return the number of items."""
+
+    @abstractmethod
+    def __getitem__(self, at: int) -> T:
+        """Return one item."""
+
+    def __iter__(self) -> Iterator[T]:
+        """Yield every item."""
+        return (self[at] for at in range(len(self)))
+
+
+class Writer:
+    """Writes an Arrow file batch by batch; memory holds one batch.
+
+    Args:
+        path: File to create.
+        schema: Its columns.
+    """
+
+    def __init__(self, path: Path, schema: pa.Schema) -> None:
+        self._schema = schema
+        self._rows: list[tuple[Any, ...]] = []
+        self._writer = pa.ipc.new_file(str(path), schema)
+        self.count = 0
+
+    def add(self, row: tuple[Any, ...]) -> None:
+        """Add a row: one value a column."""
+        self._rows.append(row)
+        self.count += 1
+        if len(self._rows) == BATCH:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._rows:
+            columns = zip(*self._rows, strict=True)
+            arrays = [pa.array(list(c), type=f.type) for c, f in zip(columns, self._schema, strict=True)]
+            self._writer.write_batch(pa.record_batch(arrays, schema=self._schema))
+            self._rows = []
+
+    def __enter__(self) -> Self:
+        """Return the writer itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Write what is left, and the end of the file."""
+        self._flush()
+        self._writer.close()
+
+
+class Table(Lazy[T]):
+    """An Arrow file, memory-mapped; worker processes open it again.
+
+    Args:
+        path: File that :class:`Writer` wrote.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+        reader = pa.ipc.open_file(pa.memory_map(str(path)))
+        self.batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
+        self._starts = np.cumsum([0, *(batch.num_rows for batch in self.batches)]).tolist()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the path alone."""
+        return type(self), (self.path,)
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return int(self._starts[-1])
+
+    def place(self, index: int) -> tuple[int, int]:
+        """Return batch and row of an index."""
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        index %= len(self)
+        batch = bisect_right(self._starts, index) - 1
+        return batch, index - self._starts[batch]
+
+    def column(self, name: str) -> Iterator[Any]:
+        """Yield the values of a column, batch by batch."""
+        for batch in self.batches:
+            yield from batch.column(name).to_pylist()
+
+
+def row_of(example: Example) -> tuple[str, ...]:
+    """Return an example as a row of :data:`ROWS`."""
+    content = {name: getattr(example, name) for name in ("messages", "text", "tokens")}
+    known = {name: value for name, value in content.items() if value is not None}
+    return example.id, example.digest, example.where, json.dumps(known, ensure_ascii=False)
+
+
+class Rows(Table[Example]):
+    """Normalised examples on disk, in the order they were read."""
+
+    def __getitem__(self, at: int) -> Example:
+        """Return one example."""
+        batch, row = self.place(at)
+        id, digest, where, content = (column[row].as_py() for column in self.batches[batch].columns)
+        fields = json.loads(content)
+        for name in ("messages", "tokens"):
+            if name in fields:
+                fields[name] = tuple(fields[name])
+        return Example(id, digest, where, **fields)
+
+
+class Tokens(Table[Prepared]):
+    """Prepared examples on disk."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        names = ("input_ids", "labels", "noise_code")
+        # Views of the file: a row is two look-ups and three slices.
+        self._lists = [
+            [(batch.column(name).offsets.to_numpy(), batch.column(name).values.to_numpy()) for name in names]
+            for batch in self.batches
+        ]
+
+    def __getitem__(self, at: int) -> Prepared:
+        """Return one example; its arrays are copies in int64."""
+        batch, row = self.place(at)
+        ids, labels, codes = (
+            values[offsets[row] : offsets[row + 1]].astype(np.int64) for offsets, values in self._lists[batch]
+        )
+        return Prepared(self.batches[batch].column("id")[row].as_py(), ids, labels, codes)
+
+    def lengths(self) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """Return the number of tokens of every example."""
+        parts = [np.diff(lists[0][0]).astype(np.int64) for lists in self._lists]
+        return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
