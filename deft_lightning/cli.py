@@ -90,7 +90,7 @@ class DeftParser(LightningArgumentParser):
 
 
 class DeftCLI(LightningCLI):
-    """fit, validate, test, predict and export for :class:`SFTModule` and :class:`InstructionDataModule`."""
+    """fit, validate, test, predict, export and preview for :class:`SFTModule` and :class:`InstructionDataModule`."""
 
     trainer: Trainer
 
@@ -113,7 +113,7 @@ class DeftCLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Return the verbs and what the command line does not set of each."""
-        return {**LightningCLI.subcommands(), "export": {"model", "datamodule"}}
+        return {**LightningCLI.subcommands(), "export": {"model", "datamodule"}, "preview": {"model", "datamodule"}}
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         # Ninety lines of brackets say less than the groups below them.

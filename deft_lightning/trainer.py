@@ -11,6 +11,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning_utilities.core.rank_zero import rank_zero_info
 
 from deft_lightning.callbacks import newest_checkpoint
+from deft_lightning.data.preview import page
 from deft_lightning.errors import UserError
 from deft_lightning.models import load_checkpoint, model_from_checkpoint, save_hugging_face
 
@@ -70,6 +71,41 @@ class Trainer(LightningTrainer):
             folder = save_hugging_face(network, tokenizer, stops, output, merge=merge)
             rank_zero_info(f"exported: {folder}")
         return folder
+
+    def preview(
+        self,
+        model: LightningModule | None = None,
+        datamodule: LightningDataModule | None = None,
+        output: str = "preview.html",
+        split: str = "train",
+        examples: int = 20,
+    ) -> Path:
+        """Show the data as the model will see it, before anything is trained: printed, and as a page to open.
+
+        Args:
+            model: Names the tokenizer, if the data does not; its weights are not loaded.
+            datamodule: The data.
+            output: Page to write.
+            split: `train`, `validation`, or `validation_noisy`.
+            examples: How many examples, spread over the split; two of them are printed.
+
+        Returns:
+            The page.
+        """
+        if datamodule is None or examples < 1:
+            raise UserError("preview: needs data and at least one example (--examples)")
+        self.strategy._lightning_module = model
+        datamodule.trainer = self
+        datamodule.prepare_data()
+        datamodule.setup("fit")
+        found = datamodule.samples(split, examples)  # type: ignore[attr-defined]
+        reports = [str(report) for report in datamodule.reports.values()]  # type: ignore[attr-defined]
+        title = f"{datamodule.source}: {split}"  # type: ignore[attr-defined]
+        path = Path(output)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(page(title, found, reports), encoding="utf-8")
+        rank_zero_info(f"preview: {path.resolve()}")
+        return path
 
     def last_checkpoint(self) -> Path:
         """Return the newest complete checkpoint under ``default_root_dir``.

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import multiprocessing
 import os
 import sys
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,6 +32,7 @@ from deft_lightning.errors import UserError
 from deft_lightning.hashing import uniform
 
 CHUNK = 500  # examples a job of a worker
+SHOWN = 32  # tokens beyond a cut that are kept, for people to look at
 LISTED = 1000  # skipped rows that are kept with their reason
 
 
@@ -107,28 +109,47 @@ def progress(items: Iterable[Any] | None, text: str, total: int | None = None) -
     return tqdm(items, desc=text, total=total, delay=5, unit=" rows", leave=False, disable=not sys.stderr.isatty())
 
 
-def unique_ids(ids: Sequence[str], digests: Sequence[str]) -> dict[int, str]:
+def unique_ids(ids: Callable[[], Iterable[str]], digest_of: Callable[[int], str]) -> dict[int, str]:
     """Return new ids for the rows that share one, in a way that does not depend on the order of the rows.
 
     Rows of different content that share an id get the hash of their content beside it; repeats of the same content are
-    numbered, which of them is which being all the same.
+    numbered, which of them is which being all the same. Memory holds eight bytes a row, and the rows that share an id.
+
+    Args:
+        ids: Gives the id of every row; called twice.
+        digest_of: Row to the hash of its content.
     """
+
+    def short(id: str) -> int:
+        return int.from_bytes(hashlib.blake2b(id.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
+
+    hashes = np.fromiter((short(id) for id in ids()), dtype=np.uint64)
+    known, counts = np.unique(hashes, return_counts=True)
+    if not (counts > 1).any():
+        return {}
+
+    def exists(id: str) -> bool:
+        at = int(np.searchsorted(known, wanted := np.uint64(short(id))))
+        return at < len(known) and known[at] == wanted
+
+    shared = np.isin(hashes, known[counts > 1])
+    own = {at: id for at, id in enumerate(ids()) if shared[at]}
     contents: dict[str, set[str]] = {}
-    for id, digest in zip(ids, digests, strict=True):
-        contents.setdefault(id, set()).add(digest)
+    for at, id in own.items():
+        contents.setdefault(id, set()).add(digest_of(at))
     repeats: Counter[str] = Counter()
     taken: set[str] = set()
     renamed: dict[int, str] = {}
-    for at, (own, digest) in enumerate(zip(ids, digests, strict=True)):
-        base = own if len(contents[own]) == 1 else f"{own}/{digest}"
+    for at, id in own.items():
+        base = id if len(contents[id]) == 1 else f"{id}/{digest_of(at)}"
         repeats[base] += 1
-        id = base if repeats[base] == 1 else f"{base}#{repeats[base]}"
-        while id in taken or (id != base and id in contents):
+        new = base if repeats[base] == 1 else f"{base}#{repeats[base]}"
+        while new in taken or (new != id and exists(new)):
             repeats[base] += 1
-            id = f"{base}#{repeats[base]}"
-        taken.add(id)
-        if id != own:
-            renamed[at] = id
+            new = f"{base}#{repeats[base]}"
+        taken.add(new)
+        if new != id:
+            renamed[at] = new
     return renamed
 
 
@@ -152,7 +173,7 @@ class View(Lazy[Example]):
 
 
 def _view(rows: Rows) -> View:
-    renamed = unique_ids(list(rows.column("id")), list(rows.column("digest")))
+    renamed = unique_ids(lambda: rows.column("id"), lambda at: rows[at].digest)
     return View(rows, np.arange(len(rows)), renamed)
 
 
@@ -161,9 +182,8 @@ def _splits(recipe: Recipe, folder: Path, bad: BadRows) -> dict[str, View]:
     if recipe.validation_source is not None:
         held = _view(_spool(recipe.validation_source, recipe, folder / "validation_rows.arrow", bad))
         return {"train": whole, "validation": held}
-    out = np.array(
-        [uniform(recipe.seed, "split", digest) < recipe.validation_fraction for digest in whole.rows.column("digest")]
-    )
+    draws = (uniform(recipe.seed, "split", digest) for digest in whole.rows.column("digest"))
+    out = np.fromiter(draws, dtype=np.float64) < recipe.validation_fraction
     parts = {"train": np.flatnonzero(~out), "validation": np.flatnonzero(out)}
     splits = {name: replace(whole, places=places) for name, places in parts.items()}
     if not len(splits["train"]):
@@ -229,6 +249,22 @@ def build(recipe: Recipe, tokenizer: Any | None, chat_template: str | None, fold
 Job = list[tuple[Example, int]]
 
 
+class Encoded(NamedTuple):
+    """What a job gives.
+
+    Attributes:
+        examples: Truncated examples, some perhaps without a supervised token.
+        cuts: Of each, its length before, and tokens beyond the cut.
+        refused: Problems of the rows that were left out.
+        supervised: How many had a supervised token before truncation.
+    """
+
+    examples: list[Prepared]
+    cuts: list[tuple[int, Ints]]
+    refused: list[str]
+    supervised: int
+
+
 @dataclass(frozen=True)
 class Encoder:
     """What a worker does to some examples.
@@ -247,16 +283,21 @@ class Encoder:
     max_length: int
     keep: str
 
-    def __call__(self, job: Job) -> tuple[list[Prepared], list[str], int, int]:
-        """Return what is left of the examples, the refused rows, and how many were supervised and truncated."""
+    def __call__(self, job: Job) -> Encoded:
+        """Return what is left of the examples, with what was cut off, and the refused rows."""
         refused: list[str] = []
         whole = tokenise(
             self.tokenizer, [e for e, _ in job], [c for _, c in job], refused if self.skip else None, self.supervise
         )
         short = [example.truncate(self.max_length, self.keep) for example in whole]
-        supervised = sum(int((example.labels != IGNORE).any()) for example in whole)
-        truncated = sum(len(example.input_ids) > self.max_length for example in whole)
-        return short, refused, supervised, truncated
+        near = slice(self.max_length, self.max_length + SHOWN)
+        if self.keep == "end":
+            near = slice(-self.max_length - SHOWN, -self.max_length)
+        cuts = [
+            (len(e.input_ids), e.input_ids[near] if len(e.input_ids) > self.max_length else e.input_ids[:0])
+            for e in whole
+        ]
+        return Encoded(short, cuts, refused, sum(int((example.labels != IGNORE).any()) for example in whole))
 
 
 _encoder: Encoder | None = None
@@ -268,12 +309,12 @@ def _start(encoder: Encoder) -> None:
     torch.set_num_threads(1)
 
 
-def _work(job: Job) -> tuple[list[Prepared], list[str], int, int]:
+def _work(job: Job) -> Encoded:
     assert _encoder is not None
     return _encoder(job)
 
 
-def _run(jobs: Iterator[Job], encoder: Encoder, workers: int) -> Iterator[tuple[list[Prepared], list[str], int, int]]:
+def _run(jobs: Iterator[Job], encoder: Encoder, workers: int) -> Iterator[Encoded]:
     """Encode jobs in order; at most two a worker are under way, so that memory holds no more."""
     if workers <= 1:
         yield from map(encoder, jobs)
@@ -305,20 +346,18 @@ def _prepare(
     counts = np.zeros(len(tokenizer), dtype=np.int64)
     supervised_before, refused_before = 0, bad.count
     with Writer(path, TOKENS) as out, progress(None, f"preparing {report.name}", len(examples)) as bar:
-        for prepared, refused, supervised, truncated in _run(jobs, encoder, min(workers, -(-len(examples) // CHUNK))):
-            for problem in refused:
+        for found in _run(jobs, encoder, min(workers, -(-len(examples) // CHUNK))):
+            for problem in found.refused:
                 bad.add(problem)
-            supervised_before += supervised
-            report.truncated += truncated
-            kept = [example for example in prepared if report.add(example)]
+            supervised_before += found.supervised
+            kept = [pair for pair in zip(found.examples, found.cuts, strict=True) if report.add(pair[0])]
+            report.truncated += sum(length > recipe.max_length for length, _ in found.cuts)
             if kept:
-                labels = np.concatenate([example.labels for example in kept])
+                labels = np.concatenate([example.labels for example, _ in kept])
                 counts += np.bincount(labels[labels != IGNORE], minlength=len(counts))
-            for example in kept:
-                out.add(
-                    (example.id, *(x.astype(np.int32) for x in (example.input_ids, example.labels)), example.noise_code)
-                )
-            bar.update(len(prepared) + len(refused))
+            for example, (length, cut) in kept:
+                out.add((example.id, example.input_ids, example.labels, example.noise_code, length, cut))
+            bar.update(len(found.examples) + len(found.refused))
     if examples and not out.count:
         report.explain(len(examples) - (bad.count - refused_before), supervised_before, recipe.max_length, bad.first)
     return counts

@@ -23,6 +23,7 @@ from deft_lightning.data.noise import Noise
 from deft_lightning.data.order import Batches, ResumableLoader, Rows, ShardedSampler
 from deft_lightning.data.packing import best_fit_decreasing, bounded_batches
 from deft_lightning.data.prepare import Report, Supervise, prompts, vocabulary
+from deft_lightning.data.preview import Sample, as_text, sample
 from deft_lightning.data.records import FIELDS, Example, Format
 from deft_lightning.data.tables import Rows as Spool
 from deft_lightning.data.tables import Tokens
@@ -30,6 +31,8 @@ from deft_lightning.data.template import end_of_turn, markers, set_template
 from deft_lightning.data.tokenizer import load_tokenizer
 from deft_lightning.errors import UserError, did_you_mean
 from deft_lightning.hashing import key
+
+SHOWN = 1200  # letters of an example in the log
 
 
 class InstructionDataModule(LightningDataModule):
@@ -240,6 +243,10 @@ class InstructionDataModule(LightningDataModule):
             if report.examples:
                 rank_zero_info(str(report))
         self._check_end_of_turn(self._rows["train"])
+        for found in self.samples("train", 2):
+            text = as_text(found)
+            shown = text if len(text) <= SHOWN else f"{text[:SHOWN]} …"
+            rank_zero_info(f"example {found.id}, [supervised], {{noisy}}, ~cut off~:\n{shown}")
         if self.packing:
             self._pack()
 
@@ -263,6 +270,22 @@ class InstructionDataModule(LightningDataModule):
                 f"the last supervised token of a response, {self.tokenizer.decode([last[0]])!r}, is not a special"
                 " token: the model will not learn where to stop (--data.chat_template)"
             )
+
+    def samples(self, split: str, count: int) -> list[Sample]:
+        """Describe some examples as they are trained on, to be looked at before anything is trained.
+
+        Args:
+            split: train, validation, or validation_noisy.
+            count: How many; they are spread over the split.
+        """
+        if split not in self._rows:
+            raise UserError(f"there is no split {split!r}; known: {', '.join(self._rows)}")
+        rows, names = self._rows[split], [type(op).__name__ for op in self.noise.ops]
+        total = len(rows.examples)
+        chosen = [total * i // min(count, total) for i in range(min(count, total))]
+        return [
+            sample(self.tokenizer, rows.example(at), names, *rows.examples.cut(at), keep=self.keep) for at in chosen
+        ]
 
     @property
     def longest(self) -> int:
@@ -374,7 +397,7 @@ class InstructionDataModule(LightningDataModule):
             rank_zero_warn(f"{source}: skipped {bad.count} rows; the first: {bad.first[0]}")
         if not rows:
             raise UserError(f"{source}: no usable row; the first problem: {bad.first[0]}")
-        renamed = unique_ids([row.id for row in rows], [row.digest for row in rows])
+        renamed = unique_ids(lambda: (row.id for row in rows), lambda at: rows[at].digest)
         return [replace(row, id=renamed[at]) if at in renamed else row for at, row in enumerate(rows)]
 
     def test_dataloader(self) -> DataLoader[Any]:

@@ -22,6 +22,8 @@ TOKENS = pa.schema(
         ("input_ids", pa.list_(pa.int32())),
         ("labels", pa.list_(pa.int32())),
         ("noise_code", pa.list_(pa.int8())),
+        ("length", pa.int32()),  # before truncation
+        ("cut", pa.list_(pa.int32())),  # some of the tokens that were cut off, those nearest to the cut
     ]
 )
 BATCH = 1000
@@ -68,7 +70,7 @@ class Writer:
     def _flush(self) -> None:
         if self._rows:
             columns = zip(*self._rows, strict=True)
-            arrays = [pa.array(list(c), type=f.type) for c, f in zip(columns, self._schema, strict=True)]
+            arrays = [_array(list(c), f.type) for c, f in zip(columns, self._schema, strict=True)]
             self._writer.write_batch(pa.record_batch(arrays, schema=self._schema))
             self._rows = []
 
@@ -80,6 +82,15 @@ class Writer:
         """Write what is left, and the end of the file."""
         self._flush()
         self._writer.close()
+
+
+def _array(values: list[Any], kind: pa.DataType) -> pa.Array:
+    """Return a column; lists come as numpy arrays, which pyarrow would take apart entry by entry."""
+    if not pa.types.is_list(kind):
+        return pa.array(values, type=kind)
+    offsets = np.cumsum([0, *map(len, values)]).astype(np.int32)
+    flat = np.concatenate(values).astype(kind.value_type.to_pandas_dtype(), copy=False)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat), type=kind)
 
 
 class Table(Lazy[T]):
@@ -157,6 +168,12 @@ class Tokens(Table[Prepared]):
             values[offsets[row] : offsets[row + 1]].astype(np.int64) for offsets, values in self._lists[batch]
         )
         return Prepared(self.batches[batch].column("id")[row].as_py(), ids, labels, codes)
+
+    def cut(self, at: int) -> tuple[int, list[int]]:
+        """Return how many tokens an example had before truncation, and some of those that were cut off."""
+        batch, row = self.place(at)
+        columns = self.batches[batch]
+        return columns.column("length")[row].as_py(), columns.column("cut")[row].as_py()
 
     def lengths(self) -> np.ndarray[Any, np.dtype[np.int64]]:
         """Return the number of tokens of every example."""

@@ -1,0 +1,137 @@
+"""Examples as the model will see them: learnt, noise, or cut off; in the terminal and as a page."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any, Literal
+
+from deft_lightning.data.collate import IGNORE, Prepared
+
+Kind = Literal["context", "supervised", "noisy", "cut"]
+MEANING: dict[Kind, str] = {
+    "context": "context: read, not learnt",
+    "supervised": "supervised: learnt",
+    "noisy": "noisy: a corrupted label is learnt",
+    "cut": "truncated: cut off by max_length",
+}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Tokens in a row of which the same becomes.
+
+    Attributes:
+        text: As text.
+        kind: What becomes of them.
+        note: Label that is learnt instead, where it is another one, and the operation that did it.
+    """
+
+    text: str
+    kind: Kind
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One example to look at."""
+
+    id: str
+    pieces: list[Piece]
+    tokens: int
+    supervised: int
+    noisy: int
+    cut: int
+
+
+def sample(
+    tokenizer: Any, example: Prepared, operations: Sequence[str], length: int, cut: Sequence[int], keep: str
+) -> Sample:  # fmt: skip
+    """Describe an example.
+
+    Args:
+        tokenizer: Turns tokens into text.
+        example: As it is trained on.
+        operations: Names of the noise operations, in the order of their codes.
+        length: Tokens before truncation.
+        cut: Some of the tokens that were cut off.
+        keep: Which end was kept.
+    """
+    ids, labels, codes = (array.tolist() for array in (example.input_ids, example.labels, example.noise_code))
+    first = list(cut) if keep == "end" else []
+    whole, shift = [*first, *ids, *([] if keep == "end" else cut)], len(first)
+
+    def what(at: int) -> tuple[Kind, str]:
+        if not shift <= at < shift + len(ids):
+            return "cut", ""
+        token, label, code = ids[at - shift], labels[at - shift], codes[at - shift]
+        if code:
+            learnt = f"learnt as {tokenizer.decode([label])!r}, " if label != token else ""
+            return "noisy", f"{learnt}{operations[code - 1]}"
+        return ("context" if label == IGNORE else "supervised"), ""
+
+    pieces, start, before = [], 0, ""
+    for at in range(1, len(whole) + 1):
+        if at == len(whole) or what(at) != what(start):
+            # As the difference of two prefixes: alone, a token may lose its space or be half a letter.
+            after = tokenizer.decode(whole[:at])
+            text = after[len(before) :] if after.startswith(before) else tokenizer.decode(whole[start:at])
+            pieces.append(Piece(text, *what(start)))
+            start, before = at, after
+    hidden = length - len(whole)
+    if hidden:
+        more = Piece(f" … {hidden} more tokens … ", "cut")
+        pieces = [more, *pieces] if keep == "end" else [*pieces, more]
+    supervised, noisy = int((example.labels != IGNORE).sum()), int((example.noise_code > 0).sum())
+    return Sample(example.id, pieces, len(ids), supervised, noisy, length - len(ids))
+
+
+def as_text(found: Sample) -> str:
+    """Return a sample for a terminal or a log: ``[supervised]``, ``{noisy}``, ``~cut off~``, context as it is."""
+    marks = {"context": ("", ""), "supervised": ("[", "]"), "noisy": ("{", "}"), "cut": ("~", "~")}
+    parts: list[str] = []
+    last: Kind = "context"
+    for piece in found.pieces:
+        if piece.kind != last:
+            parts += [marks[last][1], marks[piece.kind][0]]
+            last = piece.kind
+        parts.append(piece.text)
+    return "".join(parts) + marks[last][1]
+
+
+STYLE = """
+:root { color-scheme: light dark; --line: #8884; --learnt: #2e7d3226; --learnt-edge: #2e7d32; --wrong: #d5500030;
+  --wrong-edge: #d55000; }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.4rem; } article { border: 1px solid var(--line); border-radius: 8px; margin: 1.2rem 0; }
+header { padding: .5rem .9rem; border-bottom: 1px solid var(--line); font-size: .85rem; overflow-wrap: anywhere; }
+pre { margin: 0; padding: .9rem; font: 14px/1.7 ui-monospace, monospace; white-space: pre-wrap;
+  overflow-wrap: anywhere; }
+.supervised { background: var(--learnt); box-shadow: inset 0 -2px var(--learnt-edge); }
+.noisy { background: var(--wrong); box-shadow: inset 0 -2px var(--wrong-edge); }
+.cut { opacity: .5; text-decoration: line-through; }
+.legend span { padding: .1rem .4rem; margin-right: .8rem; }
+"""
+
+
+def page(title: str, samples: Iterable[Sample], reports: Sequence[str]) -> str:
+    """Return an HTML page of samples that needs nothing but itself."""
+    legend = " ".join(f'<span class="{kind}">{escape(text)}</span>' for kind, text in MEANING.items())
+    body = [f'<p class="legend">{legend}</p>', *(f"<p>{escape(report)}</p>" for report in reports)]
+    for found in samples:
+        counts = f"{found.tokens} tokens, {found.supervised} supervised"
+        counts += f", {found.noisy} noisy" if found.noisy else ""
+        counts += f", {found.cut} cut off" if found.cut else ""
+        tokens = "".join(map(_span, found.pieces))
+        body.append(f"<article><header>{escape(found.id)}: {counts}</header><pre>{tokens}</pre></article>")
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
+        f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head>'
+        f"<body><h1>{escape(title)}</h1>{''.join(body)}</body></html>\n"
+    )
+
+
+def _span(piece: Piece) -> str:
+    title = f' title="{escape(piece.note, quote=True)}"' if piece.note else ""
+    return f'<span class="{piece.kind}"{title}>{escape(piece.text)}</span>'
