@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import torch
 from tqdm import tqdm
 
@@ -25,7 +26,7 @@ from deft_lightning.data.noise import Noise, ResponseNoise
 from deft_lightning.data.prepare import Report, Supervise, corrupt_responses, tokenise
 from deft_lightning.data.records import Example, detect_format, normalise
 from deft_lightning.data.sources import read
-from deft_lightning.data.tables import ROWS, TOKENS, Lazy, Rows, Writer, row_of
+from deft_lightning.data.tables import ROWS, TOKENS, Lazy, Rows, Writer, record_batch, row_of
 from deft_lightning.data.template import Ints
 from deft_lightning.data.tokenizer import build_tokenizer
 from deft_lightning.errors import UserError
@@ -246,21 +247,23 @@ def build(recipe: Recipe, tokenizer: Any | None, chat_template: str | None, fold
     (folder / DONE).write_text(json.dumps(meta, indent=2), encoding="utf-8")
 
 
-Job = list[tuple[Example, int]]
+Changed = dict[int, tuple[Example, int]]
 
 
 class Encoded(NamedTuple):
     """What a job gives.
 
     Attributes:
-        examples: Truncated examples, some perhaps without a supervised token.
-        cuts: Of each, its length before, and tokens beyond the cut.
+        batch: The examples that are left, a record batch of :data:`TOKENS` as bytes; None if there is none.
+        counted: What became of the examples.
+        labels: Supervised tokens, and how often each occurs.
         refused: Problems of the rows that were left out.
-        supervised: How many had a supervised token before truncation.
+        supervised: How many examples had a supervised token before truncation.
     """
 
-    examples: list[Prepared]
-    cuts: list[tuple[int, Ints]]
+    batch: pa.Buffer | None
+    counted: Report
+    labels: tuple[Ints, Ints]
     refused: list[str]
     supervised: int
 
@@ -270,6 +273,7 @@ class Encoder:
     """What a worker does to some examples.
 
     Args:
+        examples: Where they are read from.
         tokenizer: Tokenizer with its chat template.
         supervise: Which turns are learnt.
         skip: Whether rows that the template refuses are left out.
@@ -277,27 +281,39 @@ class Encoder:
         keep: Which end of a longer one is kept.
     """
 
+    examples: View
     tokenizer: Any
     supervise: Supervise
     skip: bool
     max_length: int
     keep: str
 
-    def __call__(self, job: Job) -> Encoded:
-        """Return what is left of the examples, with what was cut off, and the refused rows."""
+    def __call__(self, start: int, changed: Changed) -> Encoded:
+        """Encode the examples from a position, those that noise has changed as they are now."""
+        places = range(start, min(start + CHUNK, len(self.examples)))
+        pairs = [changed.get(at) or (self.examples[at], 0) for at in places]
         refused: list[str] = []
         whole = tokenise(
-            self.tokenizer, [e for e, _ in job], [c for _, c in job], refused if self.skip else None, self.supervise
+            self.tokenizer, [e for e, _ in pairs], [c for _, c in pairs], refused if self.skip else None, self.supervise
         )
-        short = [example.truncate(self.max_length, self.keep) for example in whole]
-        near = slice(self.max_length, self.max_length + SHOWN)
+        counted, rows = Report(""), []
+        for example in whole:
+            counted.truncated += len(example.input_ids) > self.max_length
+            short = example.truncate(self.max_length, self.keep)
+            if counted.add(short):
+                cut = self._cut(example)
+                rows.append((short.id, short.input_ids, short.labels, short.noise_code, len(example.input_ids), cut))
+        batch = record_batch(rows, TOKENS).serialize() if rows else None
+        labels = np.concatenate([row[2] for row in rows]) if rows else np.zeros(0, dtype=np.int64)
+        supervised = sum(int((example.labels != IGNORE).any()) for example in whole)
+        return Encoded(batch, counted, np.unique(labels[labels != IGNORE], return_counts=True), refused, supervised)
+
+    def _cut(self, example: Prepared) -> Ints:
+        if len(example.input_ids) <= self.max_length:
+            return example.input_ids[:0]
         if self.keep == "end":
-            near = slice(-self.max_length - SHOWN, -self.max_length)
-        cuts = [
-            (len(e.input_ids), e.input_ids[near] if len(e.input_ids) > self.max_length else e.input_ids[:0])
-            for e in whole
-        ]
-        return Encoded(short, cuts, refused, sum(int((example.labels != IGNORE).any()) for example in whole))
+            return example.input_ids[: -self.max_length][-SHOWN:]
+        return example.input_ids[self.max_length :][:SHOWN]
 
 
 _encoder: Encoder | None = None
@@ -309,55 +325,54 @@ def _start(encoder: Encoder) -> None:
     torch.set_num_threads(1)
 
 
-def _work(job: Job) -> Encoded:
+def _work(start: int, changed: Changed) -> Encoded:
     assert _encoder is not None
-    return _encoder(job)
+    return _encoder(start, changed)
 
 
-def _run(jobs: Iterator[Job], encoder: Encoder, workers: int) -> Iterator[Encoded]:
-    """Encode jobs in order; at most two a worker are under way, so that memory holds no more."""
-    if workers <= 1:
-        yield from map(encoder, jobs)
+def _run(encoder: Encoder, changed: Changed, workers: int) -> Iterator[Encoded]:
+    """Encode all examples in order; at most two jobs a worker are under way, so that memory holds no more."""
+    jobs = (
+        (start, {at: changed[at] for at in range(start, start + CHUNK) if at in changed})
+        for start in range(0, len(encoder.examples), CHUNK)
+    )
+    if min(workers, -(-len(encoder.examples) // CHUNK)) <= 1:
+        yield from itertools.starmap(encoder, jobs)
         return
     # A fork starts at once; after CUDA it is not allowed. Threads of the tokenizer do not survive it.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     method = "spawn" if sys.platform != "linux" or torch.cuda.is_initialized() else "fork"
     with ProcessPoolExecutor(workers, multiprocessing.get_context(method), _start, (encoder,)) as pool:
-        waiting: deque[Future[Any]] = deque(pool.submit(_work, job) for job in itertools.islice(jobs, 2 * workers))
+        waiting: deque[Future[Encoded]] = deque(pool.submit(_work, *job) for job in itertools.islice(jobs, 2 * workers))
         while waiting:
             result = waiting.popleft().result()
-            for job in itertools.islice(jobs, 1):
-                waiting.append(pool.submit(_work, job))
+            waiting.extend(pool.submit(_work, *job) for job in itertools.islice(jobs, 1))
             yield result
 
 
 def _prepare(
     examples: View, noise: Noise, recipe: Recipe, tokenizer: Any, path: Path, report: Report, bad: BadRows, workers: int
 ) -> Ints:
-    changed: dict[int, tuple[Example, int]] = {}
+    changed: Changed = {}
     if any(isinstance(op, ResponseNoise) for op in noise.ops):
         corrupted, codes = corrupt_responses(examples, noise)
         changed = {i: (corrupted[i], code) for i, code in enumerate(codes) if code}
-    jobs = (
-        [changed.get(at) or (examples[at], 0) for at in range(start, min(start + CHUNK, len(examples)))]
-        for start in range(0, len(examples), CHUNK)
+    encoder = Encoder(
+        examples, tokenizer, recipe.supervise, recipe.on_bad_row == "skip", recipe.max_length, recipe.keep
     )
-    encoder = Encoder(tokenizer, recipe.supervise, recipe.on_bad_row == "skip", recipe.max_length, recipe.keep)
     counts = np.zeros(len(tokenizer), dtype=np.int64)
-    supervised_before, refused_before = 0, bad.count
+    supervised_before, refused = 0, 0
     with Writer(path, TOKENS) as out, progress(None, f"preparing {report.name}", len(examples)) as bar:
-        for found in _run(jobs, encoder, min(workers, -(-len(examples) // CHUNK))):
+        for found in _run(encoder, changed, workers):
             for problem in found.refused:
                 bad.add(problem)
+            refused += len(found.refused)
             supervised_before += found.supervised
-            kept = [pair for pair in zip(found.examples, found.cuts, strict=True) if report.add(pair[0])]
-            report.truncated += sum(length > recipe.max_length for length, _ in found.cuts)
-            if kept:
-                labels = np.concatenate([example.labels for example, _ in kept])
-                counts += np.bincount(labels[labels != IGNORE], minlength=len(counts))
-            for example, (length, cut) in kept:
-                out.add((example.id, example.input_ids, example.labels, example.noise_code, length, cut))
-            bar.update(len(found.examples) + len(found.refused))
-    if examples and not out.count:
-        report.explain(len(examples) - (bad.count - refused_before), supervised_before, recipe.max_length, bad.first)
+            report.merge(found.counted)
+            counts[found.labels[0]] += found.labels[1]
+            if found.batch is not None:
+                out.write(pa.ipc.read_record_batch(found.batch, TOKENS))
+            bar.update(CHUNK)
+    if len(examples) and not report.examples:
+        report.explain(len(examples) - refused, supervised_before, recipe.max_length, bad.first)
     return counts

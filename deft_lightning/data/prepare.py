@@ -47,6 +47,11 @@ class Report:
         self.noisy_examples += noisy > 0
         return True
 
+    def merge(self, part: Report) -> None:
+        """Add the counts of some of the examples."""
+        for name in ("examples", "tokens", "supervised", "noisy", "noisy_examples", "truncated", "dropped"):
+            setattr(self, name, getattr(self, name) + getattr(part, name))
+
     def count_noise(self, rows: Any) -> None:
         """Count what token noise adds, on all examples, or on two thousand of more than twenty thousand."""
         total = len(rows.examples)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from abc import abstractmethod
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Generic, Self, TypeVar
 
@@ -67,11 +67,15 @@ class Writer:
         if len(self._rows) == BATCH:
             self._flush()
 
+    def write(self, batch: pa.RecordBatch) -> None:
+        """Write a whole batch, after the rows so far."""
+        self._flush()
+        self._writer.write_batch(batch)
+        self.count += batch.num_rows
+
     def _flush(self) -> None:
         if self._rows:
-            columns = zip(*self._rows, strict=True)
-            arrays = [_array(list(c), f.type) for c, f in zip(columns, self._schema, strict=True)]
-            self._writer.write_batch(pa.record_batch(arrays, schema=self._schema))
+            self._writer.write_batch(record_batch(self._rows, self._schema))
             self._rows = []
 
     def __enter__(self) -> Self:
@@ -82,6 +86,13 @@ class Writer:
         """Write what is left, and the end of the file."""
         self._flush()
         self._writer.close()
+
+
+def record_batch(rows: Sequence[tuple[Any, ...]], schema: pa.Schema) -> pa.RecordBatch:
+    """Return rows as a batch of columns."""
+    columns = zip(*rows, strict=True)
+    arrays = [_array(list(column), field.type) for column, field in zip(columns, schema, strict=True)]
+    return pa.record_batch(arrays, schema=schema)
 
 
 def _array(values: list[Any], kind: pa.DataType) -> pa.Array:

@@ -25,8 +25,9 @@ Objective = Callable[[TokenStats], Tensor]
 CHUNK_CPU = 512
 # On CUDA a chunk fills a budget, and has at least 1024 tokens: summing dW in float32 costs about 250 / chunk.
 CHUNK_CUDA, BUDGET_CUDA = 1024, 1 << 30
-# Entries of gate * (pi - onehot) are small: float16 would make most of them subnormal. Powers of two are exact.
-BOOST_FLOAT16 = 1024.0
+# Entries of gate * (pi - onehot) are small: float16 would make most of them subnormal. A chunk is scaled, by a power of
+# two, until its largest entry is at most this; products by it are taken back in float32.
+LARGEST_FLOAT16 = 1024.0
 
 
 class Inputs(NamedTuple):
@@ -93,17 +94,16 @@ class Gradients(NamedTuple):
 
     def scaled(self, upstream: Tensor, inputs: Inputs) -> tuple[Tensor | None, ...]:
         """Return the gradients times the upstream scalar, each rounded once, to the dtype of its input."""
-        factor = upstream / boost(inputs.hidden.dtype)
 
         def scale(gradient: Tensor | None, like: Tensor | None) -> Tensor | None:
-            return None if gradient is None or like is None else (gradient.to(factor.dtype) * factor).to(like.dtype)
+            return None if gradient is None or like is None else (gradient.to(upstream.dtype) * upstream).to(like.dtype)
 
         return (
             scale(self.hidden, inputs.hidden),
-            None if self.weight is None else self.weight.finish(factor),
+            None if self.weight is None else self.weight.finish(upstream),
             scale(self.bias, inputs.bias),
             scale(self.low, inputs.low),
-            None if self.up is None else self.up.finish(factor),
+            None if self.up is None else self.up.finish(upstream),
         )
 
 
@@ -118,14 +118,9 @@ class _Chunks:
         # Inside a custom Function autocast does not reach the products; a weight is cast here, its gradient is not.
         self.weight = inputs.weight.to(dtype)
         self._bias = None if inputs.bias is None else inputs.bias.to(dtype)
-        self._up = None if inputs.up is None else inputs.up.to(dtype)
+        self.up = None if inputs.up is None else inputs.up.to(dtype)
         self._buffer = inputs.hidden.new_empty((size, vocabulary))
         self.kernel = plan.rows(self._buffer)
-
-    @property
-    def up(self) -> Tensor:
-        assert self._up is not None
-        return self._up
 
     def product(self, piece: slice) -> Tensor:
         rows, out = self.inputs.hidden[piece], self._buffer[: piece.stop - piece.start]
@@ -133,7 +128,7 @@ class _Chunks:
             torch.mm(rows, self.weight.t(), out=out)
         else:
             torch.addmm(self._bias, rows, self.weight.t(), out=out)
-        if self.inputs.low is not None:
+        if self.inputs.low is not None and self.up is not None:
             out.addmm_(self.inputs.low[piece], self.up.t())
         return out
 
@@ -172,9 +167,17 @@ def _value_and_slope(objective: Objective, stats: TokenStats) -> tuple[Tensor, T
     return loss.detach(), slope
 
 
-def boost(dtype: torch.dtype) -> float:
-    """Factor on the gradient by the logits between the products."""
-    return BOOST_FLOAT16 if dtype == torch.float16 else 1.0
+def _range_of(slope: Tensor) -> Tensor:
+    """Return a power of two that brings the largest slope to between half of :data:`LARGEST_FLOAT16` and that."""
+    largest = slope.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
+    return LARGEST_FLOAT16 * torch.exp2(-torch.ceil(torch.log2(largest))).clamp(1e-30, 1e30)
+
+
+def _multiply(product: Tensor, factor: Tensor, out: Tensor, inverse: Tensor | None) -> None:
+    if inverse is None:
+        torch.mm(product, factor, out=out)
+    else:
+        out.copy_(torch.mm(product, factor)).mul_(inverse)
 
 
 def statistics(inputs: Inputs, plan: Plan) -> TokenStats:
@@ -197,12 +200,13 @@ def loss_and_gradients(inputs: Inputs, plan: Plan, wanted: tuple[bool, ...]) -> 
         hidden, weight, bias, low, up = (
             tensor if want else None for tensor, want in zip(inputs[:5], wanted, strict=True)
         )
-        count = len(chunks.pieces)
+        count, half = len(chunks.pieces), dtype == torch.float16
+        kept = torch.float32 if half else dtype
         found = Gradients(
-            None if hidden is None else torch.empty_like(hidden),
+            None if hidden is None else torch.empty_like(hidden, dtype=kept),
             None if weight is None else WeightGradient(weight, dtype, count),
             None if bias is None else torch.zeros_like(bias, dtype=torch.promote_types(bias.dtype, torch.float32)),
-            None if low is None else torch.empty_like(low),
+            None if low is None else torch.empty_like(low, dtype=kept),
             None if up is None else WeightGradient(up, dtype, count),
         )
         whole: TokenStats | None = None
@@ -211,6 +215,7 @@ def loss_and_gradients(inputs: Inputs, plan: Plan, wanted: tuple[bool, ...]) -> 
             whole_loss, whole_slope = _value_and_slope(plan.objective, whole)
         losses: list[Tensor] = []
         parts: list[TokenStats] = []
+        inverse: Tensor | None = None
         for piece in chunks.pieces:
             product = chunks.product(piece)
             for block, at in chunks.blocks(piece):
@@ -223,17 +228,20 @@ def loss_and_gradients(inputs: Inputs, plan: Plan, wanted: tuple[bool, ...]) -> 
                     slope = whole_slope[at]
                 if inputs.token_weight is not None:
                     slope = slope * inputs.token_weight[at]
-                chunks.kernel.gradient_(product[block], inputs.targets[at], stats, slope * boost(dtype))
-            if found.hidden is not None:
-                torch.mm(product, chunks.weight, out=found.hidden[piece])
+                if half:  # its kernel takes a chunk at once
+                    scale = _range_of(slope)
+                    slope, inverse = slope * scale, 1 / scale
+                chunks.kernel.gradient_(product[block], inputs.targets[at], stats, slope)
+            for gradient, factor in ((found.hidden, chunks.weight), (found.low, chunks.up)):
+                if gradient is not None and factor is not None:
+                    _multiply(product, factor, gradient[piece], inverse)
             if found.weight is not None:
-                found.weight.add(product, inputs.hidden[piece])
+                found.weight.add(product, inputs.hidden[piece], inverse)
             if found.bias is not None:
-                found.bias.add_(product.sum(0, dtype=found.bias.dtype))
-            if found.low is not None:
-                torch.mm(product, chunks.up, out=found.low[piece])
+                total = product.sum(0, dtype=found.bias.dtype)
+                found.bias.add_(total if inverse is None else total * inverse)
             if found.up is not None and inputs.low is not None:
-                found.up.add(product, inputs.low[piece])
+                found.up.add(product, inputs.low[piece], inverse)
         if whole is not None:
             return whole_loss, whole, found
         stats = concatenate(parts, inputs.hidden, chunks.topk)

@@ -13,10 +13,11 @@ BLOCK_CPU, BLOCK_CUDA = 1 << 21, 1 << 26
 
 
 class WeightGradient:
-    """Sum over chunks of ``product.T @ rows``, shape ``(V, D)``, rounded once to the dtype of the parameter.
+    """Sum over chunks of ``product.T @ rows``, shape ``(V, D)``, in the dtype of the parameter.
 
-    Several chunks are summed in float32: over 256 chunks a bfloat16 sum is off by 3 %, a float32 sum by the final
-    rounding. One chunk needs no sum and is written in the dtype of the parameter at once.
+    Several chunks are summed in float32: over 256 chunks a bfloat16 sum is off by 3 %, a float32 sum by the rounding of
+    its parts and of the result. On CUDA the parts are not rounded; on the CPU torch gives the product of a chunk in
+    bfloat16 alone. One bfloat16 chunk needs no sum and is written in the dtype of the parameter at once.
 
     Args:
         like: Parameter the gradient is for.
@@ -26,7 +27,7 @@ class WeightGradient:
 
     def __init__(self, like: Tensor, compute: torch.dtype, chunks: int) -> None:
         self._like, self._started = like, False
-        one = chunks <= 1 and like.dtype == compute
+        one = chunks <= 1 and like.dtype == compute != torch.float16  # its range is too small for a sum over tokens
         self._dtype = like.dtype if one else torch.promote_types(accumulation_dtype(compute), like.dtype)
         rows, columns = like.shape
         step = max(1, (BLOCK_CPU if like.device.type == "cpu" else BLOCK_CUDA) // max(columns, 1))
@@ -38,17 +39,20 @@ class WeightGradient:
             for s in self._slices
         ]
 
-    def add(self, product: Tensor, rows: Tensor) -> None:
-        """Add ``product.T @ rows``; shapes ``(n, V)`` and ``(n, D)``, one dtype."""
+    def add(self, product: Tensor, rows: Tensor, inverse: Tensor | None = None) -> None:
+        """Add ``product.T @ rows * inverse``; shapes ``(n, V)`` and ``(n, D)``, one dtype, and a scalar."""
         beta, scratch = float(self._started), None
-        if self._whole is not None and self._dtype == product.dtype:
+        if self._whole is not None and self._dtype == product.dtype and inverse is None:
             torch.addmm(self._whole, product.t(), rows, beta=beta, out=self._whole)
             self._started = True
             return
         for piece, block in zip(self._slices, self._blocks, strict=True):
             assert block is not None
             part = product[:, piece].t()
-            if product.is_cuda and self._dtype == torch.float32:
+            if inverse is not None:
+                found = _wide_product(part, rows).mul_(inverse)
+                block.add_(found) if self._started else block.copy_(found)
+            elif product.is_cuda and self._dtype == torch.float32:
                 # cuBLAS adds bfloat16 products to a float32 sum; on the CPU torch has no such product.
                 torch.addmm(block, part, rows, beta=beta, out_dtype=torch.float32, out=block)
             else:
@@ -71,3 +75,8 @@ class WeightGradient:
             result[piece] = block.mul_(factor) if block.dtype == factor.dtype else block.to(factor.dtype).mul_(factor)
             self._blocks[i] = block = None
         return result
+
+
+def _wide_product(a: Tensor, b: Tensor) -> Tensor:
+    """Return the product of float16 matrices in float32."""
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else torch.mm(a.float(), b.float())

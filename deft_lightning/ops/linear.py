@@ -37,8 +37,8 @@ class _FusedHead(torch.autograd.Function):
         return ((loss if inputs.token_weight is None else loss * inputs.token_weight).sum(), *fields)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        _refuse_second_order()
         # The first backward uses the gradients up, which saves a copy of dW; one through a retained graph, which
         # hardly anyone runs, computes them again.
         found, ctx.found, inputs = ctx.found, None, Inputs(*ctx.saved_tensors)
@@ -60,12 +60,19 @@ class _StatsHead(torch.autograd.Function):
         return fields
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        _refuse_second_order()
         plan = replace(ctx.plan, objective=_log_prob, transform=replace(ctx.plan.transform, topk=0))
         inputs = Inputs._make((*ctx.saved_tensors, grads[0].contiguous()))
         _, _, found = loss_and_gradients(inputs, plan, ctx.needs_input_grad[1:6])
         return (None, *found.scaled(grads[0].new_ones(()), inputs), None)
+
+
+def _refuse_second_order() -> None:
+    # torch's own once_differentiable says nothing where the loss itself is differentiated: a penalty on the gradient
+    # would be left out without a word.
+    if torch.is_grad_enabled():
+        raise RuntimeError("the fused head cannot be differentiated twice (create_graph): use token_loss on logits")
 
 
 def _log_prob(stats: TokenStats) -> Tensor:
@@ -96,12 +103,15 @@ def _prepare(
 ) -> _Call:  # fmt: skip
     low, up = adapter if adapter is not None else (None, None)
     fits = hidden.dim() == 2 and targets.shape == hidden.shape[:1] and weight.shape[1:] == hidden.shape[1:]
-    if not fits or (low is not None and up is not None and (low.shape[:1], up.shape) != (
-        hidden.shape[:1], (weight.shape[0], *low.shape[1:])
-    )):  # fmt: skip
-        shapes = [tuple(t.shape) for t in (hidden, weight, targets, low, up) if t is not None]
+    fits = fits and weight.dim() == 2 and (bias is None or bias.shape == weight.shape[:1])
+    if low is not None and up is not None:
+        fits = fits and low.dim() == 2 and low.shape[:1] == hidden.shape[:1]
+        fits = fits and up.shape == (weight.shape[0], *low.shape[1:])
+    if not fits:
+        shapes = [tuple(t.shape) for t in (hidden, weight, targets, bias, low, up) if t is not None]
         raise UserError(
-            "linear head: expected hidden (N, D), weight (V, D), targets (N,), adapter (N, r) and (V, r); got "
+            "linear head: expected hidden (N, D), weight (V, D), targets (N,), bias (V,),"
+            " adapter (N, r) and (V, r); got "
             + ", ".join(map(str, shapes))
         )
     kind = hidden.device.type
@@ -113,6 +123,8 @@ def _prepare(
         low = None if low is None else low[kept]
     if torch.is_autocast_enabled(kind) and hidden.dtype != torch.float64:
         hidden = hidden.to(torch.get_autocast_dtype(kind))
+    if kind == "cpu" and hidden.dtype == torch.float16 and kernel == "torch":
+        hidden = hidden.float()  # a CPU multiplies it no faster, and float32 has the range for small probabilities
     low = None if low is None else low.to(hidden.dtype)
     return _Call(hidden, weight, bias, low, up, targets, kept, kernel)
 

@@ -5,6 +5,7 @@ Needs the package triton (torch for CUDA brings it). ``TRITON_INTERPRET=1`` runs
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -73,7 +74,9 @@ def _statistics_kernel(  # noqa: ANN202
     shift = tl.where(e > 0, gap, 0.0)
     sum_weighted = tl.sum(e * (weighted + shift * (tail + others)), axis=0)
     target = tl.load(targets + row)
-    at = _logits(tl.load(start + target), scale, cap, CAPPED)
+    # A target that does not exist reads nothing, and shows as not-a-number.
+    inside = (target >= 0) & (target < vocabulary)
+    at = _logits(tl.load(start + target, mask=inside, other=float("nan")), scale, cap, CAPPED)
     total = 1.0 + sum_tail
     # log(1 + x) without its cancellation for a small x: log(t) * x / (t - 1) with t = 1 + x rounded.
     rounded = total - 1.0
@@ -81,13 +84,14 @@ def _statistics_kernel(  # noqa: ANN202
     tl.store(out + row, at - most - log_sum)
     tl.store(out + rows + row, (1.0 + sum_square) / (total * total))
     tl.store(out + 2 * rows + row, log_sum - sum_weighted / total)
-    tl.store(out + 3 * rows + row, most + log_sum)
+    tl.store(out + 3 * rows + row, most)
+    tl.store(out + 4 * rows + row, log_sum)
     tl.store(arg_max + row, winner)
 
 
 @triton.jit
 def _gradient_kernel(  # noqa: ANN202
-    product, stride, targets, log_norm, slope, target_slope, vocabulary, scale, cap,  # noqa: ANN001
+    product, stride, targets, top, log_sum, slope, target_slope, vocabulary, scale, cap,  # noqa: ANN001
     CAPPED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One block of one row: slope * (onehot - softmax) through soft-capping and scale, over the product."""
@@ -96,7 +100,8 @@ def _gradient_kernel(  # noqa: ANN202
     there = columns < vocabulary
     at = product + row * stride + columns
     z = _logits(tl.load(at, mask=there, other=0.0), scale, cap, CAPPED)
-    error = -tl.load(slope + row) * tl.exp(z - tl.load(log_norm + row))
+    # Two subtractions: the sum of maximum and log would round away what the logits have beyond a common offset.
+    error = -tl.load(slope + row) * tl.exp((z - tl.load(top + row)) - tl.load(log_sum + row))
     error = tl.where(columns == tl.load(targets + row), tl.load(target_slope + row), error)
     if CAPPED:
         error *= 1.0 - (z / cap) * (z / cap)
@@ -113,7 +118,7 @@ class TritonRows:
 
     def __init__(self, like: Tensor, transform: Transform) -> None:
         self.block, self.transform = max(1, len(like)), transform
-        self._log_norm = like.new_empty((0,), dtype=torch.float32)
+        self._top = self._log_sum = like.new_empty((0,), dtype=torch.float32)
 
     def _options(self, product: Tensor) -> dict[str, Any]:
         softcap = self.transform.softcap
@@ -126,12 +131,13 @@ class TritonRows:
     def statistics(self, product: Tensor, targets: Tensor) -> TokenStats:
         """Return the statistics of a block; the product is left as it is."""
         n = len(product)
-        out = product.new_empty((4, n), dtype=torch.float32)
+        out = product.new_empty((5, n), dtype=torch.float32)
         arg = torch.empty_like(targets)
-        _statistics_kernel[(n,)](
-            product, product.stride(0), targets, out, arg, rows=n, **self._options(product)
-        )  # fmt: skip
-        log_prob, collision, entropy, self._log_norm = out
+        with _on(product):
+            _statistics_kernel[(n,)](
+                product, product.stride(0), targets, out, arg, rows=n, **self._options(product)
+            )  # fmt: skip
+        log_prob, collision, entropy, self._top, self._log_sum = out
         topk_entropy = None
         if self.transform.topk:
             largest = self._largest(product)
@@ -150,6 +156,13 @@ class TritonRows:
         options = self._options(product)
         grid = (len(product), triton.cdiv(options["vocabulary"], options["BLOCK"]))
         slope = slope.float().contiguous()
-        _gradient_kernel[grid](
-            product, product.stride(0), targets, self._log_norm, slope, -torch.expm1(stats.log_prob) * slope, **options
-        )
+        with _on(product):
+            _gradient_kernel[grid](
+                product, product.stride(0), targets, self._top, self._log_sum, slope,
+                -torch.expm1(stats.log_prob) * slope, **options,
+            )  # fmt: skip
+
+
+def _on(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Launch on the device of a tensor, which need not be the current one."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
