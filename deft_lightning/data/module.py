@@ -204,9 +204,9 @@ class InstructionDataModule(LightningDataModule):
         words = None
         for name, examples in self._examples.items():
             noise = self.noise if name in self.noise.splits else replace(self.noise, ops=[])
-            corrupted, codes = corrupt_responses(examples, noise)
+            corrupted, marks, applied = corrupt_responses(examples, noise)
             refused: list[str] = []
-            prepared = tokenise(self.tokenizer, corrupted, codes, refused if self.on_bad_row == "skip" else None)
+            prepared = tokenise(self.tokenizer, corrupted, marks, refused if self.on_bad_row == "skip" else None)
             if refused:
                 rank_zero_warn(f"{name}: skipped {len(refused)} rows; the first: {refused[0]}")
             if refused and not prepared:
@@ -217,7 +217,7 @@ class InstructionDataModule(LightningDataModule):
             if noise.ops:
                 words = words or vocabulary(self.tokenizer, clean_train or prepared)
                 prepared = corrupt_tokens(prepared, noise, words)
-            report = self.reports[name] = Report(name)
+            report = self.reports[name] = Report(name, applied=applied)
             self._prepared[name] = finish(prepared, self.max_length, report)
             rank_zero_info(str(report))
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -11,10 +12,32 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from deft_lightning.data.collate import IGNORE, Prepared, Prompt
 from deft_lightning.data.noise import Noise, ResponseNoise, TokenNoise
-from deft_lightning.data.noise.base import Vocabulary
+from deft_lightning.data.noise.edits import Mark, apply_edits
+from deft_lightning.data.noise.vocabulary import Vocabulary
 from deft_lightning.data.records import Example
-from deft_lightning.data.template import NOT_SUPERVISED, Encoded, encode, encode_prompt, markers
+from deft_lightning.data.template import NOT_SUPERVISED, Encoded, Ints, encode, encode_marked, encode_prompt, markers
 from deft_lightning.errors import UserError
+
+
+@dataclass(frozen=True)
+class Applied:
+    """What an operation on responses did to a split.
+
+    Attributes:
+        name: Class of the operation.
+        rate: Share of the examples it was asked for.
+        eligible: Examples that were open to it: they end with a response and are not trusted.
+        changed: Those whose response it changed. Less than the rate where it found nothing to corrupt.
+    """
+
+    name: str
+    rate: float
+    eligible: int
+    changed: int
+
+    def __str__(self) -> str:
+        """Return a part of the line for the log."""
+        return f"{self.name}: {self.changed / max(self.eligible, 1):.1%} of {self.eligible:,} examples changed"
 
 
 @dataclass
@@ -29,6 +52,7 @@ class Report:
     noisy_examples: int = 0
     truncated: int = 0
     dropped: int = 0
+    applied: list[Applied] = field(default_factory=list)
 
     def __str__(self) -> str:
         """Return one line for the log."""
@@ -39,6 +63,7 @@ class Report:
         if self.noisy:
             share = self.noisy / max(self.supervised, 1)
             parts.append(f"{self.noisy_examples} examples with noise ({share:.1%} of the supervised tokens)")
+        parts += map(str, self.applied)
         if self.truncated:
             parts.append(f"{self.truncated} truncated")
         if self.dropped:
@@ -46,26 +71,46 @@ class Report:
         return "; ".join(parts)
 
 
-def corrupt_responses(examples: Sequence[Example], noise: Noise) -> tuple[list[Example], list[int]]:
-    """Apply the operations on whole responses; return the examples and the code of each (0: clean)."""
-    result, codes = list(examples), [0] * len(examples)
+def corrupt_responses(
+    examples: Sequence[Example], noise: Noise
+) -> tuple[list[Example], list[list[Mark]], list[Applied]]:
+    """Apply the operations on responses.
+
+    Returns:
+        The examples; of each, which letters of its response are noise, empty where it is clean; and what each
+        operation did.
+    """
+    result = list(examples)
+    marks: list[list[Mark]] = [[] for _ in examples]
+    applied = []
     for number, (op, salt) in enumerate(zip(noise.ops, noise.salts(), strict=True), 1):
         if not isinstance(op, ResponseNoise):
             continue
+        name = type(op).__name__
         if all(e.response is None for e in result):
-            name = type(op).__name__
             rank_zero_warn(f"{name} does nothing: no example ends with a response (--data.noise.ops)")
         open_to = [i for i, e in enumerate(result) if e.response is not None and not noise.trusts(e.id)]
         answers = [result[i].response or "" for i in open_to]
-        for position, answer in op.corrupt_responses(salt, [result[i].id for i in open_to], answers).items():
+        asked = [_last_user_turn(result[i]) for i in open_to]
+        changed = 0
+        for position, edits in op.edits(salt, [result[i].id for i in open_to], answers, asked).items():
             i = open_to[position]
+            answer, moved = apply_edits(answers[position], edits, number, marks[i])
+            if answer == answers[position]:
+                continue
+            end = [Mark(len(answer), len(answer), number)] if op.whole else []
+            marks[i] = [*(mark for mark in moved if not end or mark.start < len(answer)), *end]
             messages = (*result[i].prompt, {"role": "assistant", "content": answer})
-            result[i], codes[i] = replace(result[i], messages=messages), number
+            result[i], changed = replace(result[i], messages=messages), changed + 1
+        applied.append(Applied(name, op.rate, len(open_to), changed))
     # An operation may have restored what an earlier one broke.
-    codes = [
-        0 if new.messages == old.messages else code for new, old, code in zip(result, examples, codes, strict=True)
-    ]
-    return result, codes
+    for i, (new, old) in enumerate(zip(result, examples, strict=True)):
+        marks[i] = [] if new.messages == old.messages else marks[i]
+    return result, marks, applied
+
+
+def _last_user_turn(example: Example) -> str:
+    return next((turn["content"] for turn in reversed(example.prompt) if turn["role"] == "user"), "")
 
 
 def _given_tokens(example: Example, vocab_size: int) -> Encoded:
@@ -81,17 +126,24 @@ def _given_tokens(example: Example, vocab_size: int) -> Encoded:
     return Encoded(ids, np.where(labels == IGNORE, NOT_SUPERVISED, 0))
 
 
+def _encoded(tokenizer: Any, example: Example, marks: Sequence[Mark]) -> tuple[Encoded, Ints]:
+    if marks:
+        return encode_marked(tokenizer, example, marks)
+    encoded = _given_tokens(example, len(tokenizer)) if example.tokens else encode(tokenizer, example)
+    return encoded, np.zeros(len(encoded.input_ids), dtype=np.int64)
+
+
 def tokenise(
-    tokenizer: Any, examples: Sequence[Example], codes: Sequence[int], refused: list[str] | None = None
+    tokenizer: Any, examples: Sequence[Example], marks: Sequence[Sequence[Mark]], refused: list[str] | None = None
 ) -> list[Prepared]:
-    """Turn examples into tokens with clean-text labels; ``codes`` marks the last turn of corrupted responses.
+    """Turn examples into tokens labelled with themselves; ``marks`` are the noise in the last turn of each.
 
     Rows that the template or the vocabulary refuses are told to ``refused`` and left out; without it they raise.
     """
     prepared = []
-    for example, code in zip(examples, codes, strict=True):
+    for example, noisy in zip(examples, marks, strict=True):
         try:
-            encoded = _given_tokens(example, len(tokenizer)) if example.tokens else encode(tokenizer, example)
+            encoded, codes = _encoded(tokenizer, example, noisy)
         except UserError as error:
             if refused is None:
                 raise
@@ -101,28 +153,32 @@ def tokenise(
         supervised[:1] = False  # nothing predicts the first token
         source = np.array(example.tokens[1], dtype=np.int64) if example.tokens else encoded.input_ids
         labels = np.where(supervised, source, IGNORE)
-        last = len(example.messages) - 1 if example.messages else 0
-        noise_code = np.where(supervised & (encoded.turn == last), code, 0)
-        prepared.append(Prepared(example.id, encoded.input_ids, labels, noise_code))
+        prepared.append(Prepared(example.id, encoded.input_ids, labels, np.where(supervised, codes, 0)))
     return prepared
 
 
 def vocabulary(tokenizer: Any, prepared: Sequence[Prepared]) -> Vocabulary:
-    """Return what token noise may draw from: every token that is not special, with its count among the labels."""
+    """Return what token noise may draw from: every token that is not special, its count as a label, its spelling."""
     size = len(tokenizer)
     counts = np.zeros(size, dtype=np.int64)
     for example in prepared:
         counts += np.bincount(example.labels[example.labels != IGNORE], minlength=size)
     ids = np.setdiff1d(np.arange(size), markers(tokenizer))
-    return Vocabulary(ids, counts[ids])
+    return Vocabulary(ids, counts[ids], tuple(tokenizer.convert_ids_to_tokens(ids.tolist())))
 
 
-def corrupt_tokens(prepared: Sequence[Prepared], noise: Noise, words: Vocabulary) -> list[Prepared]:
-    """Apply the operations on single tokens."""
+def corrupt_tokens(
+    prepared: Sequence[Prepared], noise: Noise, words: Vocabulary, epoch: int | None = None
+) -> list[Prepared]:
+    """Apply the operations on single tokens, as they are in an epoch; None is the first one, for all that follow."""
     result, truth = list(prepared), [example.labels for example in prepared]
     for number, (op, salt) in enumerate(zip(noise.ops, noise.salts(), strict=True), 1):
         if not isinstance(op, TokenNoise):
             continue
+        if epoch is None and op.at_epoch(0) != op.at_epoch(sys.maxsize):
+            name = type(op).__name__
+            rank_zero_warn(f"{name}: the rate of the first epoch holds for all of them (--data.noise.ops.rates)")
+        op = op.at_epoch(epoch or 0)
         for i, example in enumerate(result):
             if noise.trusts(example.id):
                 continue
