@@ -188,9 +188,11 @@ def _places(laid: _Laid, content: str, turn: int) -> Ints | None:
     first, said = spans[0][0], laid.text[spans[0][0] : spans[-1][1]]
     whole, stripped = np.arange(len(content) + 1), content.strip()
     inside = (whole - (len(content) - len(content.lstrip()))).clip(0, len(stripped))
-    escaped = [json.dumps(letter)[1:-1] for letter in stripped]
-    steps = np.cumsum([0, *map(len, escaped)])
-    for written, at in ((content, whole), (stripped, inside), ("".join(escaped), steps[inside])):
+    ways = [(content, whole), (stripped, inside)]
+    for ascii_only in (False, True):  # as the tojson of chat templates writes it, and as that of Jinja does
+        escaped = [json.dumps(letter, ensure_ascii=ascii_only)[1:-1] for letter in stripped]
+        ways.append(("".join(escaped), np.cumsum([0, *map(len, escaped)])[inside]))
+    for written, at in ways:
         found = said.find(written)
         # Twice is once too often, unless the first one opens the turn.
         if found >= 0 and (not said[:found].strip() or said.find(written, found + 1) < 0):

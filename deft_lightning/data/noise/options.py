@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from itertools import zip_longest
 
 from deft_lightning.data.noise.base import ExampleNoise
 from deft_lightning.data.noise.edits import Edit
@@ -104,7 +105,7 @@ def options(prompt: str) -> dict[str, str]:
         if len(run) > 1:
             best = list(run)
     found = {}
-    for hit, follower in zip(best, [*best[1:], None], strict=True):
+    for hit, follower in zip_longest(best, best[1:]):
         line = prompt.find("\n", hit.end())
         end = len(prompt) if line < 0 else line
         text = prompt[hit.end() : min(end, follower.start()) if follower else end]
@@ -125,14 +126,16 @@ def _answers(response: str, first: re.Pattern[str], last: re.Pattern[str]) -> li
 
 def _beside(response: str, hit: re.Match[str], text: str) -> int | None:
     """Return where the option's text stands: right behind its letter, or right before one in brackets."""
-    after = hit.end()
-    if response[after : after + len(text)].lower() == text.lower() and not response[after + len(text) :][:1].isalnum():
-        return after
+
+    def here(start: int) -> bool:
+        said = response[max(start, 0) : start + len(text)]
+        around = response[max(start - 1, 0) : max(start, 0)] + response[start + len(text) :][:1]
+        return said.lower() == text.lower() and not any(map(str.isalnum, around))
+
     before = response[: hit.start("is")].rstrip(" ([*_")
-    if before.lower().endswith(text.lower()) and before != response[: hit.start("is")]:
-        start = len(before) - len(text)
-        return None if response[:start][-1:].isalnum() else start
-    return None
+    if here(hit.end()):
+        return hit.end()
+    return len(before) - len(text) if len(before) < hit.start("is") and here(len(before) - len(text)) else None
 
 
 def _like(old: str, new: str) -> str:
