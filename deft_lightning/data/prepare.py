@@ -103,6 +103,11 @@ def corrupt_responses(
             messages = (*result[i].prompt, {"role": "assistant", "content": answer})
             result[i], changed = replace(result[i], messages=messages), changed + 1
         applied.append(Applied(name, op.rate, len(open_to), changed))
+        if not changed and op.rate * len(open_to) > 20:  # by chance once in a hundred million times
+            rank_zero_warn(
+                f"{name} changed none of {len(open_to)} responses: they hold nothing that it looks for"
+                " (--data.noise.ops)"
+            )
     # An operation may have restored what an earlier one broke.
     for i, (new, old) in enumerate(zip(result, examples, strict=True)):
         marks[i] = [] if new.messages == old.messages else marks[i]
