@@ -59,34 +59,37 @@ class OptionFlip(ExampleNoise):
     def edit(self, salt: str, example_id: str, response: str, prompt: str) -> list[Edit] | None:
         """Return the exchange of the answer."""
         shown = options(prompt)
-        letters = _answers(response, LETTER_FIRST, LETTER_LAST)
-        words = _answers(response, WORD_FIRST, WORD_LAST)
-        if letters and shown.get(letters[0]["is"].upper()) is None and words:
-            letters = []
-        hits = letters or words
+        hits = letters = _answers(response, LETTER_FIRST, LETTER_LAST)
+        if not letters or letters[0]["is"].upper() not in shown:
+            # No option that is listed: in "A: yes" the word is the answer, not the name before it.
+            hits = _answers(response, WORD_FIRST, WORD_LAST) or letters
         if not hits:
             return None
-        clean = hits[0]["is"].upper()
-        if not letters:
-            others = WORDS[clean.lower()]
-            if not re.search(r"\bmaybe\b", prompt, re.IGNORECASE):
-                others = tuple(word for word in others if word != "maybe")
-        elif shown:
-            same = {letter for letter, text in shown.items() if text and text.lower() == shown.get(clean, "").lower()}
-            others = tuple(letter for letter in shown if letter != clean and letter not in same)
-        else:
-            others = tuple(chr(code) for code in range(ord("A"), max(ord(UNNAMED[-1]), ord(clean)) + 1))
-            others = tuple(letter for letter in others if letter != clean)
-        # Where nobody lists options, "a" and "i" are words; a letter that is not listed is no option.
-        if not others or (letters and (clean not in shown if shown else any(hit["is"].islower() for hit in hits))):
+        others = _other_letters(hits[0]["is"], shown) if hits is letters else _other_words(hits[0]["is"], prompt)
+        if not others:
             return None
         new = others[key(salt, example_id, "option") % len(others)]
         edits = {Edit(*hit.span("is"), _like(hit["is"], new)) for hit in hits}
-        if letters and shown.get(clean) and shown[new]:
-            for hit in hits:
-                at = _beside(response, hit, shown[clean])
-                edits |= {Edit(at, at + len(shown[clean]), shown[new])} if at is not None else set()
+        if hits is letters and shown:
+            clean, wrong = shown[hits[0]["is"].upper()], shown[new]
+            places = {_beside(response, hit, clean) for hit in hits} if clean and wrong else set()
+            edits |= {Edit(place, place + len(clean), wrong) for place in places if place is not None}
         return sorted(edits)
+
+
+def _other_words(clean: str, prompt: str) -> list[str]:
+    maybe = re.search(r"\bmaybe\b", prompt, re.IGNORECASE)
+    return [word for word in WORDS[clean.lower()] if word != "maybe" or maybe]
+
+
+def _other_letters(clean: str, shown: dict[str, str]) -> list[str]:
+    own = clean.upper()
+    if shown:
+        text = shown.get(own, "").lower()
+        return [x for x, said in shown.items() if x != own and not (text and said.lower() == text)] * (own in shown)
+    # Where nobody lists options, "a" and "i" are words.
+    last = max(ord(UNNAMED[-1]), ord(own))
+    return [x for x in map(chr, range(ord(UNNAMED[0]), last + 1)) if x != own] * clean.isupper()
 
 
 def options(prompt: str) -> dict[str, str]:
