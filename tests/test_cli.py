@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -176,6 +177,28 @@ def test_an_objective_of_ones_own_is_found_by_class_path(
     cli("fit", *TINY, "--model.objective", "my_pkg.Damped", "--model.objective.power", "3", "--after_fit.test", "false")
     saved = torch.load(next((tmp_path / "logs").rglob("step=4.ckpt")), weights_only=True)
     assert saved["deft_lightning"]["objective"] == "Damped(power=3.0)"
+
+
+def test_noise_operations_are_chosen_by_name_with_options_of_their_own(
+    cli: Cli, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    noise = [
+        "--data.noise.ops+=AnswerCorrupt", "--data.noise.ops.style", "boxed", "--data.noise.ops.how", "offset",
+        "--data.noise.ops+=OptionFlip", "--data.noise.ops.exact", "true",
+        "--data.noise.ops+=StepEdit", "--data.noise.ops.op", "insert", "--data.noise.ops.fraction", "0.5",
+        "--data.noise.ops+=CharNoise", "--data.noise.ops.cer", "0.2", "--data.noise.ops.rate", "0.5",
+        "--data.noise.ops+=TokenReplace", "--data.noise.ops.source", "confusable", "--data.noise.ops.rates", "[0.2]",
+    ]  # fmt: skip
+    with pytest.warns(UserWarning, match=r"AnswerCorrupt changed none of 190 responses.*--data\.noise\.ops"):
+        cli(
+            "fit", *TINY, *noise, "--trainer.max_steps", "1", "--after_fit.test", "false", "--after_fit.export", "false"
+        )
+    assert "% of 190 examples changed" in caplog.text
+    config = yaml.safe_load(next(tmp_path.rglob("config.yaml")).read_text())
+    ops = [(op["class_path"].rpartition(".")[2], op["init_args"]) for op in config["data"]["noise"]["ops"]][-5:]
+    assert [name for name, _ in ops] == ["AnswerCorrupt", "OptionFlip", "StepEdit", "CharNoise", "TokenReplace"]
+    assert ops[0][1] == {"rate": 0.3, "style": "boxed", "how": "offset", "exact": False}
+    assert ops[2][1]["op"] == "insert" and ops[3][1]["cer"] == 0.2 and ops[4][1]["rates"] == [0.2]
 
 
 def test_lora_exports_merged_and_adapter_folders(fitted: Path, cli: Cli, tmp_path: Path) -> None:

@@ -1,14 +1,34 @@
 """Instruction data: sources, formats, templates, noise, order."""
 
 from deft_lightning.data.module import InstructionDataModule
-from deft_lightning.data.noise import Noise, NoiseOp, ResponseNoise, ResponseSwap, TokenNoise, TokenReplace, known_noise
+from deft_lightning.data.noise import (
+    AnswerCorrupt,
+    CharNoise,
+    Edit,
+    ExampleNoise,
+    Noise,
+    NoiseOp,
+    OptionFlip,
+    ResponseNoise,
+    ResponseSwap,
+    StepEdit,
+    TokenNoise,
+    TokenReplace,
+    known_noise,
+)
 
 __all__ = [
+    "AnswerCorrupt",
+    "CharNoise",
+    "Edit",
+    "ExampleNoise",
     "InstructionDataModule",
     "Noise",
     "NoiseOp",
+    "OptionFlip",
     "ResponseNoise",
     "ResponseSwap",
+    "StepEdit",
     "TokenNoise",
     "TokenReplace",
     "known_noise",

@@ -22,11 +22,12 @@ from tqdm import tqdm
 
 from deft_lightning.data.cache import DONE
 from deft_lightning.data.collate import IGNORE, Prepared
-from deft_lightning.data.noise import Noise, ResponseNoise
-from deft_lightning.data.prepare import Report, Supervise, corrupt_responses, tokenise
+from deft_lightning.data.lazy import Lazy
+from deft_lightning.data.noise import Noise
+from deft_lightning.data.prepare import Changed, Report, Supervise, corrupted, tokenise
 from deft_lightning.data.records import Example, detect_format, normalise
 from deft_lightning.data.sources import read
-from deft_lightning.data.tables import ROWS, TOKENS, Lazy, Rows, Writer, record_batch, row_of
+from deft_lightning.data.tables import ROWS, TOKENS, Rows, Writer, record_batch, row_of
 from deft_lightning.data.template import Ints
 from deft_lightning.data.tokenizer import build_tokenizer
 from deft_lightning.errors import UserError
@@ -247,9 +248,6 @@ def build(recipe: Recipe, tokenizer: Any | None, chat_template: str | None, fold
     (folder / DONE).write_text(json.dumps(meta, indent=2), encoding="utf-8")
 
 
-Changed = dict[int, tuple[Example, int]]
-
-
 class Encoded(NamedTuple):
     """What a job gives.
 
@@ -291,10 +289,10 @@ class Encoder:
     def __call__(self, start: int, changed: Changed) -> Encoded:
         """Encode the examples from a position, those that noise has changed as they are now."""
         places = range(start, min(start + CHUNK, len(self.examples)))
-        pairs = [changed.get(at) or (self.examples[at], 0) for at in places]
+        pairs = [changed[at] if at in changed else (self.examples[at], []) for at in places]
         refused: list[str] = []
         whole = tokenise(
-            self.tokenizer, [e for e, _ in pairs], [c for _, c in pairs], refused if self.skip else None, self.supervise
+            self.tokenizer, [e for e, _ in pairs], [m for _, m in pairs], refused if self.skip else None, self.supervise
         )
         counted, rows = Report(""), []
         for example in whole:
@@ -353,10 +351,7 @@ def _run(encoder: Encoder, changed: Changed, workers: int) -> Iterator[Encoded]:
 def _prepare(
     examples: View, noise: Noise, recipe: Recipe, tokenizer: Any, path: Path, report: Report, bad: BadRows, workers: int
 ) -> Ints:
-    changed: Changed = {}
-    if any(isinstance(op, ResponseNoise) for op in noise.ops):
-        corrupted, codes = corrupt_responses(examples, noise)
-        changed = {i: (corrupted[i], code) for i, code in enumerate(codes) if code}
+    changed, report.applied = corrupted(examples, noise)
     encoder = Encoder(
         examples, tokenizer, recipe.supervise, recipe.on_bad_row == "skip", recipe.max_length, recipe.keep
     )

@@ -19,7 +19,7 @@ from deft_lightning._version import __version__
 from deft_lightning.data.build import BadRows, Recipe, build, read_examples, skipper, unique_ids
 from deft_lightning.data.cache import DONE, cache_root, cached, file_identity
 from deft_lightning.data.collate import IGNORE, PromptCollator, TrainCollator
-from deft_lightning.data.noise import Noise
+from deft_lightning.data.noise import Noise, TokenNoise
 from deft_lightning.data.order import Batches, ResumableLoader, Rows, ShardedSampler
 from deft_lightning.data.packing import best_fit_decreasing, bounded_batches
 from deft_lightning.data.prepare import Report, Supervise, prompts, vocabulary
@@ -222,7 +222,9 @@ class InstructionDataModule(LightningDataModule):
     def _open(self, folder: Path, quiet: bool) -> None:
         meta = json.loads((folder / DONE).read_text(encoding="utf-8"))
         self._held_out = Spool(folder / "held_out.arrow")
-        words = vocabulary(self.tokenizer, np.load(folder / "counts.npy"))
+        words = None
+        if any(isinstance(op, TokenNoise) for op in self.noise.ops):
+            words = vocabulary(self.tokenizer, np.load(folder / "counts.npy"))
         clean = replace(self.noise, ops=[])
         for name, counted in meta["reports"].items():
             noise = (
@@ -230,7 +232,7 @@ class InstructionDataModule(LightningDataModule):
             )
             examples = Tokens(folder / f"{name}.arrow")
             rows = self._rows[name] = Rows(examples, None, noise, words)
-            report = self.reports[name] = Report(**counted)
+            report = self.reports[name] = Report.load(counted)
             if rows.noise is not None:
                 report.count_noise(rows)
         if quiet:

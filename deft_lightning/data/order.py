@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from deft_lightning.data.collate import Prepared
 from deft_lightning.data.noise import Noise, TokenNoise
-from deft_lightning.data.noise.base import Vocabulary
+from deft_lightning.data.noise.vocabulary import Vocabulary
 from deft_lightning.data.packing import grouped
 from deft_lightning.data.prepare import corrupt_example
 from deft_lightning.data.tables import Tokens
@@ -80,7 +80,7 @@ class Rows(Dataset[Any]):
         """Return an example as it is trained on in an epoch."""
         if self.noise is None or self.words is None:
             return self.examples[at]
-        return corrupt_example(self.examples[at], self.noise, self.words)
+        return corrupt_example(self.examples[at], self.noise, self.words, epoch)
 
     def __getitem__(self, key: int) -> list[Prepared]:
         """Return the examples of row ``key % len`` in epoch ``key // len``."""

@@ -3,20 +3,51 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, cast
 
 import numpy as np
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from deft_lightning.data.collate import IGNORE, Prepared, Prompt
+from deft_lightning.data.lazy import Lazy, Made
 from deft_lightning.data.noise import Noise, ResponseNoise, TokenNoise
-from deft_lightning.data.noise.base import Vocabulary
+from deft_lightning.data.noise.edits import Mark, apply_edits
+from deft_lightning.data.noise.vocabulary import Vocabulary
 from deft_lightning.data.records import Example
-from deft_lightning.data.template import NOT_SUPERVISED, Encoded, Ints, encode_many, encode_prompt, markers
+from deft_lightning.data.template import (
+    NOT_SUPERVISED,
+    Encoded,
+    Ints,
+    encode_many,
+    encode_marked,
+    encode_prompt,
+    markers,
+)
 from deft_lightning.errors import UserError
 
 Supervise = Literal["assistant", "last", "all"]
+
+
+@dataclass(frozen=True)
+class Applied:
+    """What an operation on responses did to a split.
+
+    Attributes:
+        name: Class of the operation.
+        rate: Share of the examples it was asked for.
+        eligible: Examples that were open to it: they end with a response and are not trusted.
+        changed: Those whose response it changed. Less than the rate where it found nothing to corrupt.
+    """
+
+    name: str
+    rate: float
+    eligible: int
+    changed: int
+
+    def __str__(self) -> str:
+        """Return a part of the line for the log."""
+        return f"{self.name}: {self.changed / max(self.eligible, 1):.1%} of {self.eligible:,} examples changed"
 
 
 @dataclass
@@ -32,6 +63,7 @@ class Report:
     truncated: int = 0
     dropped: int = 0
     sampled: bool = False
+    applied: list[Applied] = field(default_factory=list)
 
     def add(self, example: Prepared) -> bool:
         """Count an example; return whether it has a supervised token left."""
@@ -46,6 +78,11 @@ class Report:
         self.noisy += noisy
         self.noisy_examples += noisy > 0
         return True
+
+    @classmethod
+    def load(cls, fields: dict[str, Any]) -> Report:
+        """Return the report that ``asdict`` took apart."""
+        return cls(**{**fields, "applied": [Applied(**one) for one in fields["applied"]]})
 
     def merge(self, part: Report) -> None:
         """Add the counts of some of the examples."""
@@ -84,6 +121,7 @@ class Report:
             share = self.noisy / max(self.supervised, 1)
             about = "about " if self.sampled else ""
             parts.append(f"{about}{self.noisy_examples} examples with noise ({share:.1%} of the supervised tokens)")
+        parts += map(str, self.applied)
         if self.truncated:
             parts.append(f"{self.truncated} truncated")
         if self.dropped:
@@ -91,25 +129,82 @@ class Report:
         return "; ".join(parts)
 
 
-def corrupt_responses(examples: Iterable[Example], noise: Noise) -> tuple[list[Example], list[int]]:
-    """Apply the operations on whole responses; return the examples and the code of each (0: clean)."""
-    clean = list(examples)
-    result, codes = list(clean), [0] * len(clean)
+Changed = dict[int, tuple[Example, list[Mark]]]
+
+
+def corrupted(examples: Lazy[Example] | Sequence[Example], noise: Noise) -> tuple[Changed, list[Applied]]:
+    """Apply the operations on responses.
+
+    Memory holds the ids of the examples, and those that are changed.
+
+    Returns:
+        The examples that are changed, by position, each with the letters of its response that are noise; and what each
+        operation did.
+    """
+    changed: Changed = {}
+    applied: list[Applied] = []
+    if not any(isinstance(op, ResponseNoise) for op in noise.ops):
+        return changed, applied
+    open_to, ids, responses = [], [], 0
+    for i, example in enumerate(examples):
+        if example.response is not None:
+            responses += 1
+            if not noise.trusts(example.id):
+                open_to.append(i)
+                ids.append(example.id)
+
+    def now(position: int) -> Example:
+        i = open_to[position]
+        return changed[i][0] if i in changed else examples[i]
+
+    answers = Made(len(ids), lambda position: now(position).response or "")
+    asked = Made(len(ids), lambda position: _last_user_turn(now(position)))
     for number, (op, salt) in enumerate(zip(noise.ops, noise.salts(), strict=True), 1):
         if not isinstance(op, ResponseNoise):
             continue
-        if all(e.response is None for e in result):
-            name = type(op).__name__
+        name, count = type(op).__name__, 0
+        if not responses:
             rank_zero_warn(f"{name} does nothing: no example ends with a response (--data.noise.ops)")
-        open_to = [i for i, e in enumerate(result) if e.response is not None and not noise.trusts(e.id)]
-        answers = [result[i].response or "" for i in open_to]
-        for position, answer in op.corrupt_responses(salt, [result[i].id for i in open_to], answers).items():
-            i = open_to[position]
-            messages = (*result[i].prompt, {"role": "assistant", "content": answer})
-            result[i], codes[i] = replace(result[i], messages=messages), number
+        fresh: Changed = {}
+        for position, edits in op.edits(
+            salt, ids, cast("Sequence[str]", answers), cast("Sequence[str]", asked)
+        ).items():
+            i, before = open_to[position], now(position)
+            old = before.response or ""
+            answer, moved = apply_edits(old, edits, number, changed[i][1] if i in changed else [])
+            if answer == old:
+                continue
+            end = [Mark(len(answer), len(answer), number)] if op.whole else []
+            marks = [*(mark for mark in moved if not end or mark.start < len(answer)), *end]
+            fresh[i] = replace(before, messages=(*before.prompt, {"role": "assistant", "content": answer})), marks
+            count += 1
+        changed.update(fresh)
+        applied.append(Applied(name, op.rate, len(open_to), count))
+        if not count and op.rate * len(open_to) > 20:  # by chance once in a hundred million times
+            rank_zero_warn(
+                f"{name} changed none of {len(open_to)} responses: they hold nothing that it looks for"
+                " (--data.noise.ops)"
+            )
     # An operation may have restored what an earlier one broke.
-    codes = [0 if new.messages == old.messages else code for new, old, code in zip(result, clean, codes, strict=True)]
-    return result, codes
+    return {i: new for i, new in changed.items() if new[0].messages != examples[i].messages}, applied
+
+
+def corrupt_responses(
+    examples: Sequence[Example], noise: Noise
+) -> tuple[list[Example], list[list[Mark]], list[Applied]]:
+    """Apply the operations on responses to examples in memory.
+
+    Returns:
+        The examples; of each, which letters of its response are noise, empty where it is clean; and what each
+        operation did.
+    """
+    changed, applied = corrupted(examples, noise)
+    pairs = [changed.get(i, (example, [])) for i, example in enumerate(examples)]
+    return [example for example, _ in pairs], [marks for _, marks in pairs], applied
+
+
+def _last_user_turn(example: Example) -> str:
+    return next((turn["content"] for turn in reversed(example.prompt) if turn["role"] == "user"), "")
 
 
 def _given_tokens(example: Example, vocab_size: int) -> Encoded | UserError:
@@ -128,19 +223,28 @@ def _given_tokens(example: Example, vocab_size: int) -> Encoded | UserError:
 def tokenise(
     tokenizer: Any,
     examples: Sequence[Example],
-    codes: Sequence[int],
+    marks: Sequence[Sequence[Mark]],
     refused: list[str] | None = None,
     supervise: Supervise = "assistant",
 ) -> list[Prepared]:
-    """Turn examples into tokens with clean-text labels; ``codes`` marks the last turn of corrupted responses.
+    """Turn examples into tokens labelled with themselves; ``marks`` are the noise in the last turn of each.
 
     Rows that the template or the vocabulary refuses are told to ``refused`` and left out; without it they raise.
     """
     prepared = []
     size = len(tokenizer)
-    texts = iter(encode_many(tokenizer, [example for example in examples if not example.tokens]))
-    for example, code in zip(examples, codes, strict=True):
-        encoded = _given_tokens(example, size) if example.tokens else next(texts)
+    plain = [e for e, noisy in zip(examples, marks, strict=True) if not e.tokens and not noisy]
+    texts = iter(encode_many(tokenizer, plain))
+    for example, noisy in zip(examples, marks, strict=True):
+        codes: Ints | None = None
+        encoded: Encoded | UserError
+        if noisy:
+            try:
+                encoded, codes = encode_marked(tokenizer, example, noisy)
+            except UserError as error:
+                encoded = error
+        else:
+            encoded = _given_tokens(example, size) if example.tokens else next(texts)
         if isinstance(encoded, UserError):
             if refused is None:
                 raise encoded
@@ -154,30 +258,37 @@ def tokenise(
         supervised[:1] = False  # nothing predicts the first token
         source = np.array(example.tokens[1], dtype=np.int64) if example.tokens else encoded.input_ids
         labels = np.where(supervised, source, IGNORE)
-        last = len(example.messages) - 1 if example.messages else 0
-        noise_code = np.where(supervised & (encoded.turn == last), code, 0)
+        noise_code = np.zeros_like(labels) if codes is None else np.where(supervised, codes, 0)
         prepared.append(Prepared(example.id, encoded.input_ids, labels, noise_code))
     return prepared
 
 
+def label_counts(prepared: Iterable[Prepared], size: int) -> Ints:
+    """Return how often each of ``size`` tokens is a label."""
+    counts = np.zeros(size, dtype=np.int64)
+    for example in prepared:
+        counts += np.bincount(example.labels[example.labels != IGNORE], minlength=size)
+    return counts
+
+
 def vocabulary(tokenizer: Any, counts: Ints) -> Vocabulary:
-    """Return what token noise may draw from: every token that is not special, with its count among the labels.
+    """Return what token noise may draw from: every token that is not special, its count as a label, its spelling.
 
     Args:
         tokenizer: The tokenizer.
         counts: Shape ``(V,)``: how often each token is a label of the training split.
     """
     ids = np.setdiff1d(np.arange(len(tokenizer)), markers(tokenizer))
-    return Vocabulary(ids, counts[ids])
+    return Vocabulary(ids, counts[ids], tuple(tokenizer.convert_ids_to_tokens(ids.tolist())))
 
 
-def corrupt_tokens(prepared: Sequence[Prepared], noise: Noise, words: Vocabulary) -> list[Prepared]:
-    """Apply the operations on single tokens."""
-    return [corrupt_example(example, noise, words) for example in prepared]
+def corrupt_tokens(prepared: Sequence[Prepared], noise: Noise, words: Vocabulary, epoch: int = 0) -> list[Prepared]:
+    """Apply the operations on single tokens, as they are in an epoch."""
+    return [corrupt_example(example, noise, words, epoch) for example in prepared]
 
 
-def corrupt_example(example: Prepared, noise: Noise, words: Vocabulary) -> Prepared:
-    """Apply the operations on single tokens to one example."""
+def corrupt_example(example: Prepared, noise: Noise, words: Vocabulary, epoch: int = 0) -> Prepared:
+    """Apply the operations on single tokens, as they are in an epoch, to one example."""
     if noise.trusts(example.id):
         return example
     at = np.flatnonzero(example.labels != IGNORE)
@@ -186,7 +297,7 @@ def corrupt_example(example: Prepared, noise: Noise, words: Vocabulary) -> Prepa
         if not isinstance(op, TokenNoise):
             continue
         before = labels[at]
-        wrong = op.corrupt_tokens(salt, example.id, before, words)
+        wrong = op.at_epoch(epoch).corrupt_tokens(salt, example.id, before, words)
         hit = at[wrong != before]
         labels[hit] = wrong[wrong != before]
         # An earlier operation may have broken what this one restores; a swapped response stays wrong.

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-from abc import abstractmethod
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
 
 from deft_lightning.data.collate import Prepared
+from deft_lightning.data.lazy import Lazy, T
 from deft_lightning.data.records import Example
 
 ROWS = pa.schema([("id", pa.string()), ("digest", pa.string()), ("where", pa.string()), ("content", pa.string())])
@@ -27,23 +27,6 @@ TOKENS = pa.schema(
     ]
 )
 BATCH = 1000
-T = TypeVar("T")
-
-
-class Lazy(Generic[T]):
-    """A sequence whose items are made when they are asked for."""
-
-    @abstractmethod
-    def __len__(self) -> int:
-        """Return the number of items."""
-
-    @abstractmethod
-    def __getitem__(self, at: int) -> T:
-        """Return one item."""
-
-    def __iter__(self) -> Iterator[T]:
-        """Yield every item."""
-        return (self[at] for at in range(len(self)))
 
 
 class Writer:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from deft_lightning.data.noise.edits import Mark
 from deft_lightning.data.records import Example, Message
 from deft_lightning.errors import UserError
 
@@ -167,6 +168,89 @@ def _turns(
                 last = closing + 1
         turn[first:last] = i
     return Encoded(np.array(ids, dtype=np.int64), turn)
+
+
+class _Laid(NamedTuple):
+    """A conversation as text, and where in it the tokens and the supervised turns are."""
+
+    encoded: Encoded
+    text: str
+    spans: list[Span]
+    starts: Ints
+    ends: Ints
+
+
+def _lay_out(tokenizer: Any, example: Example) -> _Laid:
+    messages = list(example.messages or ())
+    text, spans = _spans(tokenizer, messages, example.where)
+    ids, starts, ends = _tokens(tokenizer, text, [start for start, _, _ in spans])
+    marks = np.isin(ids, markers(tokenizer))
+    tagged = TAG.search(tokenizer.chat_template) is not None
+    turn = np.full(len(ids), NOT_SUPERVISED, dtype=np.int64)
+    for start, end, i in spans:
+        span = (starts >= start) & (starts < end)
+        closing = np.flatnonzero(span & marks)
+        # Only blanks may follow the end of the turn: a template may put special tokens inside the turn as well.
+        if not tagged and closing.size and not text[ends[closing[-1]] : end].strip():
+            span[closing[-1] + 1 :] = False
+        turn[span] = i
+    return _Laid(Encoded(ids, turn), text, spans, starts, ends)
+
+
+def encode_marked(tokenizer: Any, example: Example, marks: Sequence[Mark]) -> tuple[Encoded, Ints]:
+    """Tokenise a conversation whose last turn holds noise; return the tokens and the code of each, 0 where clean.
+
+    A token is noisy when it holds a letter of a mark, or a cut is inside it. A cut between two tokens, and a mark that
+    no token holds, flags the next supervised token: at the end of the response, the end of the turn. Of several
+    operations the last counts. Where all of the response and its end are marked, so is every supervised token of the
+    turn; and so it is, with the last code, where the template writes the response in a way that cannot be found.
+
+    Args:
+        tokenizer: With its chat template.
+        example: A conversation that ends with a response.
+        marks: Noise in that response; at least one.
+    """
+    laid = _lay_out(tokenizer, example)
+    content, last = example.response or "", len(example.messages or ()) - 1
+    turn = np.flatnonzero(laid.encoded.turn == last)
+    codes = np.zeros(len(laid.encoded.input_ids), dtype=np.int64)
+    end_code = next((mark.code for mark in marks if mark.start == len(content)), 0)
+    if end_code and sum(mark.end - mark.start for mark in marks) == len(content):
+        codes[turn] = end_code
+    places = _places(laid, content, last)
+    if places is None:
+        codes[turn] = max(mark.code for mark in marks)
+    elif turn.size:
+        starts, ends = laid.starts[turn], laid.ends[turn]
+        for mark in sorted(marks, key=lambda mark: mark.code):
+            start, end = places[mark.start], places[mark.end]
+            if mark.start < mark.end and start == end:
+                continue  # blanks that the template strips
+            hit = (starts < end) & (ends > start)
+            if not hit.any():
+                hit[min(int(np.searchsorted(ends, start, side="right")), len(ends) - 1)] = True
+            codes[turn[hit]] = mark.code
+    return laid.encoded, codes
+
+
+def _places(laid: _Laid, content: str, turn: int) -> Ints | None:
+    """Return where each letter of a message, and its end, stands in the text; None where that cannot be told."""
+    spans = [(start, end) for start, end, i in laid.spans if i == turn]
+    if not spans:
+        return None
+    first, said = spans[0][0], laid.text[spans[0][0] : spans[-1][1]]
+    whole, stripped = np.arange(len(content) + 1), content.strip()
+    inside = (whole - (len(content) - len(content.lstrip()))).clip(0, len(stripped))
+    ways = [(content, whole), (stripped, inside)]
+    for ascii_only in (False, True):  # as the tojson of chat templates writes it, and as that of Jinja does
+        escaped = [json.dumps(letter, ensure_ascii=ascii_only)[1:-1] for letter in stripped]
+        ways.append(("".join(escaped), np.cumsum([0, *map(len, escaped)])[inside]))
+    for written, at in ways:
+        found = said.find(written)
+        # Twice is once too often, unless the first one opens the turn.
+        if found >= 0 and (not said[:found].strip() or said.find(written, found + 1) < 0):
+            return first + found + at
+    return None
 
 
 def encode_prompt(tokenizer: Any, example: Example) -> tuple[str, list[int]]:

@@ -111,8 +111,7 @@ def _prepare(
         shapes = [tuple(t.shape) for t in (hidden, weight, targets, bias, low, up) if t is not None]
         raise UserError(
             "linear head: expected hidden (N, D), weight (V, D), targets (N,), bias (V,),"
-            " adapter (N, r) and (V, r); got "
-            + ", ".join(map(str, shapes))
+            " adapter (N, r) and (V, r); got " + ", ".join(map(str, shapes))
         )
     kind = hidden.device.type
     kernel = choose_kernel(backend, kind, hidden.dtype)

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from deft_lightning import hashing
 from deft_lightning.data import (
+    Edit,
     InstructionDataModule,
     Noise,
     NoiseOp,
@@ -37,7 +38,7 @@ quick = settings(deadline=None, max_examples=80, derandomize=True)
 rates = st.floats(0, 1) | st.sampled_from([0.0, 0.1, 0.3, 0.5, 1.0])
 salts = st.text("ab/0", max_size=4)
 each_bucketing = pytest.mark.parametrize("bucket", [False, True], ids=["any length", "similar length"])
-each_source = pytest.mark.parametrize("source", ["uniform", "unigram"])
+each_source = pytest.mark.parametrize("source", ["uniform", "unigram", "confusable"])
 
 
 def within(hits: int, n: int, rate: float) -> bool:
@@ -91,8 +92,9 @@ class Row(NamedTuple):
 def swap(rows: Sequence[Row], rate: float, *, bucket: bool = True, salt: str = "0/ResponseSwap/0") -> dict[str, str]:
     """New responses by id."""
     op = ResponseSwap(rate=rate, bucket_by_length=bucket)
-    swapped = op.corrupt_responses(salt, [row.id for row in rows], [row.response for row in rows])
-    return {rows[i].id: response for i, response in swapped.items()}
+    swapped = op.edits(salt, [row.id for row in rows], [row.response for row in rows], [""] * len(rows))
+    assert all(edits == [(0, len(rows[i].response), edits[0].text)] for i, edits in swapped.items())
+    return {rows[i].id: edits[0].text for i, edits in swapped.items()}
 
 
 def many(n: int, *, seed: int = 0) -> list[Row]:
@@ -222,12 +224,22 @@ def test_another_seed_draws_independently(bucket: bool) -> None:
 # --- single tokens --------------------------------------------------------------------------------------------------
 
 
+def spelt(token: int) -> str:
+    """Some spelling: words, numbers and marks, with and without a blank before them."""
+    return ("▁" if token % 2 else "") + ("abcdefg"[: token % 7 + 1], str(token), "...!"[: token % 4 + 1])[token % 3]
+
+
+def vocabulary_of(counts: Sequence[int]) -> Vocabulary:
+    """A vocabulary of the tokens from 0 on."""
+    return Vocabulary(np.arange(len(counts)), np.array(counts), tuple(map(spelt, range(len(counts)))))
+
+
 @st.composite
 def vocabularies(draw: st.DrawFn) -> Vocabulary:
     ids = draw(st.lists(st.integers(0, 500), min_size=2, max_size=12, unique=True))
     counts = draw(st.lists(st.integers(0, 9), min_size=len(ids), max_size=len(ids)))
     counts[:2] = (max(count, 1) for count in counts[:2])
-    return Vocabulary(np.array(ids), np.array(counts))
+    return Vocabulary(np.array(ids), np.array(counts), tuple(map(spelt, ids)))
 
 
 labels_of = st.lists(st.integers(0, 30) | st.integers(0, 500), max_size=40).map(lambda ids: np.array(ids, np.int64))
@@ -250,7 +262,7 @@ def test_at_rate_1_every_token_becomes_another_one_that_may_be_drawn(
     before = labels.copy()
     wrong = replace(labels, vocabulary, 1.0, source=source, salt=salt)
     assert wrong.shape == labels.shape and not (wrong == labels).any()
-    drawable = vocabulary.ids if source == "uniform" else vocabulary.ids[vocabulary.counts > 0]
+    drawable = vocabulary.ids[vocabulary.counts > 0] if source == "unigram" else vocabulary.ids
     assert set(wrong.tolist()) <= set(drawable.tolist())
     assert (labels == before).all()
 
@@ -265,7 +277,7 @@ def test_the_clean_token_is_never_drawn_even_if_it_is_nearly_all_there_is(
     counts = vocabulary.counts.copy()
     counts[common] = 10**12
     everywhere = np.full(max(len(labels), 1), vocabulary.ids[common])
-    wrong = replace(everywhere, Vocabulary(vocabulary.ids, counts), 1.0, source=source, salt=salt)
+    wrong = replace(everywhere, Vocabulary(vocabulary.ids, counts, vocabulary.tokens), 1.0, source=source, salt=salt)
     assert not (wrong == everywhere).any()
 
 
@@ -283,8 +295,8 @@ def test_what_is_replaced_at_a_low_rate_is_replaced_by_the_same_at_a_higher_one(
 @each_source
 def test_what_is_replaced_at_0_3_is_replaced_by_the_same_at_0_5(source: str) -> None:
     labels = np.arange(20_000) % 97
-    words = Vocabulary(np.arange(97), np.arange(97) + 1)
-    low, high = (replace(labels, words, rate, source=source) for rate in (0.3, 0.5))
+    vocabulary = vocabulary_of(range(1, 98))
+    low, high = (replace(labels, vocabulary, rate, source=source) for rate in (0.3, 0.5))
     hit = low != labels
     assert (low[hit] == high[hit]).all()
     assert within(int(hit.sum()), 20_000, 0.3) and within(int((high != labels).sum()), 20_000, 0.5)
@@ -303,15 +315,16 @@ def test_tokens_do_not_depend_on_what_follows_them(
 @each_source
 @pytest.mark.parametrize("rate", [0.0, 0.01, 0.2, 0.5, 0.9, 1.0])
 def test_the_share_of_replaced_tokens_is_the_rate(source: str, rate: float) -> None:
-    words = Vocabulary(np.arange(50), np.arange(50) % 3)
+    vocabulary = vocabulary_of([i % 3 for i in range(50)])
     labels = np.arange(100) % 60
-    hits = sum(int((replace(labels, words, rate, source=source, id=f"id-{i}") != labels).sum()) for i in range(300))
+    hits = sum(
+        int((replace(labels, vocabulary, rate, source=source, id=f"id-{i}") != labels).sum()) for i in range(300)
+    )
     assert within(hits, 30_000, rate)
 
 
 def shares(counts: Sequence[int], label: int, source: str) -> Counter[int]:
-    words = Vocabulary(np.arange(len(counts)), np.array(counts))
-    return Counter(replace(np.full(40_000, label), words, 1.0, source=source).tolist())
+    return Counter(replace(np.full(40_000, label), vocabulary_of(counts), 1.0, source=source).tolist())
 
 
 @pytest.mark.parametrize("label", [0, 3, 7, 99])
@@ -370,7 +383,16 @@ def tokens(n: int, length: int = 12, prompt: int = 4, vocabulary: int = 20) -> l
     return [Prepared(f"id-{i}", drawn[i], labels[i], np.zeros(length, np.int64)) for i in range(n)]
 
 
-WORDS = Vocabulary(np.arange(20), np.arange(20) + 1)
+def coded(examples: Sequence[Example], noise: Noise) -> tuple[list[Example], list[int]]:
+    """The examples with one code each: all of the response is of one operation, or clean."""
+    noisy, marks, _ = corrupt_responses(examples, noise)
+    for example, found in zip(noisy, marks, strict=True):
+        codes, text = {mark.code for mark in found}, example.response or ""
+        assert len(codes) <= 1 and {(m.start, m.end) for m in found} <= {(0, len(text)), (len(text), len(text))}
+    return noisy, [found[0].code if found else 0 for found in marks]
+
+
+WORDS = vocabulary_of(range(1, 21))
 
 
 @each_source
@@ -446,7 +468,7 @@ def test_the_code_is_the_place_of_the_last_operation_that_changed_the_label() ->
 @given(rate=rates, seed=st.integers(0, 9))
 def test_the_last_response_of_the_swapped_is_replaced_and_nothing_else(bucket: bool, rate: float, seed: int) -> None:
     examples = [talk(f"id-{i}", "q", f"first {i}", "q", "last " + "x" * i) for i in range(20)]
-    noisy, codes = corrupt_responses(examples, Noise(seed=seed, ops=[ResponseSwap(rate=rate, bucket_by_length=bucket)]))
+    noisy, codes = coded(examples, Noise(seed=seed, ops=[ResponseSwap(rate=rate, bucket_by_length=bucket)]))
     for before, after, code in zip(examples, noisy, codes, strict=True):
         assert before.messages is not None and after.messages is not None
         assert after.messages[:-1] == before.messages[:-1]
@@ -461,20 +483,20 @@ def test_what_has_no_response_is_not_swapped() -> None:
         Example("c", "c", "c", tokens=([1, 2], [1, 2])),
     ]
     examples = [*others, talk("d", "q", "one"), talk("e", "q", "two")]
-    noisy, codes = corrupt_responses(examples, Noise(ops=[ResponseSwap(rate=1.0)]))
+    noisy, codes = coded(examples, Noise(ops=[ResponseSwap(rate=1.0)]))
     assert noisy[:3] == others and codes == [0, 0, 0, 1, 1]
     assert [e.response for e in noisy[3:]] == ["two", "one"]
 
 
 def test_a_response_that_comes_back_is_not_marked() -> None:
     examples = [talk("a", "q", "one"), talk("b", "q", "two")]
-    noisy, codes = corrupt_responses(examples, Noise(ops=[ResponseSwap(rate=1.0), ResponseSwap(rate=1.0)]))
+    noisy, codes = coded(examples, Noise(ops=[ResponseSwap(rate=1.0), ResponseSwap(rate=1.0)]))
     assert noisy == examples and codes == [0, 0]
 
 
 def test_after_several_swaps_a_code_marks_exactly_the_wrong_responses() -> None:
     examples = [talk(f"id-{i}", "q", f"answer {i % 7}") for i in range(300)]
-    noisy, codes = corrupt_responses(examples, Noise(ops=[ResponseSwap(rate=0.5), ResponseSwap(rate=0.5)]))
+    noisy, codes = coded(examples, Noise(ops=[ResponseSwap(rate=0.5), ResponseSwap(rate=0.5)]))
     assert [code > 0 for code in codes] == [n.response != e.response for n, e in zip(noisy, examples, strict=True)]
     assert set(codes) == {0, 1, 2}
 
@@ -495,7 +517,7 @@ def test_trusted_examples_are_the_share_asked_for_and_nested() -> None:
 def test_no_operation_touches_a_trusted_example(share: float) -> None:
     noise = Noise(trusted_fraction=share, ops=[ResponseSwap(rate=1.0), TokenReplace(rate=1.0)])
     examples = [talk(f"id-{i}", "q", f"answer {i}") for i in range(200)]
-    noisy, codes = corrupt_responses(examples, noise)
+    noisy, codes = coded(examples, noise)
     trusted = {e.id for e in examples if noise.trusts(e.id)}
     assert within(len(trusted), 200, share)
     assert {e.id for e, code in zip(examples, codes, strict=True) if code == 0} == trusted
@@ -511,7 +533,7 @@ def test_no_operation_touches_a_trusted_example(share: float) -> None:
 def test_trust_is_independent_of_what_would_be_corrupted() -> None:
     noise = Noise(trusted_fraction=0.5, ops=[ResponseSwap(rate=0.5)])
     examples = [talk(f"id-{i}", "q", f"answer {i}") for i in range(4000)]
-    _, codes = corrupt_responses(examples, noise)
+    _, codes = coded(examples, noise)
     assert within(sum(code > 0 for code in codes), 4000, 0.25)
 
 
@@ -632,8 +654,12 @@ def test_an_operation_of_ones_own_is_found_applied_and_recorded() -> None:
     class Shout(ResponseNoise):
         rate: float = 0.5
 
-        def corrupt_responses(self, salt: str, ids: Sequence[str], responses: Sequence[str]) -> dict[int, str]:
-            return {i: responses[i].upper() for i, id in enumerate(ids) if hashing.uniform(salt, id) < self.rate}
+        def edits(
+            self, salt: str, ids: Sequence[str], responses: Sequence[str], prompts: Sequence[str]
+        ) -> dict[int, list[Edit]]:
+            assert set(prompts) == {"q"}
+            chosen = self.select(salt, ids, range(len(ids)))
+            return {i: [Edit(0, len(responses[i]), responses[i].upper())] for i in chosen}
 
     @dataclass(frozen=True)
     class NextToken(TokenNoise):
@@ -646,7 +672,7 @@ def test_an_operation_of_ones_own_is_found_applied_and_recorded() -> None:
     assert known_noise()["Shout"] is Shout and known_noise()["NextToken"] is NextToken
     noise = Noise(ops=[TokenReplace(rate=0.0), Shout(), NextToken()])
     examples = [talk(f"id-{i}", "q", "answer") for i in range(2000)]
-    noisy, codes = corrupt_responses(examples, noise)
+    noisy, codes = coded(examples, noise)
     assert [e.response for e in noisy] == ["ANSWER" if code else "answer" for code in codes]
     assert set(codes) == {0, 2} and within(sum(code > 0 for code in codes), 2000, 0.5)
     for before, after in zip(tokens(3), corrupt_tokens(tokens(3), noise, WORDS), strict=True):
@@ -660,7 +686,8 @@ def test_swaps_of_short_answer_classes_still_give_wrong_labels(bucket: bool) -> 
     # Answers of one class have one length: buckets by length alone would trade yes for yes.
     answers = [("yes", "no", "maybe")[i * i % 7 % 3] for i in range(600)]
     ids = [f"q{i}" for i in range(600)]
-    swapped = ResponseSwap(0.4, bucket_by_length=bucket).corrupt_responses("s", ids, answers)
+    edits = ResponseSwap(0.4, bucket_by_length=bucket).edits("s", ids, answers, [""] * 600)
+    swapped = {i: made[0].text for i, made in edits.items()}
     selected = [i for i in range(600) if hashing.uniform("s", ids[i]) < 0.4]
     assert set(swapped) <= set(selected) and len(swapped) > 0.5 * len(selected)
     assert all(swapped[i] != answers[i] for i in swapped)

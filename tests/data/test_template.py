@@ -18,6 +18,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import PreTrainedTokenizerFast
 
 from deft_lightning.data import InstructionDataModule
+from deft_lightning.data.noise.edits import whole
 from deft_lightning.data.prepare import prompts, tokenise
 from deft_lightning.data.records import Example, Message
 from deft_lightning.data.template import encode, set_template
@@ -520,7 +521,7 @@ def test_tags_around_the_last_answer_alone_supervise_it_as_that_turn() -> None:
 def test_text_ends_with_the_end_of_sequence_and_is_supervised_but_for_the_first_token(bos: bool) -> None:
     tokenizer = byte_level(bos=bos)
     text = Example("id", "digest", "row", text="Once upon a time")
-    (prepared,) = tokenise(tokenizer, [text], [0])
+    (prepared,) = tokenise(tokenizer, [text], [[]])
     assert spell(tokenizer, prepared.input_ids) == "<s>" * bos + "Once upon a time</s>"
     assert prepared.labels.tolist() == [-100, *prepared.input_ids.tolist()[1:]]
 
@@ -536,7 +537,7 @@ def test_an_end_of_sequence_that_the_tokenizer_adds_is_not_doubled() -> None:
 def test_labels_are_the_supervised_tokens_themselves(kind: str) -> None:
     tokenizer = ready(kind)
     encoded = encode(tokenizer, example(CONVERSATIONS["tool"]))
-    (prepared,) = tokenise(tokenizer, [example(CONVERSATIONS["tool"])], [0])
+    (prepared,) = tokenise(tokenizer, [example(CONVERSATIONS["tool"])], [[]])
     assert prepared.input_ids.tolist() == encoded.input_ids.tolist()
     assert prepared.labels.tolist() == np.where(encoded.turn >= 0, encoded.input_ids, -100).tolist()
     assert not prepared.noise_code.any()
@@ -546,14 +547,16 @@ def test_labels_are_the_supervised_tokens_themselves(kind: str) -> None:
 def test_the_code_of_a_response_marks_its_last_turn_alone(kind: str) -> None:
     tokenizer = ready(kind)
     encoded = encode(tokenizer, example(CONVERSATIONS["tool"]))
-    (prepared,) = tokenise(tokenizer, [example(CONVERSATIONS["tool"])], [3])
+    talk = example(CONVERSATIONS["tool"])
+    (prepared,) = tokenise(tokenizer, [talk], [whole(talk.response or "", 3)])
     assert prepared.noise_code.tolist() == np.where(encoded.turn == 4, 3, 0).tolist()
 
 
 def test_nothing_is_learnt_at_the_first_token_of_all() -> None:
     tokenizer = byte_level()
     set_template(tokenizer, "{% for m in messages %}{% generation %}{{ m['content'] }}{% endgeneration %}{% endfor %}")
-    (prepared,) = tokenise(tokenizer, [example(conversation(("assistant", "Once upon a time")))], [1])
+    talk = example(conversation(("assistant", "Once upon a time")))
+    (prepared,) = tokenise(tokenizer, [talk], [whole("Once upon a time", 1)])
     assert prepared.labels[0] == -100 and prepared.noise_code[0] == 0
     assert prepared.labels.tolist()[1:] == prepared.input_ids.tolist()[1:] and all(prepared.noise_code[1:] == 1)
 

@@ -3,60 +3,94 @@
 from __future__ import annotations
 
 import inspect
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from fractions import Fraction
+from typing import ClassVar, Literal
 
-import numpy as np
-from numpy.typing import NDArray
-
+from deft_lightning.data.noise.edits import Edit
+from deft_lightning.data.noise.vocabulary import Ids, Vocabulary
 from deft_lightning.errors import UserError
 from deft_lightning.hashing import uniform
 
-Ids = NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """What a token operation may draw from.
-
-    Attributes:
-        ids: Token ids that are not special.
-        counts: How often each occurs among the clean supervised tokens of the training split.
-    """
-
-    ids: Ids
-    counts: Ids
-
 
 class NoiseOp(ABC):
-    """A corruption of labels: frozen dataclass with a ``rate``; subclass one of the two kinds below.
+    """A corruption of labels: frozen dataclass with a ``rate``; subclass one of the kinds below.
 
     Selection draws ``u = hash(seed, operation, example id)`` and takes ``u < rate``, so what 30 % corrupts, 50 %
-    corrupts too, whatever the order, the number of workers or of ranks.
+    corrupts too, whatever the order, the number of workers or of ranks. With ``exact``, the ``floor(rate * n)``
+    smallest draws are taken instead: nested all the same, but who is taken depends on who else is there.
     """
 
     rate: float
+    exact: bool = False
 
     def __post_init__(self) -> None:
         """Refuse a rate that is not a share."""
         if not 0.0 <= self.rate <= 1.0:
             raise UserError(f"{type(self).__name__}: rate {self.rate} is outside [0, 1] (--data.noise.ops)")
 
+    def _refuse_unless(self, meant: bool, says: str) -> None:
+        if not meant:
+            raise UserError(f"{type(self).__name__}: {says} (--data.noise.ops)")
+
 
 class ResponseNoise(NoiseOp):
-    """Corrupts whole responses, before the template."""
+    """Corrupts responses before the template; the edits are the truth, to the character.
+
+    Attributes:
+        whole: A corrupted response is another one altogether, so that the end of its turn counts as noise as well.
+    """
+
+    whole: ClassVar[bool] = False
 
     @abstractmethod
-    def corrupt_responses(self, salt: str, ids: Sequence[str], responses: Sequence[str]) -> dict[int, str]:
-        """Return the new response of each corrupted position, always different from the old one.
+    def edits(
+        self, salt: str, ids: Sequence[str], responses: Sequence[str], prompts: Sequence[str]
+    ) -> dict[int, list[Edit]]:
+        """Return the edits of each corrupted position: sorted, disjoint, and never the same text in the end.
 
         Args:
             salt: Seed and name of this operation; goes into every key.
             ids: Example ids of the rows that may be corrupted.
             responses: Their last assistant turns.
+            prompts: Their last user turns, empty where there is none.
         """
+
+    def select(self, salt: str, ids: Sequence[str], eligible: Iterable[int]) -> list[int]:
+        """Return which of the eligible positions are corrupted, in the order of their draws.
+
+        Eligible means that there is something to corrupt, at whatever rate. By the plain rule this takes the share
+        ``rate`` of all examples and leaves out what is not eligible: 30 % of them may become 20 % of the data. With
+        ``exact`` the share is counted among the eligible: ``floor(rate * n)`` of ``n``, ties broken by id.
+        """
+        drawn = sorted((uniform(salt, ids[i]), ids[i], i) for i in eligible)
+        if self.exact:
+            return [i for _, _, i in drawn[: exact_count(self.rate, len(drawn))]]
+        return [i for u, _, i in drawn if u < self.rate]
+
+
+class ExampleNoise(ResponseNoise):
+    """Corrupts each response by itself, without a look at the others."""
+
+    @abstractmethod
+    def edit(self, salt: str, example_id: str, response: str, prompt: str) -> list[Edit] | None:
+        """Return the edits of one response, or None where there is nothing that this operation can corrupt.
+
+        Whether it can must not depend on ``rate``, or a lower rate would not corrupt a part of what a higher one does.
+        """
+
+    def edits(
+        self, salt: str, ids: Sequence[str], responses: Sequence[str], prompts: Sequence[str]
+    ) -> dict[int, list[Edit]]:
+        """Return the edits of the selected responses."""
+        # Without `exact`, who is selected is known without a look at the text: most of it need not be read.
+        chosen = range(len(ids)) if self.exact else self.select(salt, ids, range(len(ids)))
+        made = {i: self.edit(salt, ids[i], responses[i], prompts[i]) for i in chosen}
+        found = {i: edits for i, edits in made.items() if edits is not None}
+        return {i: found[i] for i in self.select(salt, ids, found)} if self.exact else found
 
 
 class TokenNoise(NoiseOp):
@@ -74,6 +108,15 @@ class TokenNoise(NoiseOp):
             labels: Clean labels of its supervised tokens, in order.
             vocabulary: What to draw from.
         """
+
+    def at_epoch(self, epoch: int) -> TokenNoise:
+        """Return the operation as it is in an epoch, from 0; itself where nothing changes."""
+        return self
+
+
+def exact_count(rate: float, n: int) -> int:
+    """Return ``floor(rate * n)`` for the rate as it is written: 0.29 of 100 is 29, although as a float it is less."""
+    return math.floor(Fraction(str(float(rate))) * n)
 
 
 @dataclass(frozen=True)
@@ -119,6 +162,6 @@ def known_noise() -> dict[str, type[NoiseOp]]:
     while todo:
         cls = todo.pop()
         todo.extend(cls.__subclasses__())
-        if not inspect.isabstract(cls) and cls not in (NoiseOp, ResponseNoise, TokenNoise):
+        if not inspect.isabstract(cls) and cls not in (NoiseOp, ResponseNoise, ExampleNoise, TokenNoise):
             found.setdefault(cls.__name__, cls)
     return dict(sorted(found.items()))

@@ -6,9 +6,11 @@ import itertools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from deft_lightning.data.noise.base import ResponseNoise
-from deft_lightning.hashing import key, uniform
+from deft_lightning.data.noise.edits import Edit
+from deft_lightning.hashing import key
 
 BUCKET = 16  # Examples of similar length that trade responses among themselves: small keeps lengths alike.
 
@@ -24,14 +26,20 @@ class ResponseSwap(ResponseNoise):
     Args:
         rate: Share of examples, in ``[0, 1]``.
         bucket_by_length: Rotate among responses of similar length, so that length does not give the noise away.
+        exact: Select exactly ``floor(rate * n)`` of the ``n`` examples; those that cannot trade stay clean.
     """
+
+    whole: ClassVar[bool] = True
 
     rate: float = 0.1
     bucket_by_length: bool = True
+    exact: bool = False
 
-    def corrupt_responses(self, salt: str, ids: Sequence[str], responses: Sequence[str]) -> dict[int, str]:
+    def edits(
+        self, salt: str, ids: Sequence[str], responses: Sequence[str], prompts: Sequence[str]
+    ) -> dict[int, list[Edit]]:
         """Return the swapped responses by position."""
-        chosen = [i for i, id in enumerate(ids) if uniform(salt, id) < self.rate]
+        chosen = self.select(salt, ids, range(len(ids)))
         chosen.sort(key=lambda i: key(salt, ids[i], "order"))
         groups = [chosen]
         if self.bucket_by_length:
@@ -48,4 +56,5 @@ class ResponseSwap(ResponseNoise):
         same.sort(key=lambda i: (key(salt, responses[i], "text"), key(salt, ids[i], "order")))
         shift = max(Counter(responses[i] for i in same).values(), default=0)
         givers.update({taker: same[(at + shift) % len(same)] for at, taker in enumerate(same)})
-        return {t: responses[giver] for t, giver in givers.items() if responses[giver] != responses[t]}
+        new = {taker: responses[giver] for taker, giver in givers.items() if responses[giver] != responses[taker]}
+        return {i: [Edit(0, len(responses[i]), text)] for i, text in new.items()}
