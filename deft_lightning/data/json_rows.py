@@ -77,9 +77,11 @@ class _Window:
         """Let go of what is read past and read on; False at the end of the file."""
         # By as much as there is: a long row is then parsed a few times, not once for every chunk.
         more = self.file.read(max(CHUNK, len(self.text) - self.at))
+        if not more:
+            return False
         self.line += self.text.count("\n", 0, self.at)
         self.text, self.at = self.text[self.at :] + more, 0
-        return bool(more)
+        return True
 
     def peek(self) -> str:
         """Return the next letter that is no blank, which stays; an empty string at the end."""

@@ -186,7 +186,7 @@ def test_a_hub_id_wins_over_a_folder_of_its_name_if_told_so(monkeypatch: pytest.
 
 def test_a_network_that_goes_while_rows_come_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     Hub(monkeypatch, rows=3, breaks=True)
-    with pytest.raises(UserError, match="after row 3.*the network is gone") as caught:
+    with pytest.raises(UserError, match=r"after row 3.*the network is gone") as caught:
         list(read("org/name?streaming=true"))
     assert len(str(caught.value).splitlines()) == 1 and "second" not in str(caught.value)
 
@@ -262,7 +262,7 @@ def test_a_file_of_no_split_among_others_is_an_error_and_not_left_out(tmp_path: 
 def test_a_split_without_files_is_an_error_that_names_those_there_are(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"'test'; it has train, validation .*--data\.split"):
         list(read(str(shards(tmp_path / "a", "train.jsonl", "dev.jsonl")), split="test"))
-    with pytest.raises(UserError, match="'test'.*no file is named after a split"):
+    with pytest.raises(UserError, match=r"'test'.*no file is named after a split"):
         list(read(str(shards(tmp_path / "b", "rows.jsonl")), split="test"))
 
 
