@@ -190,14 +190,19 @@ def detect_format(
 ) -> str:  # fmt: skip
     """Return the format whose fields the record has; without need of a response, its prompt is enough.
 
+    Where several fit, one that ``column_map`` names a field of comes first, then one with a response.
+
     Raises:
         UserError: No format fits; the message lists the columns that are there.
     """
     row = Row(record, where, column_map)
-    for name, fields in {**{k: v.fields for k, v in CONVERSATIONS.items()}, **OTHERS}.items():
-        needed = fields if need_response else fields[:1]
-        if all(any(row.get(field) is not None for field in choice) for choice in needed):
-            return name
+    formats = {**{name: layout.fields for name, layout in CONVERSATIONS.items()}, **OTHERS}
+    mapped = [name for name, fields in formats.items() if any(field in column_map for field in sum(fields, ()))]
+    for answered in (True,) if need_response else (True, False):
+        for name in (*mapped, *formats):
+            needed = formats[name] if answered else formats[name][:1]
+            if all(any(row.get(field) is not None for field in choice) for choice in needed):
+                return name
     raise RowError(
         where,
         f"the fields {columns(row.record) or '(none)'} fit no known format; set --data.format or"

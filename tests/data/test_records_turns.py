@@ -68,6 +68,20 @@ def test_turns_may_come_as_json_within_a_cell() -> None:
     assert "non-empty list" in refused({"messages": "[broken"})
 
 
+def test_a_format_that_columns_are_mapped_for_comes_before_others() -> None:
+    record = {"messages": [USER, ANSWER], "task": "2 + 2?", "gold": "4", "text": "t"}
+    for column_map in ({"question": "task", "answer": "gold"}, {"prompt": "task", "completion": "gold"}):
+        for need_response in (True, False):
+            format = detect_format(record, WHERE, column_map, need_response=need_response)
+            assert format == ("question_answer" if "answer" in column_map else "prompt_completion")
+    assert detect_format(record, WHERE, {"id": "task", "system": "gold"}) == "messages"
+
+
+def test_a_format_with_a_response_comes_before_the_prompt_of_another() -> None:
+    record = {"prompt": [USER], "question": "2 + 2?", "answer": "4"}
+    assert detect_format(record, WHERE, {}, need_response=False) == "question_answer"
+
+
 # --- the system prompt ----------------------------------------------------------------------------------------------
 
 BESIDE: dict[str, dict[str, Any]] = {
