@@ -11,6 +11,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning_utilities.core.rank_zero import rank_zero_info
 
 from deft_lightning.callbacks import newest_checkpoint
+from deft_lightning.data.build import title
 from deft_lightning.data.preview import page
 from deft_lightning.errors import UserError
 from deft_lightning.models import load_checkpoint, model_from_checkpoint, save_hugging_face
@@ -100,10 +101,10 @@ class Trainer(LightningTrainer):
         datamodule.setup("fit")
         found = datamodule.samples(split, examples)  # type: ignore[attr-defined]
         reports = [str(report) for report in datamodule.reports.values()]  # type: ignore[attr-defined]
-        title = f"{datamodule.source}: {split}"  # type: ignore[attr-defined]
+        named = f"{title(datamodule.source)}: {split}"  # type: ignore[attr-defined]
         path = Path(output)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(page(title, found, reports), encoding="utf-8")
+        path.write_text(page(named, found, reports), encoding="utf-8")
         rank_zero_info(f"preview: {path.resolve()}")
         return path
 

@@ -11,7 +11,7 @@ import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +26,8 @@ from deft_lightning.data.lazy import Lazy
 from deft_lightning.data.noise import Noise
 from deft_lightning.data.prepare import Changed, Report, Supervise, corrupted, tokenise
 from deft_lightning.data.records import Example, detect_format, normalise
-from deft_lightning.data.sources import read
+from deft_lightning.data.rows import BadRows
+from deft_lightning.data.sources import read_many
 from deft_lightning.data.tables import ROWS, TOKENS, Rows, Writer, record_batch, row_of
 from deft_lightning.data.template import Ints
 from deft_lightning.data.tokenizer import build_tokenizer
@@ -35,19 +36,20 @@ from deft_lightning.hashing import uniform
 
 CHUNK = 500  # examples a job of a worker
 SHOWN = 32  # tokens beyond a cut that are kept, for people to look at
-LISTED = 1000  # skipped rows that are kept with their reason
+BAD_ROWS = "bad_rows.tsv"
+Source = str | list[str] | dict[str, float]
 
 
 @dataclass(frozen=True)
 class Recipe:
     """Everything that decides what is prepared; see :class:`~deft_lightning.data.InstructionDataModule`."""
 
-    source: str
+    source: Source
     format: str
     column_map: dict[str, str]
     subset: str | None
     split: str
-    validation_source: str | None
+    validation_source: Source | None
     validation_fraction: float
     seed: int
     on_bad_row: str
@@ -57,52 +59,41 @@ class Recipe:
     supervise: Supervise
     noise: Noise
 
-
-@dataclass
-class BadRows:
-    """Rows that were left out: how many, and why the first thousand were."""
-
-    count: int = 0
-    first: list[str] = field(default_factory=list)
-
-    def add(self, problem: str) -> None:
-        """Count a row."""
-        self.count += 1
-        if len(self.first) < LISTED:
-            self.first.append(problem)
+    def skip(self, bad: BadRows) -> BadRows | None:
+        """Return what takes note of rows that cannot be used; None to stop at the first."""
+        return bad if self.on_bad_row == "skip" else None
 
 
 def read_examples(
-    source: str, recipe: Recipe, skip: Callable[[UserError], None], *, need_response: bool = True
+    source: Source, recipe: Recipe, skip: Callable[[UserError], None] | None, *, need_response: bool = True
 ) -> Iterator[Example]:
-    """Yield the normalised rows of a source; rows that are none are told to ``skip``."""
-    format = recipe.format
-    for where, record in read(source, subset=recipe.subset, split=recipe.split, on_bad_row=skip):
+    """Yield the normalised rows of one source or several; rows that cannot be used are told to ``skip``, or raise."""
+    formats: dict[str, str] = {}
+    rows = read_many(source, subset=recipe.subset, split=recipe.split, on_bad_row=skip, seed=recipe.seed)
+    for where, record, name in rows:
         try:
+            format = formats.get(name, recipe.format)
             if format == "auto":
-                format = detect_format(record, where, recipe.column_map, need_response=need_response)
+                format = formats[name] = detect_format(record, where, recipe.column_map, need_response=need_response)
             yield normalise(record, where, format, recipe.column_map, need_response=need_response)
         except UserError as error:
+            if skip is None:
+                raise
             skip(error)
 
 
-def skipper(recipe: Recipe, bad: BadRows) -> Callable[[UserError], None]:
-    """Return what to do with a row that cannot be used: stop, or count it."""
-
-    def skip(error: UserError) -> None:
-        if recipe.on_bad_row == "error":
-            raise error
-        bad.add(str(error))
-
-    return skip
+def title(source: Source | None) -> str:
+    """Return the name of a source, or of several, for messages."""
+    return source if isinstance(source, str) else ", ".join(source or ())
 
 
-def _spool(source: str, recipe: Recipe, path: Path, bad: BadRows) -> Rows:
+def _spool(source: Source, recipe: Recipe, path: Path, bad: BadRows) -> Rows:
     with Writer(path, ROWS) as out:
-        for example in progress(read_examples(source, recipe, skipper(recipe, bad)), f"reading {source}"):
+        for example in progress(read_examples(source, recipe, recipe.skip(bad)), f"reading {title(source)}"):
             out.add(row_of(example))
     if not out.count:
-        raise UserError(f"{source}: no usable row; the first problem: {bad.first[0]}")
+        problem = f"no usable row; the first problem: {bad.first[0]}" if bad.first else "no row (--data.source)"
+        raise UserError(f"{title(source)}: {problem}")
     return Rows(path)
 
 
@@ -189,13 +180,16 @@ def _splits(recipe: Recipe, folder: Path, bad: BadRows) -> dict[str, View]:
     parts = {"train": np.flatnonzero(~out), "validation": np.flatnonzero(out)}
     splits = {name: replace(whole, places=places) for name, places in parts.items()}
     if not len(splits["train"]):
-        raise UserError(f"{recipe.source}: no row is left to train on; lower --data.validation_fraction")
+        raise UserError(f"{title(recipe.source)}: no row is left to train on; lower --data.validation_fraction")
     return splits
 
 
 def _texts(examples: Iterable[Example]) -> Iterator[str]:
     for example in examples:
         yield from [example.text] if example.text else [m["content"] for m in example.messages or ()]
+        calls = [message["tool_calls"] for message in example.messages or () if message.get("tool_calls")]
+        if example.tools or calls:
+            yield json.dumps([example.tools, calls], ensure_ascii=False)
 
 
 def build(recipe: Recipe, tokenizer: Any | None, chat_template: str | None, folder: Path, num_proc: int) -> None:
@@ -217,7 +211,7 @@ def build(recipe: Recipe, tokenizer: Any | None, chat_template: str | None, fold
         train = splits["train"]
         if all(train[at].tokens for at in range(len(train))):
             raise UserError(
-                f"{recipe.source}: rows of tokens need the tokenizer they were made with (--data.tokenizer)"
+                f"{title(recipe.source)}: rows of tokens need the tokenizer they were made with (--data.tokenizer)"
             )
         tokenizer = build_tokenizer(_texts(train), recipe.tokenizer_size)
         if chat_template is not None:
@@ -244,7 +238,9 @@ def build(recipe: Recipe, tokenizer: Any | None, chat_template: str | None, fold
             out.add(row_of(example))
     for spool in ("rows.arrow", "validation_rows.arrow"):
         (folder / spool).unlink(missing_ok=True)
-    meta = {"reports": reports, "skipped": bad.count, "bad_rows": bad.first}
+    if len(bad):
+        bad.write(folder / BAD_ROWS)
+    meta = {"reports": reports, "skipped": len(bad), "bad_rows": bad.first}
     (folder / DONE).write_text(json.dumps(meta, indent=2), encoding="utf-8")
 
 
@@ -255,14 +251,14 @@ class Encoded(NamedTuple):
         batch: The examples that are left, a record batch of :data:`TOKENS` as bytes; None if there is none.
         counted: What became of the examples.
         labels: Supervised tokens, and how often each occurs.
-        refused: Problems of the rows that were left out.
+        refused: What is wrong with the rows that were left out.
         supervised: How many examples had a supervised token before truncation.
     """
 
     batch: pa.Buffer | None
     counted: Report
     labels: tuple[Ints, Ints]
-    refused: list[str]
+    refused: list[UserError]
     supervised: int
 
 
@@ -290,7 +286,7 @@ class Encoder:
         """Encode the examples from a position, those that noise has changed as they are now."""
         places = range(start, min(start + CHUNK, len(self.examples)))
         pairs = [changed[at] if at in changed else (self.examples[at], []) for at in places]
-        refused: list[str] = []
+        refused: list[UserError] = []
         whole = tokenise(
             self.tokenizer, [e for e, _ in pairs], [m for _, m in pairs], refused if self.skip else None, self.supervise
         )
@@ -360,7 +356,7 @@ def _prepare(
     with Writer(path, TOKENS) as out, progress(None, f"preparing {report.name}", len(examples)) as bar:
         for found in _run(encoder, changed, workers):
             for problem in found.refused:
-                bad.add(problem)
+                bad(problem)
             refused += len(found.refused)
             supervised_before += found.supervised
             report.merge(found.counted)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -34,6 +36,20 @@ def file_identity(path: Path) -> str:
         return f"{path.resolve()}:{found.st_size}:{found.st_mtime_ns}"
     with path.open("rb") as content:
         return hashlib.file_digest(content, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def source_identity(source: str) -> str:
+    """Return what a source is known by beside its name: the content of its files, nothing for the hub and tasks."""
+    name = re.sub(r"\?\w+=.*$", "", source) if not source.startswith("reasoning_gym:") else source
+    for choice in (source, name, re.sub(r"\[[^\]]*\]$", "", name)):
+        path = Path(choice).expanduser()
+        files = sorted(path.rglob("*")) if path.is_dir() else [path]
+        if not path.exists() and glob.has_magic(choice):
+            files = sorted(map(Path, glob.glob(str(path), recursive=True)))
+        found = [(str(file), file_identity(file)) for file in files if file.is_file()]
+        if found:
+            return repr(found)
+    return ""
 
 
 def cached(root: Path, parts: list[object], build: Callable[[Path], None]) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -16,8 +17,8 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 
 from deft_lightning._version import __version__
-from deft_lightning.data.build import BadRows, Recipe, build, read_examples, skipper, unique_ids
-from deft_lightning.data.cache import DONE, cache_root, cached, file_identity
+from deft_lightning.data.build import BAD_ROWS, Recipe, Source, build, read_examples, title, unique_ids
+from deft_lightning.data.cache import DONE, cache_root, cached, source_identity
 from deft_lightning.data.collate import IGNORE, PromptCollator, TrainCollator
 from deft_lightning.data.noise import Noise, TokenNoise
 from deft_lightning.data.order import Batches, ResumableLoader, Rows, ShardedSampler
@@ -25,6 +26,8 @@ from deft_lightning.data.packing import best_fit_decreasing, bounded_batches
 from deft_lightning.data.prepare import Report, Supervise, prompts, vocabulary
 from deft_lightning.data.preview import Sample, as_text, sample
 from deft_lightning.data.records import FIELDS, Example, Format
+from deft_lightning.data.rows import BadRows
+from deft_lightning.data.sources import weights
 from deft_lightning.data.tables import Rows as Spool
 from deft_lightning.data.tables import Tokens
 from deft_lightning.data.template import end_of_turn, markers, set_template
@@ -39,8 +42,9 @@ class InstructionDataModule(LightningDataModule):
     """Instruction data for supervised fine-tuning, with synthetic label noise.
 
     Args:
-        source: A .jsonl, .json, .csv or .parquet file, a folder or hub id that `datasets` loads, or
-            `reasoning_gym:<task>[?option=value&...]` (generated, no network).
+        source: A file (.jsonl, .json, .csv, .tsv, .parquet, .arrow, text also as .gz or .zst), a folder or a pattern of
+            such files, a hub id (`?subset=&split=&streaming=&limit=`), or `reasoning_gym:<task>[?option=value&...]`
+            (generated, no network). Several: a list, or a weight for each (0.5: a half chosen by hash, 2: twice).
         format: Layout of a row; auto looks at the first one. messages, sharegpt (conversations), prompt_completion,
             alpaca (instruction, input, output or response), question_answer, text, tokens (input_ids, labels).
         column_map: Canonical field to the column that holds it, dotted for nested ones, for example
@@ -75,12 +79,12 @@ class InstructionDataModule(LightningDataModule):
 
     def __init__(
         self,
-        source: str | None = None,
+        source: Source | None = None,
         format: Format = "auto",
         column_map: dict[str, str] | None = None,
         subset: str | None = None,
         split: str = "train",
-        validation_source: str | None = None,
+        validation_source: Source | None = None,
         validation_fraction: float = 0.05,
         test_source: str | None = None,
         on_bad_row: Literal["error", "skip"] = "error",
@@ -181,11 +185,12 @@ class InstructionDataModule(LightningDataModule):
 
     # ---------------------------------------------------------------- preparing
 
-    def _recipe(self) -> Recipe:
-        if self.source is None:
+    def _recipe(self, source: Source | None = None) -> Recipe:
+        source = source or self.source
+        if not source:
             raise UserError("no data: set --data.source to a file, a hub id or reasoning_gym:<task>")
         return Recipe(
-            self.source, self.format, self.column_map, self.subset, self.split, self.validation_source,
+            source, self.format, self.column_map, self.subset, self.split, self.validation_source,
             self.validation_fraction, self.seed, self.on_bad_row, self.tokenizer_size, self.max_length, self.keep,
             self.supervise, self.noise,
         )  # fmt: skip
@@ -203,7 +208,8 @@ class InstructionDataModule(LightningDataModule):
             root = Path(self._temporary.name)
         about = "built" if tokenizer is None else _tokenizer_identity(tokenizer)
         template = self.chat_template if tokenizer is None else None
-        sources = [_source_identity(name) for name in (recipe.source, recipe.validation_source) if name]
+        named = [name for source in (recipe.source, recipe.validation_source) if source for name in weights(source)]
+        sources = [source_identity(name) for name in named]
         return cached(root, [__version__, recipe, sources, about, template], fill)
 
     def prepare_data(self) -> None:
@@ -238,9 +244,13 @@ class InstructionDataModule(LightningDataModule):
         if quiet:
             return
         if meta["skipped"]:
-            rank_zero_warn(f"{self.source}: skipped {meta['skipped']} rows; the first: {meta['bad_rows'][0]}")
+            kept = self._note_bad_rows(folder)
+            rank_zero_warn(
+                f"{title(self.source)}: skipped {meta['skipped']} rows, listed in {kept}; the first:"
+                f" {meta['bad_rows'][0]}"
+            )
         if self.validation_fraction and self.validation_source is None and not len(self._rows["validation"]):
-            rank_zero_warn(f"{self.source}: too few rows to hold any out; there will be no validation")
+            rank_zero_warn(f"{title(self.source)}: too few rows to hold any out; there will be no validation")
         for report in self.reports.values():
             if report.examples:
                 rank_zero_info(str(report))
@@ -251,6 +261,17 @@ class InstructionDataModule(LightningDataModule):
             rank_zero_info(f"example {found.id}, [supervised], {{noisy}}, ~cut off~:\n{shown}")
         if self.packing:
             self._pack()
+
+    def _note_bad_rows(self, folder: Path) -> Path:
+        """Put the list of skipped rows beside the logs, if there are any, and return where it is."""
+        log_dir = self.trainer.log_dir if self.trainer else None
+        if log_dir is None:
+            return folder / BAD_ROWS
+        target = Path(log_dir) / BAD_ROWS
+        if self.trainer is not None and self.trainer.is_global_zero:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(folder / BAD_ROWS, target)
+        return target
 
     def _pack(self) -> None:
         for name, rows in self._rows.items():
@@ -393,10 +414,10 @@ class InstructionDataModule(LightningDataModule):
         return self._loader(ready, collate, self.eval_batch_size, train=False)
 
     def _read(self, source: str, need_response: bool) -> list[Example]:
-        recipe, bad = replace(self._recipe(), source=source), BadRows()
-        rows = list(read_examples(source, recipe, skipper(recipe, bad), need_response=need_response))
-        if bad.count:
-            rank_zero_warn(f"{source}: skipped {bad.count} rows; the first: {bad.first[0]}")
+        recipe, bad = replace(self._recipe(source), source=source), BadRows()
+        rows = list(read_examples(source, recipe, recipe.skip(bad), need_response=need_response))
+        if len(bad):
+            rank_zero_warn(f"{source}: skipped {len(bad)} rows; the first: {bad.first[0]}")
         if not rows:
             raise UserError(f"{source}: no usable row; the first problem: {bad.first[0]}")
         renamed = unique_ids(lambda: (row.id for row in rows), lambda at: rows[at].digest)
@@ -419,13 +440,3 @@ def _tokenizer_identity(tokenizer: Any) -> str:
         sorted(tokenizer.special_tokens_map.items()),
     )
     return f"{key(*parts):032x}"
-
-
-def _source_identity(source: str) -> str:
-    """Return what a source is known by: the content of a file, the fingerprint of a dataset, else its name."""
-    path = Path(source).expanduser()
-    if path.is_file():
-        return file_identity(path)
-    if path.is_dir():
-        return repr([(str(file), file_identity(file)) for file in sorted(path.rglob("*")) if file.is_file()])
-    return source

@@ -15,6 +15,7 @@ from deft_lightning.data.noise import Noise, ResponseNoise, TokenNoise
 from deft_lightning.data.noise.edits import Mark, apply_edits
 from deft_lightning.data.noise.vocabulary import Vocabulary
 from deft_lightning.data.records import Example
+from deft_lightning.data.rows import RowError
 from deft_lightning.data.template import (
     NOT_SUPERVISED,
     Encoded,
@@ -213,9 +214,11 @@ def _given_tokens(example: Example, vocab_size: int) -> Encoded | UserError:
     if wrong.any():
         at = int(np.flatnonzero(wrong)[0])
         field, token = ("input_ids", ids[at]) if not 0 <= ids[at] < vocab_size else ("labels", labels[at])
-        return UserError(
-            f"{example.where}, field '{field}[{at}]': token {int(token)} is outside the tokenizer's vocabulary of"
-            f" {vocab_size} (--data.tokenizer)"
+        return RowError(
+            example.where,
+            f"token {int(token)} is outside the tokenizer's vocabulary of {vocab_size} (--data.tokenizer)",
+            f"{field}[{at}]",
+            "unknown token",
         )
     return Encoded(ids, np.where(labels == IGNORE, NOT_SUPERVISED, 0))
 
@@ -224,7 +227,7 @@ def tokenise(
     tokenizer: Any,
     examples: Sequence[Example],
     marks: Sequence[Sequence[Mark]],
-    refused: list[str] | None = None,
+    refused: list[UserError] | None = None,
     supervise: Supervise = "assistant",
 ) -> list[Prepared]:
     """Turn examples into tokens labelled with themselves; ``marks`` are the noise in the last turn of each.
@@ -248,7 +251,7 @@ def tokenise(
         if isinstance(encoded, UserError):
             if refused is None:
                 raise encoded
-            refused.append(str(encoded))
+            refused.append(encoded)
             continue
         supervised = encoded.turn != NOT_SUPERVISED
         if example.messages and supervise == "last":

@@ -124,7 +124,7 @@ class Table(Lazy[T]):
 
 def row_of(example: Example) -> tuple[str, ...]:
     """Return an example as a row of :data:`ROWS`."""
-    content = {name: getattr(example, name) for name in ("messages", "text", "tokens")}
+    content = {name: getattr(example, name) for name in ("messages", "text", "tokens", "tools")}
     known = {name: value for name, value in content.items() if value is not None}
     return example.id, example.digest, example.where, json.dumps(known, ensure_ascii=False)
 
@@ -137,7 +137,7 @@ class Rows(Table[Example]):
         batch, row = self.place(at)
         id, digest, where, content = (column[row].as_py() for column in self.batches[batch].columns)
         fields = json.loads(content)
-        for name in ("messages", "tokens"):
+        for name in ("messages", "tokens", "tools"):
             if name in fields:
                 fields[name] = tuple(fields[name])
         return Example(id, digest, where, **fields)

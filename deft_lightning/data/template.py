@@ -6,7 +6,7 @@ import functools
 import json
 import re
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deft_lightning.data.noise.edits import Mark
-from deft_lightning.data.records import Example, Message
+from deft_lightning.data.records import Example, Message, Tool
+from deft_lightning.data.rows import RowError
 from deft_lightning.errors import UserError
 
 Ints = NDArray[np.int64]
@@ -25,13 +26,22 @@ def chatml(tokenizer: Any) -> str:
     """Return the default template for tokenizers without one.
 
     ChatML. Where ``<|im_end|>`` is not a token of its own, turns end with the end-of-sequence token instead: a base
-    model knows it, generation stops at it, and the embedding keeps its size.
+    model knows it, generation stops at it, and the embedding keeps its size. Tools are listed in the system turn, one
+    JSON object a line; a call is the JSON of its name and arguments.
     """
     end = "<|im_end|>" if "<|im_end|>" in tokenizer.get_vocab() else tokenizer.eos_token
     bos = tokenizer.bos_token if _prepends_bos(tokenizer) else ""
     return (
-        f"{{{{ {bos!r} }}}}{{% for message in messages %}}"
-        f"{{{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + {end!r} + '\\n' }}}}{{% endfor %}}"
+        f"{{{{ {bos!r} }}}}{{% if tools %}}{{{{ '<|im_start|>system\\n' }}}}"
+        "{% if messages and messages[0]['role'] == 'system' %}{{ messages[0]['content'] + '\\n\\n' }}{% endif %}"
+        "{{ '<tools>\\n' }}{% for tool in tools %}{{ tool | tojson + '\\n' }}{% endfor %}"
+        f"{{{{ '</tools>' + {end!r} + '\\n' }}}}{{% endif %}}"
+        "{% for message in messages %}{% if not (tools and loop.first and message['role'] == 'system') %}"
+        "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] }}"
+        "{% for call in message['tool_calls'] or [] %}"
+        "{{ '\\n' if message['content'] or not loop.first }}"
+        "{{ '<tool_call>\\n' + (call['function'] | tojson) + '\\n</tool_call>' }}{% endfor %}"
+        f"{{{{ {end!r} + '\\n' }}}}{{% endif %}}{{% endfor %}}"
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
     )
 
@@ -93,12 +103,19 @@ def end_of_turn(tokenizer: Any) -> int | None:
     return after[0] if after and after[0] in markers(tokenizer) else None
 
 
-def render(tokenizer: Any, messages: Sequence[Message], *, prompt: bool) -> str:
+def render(tokenizer: Any, messages: Sequence[Message], *, prompt: bool, tools: Sequence[Tool] | None = None) -> str:
     """Return the conversation as text, with the assistant's header at the end for a prompt."""
     # As a batch of one: transformers cannot tell an empty conversation from an empty batch.
-    (text,) = tokenizer.apply_chat_template([list(messages)], tokenize=False, add_generation_prompt=prompt)
+    (text,) = tokenizer.apply_chat_template(
+        [list(messages)], tokenize=False, add_generation_prompt=prompt, tools=list(tools) if tools else None
+    )
     assert isinstance(text, str)
     return text
+
+
+def _template(tokenizer: Any, tools: Sequence[Tool] | None) -> str:
+    """The template as text: a tokenizer may have one for conversations with tools beside the other."""
+    return str(tokenizer.get_chat_template(tools=list(tools) if tools else None))
 
 
 def encode(tokenizer: Any, example: Example) -> Encoded:
@@ -109,7 +126,7 @@ def encode(tokenizer: Any, example: Example) -> Encoded:
     token, so that a separator after the end of the turn is not.
 
     Raises:
-        UserError: The template rewrites earlier turns, or leaves out a message.
+        UserError: The template rewrites earlier turns, or leaves out a message, a call of a tool, or the tools.
     """
     (encoded,) = encode_many(tokenizer, [example])
     if isinstance(encoded, UserError):
@@ -119,7 +136,8 @@ def encode(tokenizer: Any, example: Example) -> Encoded:
 
 def encode_many(tokenizer: Any, examples: Sequence[Example]) -> list[Encoded | UserError]:
     """Tokenise examples as :func:`encode` does, in one call of the tokenizer; a refused one gives its error."""
-    found: list[Encoded | UserError | tuple[str, list[Span]]] = []
+    found: list[Encoded | UserError | tuple[str, list[Span], bool]] = []
+    tags: dict[bool, bool] = {}  # whether the template has tags, with tools and without
     for example in examples:
         if example.text is not None:
             ids = tokenizer(example.text).input_ids
@@ -127,15 +145,18 @@ def encode_many(tokenizer: Any, examples: Sequence[Example]) -> list[Encoded | U
             found.append(Encoded(np.array(ids, dtype=np.int64), np.zeros(len(ids), dtype=np.int64)))
             continue
         try:
-            found.append(_spans(tokenizer, list(example.messages or ()), example.where))
+            spans = _spans(tokenizer, list(example.messages or ()), example.where, example.tools)
+            tools = bool(example.tools)
+            if tools not in tags:
+                tags[tools] = TAG.search(_template(tokenizer, example.tools)) is not None
+            found.append((*spans, tags[tools]))
         except UserError as error:
             found.append(error)
     texts = [item[0] for item in found if not isinstance(item, Encoded | UserError)]
     encodings = iter(_encodings(tokenizer, texts))
-    tagged = TAG.search(tokenizer.chat_template or "") is not None
     ends = frozenset(markers(tokenizer).tolist())
     return [
-        item if isinstance(item, Encoded | UserError) else _turns(tokenizer, *item, next(encodings), tagged, ends)
+        item if isinstance(item, Encoded | UserError) else _turns(tokenizer, *item, next(encodings), ends)
         for item in found
     ]
 
@@ -149,7 +170,7 @@ def _encodings(tokenizer: Any, texts: list[str]) -> list[Any]:
 
 
 def _turns(
-    tokenizer: Any, text: str, spans: list[Span], encoding: Any, tagged: bool, ends: frozenset[int]
+    tokenizer: Any, text: str, spans: list[Span], tagged: bool, encoding: Any, ends: frozenset[int]
 ) -> Encoded:  # fmt: skip
     """Map character spans to tokens: the first token that starts in a span, up to the first that starts behind it."""
     ids, offsets = encoding.ids, encoding.offsets
@@ -182,10 +203,10 @@ class _Laid(NamedTuple):
 
 def _lay_out(tokenizer: Any, example: Example) -> _Laid:
     messages = list(example.messages or ())
-    text, spans = _spans(tokenizer, messages, example.where)
+    text, spans = _spans(tokenizer, messages, example.where, example.tools)
     ids, starts, ends = _tokens(tokenizer, text, [start for start, _, _ in spans])
     marks = np.isin(ids, markers(tokenizer))
-    tagged = TAG.search(tokenizer.chat_template) is not None
+    tagged = TAG.search(_template(tokenizer, example.tools)) is not None
     turn = np.full(len(ids), NOT_SUPERVISED, dtype=np.int64)
     for start, end, i in spans:
         span = (starts >= start) & (starts < end)
@@ -257,12 +278,13 @@ def encode_prompt(tokenizer: Any, example: Example) -> tuple[str, list[int]]:
     """Return what generation starts from: the prefix of the tokens that :func:`encode` would give."""
     messages = list(example.prompt)
     try:
-        text = render(tokenizer, messages, prompt=True)
+        text = render(tokenizer, messages, prompt=True, tools=example.tools)
     except Exception as error:
-        raise UserError(f"{example.where}: the chat template refuses it: {error} (--data.chat_template)") from None
+        raise _refusal(example.where, f"refuses it: {error}") from None
+    _check_tools(text, example.tools, example.where)
     cuts = []
     if any(message["role"] == "assistant" for message in messages):
-        cuts = [start for start, _, _ in _spans(tokenizer, messages, example.where)[1]]
+        cuts = [start for start, _, _ in _spans(tokenizer, messages, example.where, example.tools)[1]]
     return text, _tokens(tokenizer, text, cuts)[0].tolist()
 
 
@@ -282,33 +304,81 @@ def _tokens(tokenizer: Any, text: str, cuts: Sequence[int]) -> tuple[Ints, Ints,
     return ids, starts, ends
 
 
-def _spans(tokenizer: Any, messages: list[Message], where: str) -> tuple[str, list[Span]]:
+def _refusal(where: str, problem: str, advice: str = "") -> RowError:
+    return RowError(where, f"the chat template {problem}{advice} (--data.chat_template)", kind="chat template")
+
+
+def _spans(
+    tokenizer: Any, messages: list[Message], where: str, tools: Sequence[Tool] | None = None
+) -> tuple[str, list[Span]]:
     try:
-        find = _tagged_spans if TAG.search(tokenizer.chat_template) else _prefix_spans
-        text, spans = find(tokenizer, messages, where)
+        tagged = TAG.search(_template(tokenizer, tools)) is not None
+        text, spans = (_tagged_spans if tagged else _prefix_spans)(tokenizer, messages, where, tools)
     except UserError:
         raise
     except Exception as error:  # Jinja raises many kinds, raise_exception() of the template among them
-        raise UserError(f"{where}: the chat template refuses it: {error} (--data.chat_template)") from None
+        raise _refusal(where, f"refuses it: {error}") from None
+    _check_tools(text, tools, where)
     at = 0
     for i, message in enumerate(messages):
         content = message["content"].strip()
-        found = max(text.find(content, at), text.find(json.dumps(content)[1:-1], at))
+        found = max(text.find(content, at), *(text.find(written, at) for written in _as_json(content)))
         if found < 0:
-            parts = TAG.search(tokenizer.chat_template) and message["role"] == "assistant"
-            if parts and any(number == i for _, _, number in spans):
+            if tagged and message["role"] == "assistant" and any(number == i for _, _, number in spans):
                 continue  # written in parts
-            raise UserError(f"{where}: the chat template leaves out or changes message {i + 1} (--data.chat_template)")
+            raise _refusal(where, f"leaves out or changes message {i + 1}")
+        if "tool_calls" in message:
+            _check_calls(text[at:], message, where, i)
         at = found + len(content)
     return text, spans
 
 
-def _tagged_spans(tokenizer: Any, messages: list[Message], where: str) -> tuple[str, list[Span]]:
+def _as_json(value: str) -> tuple[str, str]:
+    """The two ways to write a text within JSON, without the quotes."""
+    return json.dumps(value)[1:-1], json.dumps(value, ensure_ascii=False)[1:-1]
+
+
+def _check_tools(text: str, tools: Sequence[Tool] | None, where: str) -> None:
+    """A template that knows no tools leaves them out without a word."""
+    for tool in tools or ():
+        name = tool["function"]["name"]
+        if name not in text:
+            advice = (
+                "; choose one that lists tools, such as chatml, or leave them out with --data.column_map.tools none"
+            )
+            raise _refusal(where, f"leaves out the tool {name!r}", advice)
+
+
+def _check_calls(text: str, message: Message, where: str, i: int) -> None:
+    for call in message.get("tool_calls", ()):
+        function = call["function"]
+        for value in (function["name"], *_leaves(function["arguments"])):
+            spelt = _as_json(value) if isinstance(value, str) else (json.dumps(value, default=str),)
+            if not any(way in text for way in (str(value), *spelt)):
+                advice = "; choose one that writes them, such as chatml"
+                raise _refusal(where, f"leaves out or changes the tool calls of message {i + 1}", advice)
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield key
+            yield from _leaves(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _leaves(inner)
+    else:
+        yield value
+
+
+def _tagged_spans(
+    tokenizer: Any, messages: list[Message], where: str, tools: Sequence[Tool] | None
+) -> tuple[str, list[Span]]:
     from transformers.utils.chat_template_utils import render_jinja_template
 
     rendered, generated = render_jinja_template(
-        conversations=[messages], chat_template=tokenizer.chat_template, return_assistant_tokens_mask=True,
-        add_generation_prompt=False, **tokenizer.special_tokens_map,
+        conversations=[messages], tools=list(tools) if tools else None, chat_template=_template(tokenizer, tools),
+        return_assistant_tokens_mask=True, add_generation_prompt=False, **tokenizer.special_tokens_map,
     )  # fmt: skip
     text, turns = rendered[0], [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     spans: list[Span] = []
@@ -323,28 +393,41 @@ def _tagged_spans(tokenizer: Any, messages: list[Message], where: str) -> tuple[
         if not said:
             continue
         # Some turns have no tags, or several pairs: a run belongs to the next turn that says it.
-        while turns and said not in messages[turns[0]]["content"] and messages[turns[0]]["content"].strip() not in said:
+        while turns and not _says(messages[turns[0]], said):
             turns.pop(0)
         if not turns:
-            raise UserError(f"{where}: the chat template's tags are around no assistant turn (--data.chat_template)")
+            raise _refusal(where, "has tags that are around no assistant turn")
         spans.append((start, end, turns[0]))
     return text, spans
 
 
-def _prefix_spans(tokenizer: Any, messages: list[Message], where: str) -> tuple[str, list[Span]]:
-    whole = render(tokenizer, messages, prompt=False)
+def _says(message: Message, said: str) -> bool:
+    calls, content = message.get("tool_calls"), message["content"].strip()
+    if calls and all(call["function"]["name"] in said for call in calls):
+        return True
+    return bool(content or not calls) and (said in message["content"] or content in said)
+
+
+def _prefix_spans(
+    tokenizer: Any, messages: list[Message], where: str, tools: Sequence[Tool] | None
+) -> tuple[str, list[Span]]:
+    whole = render(tokenizer, messages, prompt=False, tools=tools)
     spans: list[Span] = []
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        before = render(tokenizer, messages[:i], prompt=True)
-        after = whole if i == len(messages) - 1 else render(tokenizer, messages[: i + 1], prompt=False)
+        before = render(tokenizer, messages[:i], prompt=True, tools=tools)
+        last = i == len(messages) - 1
+        after = whole if last else render(tokenizer, messages[: i + 1], prompt=False, tools=tools)
         if not (after.startswith(before) and whole.startswith(after)):
-            raise UserError(
-                f"{where}: the chat template writes message {i + 1} differently once more turns follow, so its span is"
-                " unknown; use a template with generation tags (--data.chat_template), or chatml"
+            raise _refusal(
+                where,
+                f"writes message {i + 1} differently once more turns follow, so its span is"
+                " unknown; use a template with generation tags, or chatml",
             )
-        if message["content"].strip() not in after[len(before) :]:
-            raise UserError(f"{where}: the chat template leaves out or changes message {i + 1} (--data.chat_template)")
+        turn = after[len(before) :]
+        if message["content"].strip() not in turn:
+            raise _refusal(where, f"leaves out or changes message {i + 1}")
+        _check_calls(turn, message, where, i)
         spans.append((len(before), len(after), i))
     return whole, spans

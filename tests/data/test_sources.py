@@ -161,7 +161,8 @@ BROKEN: dict[str, tuple[str, bytes, list[str]]] = {
     "parquet that is none": ("rows.parquet", b"question,answer\n", ["is not a parquet file"]),
     "empty parquet file": ("rows.parquet", b"", ["is not a parquet file"]),
     "unknown suffix": ("rows.txt", b"hello", ["'.txt'", ".jsonl", ".json", ".csv", ".parquet", "--data.source"]),
-    "compressed": ("rows.jsonl.gz", b"\x1f\x8b", ["'.gz'", ".jsonl"]),
+    "an unknown compression": ("rows.jsonl.bz2", b"BZh", ["'.bz2'", ".jsonl", ".gz"]),
+    "compressed and cut short": ("rows.jsonl.gz", b"\x1f\x8b", ["cut short"]),
     "no suffix": ("rows", b"hello", [".jsonl", "--data.source"]),
 }
 
@@ -216,10 +217,18 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-def test_a_folder_is_loaded_through_datasets(folder: Path) -> None:
+def test_a_folder_gives_the_rows_of_a_split_each_with_its_file(folder: Path) -> None:
     found = list(read(str(folder)))
     assert [row for _, row in found] == ROWS[:2]
-    assert [where for where, _ in found] == [f"{folder}[train], row 1", f"{folder}[train], row 2"]
+    assert [where for where, _ in found] == [f"{folder}/train.jsonl, row 1", f"{folder}/train.jsonl, row 2"]
+
+
+def test_a_folder_of_other_files_is_loaded_through_datasets(folder: Path) -> None:
+    (folder / "text").mkdir()
+    (folder / "text" / "rows.txt").write_text("one\ntwo\n")
+    found = list(read(str(folder / "text")))
+    assert [row for _, row in found] == [{"text": "one"}, {"text": "two"}]
+    assert [where for where, _ in found] == [f"{folder}/text[train], row 1", f"{folder}/text[train], row 2"]
 
 
 def test_split_chooses_among_the_files_of_a_folder(folder: Path) -> None:

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 from deft_lightning.data import InstructionDataModule
 from deft_lightning.data.noise.edits import whole
 from deft_lightning.data.prepare import prompts, tokenise
-from deft_lightning.data.records import Example, Message
+from deft_lightning.data.records import Example, Message, normalise
 from deft_lightning.data.template import encode, set_template
 from deft_lightning.data.tokenizer import build_tokenizer
 from deft_lightning.errors import UserError
@@ -512,6 +512,152 @@ def test_tags_around_the_last_answer_alone_supervise_it_as_that_turn() -> None:
     assert spell(tokenizer, encoded.input_ids[encoded.turn != -1]) == "four</s>"
     # The number of the turn is what noise on the response is recorded by.
     assert set(encoded.turn.tolist()) == {-1, 3}
+
+
+# --- tools and calls ------------------------------------------------------------------------------------------------
+
+SPEC = {"type": "function", "function": {"name": "weather", "description": 'the "sky", é', "parameters": {}}}
+
+
+def calls(*arguments: dict[str, Any], says: str = "") -> Message:
+    made = [{"type": "function", "function": {"name": "weather", "arguments": a}} for a in arguments]
+    return {"role": "assistant", "content": says, "tool_calls": made}
+
+
+ASKS = conversation(("system", "SYS"), ("user", "Sun in Köln?"))
+CALLED = (*ASKS, calls({"city": "Köln", "days": 2}), *conversation(("tool", '{"sky": "é"}'), ("assistant", "Yes.")))
+TOOLS = "{% if tools %}{{ '<tools>' }}{% for t in tools %}{{ t | tojson }}{% endfor %}{{ '</s>' }}{% endif %}"
+WITH_CALLS = (
+    "{{ '<' + m['role'] + '>' + m['content'] }}{% if m.get('tool_calls') %}{% for c in m['tool_calls'] %}"
+    "{{ '<call>' + (c['function'] | tojson) }}{% endfor %}{% endif %}{{ '</s>\n' }}"
+)
+WITH_CALLS_TAGGED = (
+    "{{ '<' + m['role'] + '>' }}{% generation %}{{ m['content'] }}{% if m.get('tool_calls') %}"
+    "{% for c in m['tool_calls'] %}{{ '<call>' + (c['function'] | tojson) }}{% endfor %}{% endif %}{{ '</s>' }}"
+    "{% endgeneration %}{{ '\n' }}"
+)
+KNOWS_CALLS = {
+    "without tags": TOOLS + template(WITH_CALLS),
+    "with tags": TOOLS
+    + template("{% if m['role'] == 'assistant' %}" + WITH_CALLS_TAGGED + "{% else %}" + PLAIN + "{% endif %}"),
+}
+knows_calls = pytest.mark.parametrize("text", KNOWS_CALLS.values(), ids=KNOWS_CALLS.keys())
+
+
+def with_tools(messages: Sequence[Message]) -> Example:
+    return Example("id", "digest", "data.jsonl, row 3", messages=tuple(messages), tools=(SPEC,))
+
+
+@knows_calls
+def test_a_call_is_supervised_as_the_template_writes_it_and_the_tools_are_in_the_prompt(text: str) -> None:
+    tokenizer = byte_level()
+    set_template(tokenizer, text)
+    encoded = encode(tokenizer, with_tools(CALLED))
+    call = '<call>{"name": "weather", "arguments": {"city": "Köln", "days": 2}}</s>'
+    assert spell(tokenizer, encoded.input_ids[encoded.turn == 2]) == call
+    assert spell(tokenizer, encoded.input_ids[encoded.turn == 4]) == "Yes.</s>"
+    (prompt,) = prompts(tokenizer, [with_tools(CALLED)])
+    at = int(np.flatnonzero(encoded.turn == 4)[0])
+    assert prompt.input_ids == encoded.input_ids[:at].tolist() and '"name": "weather"' in prompt.text.split("</s>")[0]
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.startswith("chatml")])
+def test_chatml_lists_tools_in_the_system_turn_and_writes_calls(kind: str) -> None:
+    tokenizer, end = ready(kind), KINDS[kind].end
+    encoded = encode(tokenizer, with_tools(CALLED))
+    bos = "<s>" if tokenizer.bos_token else ""
+    wanted = (
+        f"{bos}<|im_start|>system\nSYS\n\n<tools>\n{json.dumps(SPEC, ensure_ascii=False)}\n</tools>{end}\n"
+        f"<|im_start|>user\nSun in Köln?{end}\n<|im_start|>assistant\n<tool_call>\n"
+        f'{{"name": "weather", "arguments": {{"city": "Köln", "days": 2}}}}\n</tool_call>{end}\n'
+        f'<|im_start|>tool\n{{"sky": "é"}}{end}\n<|im_start|>assistant\nYes.{end}\n'
+    )
+    found = spell(tokenizer, encoded.input_ids)
+    assert found == wanted if KINDS[kind].exact else found.replace(" ", "") == wanted.replace(" ", "")
+    said = spell(tokenizer, encoded.input_ids[encoded.turn == 2])
+    assert said.endswith(f"</tool_call>{end}") and said.strip().startswith("<tool_call>")
+
+
+def test_chatml_writes_words_and_several_calls_of_one_turn_and_tools_without_a_system_turn() -> None:
+    tokenizer = ready("chatml, byte-level")
+    talk = (*conversation(("user", "Both?")), calls({"city": "A"}, {"city": "B"}, says="Let me see."))
+    text = spell(tokenizer, encode(tokenizer, with_tools(talk)).input_ids)
+    assert text.startswith(f"<|im_start|>system\n<tools>\n{json.dumps(SPEC, ensure_ascii=False)}\n</tools></s>\n")
+    assert text.count("<|im_start|>system") == 1 and "assistant\nLet me see.\n<tool_call>\n" in text
+    assert "</tool_call>\n<tool_call>" in text
+
+
+@each_style
+def test_a_template_that_knows_no_calls_is_an_error_and_not_an_empty_turn(style: str) -> None:
+    tokenizer = byte_level()
+    set_template(tokenizer, template(style))
+    assert "tool calls of message 3" in refused(tokenizer, CALLED)
+    assert "tool calls of message 3" in refused(tokenizer, (*ASKS, calls({"city": "Köln"}, says="Let me see.")))
+
+
+@pytest.mark.parametrize(
+    "writes",
+    [
+        "{{ '<call>' + m['tool_calls'][0]['function'] | tojson }}",  # the first alone
+        "{% for c in m['tool_calls'] %}{{ '<call>' + c['function']['name'] }}{% endfor %}",  # no arguments
+        "{% for c in m['tool_calls'] %}{{ '<call>' + c['function']['arguments'] | tojson }}{% endfor %}",  # no name
+    ],
+)
+def test_a_template_that_writes_a_part_of_the_calls_is_an_error(writes: str) -> None:
+    tokenizer = byte_level()
+    turn = "{{ '<' + m['role'] + '>' + m['content'] }}{% if m.get('tool_calls') %}" + writes + "{% endif %}</s>"
+    set_template(tokenizer, template(turn))
+    both = calls({"city": "Köln", "days": 2}, {"city": "Bonn", "days": 3})
+    assert "tool calls of message 3" in refused(tokenizer, (*ASKS, both))
+
+
+def test_a_template_that_writes_calls_in_a_way_of_its_own_is_accepted() -> None:
+    tokenizer = byte_level()
+    own = (
+        "{% for c in m['tool_calls'] %}{{ c['function']['name'] }}({% for k, v in c['function']['arguments'].items() %}"
+        "{{ k }}={{ v }};{% endfor %}){% endfor %}"
+    )
+    turn = "{{ '<' + m['role'] + '>' + m['content'] }}{% if m.get('tool_calls') %}" + own + "{% endif %}</s>"
+    set_template(tokenizer, template(turn))
+    values: dict[str, Any] = {"s": 'a "b"\né', "i": 2, "f": 0.5, "t": True, "n": None, "l": [1, "x"], "o": {"k": "v"}}
+    encoded = encode(tokenizer, example((*ASKS, calls(values))))
+    assert spell(tokenizer, encoded.input_ids[encoded.turn == 2]).startswith('weather(s=a "b"\né;i=2;f=0.5;t=True;')
+
+
+@each_style
+def test_a_template_that_knows_no_tools_is_an_error_that_says_how_to_leave_them_out(style: str) -> None:
+    tokenizer = byte_level()
+    set_template(tokenizer, template(style))
+    for act in (lambda e: encode(tokenizer, e), lambda e: prompts(tokenizer, [e])):
+        with pytest.raises(UserError, match=r"row 3: .*leaves out the tool 'weather'.*--data\.column_map\.tools none"):
+            act(with_tools(TALK))
+
+
+def test_a_tokenizer_with_a_template_for_tools_beside_the_other_uses_it() -> None:
+    tokenizer = byte_level()
+    tokenizer.chat_template = {"default": template(PLAIN), "tool_use": KNOWS_CALLS["with tags"]}
+    encoded = encode(tokenizer, with_tools(CALLED))
+    assert spell(tokenizer, encoded.input_ids[encoded.turn == 4]) == "Yes.</s>"
+    assert spell(tokenizer, encode(tokenizer, example(TALK)).input_ids).startswith("<system>SYS")
+
+
+def test_a_result_that_the_template_writes_as_json_is_not_taken_for_changed() -> None:
+    tokenizer = byte_level()
+    body = "{{ '<' + m['role'] + '>' + (m['content'] | tojson if m['role'] == 'tool' else m['content']) + '</s>' }}"
+    set_template(tokenizer, template(body))
+    encoded = encode(tokenizer, example((*ASKS, *conversation(("tool", '{"sky": "é"}\n'), ("assistant", "Yes.")))))
+    assert '\\"sky\\": \\"é\\"' in spell(tokenizer, encoded.input_ids)
+
+
+def test_roles_as_sharegpt_names_them_are_mapped_before_a_stock_template_could_drop_them() -> None:
+    # Such templates write the turns that they know and pass over all others.
+    tokenizer = byte_level()
+    known = "{% if m['role'] in ('system', 'user', 'assistant', 'tool') %}" + PLAIN + "{% endif %}"
+    set_template(tokenizer, template(known))
+    said = [("system", "S"), ("human", "H"), ("function_call", "F"), ("observation", "O"), ("gpt", "G")]
+    record = {"conversations": [{"from": role, "value": value} for role, value in said]}
+    text = spell(tokenizer, encode(tokenizer, normalise(record, "rows.jsonl, row 1", "sharegpt", {})).input_ids)
+    assert text == "<system>S</s>\n<user>H</s>\n<assistant>F</s>\n<tool>O</s>\n<assistant>G</s>\n"
 
 
 # --- text and labels ------------------------------------------------------------------------------------------------

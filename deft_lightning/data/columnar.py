@@ -1,0 +1,87 @@
+"""Rows of parquet and arrow files, a batch at a time, without what Arrow fills in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from deft_lightning.data.rows import Located, RowError, check_names
+from deft_lightning.errors import UserError
+
+BATCH = 1000  # rows turned into objects together
+
+
+def read_parquet(path: Path) -> Located:
+    """Yield the rows of a parquet file, of one batch of a row group after the other."""
+    import pyarrow.parquet as pq
+
+    with path.open("rb") as source:
+        try:
+            file = pq.ParquetFile(source)
+        except Exception as error:  # Arrow has a dozen kinds
+            raise UserError(f"{path}: is not a parquet file ({error})") from None
+        yield from _batches(path, file.schema_arrow.names, lambda: file.iter_batches(batch_size=BATCH))
+
+
+def read_arrow(path: Path) -> Located:
+    """Yield the rows of an arrow file or stream, which is mapped and not loaded."""
+    import pyarrow as pa
+
+    with path.open("rb") as file:
+        magic = file.read(6)
+    if not magic:
+        raise UserError(f"{path}: is not an arrow file (it has no bytes)")
+    with pa.memory_map(str(path)) as source:
+        try:
+            # Files end with a table of contents; streams, as datasets writes them, have none.
+            file = pa.ipc.open_file(source) if magic == b"ARROW1" else pa.ipc.open_stream(source)
+        except Exception as error:
+            raise UserError(f"{path}: is not an arrow file ({error})") from None
+        whole = (file.get_batch(i) for i in range(file.num_record_batches)) if magic == b"ARROW1" else file
+        parts = (batch.slice(at, BATCH) for batch in whole for at in range(0, batch.num_rows, BATCH))
+        yield from _batches(path, file.schema.names, lambda: parts)
+
+
+def _batches(path: Path, names: list[str], batches: Callable[[], Iterable[Any]]) -> Located:
+    check_names(path, names)
+    number = 0
+    found = iter(batches())
+    while True:
+        try:
+            batch = next(found)
+        except StopIteration:
+            return
+        except Exception as error:  # damaged pages and buffers
+            raise UserError(f"{path}, after row {number}: cannot be read ({error})") from None
+        try:
+            records: list[Any] = batch.to_pylist()
+        except Exception:  # a value that Python has no object for: find its row
+            records = [_single(path, number + 1 + i, batch.slice(i, 1)) for i in range(batch.num_rows)]
+        for record in records:
+            number += 1
+            if not isinstance(record, RowError):
+                record = {name: without_fill(value) for name, value in record.items()}
+            yield f"{path}, row {number}", record
+
+
+def _single(path: Path, number: int, row: Any) -> Any:
+    try:
+        return row.to_pylist()[0]
+    except Exception as error:  # text that is not UTF-8, dates out of range
+        return RowError(f"{path}, row {number}", f"cannot be read ({error})", kind="not readable")
+
+
+def without_fill(value: Any) -> Any:
+    """Return a nested value without the keys that hold None.
+
+    All objects of a column have the same keys in Arrow: None fills those that a row did not have, so that a call with
+    one argument would have the arguments of every other call in the file.
+    """
+    if isinstance(value, dict):
+        return {key: without_fill(inner) for key, inner in value.items() if inner is not None}
+    if isinstance(value, list):
+        # One look spares lists of numbers, which may be long.
+        first = next((inner for inner in value if inner is not None), None)
+        return [without_fill(inner) for inner in value] if isinstance(first, dict | list) else value
+    return value
