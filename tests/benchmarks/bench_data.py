@@ -56,14 +56,14 @@ def map_alone(args: argparse.Namespace) -> dict[str, float]:
     """Tokenise the rendered texts with datasets.map."""
     from datasets import Dataset, disable_caching
 
-    from deft_lightning.data.build import BadRows, read_examples, skipper
+    from deft_lightning.data.build import read_examples
     from deft_lightning.data.template import render
 
     with tempfile.TemporaryDirectory() as cache:
         data = module(args, cache)
         data._settle_tokenizer()
         recipe, tokenizer = data._recipe(), data.tokenizer
-        examples = read_examples(args.source, recipe, skipper(recipe, BadRows()))
+        examples = read_examples(args.source, recipe, None)
         rows = Dataset.from_list([{"text": render(tokenizer, e.messages, prompt=False)} for e in examples])
         tokenizer("warm up")
         disable_caching()
