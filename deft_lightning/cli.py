@@ -49,7 +49,8 @@ def _choices() -> str:
         f"Objectives (--model.objective): {', '.join(known_objectives())}, or the class path of your own. "
         f"Label noise (--data.noise.ops+=): {', '.join(known_noise())}. "
         "Strategies (--trainer.strategy): auto (one device), ddp (one process a device). "
-        "Sources (--data.source): .jsonl, .json, .csv, .parquet, a hub id, reasoning_gym:<task>. "
+        "Sources (--data.source): .jsonl, .json, .csv, .tsv, .parquet, .arrow (also .gz, .zst), a folder or pattern of"
+        " them, a hub id, reasoning_gym:<task>; several with --data.source '{a.jsonl: 1, b.jsonl: 0.5}'. "
         "Details of a class: --model.objective.help NAME, --data.noise.ops.help NAME."
     )
 
