@@ -431,7 +431,9 @@ def saved(folder: Path, kind: str = "llama") -> str:
     """A tiny pretrained model of a byte tokenizer."""
     tokenizer = build_tokenizer(["a"], 0)
     tokenizer.save_pretrained(folder / "model")
-    model = built(kind, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, pad_token_id=0)
+    # What is learnt is further from the borders than the short windows reach.
+    wide = {"sliding_window": 64} if "sliding_window" in MODELS[kind] else {}
+    model = built(kind, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, pad_token_id=0, **wide)
     model.save_pretrained(folder / "model")
     return str(folder / "model")
 
@@ -467,7 +469,7 @@ def test_the_gradient_of_packed_rows_is_the_sum_of_their_examples(tmp_path: Path
     # The same rows without their positions are another gradient: the comparison can fail.
     blind = [{k: v for k, v in batch.items() if k != "position_ids"} for batch in packed.train_dataloader()]
     wrong = gradient(module, blind)[2]
-    assert any(float((wrong[name] - grad).norm()) > 1e-3 * float(grad.norm()) for name, grad in expected.items())
+    assert any(float((wrong[name] - grad).norm()) > 0.01 * float(grad.norm()) for name, grad in expected.items())
 
 
 class Deaf(LlamaForCausalLM):
