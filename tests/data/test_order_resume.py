@@ -110,6 +110,16 @@ def test_ranks_have_as_many_steps_and_share_no_example(tmp_path: Path) -> None:
         assert len(everyone) == len(set(everyone)) > 70
 
 
+def test_the_longest_group_does_not_come_at_the_same_step_of_every_epoch(tmp_path: Path) -> None:
+    found = ready(tmp_path, 1000, group_by_length=True, batch_size=64).train_dataloader()
+    longest = set()
+    for epoch in range(6):
+        found.sampler.set_epoch(epoch)
+        widths = [batch["input_ids"].shape[1] for batch in found]
+        longest.add(widths.index(max(widths)))
+    assert len(longest) > 2
+
+
 # --- resuming --------------------------------------------------------------------------------------------------------
 
 

@@ -281,6 +281,21 @@ def test_a_noisy_token_says_what_is_learnt_instead_and_who_did_it(preview: Previ
     assert not [span for article in page.articles for span in article.spans if span.note and span.kind != "noisy"]
 
 
+def test_a_swapped_response_is_noisy_though_its_labels_are_what_is_read(preview: Preview, tmp_path: Path) -> None:
+    rows = [{"id": f"t{i}", "question": f"q{i}", "answer": f"answer {i}"} for i in range(12)]
+    op = {"class_path": "ResponseSwap", "init_args": {"rate": 0.5}}
+    found = by_id(preview(rows, "--data.tokenizer_size", "0", "--data.noise.ops", json.dumps([op])))
+    swapped = 0
+    for row in rows:
+        article = found[row["id"]]
+        truth = f"{row['answer']}<|end|>"
+        learnt, noisy = article.of("supervised"), article.of("noisy")
+        assert (learnt == truth and not noisy) or (not learnt and noisy != truth and noisy.endswith("<|end|>"))
+        assert [span.note for span in article.spans if span.kind == "noisy"] == ["ResponseSwap"] * bool(noisy)
+        swapped += bool(noisy)
+    assert 2 < swapped < 12
+
+
 def test_tokens_far_behind_the_cut_are_counted(preview: Preview) -> None:
     row = {"id": "long", "question": "q", "answer": "a" * 500}
     (article,) = preview([row], "--data.tokenizer_size", "0", "--data.max_length", "50").articles
