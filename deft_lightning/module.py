@@ -183,11 +183,13 @@ class SFTModule(LightningModule):
         input_ids, targets = batch["input_ids"], batch["labels"][:, 1:]
         if not self._checked:
             _check_batch(batch)
-            check_causal(self.model, input_ids)
+            # Repeated, lest a short batch pass unchecked, or one rank run the model less often than the others.
+            few = input_ids.repeat(1, 4)[:, : max(4, input_ids.shape[1])]
+            check_causal(self.model, few)
             if "position_ids" in batch:
-                check_packing(self.model, input_ids)
+                check_packing(self.model, few)
             if self._seam is not None:
-                check_head(self.model, self._seam, input_ids, self.objective)
+                check_head(self.model, self._seam, few, self.objective)
             self._checked = True
         keep = targets != IGNORE
         # No attention mask: behind right padding causal attention cannot see it, and SDPA takes its fast path. A
@@ -327,6 +329,8 @@ class SFTModule(LightningModule):
         self._meters["val"].reset()
         for name in ("loss", "nll", "ppl", "token_accuracy"):
             self.log(f"val/{name}", means[name], prog_bar=name == "nll", sync_dist=True)
+        if len(self.trainer.num_val_batches) < 2:
+            return
         noisy = self._meters["val_noisy"].compute()
         self._meters["val_noisy"].reset()
         if noisy["tokens"] > 0:

@@ -100,6 +100,8 @@ class Trainer(LightningTrainer):
         datamodule.prepare_data()
         datamodule.setup("fit")
         found = datamodule.samples(split, examples)  # type: ignore[attr-defined]
+        if not found:
+            raise UserError(f"preview: there are no {split} examples (--split, --data.validation_fraction)")
         reports = [str(report) for report in datamodule.reports.values()]  # type: ignore[attr-defined]
         named = f"{title(datamodule.source)}: {split}"  # type: ignore[attr-defined]
         path = Path(output)

@@ -224,7 +224,7 @@ def build(recipe: Recipe, tokenizer: Any | None, chat_template: str | None, fold
         "train": ("train", recipe.noise if "train" in recipe.noise.splits else clean),
         "validation": ("validation", clean),
     }
-    if "validation" in recipe.noise.splits and recipe.noise.ops:
+    if "validation" in recipe.noise.splits and recipe.noise.ops and len(splits["validation"]):
         plan["validation_noisy"] = ("validation", recipe.noise)
     reports: dict[str, Any] = {}
     for name, (split, noise) in plan.items():
@@ -296,7 +296,8 @@ class Encoder:
             short = example.truncate(self.max_length, self.keep)
             if counted.add(short):
                 cut = self._cut(example)
-                rows.append((short.id, short.input_ids, short.labels, short.noise_code, len(example.input_ids), cut))
+                length = len(example.input_ids)
+                rows.append((short.id, short.input_ids, short.labels, short.noise_code, length, short.skipped, cut))
         batch = record_batch(rows, TOKENS).serialize() if rows else None
         labels = np.concatenate([row[2] for row in rows]) if rows else np.zeros(0, dtype=np.int64)
         supervised = sum(int((example.labels != IGNORE).any()) for example in whole)

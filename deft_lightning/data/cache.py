@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -20,6 +21,7 @@ from deft_lightning.hashing import key
 # to find out would take as long as it saves.
 HASHED = 1 << 28
 DONE = "meta.json"
+FILES = "files.json"
 
 
 def cache_root(choice: str | None) -> Path:
@@ -56,25 +58,26 @@ def cached(root: Path, parts: list[object], build: Callable[[Path], None]) -> Pa
     """Return the folder of a key, built if it is not there.
 
     One process builds, others wait for it and take what it built. The folder gets its name when it is complete, so a
-    build that is killed leaves nothing that is ever used; what it left is removed by the next one.
+    build that is killed leaves nothing that is ever used; what it left is removed by the next one. A folder of which
+    a file is missing or shorter than it was is built again.
 
     Args:
         root: Folder of caches.
         parts: Everything that changes the result.
-        build: Fills the folder it is given; writes :data:`DONE` last.
+        build: Fills the folder it is given.
 
     Raises:
         UserError: The folder cannot be written.
     """
     name = f"{key(*parts):032x}"
     target = root / name
-    if (target / DONE).is_file():
-        return target
     try:
+        if _whole(target):
+            return target
         root.mkdir(parents=True, exist_ok=True)
         lock = FileLock(root / f"{name}.lock")
         with lock:
-            if (target / DONE).is_file():
+            if _whole(target):
                 return target
             for left in root.glob(f".{name}-*"):
                 shutil.rmtree(left, ignore_errors=True)
@@ -82,9 +85,27 @@ def cached(root: Path, parts: list[object], build: Callable[[Path], None]) -> Pa
             partial = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=root))
             try:
                 build(partial)
+                _seal(partial)
                 partial.rename(target)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
-    except (PermissionError, FileExistsError, NotADirectoryError) as error:
+    except OSError as error:
         raise UserError(f"{root}: cannot keep prepared data there: {error} (--data.cache_dir)") from None
     return target
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    files = (path for path in folder.rglob("*") if path.is_file() and path != folder / FILES)
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+
+
+def _seal(folder: Path) -> None:
+    (folder / FILES).write_text(json.dumps(_sizes(folder)), encoding="utf-8")
+
+
+def _whole(folder: Path) -> bool:
+    try:
+        known = json.loads((folder / FILES).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return False
+    return bool(known == _sizes(folder))

@@ -25,6 +25,7 @@ class Prepared:
         noise_code: 0 where the label is clean, else the place of the corrupting operation, from 1.
         clean_labels: What the labels were before token noise, -100 where the text itself was corrupted; None where no
             token noise was applied.
+        skipped: Supervised tokens that truncation cut off before the first of these.
     """
 
     id: str
@@ -32,6 +33,7 @@ class Prepared:
     labels: Ints
     noise_code: Ints
     clean_labels: Ints | None = None
+    skipped: int = 0
 
     def truncate(self, length: int, keep: str = "start") -> Prepared:
         """Return the first ``length`` tokens, or the last; nothing predicts the first token that is left."""
@@ -41,7 +43,8 @@ class Prepared:
         labels = self.labels[part].copy()
         labels[:1] = IGNORE
         codes = np.where(labels == IGNORE, 0, self.noise_code[part])
-        return Prepared(self.id, self.input_ids[part], labels, codes)
+        skipped = int((self.labels != IGNORE).sum() - (self.labels[part][1:] != IGNORE).sum()) if part.start else 0
+        return Prepared(self.id, self.input_ids[part], labels, codes, skipped=skipped)
 
     @property
     def clean(self) -> Ints:

@@ -30,7 +30,7 @@ from deft_lightning.data.rows import BadRows
 from deft_lightning.data.sources import weights
 from deft_lightning.data.tables import Rows as Spool
 from deft_lightning.data.tables import Tokens
-from deft_lightning.data.template import end_of_turn, markers, set_template
+from deft_lightning.data.template import end_of_turn, markers, set_template, template_text
 from deft_lightning.data.tokenizer import load_tokenizer
 from deft_lightning.errors import UserError, did_you_mean
 from deft_lightning.hashing import key
@@ -207,7 +207,7 @@ class InstructionDataModule(LightningDataModule):
             self._temporary = self._temporary or tempfile.TemporaryDirectory(prefix="deft_lightning-")
             root = Path(self._temporary.name)
         about = "built" if tokenizer is None else _tokenizer_identity(tokenizer)
-        template = self.chat_template if tokenizer is None else None
+        template = template_text(self.chat_template) if tokenizer is None and self.chat_template else None
         named = [name for source in (recipe.source, recipe.validation_source) if source for name in weights(source)]
         sources = [source_identity(name) for name in named]
         return cached(root, [__version__, recipe, sources, about, template], fill)
@@ -338,7 +338,7 @@ class InstructionDataModule(LightningDataModule):
             )
         lengths = None
         if train and self.group_by_length:
-            lengths = dataset.examples.lengths()
+            lengths = dataset.lengths()
         sampler = ShardedSampler(
             len(dataset), rank=rank, world=world, seed=self.seed, shuffle=train, even=train, lengths=lengths,
             tag_epoch=train,
@@ -361,7 +361,7 @@ class InstructionDataModule(LightningDataModule):
             return self._loader(rows, collate, size, train)
         if self.packing:
             return self._loader(rows, collate, self.max_tokens_per_batch // self.max_length, train)
-        lengths = rows.examples.lengths()
+        lengths = rows.lengths()
         batches = bounded_batches(lengths.tolist(), self.max_tokens_per_batch, self.seed)
         return self._loader(Batches(rows, batches), collate, None, train)
 
@@ -395,7 +395,16 @@ class InstructionDataModule(LightningDataModule):
         order = np.random.default_rng([self.seed, 1]).permutation(len(train.examples)).tolist()
         chosen = (at for at in order if train.example(at).noise_code.any())
         found = [at for at, _ in zip(chosen, range(limit), strict=False)]
-        return Rows(train.examples, [[at] for at in found], self.noise, train.words) if found else None
+        world = self.trainer.world_size if self.trainer else 1
+        if len(found) < world:
+            rank_zero_warn(
+                f"{len(found)} of the training examples are corrupted, fewer than the {world} ranks: there will be no"
+                " val_noisy"
+                if found
+                else "none of the training examples is corrupted: there will be no val_noisy"
+            )
+            return None
+        return Rows(train.examples, [[at] for at in found], self.noise, train.words)
 
     def _prompt_loader(self, need_response: bool) -> DataLoader[Any]:
         if self.test_source is not None:
@@ -435,7 +444,7 @@ class InstructionDataModule(LightningDataModule):
 def _tokenizer_identity(tokenizer: Any) -> str:
     """Return a hash of everything about a tokenizer that changes tokens or labels."""
     parts = (
-        tokenizer.backend_tokenizer.to_str(),
+        json.dumps({**json.loads(tokenizer.backend_tokenizer.to_str()), "truncation": None, "padding": None}),
         tokenizer.chat_template,
         sorted(tokenizer.special_tokens_map.items()),
     )

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from deft_lightning.data.collate import Prepared
@@ -85,15 +86,26 @@ class Rows(Dataset[Any]):
     def __getitem__(self, key: int) -> list[Prepared]:
         """Return the examples of row ``key % len`` in epoch ``key // len``."""
         epoch, at = divmod(key, len(self))
+        return self.row(at, epoch)
+
+    def row(self, at: int, epoch: int) -> list[Prepared]:
+        """Return the examples of a row as they are trained on in an epoch."""
         return [self.example(i, epoch) for i in ([at] if self.rows is None else self.rows[at])]
+
+    def lengths(self) -> NDArray[np.int64]:
+        """Return the number of tokens of every row."""
+        lengths = self.examples.lengths()
+        if self.rows is None:
+            return lengths
+        return np.array([lengths[row].sum() for row in self.rows], dtype=np.int64)
 
 
 class Batches(Dataset[Any]):
-    """Whole batches to pick from: rows of one example each.
+    """Whole batches to pick from.
 
     Args:
         rows: What the batches are of.
-        batches: Positions of the examples of each batch.
+        batches: Positions of the rows of each batch.
     """
 
     def __init__(self, rows: Rows, batches: list[list[int]]) -> None:
@@ -106,7 +118,7 @@ class Batches(Dataset[Any]):
     def __getitem__(self, key: int) -> list[Prepared]:
         """Return the examples of batch ``key % len`` in epoch ``key // len``."""
         epoch, at = divmod(key, len(self))
-        return [self.rows.example(i, epoch) for i in self.batches[at]]
+        return [example for row in self.batches[at] for example in self.rows.row(row, epoch)]
 
 
 class ResumableLoader(DataLoader[Any]):

@@ -300,7 +300,7 @@ def corrupt_example(example: Prepared, noise: Noise, words: Vocabulary, epoch: i
         if not isinstance(op, TokenNoise):
             continue
         before = labels[at]
-        wrong = op.at_epoch(epoch).corrupt_tokens(salt, example.id, before, words)
+        wrong = op.at_epoch(epoch).corrupt_tokens(salt, example.id, before, words, example.skipped)
         hit = at[wrong != before]
         labels[hit] = wrong[wrong != before]
         # An earlier operation may have broken what this one restores; a swapped response stays wrong.
@@ -308,7 +308,7 @@ def corrupt_example(example: Prepared, noise: Noise, words: Vocabulary, epoch: i
         if op.target == "text":
             ids[hit] = labels[hit]
     clean = np.where(example.noise_code == 0, example.labels, IGNORE)
-    return Prepared(example.id, ids, labels, codes, clean)
+    return Prepared(example.id, ids, labels, codes, clean, example.skipped)
 
 
 def prompts(tokenizer: Any, examples: Sequence[Example]) -> list[Prompt]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Any, Literal
@@ -10,6 +10,9 @@ from typing import Any, Literal
 from deft_lightning.data.collate import IGNORE, Prepared
 
 Kind = Literal["context", "supervised", "noisy", "cut"]
+Fate = tuple[Kind, str]
+ORDER: tuple[Kind, ...] = ("noisy", "supervised", "cut", "context")
+HALF = "\ufffd"  # what a decoder writes for bytes that are not yet a letter
 MEANING: dict[Kind, str] = {
     "context": "context: read, not learnt",
     "supervised": "supervised: learnt",
@@ -62,7 +65,7 @@ def sample(
     first = list(cut) if keep == "end" else []
     whole, shift = [*first, *ids, *([] if keep == "end" else cut)], len(first)
 
-    def what(at: int) -> tuple[Kind, str]:
+    def what(at: int) -> Fate:
         if not shift <= at < shift + len(ids):
             return "cut", ""
         token, label, code = ids[at - shift], labels[at - shift], codes[at - shift]
@@ -71,20 +74,39 @@ def sample(
             return "noisy", f"{learnt}{operations[code - 1]}"
         return ("context" if label == IGNORE else "supervised"), ""
 
-    pieces, start, before = [], 0, ""
-    for at in range(1, len(whole) + 1):
-        if at == len(whole) or what(at) != what(start):
-            # As the difference of two prefixes: alone, a token may lose its space or be half a letter.
-            after = tokenizer.decode(whole[:at])
-            text = after[len(before) :] if after.startswith(before) else tokenizer.decode(whole[start:at])
-            pieces.append(Piece(text, *what(start)))
-            start, before = at, after
+    pieces: list[Piece] = []
+    for start, end, text in _letters(tokenizer, whole):
+        kind, note = _together([what(at) for at in range(start, end)])
+        if pieces and (pieces[-1].kind, pieces[-1].note) == (kind, note):
+            pieces[-1] = Piece(pieces[-1].text + text, kind, note)
+        else:
+            pieces.append(Piece(text, kind, note))
     hidden = length - len(whole)
     if hidden:
         more = Piece(f" … {hidden} more tokens … ", "cut")
         pieces = [more, *pieces] if keep == "end" else [*pieces, more]
     supervised, noisy = int((example.labels != IGNORE).sum()), int((example.noise_code > 0).sum())
     return Sample(example.id, pieces, len(ids), supervised, noisy, length - len(ids))
+
+
+def _letters(tokenizer: Any, ids: Sequence[int]) -> Iterator[tuple[int, int, str]]:
+    """Yield the fewest tokens that are whole letters together: first, end, text.
+
+    A token alone may lose its space or be half a letter: its text is what it adds to that of the tokens before.
+    """
+    context, start = 0, 0
+    for end in range(1, len(ids) + 1):
+        before, after = tokenizer.decode(ids[context:start]), tokenizer.decode(ids[context:end])
+        whole = after.startswith(before) and not after.endswith(HALF)
+        if whole or end == len(ids):
+            yield start, end, after[len(before) :] if after.startswith(before) else tokenizer.decode(ids[start:end])
+            context, start = start, end
+
+
+def _together(fates: Sequence[Fate]) -> Fate:
+    """Return what is said of a letter of several tokens: the first of noisy, supervised, cut, context."""
+    kind = next(kind for kind in ORDER if any(kind == found for found, _ in fates))
+    return kind, "; ".join(dict.fromkeys(note for _, note in fates if note))
 
 
 def as_text(found: Sample) -> str:

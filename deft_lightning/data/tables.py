@@ -23,6 +23,7 @@ TOKENS = pa.schema(
         ("labels", pa.list_(pa.int32())),
         ("noise_code", pa.list_(pa.int8())),
         ("length", pa.int32()),  # before truncation
+        ("skipped", pa.int32()),  # supervised tokens cut off in front
         ("cut", pa.list_(pa.int32())),  # some of the tokens that were cut off, those nearest to the cut
     ]
 )
@@ -161,7 +162,9 @@ class Tokens(Table[Prepared]):
         ids, labels, codes = (
             values[offsets[row] : offsets[row + 1]].astype(np.int64) for offsets, values in self._lists[batch]
         )
-        return Prepared(self.batches[batch].column("id")[row].as_py(), ids, labels, codes)
+        columns = self.batches[batch]
+        skipped = columns.column("skipped")[row].as_py()
+        return Prepared(columns.column("id")[row].as_py(), ids, labels, codes, skipped=skipped)
 
     def cut(self, at: int) -> tuple[int, list[int]]:
         """Return how many tokens an example had before truncation, and some of those that were cut off."""

@@ -62,12 +62,20 @@ def set_template(tokenizer: Any, choice: str | None) -> None:
         tokenizer.chat_template = tokenizer.chat_template or chatml(tokenizer)
     elif choice == "chatml":
         tokenizer.chat_template = chatml(tokenizer)
-    elif "{" in choice:
-        tokenizer.chat_template = choice
-    elif Path(choice).is_file():
-        tokenizer.chat_template = Path(choice).read_text(encoding="utf-8")
     else:
-        raise UserError(f"--data.chat_template {choice!r} is neither chatml, a file, nor a template")
+        tokenizer.chat_template = template_text(choice)
+
+
+def template_text(choice: str) -> str:
+    """Return a chosen template as text: what a file holds, or the choice itself."""
+    if choice == "chatml" or "{" in choice:
+        return choice
+    try:
+        return Path(choice).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"--data.chat_template {choice!r} is neither chatml, a file, nor a template ({error})"
+        ) from None
 
 
 class Encoded(NamedTuple):

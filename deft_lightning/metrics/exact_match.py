@@ -25,7 +25,9 @@ class ExactMatch(Metric):
     def update(self, matches: list[bool], truncated: list[bool]) -> None:
         """Add one example with the outcome of each of its samples."""
         score, cut = sum(matches) / len(matches), sum(truncated) / len(truncated)
-        self.sums += torch.tensor([1.0, score, score**2, cut], dtype=torch.float64, device=self.sums.device)
+        # Not in place: sums that were reset while testing are tensors of inference mode.
+        more = torch.tensor([1.0, score, score**2, cut], dtype=torch.float64, device=self.sums.device)
+        self.sums = self.sums + more
 
     def compute(self) -> dict[str, Tensor]:
         """Return the means."""

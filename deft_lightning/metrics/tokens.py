@@ -32,7 +32,8 @@ class TokenMeter(Metric):
         """
         tokens = torch.tensor(stats.log_prob.numel(), device=loss_sum.device)
         parts = (loss_sum.detach(), -stats.log_prob.sum(), stats.correct.sum(), tokens)
-        self.sums += torch.stack([part.to(torch.float64) for part in parts])
+        # Not in place: sums that were reset while validating are tensors of inference mode.
+        self.sums = self.sums + torch.stack([part.to(torch.float64) for part in parts])
 
     def compute(self) -> dict[str, Tensor]:
         """Return the means."""

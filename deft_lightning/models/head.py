@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,8 @@ class HeadSeam:
         linear = self.projection
         if hasattr(linear.weight, "placements"):
             raise UserError(f"{type(self.causal).__name__}: the weight of its head is sharded where it is used{DENSE}")
+        if getattr(self.linear, "disable_adapters", False) and getattr(self.linear, "merged", False):
+            cast("Any", self.linear).unmerge()  # as the adapter's own forward does
         return linear.weight, linear.bias
 
     def adapter(self, hidden: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -74,7 +76,8 @@ class HeadSeam:
 
 def _projection(module: Any) -> Any:
     if hasattr(module, "modules_to_save"):  # peft trains a copy of the whole head
-        return module.modules_to_save[module.active_adapters[0]]
+        copied = [name for name in module.active_adapters if name in module.modules_to_save]
+        return module.original_module if module.disable_adapters or not copied else module.modules_to_save[copied[0]]
     return module.base_layer if hasattr(module, "base_layer") else module
 
 
@@ -121,9 +124,19 @@ def router_loss_factor(model: Any) -> float | None:
     """Return the factor on the auxiliary loss of a mixture of experts, or None where the model has none.
 
     transformers computes that loss where the config says ``output_router_logits``.
+
+    Raises:
+        UserError: The config asks for that loss and names no factor.
     """
     causal = base_causal_lm(model)
     config = causal.config.get_text_config()
     if not getattr(config, "output_router_logits", False):
         return None
-    return float(getattr(causal, "router_aux_loss_coef", getattr(config, "router_aux_loss_coef", 0.0)))
+    for owner in (causal, config):
+        for name in ("router_aux_loss_coef", "aux_loss_coef"):
+            if hasattr(owner, name):
+                return float(getattr(owner, name))
+    raise UserError(
+        f"{type(causal).__name__} gives no auxiliary loss, or with no factor known here, though its config says"
+        " output_router_logits; set it to false (--model.architecture.output_router_logits false)"
+    )

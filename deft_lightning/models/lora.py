@@ -70,14 +70,16 @@ def add_adapters(model: Any, lora: LoRA) -> Any:
 
 
 def untie_adapted_head(model: Any) -> None:
-    """Give a head that has adapters a weight of its own, so that merging them leaves the input embedding alone.
+    """Give a tied head a weight of its own where it or the embedding has adapters: merging into one leaves the other.
 
     Args:
-        model: A peft model; changed in place. A model that is not tied, or whose head has no adapter, is left alone.
+        model: A peft model; changed in place. A model that is not tied, or without such adapters, is left alone.
     """
     causal = model.get_base_model()
-    head = causal.get_output_embeddings()
-    if not hasattr(head, "lora_A") or head.base_layer.weight is not causal.get_input_embeddings().weight:
+    head, embedding = causal.get_output_embeddings(), causal.get_input_embeddings()
+    adapted = any(hasattr(layer, "base_layer") for layer in (head, embedding))
+    if not adapted or head.weight is not embedding.weight:
         return
-    head.base_layer.weight = nn.Parameter(head.base_layer.weight.detach().clone(), requires_grad=False)
+    base = getattr(head, "base_layer", head)
+    base.weight = nn.Parameter(base.weight.detach().clone(), requires_grad=False)
     causal.config.tie_word_embeddings = causal.config.get_text_config().tie_word_embeddings = False

@@ -22,6 +22,7 @@ import pytest
 import torch
 
 from deft_lightning.data import InstructionDataModule, Noise, ResponseNoise, ResponseSwap, TokenReplace
+from deft_lightning.data.noise.edits import Edit
 from deft_lightning.data.tables import Tokens
 from deft_lightning.data.tokenizer import build_tokenizer
 from deft_lightning.errors import UserError
@@ -274,7 +275,7 @@ def work(folder: Path, wait: float) -> None:
 
         rate: float = 1.0
 
-        def corrupt_responses(self, *args: Any, **options: Any) -> dict[int, str]:
+        def edits(self, *args: Any) -> dict[int, list[Edit]]:
             with (folder / "notes").open("a") as notes:
                 notes.write(f"{os.getpid()}\n")
             time.sleep(wait)

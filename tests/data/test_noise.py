@@ -666,7 +666,9 @@ def test_an_operation_of_ones_own_is_found_applied_and_recorded() -> None:
         rate: float = 1.0
         target = "labels"
 
-        def corrupt_tokens(self, salt: str, example_id: str, labels: Ids, vocabulary: Vocabulary) -> Ids:
+        def corrupt_tokens(
+            self, salt: str, example_id: str, labels: Ids, vocabulary: Vocabulary, skipped: int = 0
+        ) -> Ids:
             return labels + 1
 
     assert known_noise()["Shout"] is Shout and known_noise()["NextToken"] is NextToken

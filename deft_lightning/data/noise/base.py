@@ -99,7 +99,7 @@ class TokenNoise(NoiseOp):
     target: Literal["labels", "text"]
 
     @abstractmethod
-    def corrupt_tokens(self, salt: str, example_id: str, labels: Ids, vocabulary: Vocabulary) -> Ids:
+    def corrupt_tokens(self, salt: str, example_id: str, labels: Ids, vocabulary: Vocabulary, skipped: int = 0) -> Ids:
         """Return the new label of each supervised token of one example; unchanged where not selected.
 
         Args:
@@ -107,6 +107,8 @@ class TokenNoise(NoiseOp):
             example_id: Id of the example.
             labels: Clean labels of its supervised tokens, in order.
             vocabulary: What to draw from.
+            skipped: Supervised tokens that truncation cut off before these; whoever draws for them too corrupts the
+                same tokens wherever the example is cut.
         """
 
     def at_epoch(self, epoch: int) -> TokenNoise:

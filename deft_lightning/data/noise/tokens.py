@@ -55,11 +55,11 @@ class TokenReplace(TokenNoise):
             return self
         return replace(self, rate=self.rates[min(epoch, len(self.rates) - 1)], rates=None)
 
-    def corrupt_tokens(self, salt: str, example_id: str, labels: Ids, vocabulary: Vocabulary) -> Ids:
+    def corrupt_tokens(self, salt: str, example_id: str, labels: Ids, vocabulary: Vocabulary, skipped: int = 0) -> Ids:
         """Return the labels with the selected ones replaced."""
         # Two streams of one number a token: which tokens are hit and what they become do not depend on the rate.
-        where = stream(salt, example_id, "where").random(len(labels))
-        draws = stream(salt, example_id, "what").random(len(labels))
+        where = stream(salt, example_id, "where").random(skipped + len(labels))[skipped:]
+        draws = stream(salt, example_id, "what").random(skipped + len(labels))[skipped:]
         chosen = where < self.rate
         if self.exact:
             chosen = np.zeros(len(labels), dtype=bool)

@@ -1,0 +1,211 @@
+"""The fused head under FSDP2: two real ranks, each with half of the batch, against one process with dense logits."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fsdp2_worker import CASES, WORLD, Case, half, make
+from tiny import VOCAB, assert_same_gradients, deft_by_hand, gradients
+from torch import Tensor
+
+SECONDS = 150.0
+Ranks = list[dict[str, dict[str, Any]]]
+EXACT = [name for name, case in CASES.items() if not case.bf16]
+ROUNDED = [name for name, case in CASES.items() if case.bf16]
+
+
+def start(root: Path, rank: int, port: int) -> subprocess.Popen[bytes]:
+    here = Path(__file__).parent
+    environment = {
+        **{name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "TORCHELASTIC_"))},
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(WORLD),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "GLOO_SOCKET_IFNAME": "lo",
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONPATH": os.pathsep.join([str(here.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]),
+    }
+    with (root / f"rank{rank}.log").open("wb") as log:
+        return subprocess.Popen(
+            [sys.executable, str(here / "fsdp2_worker.py"), str(root)], env=environment, cwd=root, stdout=log,
+            stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
+    """What every scenario gave on both ranks, run once: a rank that hangs is killed and shown, not waited for."""
+    root = tmp_path_factory.mktemp("fsdp2")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = int(probe.getsockname()[1])
+    processes = [start(root, rank, port) for rank in range(WORLD)]
+    deadline = time.monotonic() + SECONDS
+    try:
+        while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
+            if any(process.poll() for process in processes):
+                break  # one has failed, and the other waits for it
+            time.sleep(0.05)
+        codes = [process.poll() for process in processes]
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+    if codes != [0] * WORLD:
+        logs = [(root / f"rank{rank}.log").read_text(errors="replace")[-3000:] for rank in range(WORLD)]
+        pytest.fail(f"ranks ended with {codes}\n--- rank 0\n{logs[0]}\n--- rank 1\n{logs[1]}", pytrace=False)
+    return [torch.load(root / f"rank{rank}.pt", weights_only=True) for rank in range(WORLD)]
+
+
+def results(ranks: Ranks, name: str) -> list[dict[str, Any]]:
+    for found in ranks:
+        if "failed" in found[name]:
+            pytest.fail(found[name]["failed"], pytrace=False)
+    return [found[name] for found in ranks]
+
+
+def dense(case: Case, dtype: torch.dtype = torch.float32) -> tuple[list[Tensor], list[Tensor], dict[str, Tensor]]:
+    """Loss and log p of each rank's rows, and the gradients of them all, from the logits of one whole model.
+
+    Half by half, because the router's loss is that of a micro-batch on one rank.
+    """
+    model = make(case).to(dtype)
+    losses, kept = [torch.zeros(()) for _ in range(WORLD)], [[] for _ in range(WORLD)]
+    for piece in range(case.pieces):
+        for rank in range(WORLD):
+            ids, targets = half(piece, case, rank)
+            output = model(input_ids=ids, use_cache=False)
+            keep = targets != -100
+            logits = output.logits[keep].float()
+            loss = deft_by_hand(logits, targets[keep])
+            if case.options.get("output_router_logits"):
+                loss = loss + case.options["router_aux_loss_coef"] * int(keep.sum()) * output.aux_loss
+            loss.backward()
+            losses[rank] = losses[rank] + loss.detach()
+            log_prob = logits.log_softmax(-1).gather(-1, targets[keep].unsqueeze(-1)).squeeze(-1)
+            kept[rank].append(log_prob.detach())
+    return losses, [torch.cat(parts) for parts in kept], gradients(model)
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_two_ranks_have_the_loss_and_every_gradient_of_one_process_with_dense_logits(name: str, ranks: Ranks) -> None:
+    found = results(ranks, name)
+    losses, log_probs, wanted = dense(CASES[name])
+    for rank in range(WORLD):
+        assert found[rank]["loss"].isfinite()
+        torch.testing.assert_close(found[rank]["loss"], losses[rank], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(found[rank]["log_prob"], log_probs[rank], rtol=1e-5, atol=1e-5)
+        assert_same_gradients(found[rank]["gradients"], wanted, 2e-5)
+
+
+def test_the_cases_are_what_they_say(ranks: Ranks) -> None:
+    """A masked rank has nothing to learn from, adapters alone are trained, a mixture has its router's loss."""
+    for name, case in CASES.items():
+        if case.masked is not None:
+            found = results(ranks, name)
+            assert found[case.masked]["loss"] == 0 and len(found[case.masked]["log_prob"]) == 0
+            assert found[1 - case.masked]["loss"] > 1
+        if case.lora:
+            names = results(ranks, name)[0]["gradients"].keys()
+            assert any("lm_head.lora_A" in n for n in names) and all(".lora_" in n for n in names)
+    case = CASES["mixture"]
+    plain = Case({**case.options, "output_router_logits": False})
+    assert dense(case)[0][0] > dense(plain)[0][0] + 1
+
+
+def distance(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
+    assert found.keys() == wanted.keys()
+    gap = sum(float((found[name].float() - value.float()).square().sum()) for name, value in wanted.items())
+    return (gap / sum(float(value.float().square().sum()) for value in wanted.values())) ** 0.5
+
+
+@pytest.mark.parametrize("name", ROUNDED)
+def test_gathered_in_bfloat16_the_gradients_are_as_close_to_the_exact_ones_as_dense_bfloat16_is(
+    name: str, ranks: Ranks
+) -> None:
+    found = results(ranks, name)
+    losses, _, exact = dense(CASES[name])
+    rounded = dense(CASES[name], torch.bfloat16)
+    allowed = 2 * distance(rounded[2], exact)
+    assert 1e-3 < allowed < 0.2, "bfloat16 rounds, and not everything away"
+    for rank in range(WORLD):
+        gap = distance(found[rank]["gradients"], exact)
+        assert 1e-4 < gap <= allowed, (gap, allowed)
+        assert found[rank]["loss"].item() == pytest.approx(losses[rank].item(), rel=2e-2)
+        # Reduced and kept in float32: the sharded parameters are.
+        assert all(grad.dtype == torch.float32 for grad in found[rank]["gradients"].values())
+
+
+@pytest.mark.parametrize("name", ["sharded outside", "sharded outside, lora"])
+def test_outside_the_forward_the_weight_is_a_shard_that_nobody_can_use_by_accident(name: str, ranks: Ranks) -> None:
+    local = []
+    for found in results(ranks, name):
+        assert found["kinds"] == ["DTensor"] * 2, "before the first step and before the second"
+        assert len(found["errors"]) == 2
+        for error in found["errors"]:
+            assert "sharded" in error and "use --model.head dense" in error and "\n" not in error
+        assert not found["forwards"], "no module keeps the forward it was lent"
+        local.append(found["local"])
+    assert sum(rows for rows, _ in local) == VOCAB and all(0 < rows < VOCAB for rows, _ in local)
+
+
+@pytest.mark.parametrize(("name", "case"), [("found late", "llama tied"), ("found late, lora", "lora head")])
+def test_a_head_found_after_sharding_is_the_same(name: str, case: str, ranks: Ranks) -> None:
+    losses, _, wanted = dense(CASES[case])
+    for rank, found in enumerate(results(ranks, name)):
+        torch.testing.assert_close(found["loss"], losses[rank], rtol=1e-5, atol=1e-6)
+        assert_same_gradients(found["gradients"], wanted, 2e-5)
+
+
+@pytest.mark.parametrize(
+    "name", ["llama", "llama tied", "gemma2", "lora head", "llama bf16", "lora head bf16", "root resharded"]
+)
+def test_the_first_batch_is_checked_on_both_ranks_and_training_goes_on(name: str, ranks: Ranks) -> None:
+    losses, _, _ = dense(CASES[name])
+    for rank, found in enumerate(results(ranks, f"checked {name}")):
+        assert found["loss"].item() == pytest.approx(losses[rank].item(), rel=2e-2 if "bf16" in name else 1e-5)
+
+
+@pytest.mark.parametrize(("name", "case"), [("refused", "llama"), ("refused, lora", "lora head")])
+def test_a_head_with_an_unknown_scale_is_refused_on_both_ranks_and_the_model_still_gives_logits(
+    name: str, case: str, ranks: Ranks
+) -> None:
+    model = make(CASES[case])
+    for rank, found in enumerate(results(ranks, name)):
+        assert "use --model.head dense" in found["error"] and "\n" not in found["error"]
+        assert found["restored"]
+        with torch.no_grad():
+            own = model(input_ids=half(0, CASES[case], rank)[0], use_cache=False).logits
+        torch.testing.assert_close(found["logits"], 1.02 * own, rtol=1e-5, atol=1e-5)
+
+
+def test_a_head_that_is_sharded_on_its_own_is_refused_on_both_ranks(ranks: Ranks) -> None:
+    for found in results(ranks, "head alone"):
+        assert "sharded" in found["error"] and "use --model.head dense" in found["error"]
+        assert "\n" not in found["error"]
+
+
+@pytest.mark.parametrize(("name", "case"), [("evaluated", "llama tied"), ("evaluated, lora", "lora head")])
+def test_evaluation_before_and_after_a_step_gives_the_same_as_one_process(name: str, case: str, ranks: Ranks) -> None:
+    losses, log_probs, _ = dense(CASES[case])
+    model = make(CASES[case])
+    for rank, found in enumerate(results(ranks, name)):
+        for loss in found["losses"]:
+            torch.testing.assert_close(loss, losses[rank], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(found["log_prob"], log_probs[rank], rtol=1e-5, atol=1e-5)
+        with torch.no_grad():
+            own = model(input_ids=half(0, CASES[case], rank)[0], use_cache=False).logits
+        torch.testing.assert_close(found["logits"], own, rtol=1e-5, atol=1e-5)
