@@ -48,7 +48,7 @@ def _choices() -> str:
     return (
         f"Objectives (--model.objective): {', '.join(known_objectives())}, or the class path of your own. "
         f"Label noise (--data.noise.ops+=): {', '.join(known_noise())}. "
-        "Strategies (--trainer.strategy): auto (one device), ddp (one process a device). "
+        "Strategies (--trainer.strategy): auto (one device), ddp (one process a device), fsdp2 (sharded). "
         "Sources (--data.source): .jsonl, .json, .csv, .tsv, .parquet, .arrow (also .gz, .zst), a folder or pattern of"
         " them, a hub id, reasoning_gym:<task>; several with --data.source '{a.jsonl: 1, b.jsonl: 0.5}'. "
         "Details of a class: --model.objective.help NAME, --data.noise.ops.help NAME."
@@ -152,8 +152,13 @@ class DeftCLI(LightningCLI):
         if config.get("accumulate_grad_batches", 1) < 1:
             raise UserError("--trainer.accumulate_grad_batches must be at least 1")
         strategy = config.get("strategy")
-        if isinstance(strategy, str) and not strategy.startswith(("auto", "ddp")):
-            raise UserError(f"--trainer.strategy {strategy} is not supported by this version: use auto or ddp")
+        if isinstance(strategy, str) and strategy.startswith("fsdp") and strategy != "fsdp2":
+            raise UserError(
+                f"--trainer.strategy {strategy}: FSDP1 hides the weight of the head from the loss and is no longer"
+                " developed; use fsdp2"
+            )
+        if isinstance(strategy, str) and not strategy.startswith(("auto", "ddp", "fsdp2")):
+            raise UserError(f"--trainer.strategy {strategy} is not supported: use auto, ddp, or fsdp2 (sharded)")
         self.stop = GracefulStop()
         config.callbacks = [*_as_list(config.get("callbacks")), self.stop]
         try:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import DDPStrategy
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -24,6 +24,7 @@ from deft_lightning.models import (
     LoRA,
     add_adapters,
     base_causal_lm,
+    build_sharded,
     check_causal,
     check_fits,
     check_head,
@@ -35,6 +36,7 @@ from deft_lightning.models import (
     find_head,
     from_architecture,
     fused_forward,
+    is_sharded,
     load_pretrained,
     router_loss_factor,
     vocabulary_digest,
@@ -43,6 +45,17 @@ from deft_lightning.models.export import KEY
 from deft_lightning.objectives import DEFT, Objective
 from deft_lightning.ops import Backend
 from deft_lightning.optim import CosineWithWarmup, adamw
+from deft_lightning.step import (
+    PATIENCE,
+    SkippedStep,
+    StepTotals,
+    local,
+    parameters_of,
+    ranks,
+    reseed,
+    what_went_wrong,
+    whole,
+)
 
 IGNORE = -100
 OptimizerCallable = Callable[[Iterable[Any]], Optimizer]
@@ -68,6 +81,7 @@ class SFTModule(LightningModule):
         attention: transformers' `attn_implementation` (sdpa, eager, flash_attention_2); default: its choice.
         gradient_checkpointing: Recompute activations in backward, to save memory.
         compile: Compile the layers of the body with torch.compile; the head stays as it is.
+        on_nonfinite: What is done when a loss or gradient is not finite: `raise` stops, `skip` leaves the step out.
         generation: How `test` and `predict` generate.
 
     Raises:
@@ -88,6 +102,7 @@ class SFTModule(LightningModule):
         attention: str | None = None,
         gradient_checkpointing: bool = False,
         compile: bool = False,
+        on_nonfinite: Literal["raise", "skip"] = "raise",
         generation: Generation = Generation(),  # noqa: B008 - frozen
     ) -> None:
         super().__init__()
@@ -95,6 +110,9 @@ class SFTModule(LightningModule):
             raise UserError(f"--model.head must be fused or dense, not {head!r}")
         if head_backend not in ("auto", "torch", "triton"):
             raise UserError(f"--model.head_backend must be auto, torch or triton, not {head_backend!r}")
+        if on_nonfinite not in ("raise", "skip"):
+            raise UserError(f"--model.on_nonfinite must be raise or skip, not {on_nonfinite!r}")
+        self.on_nonfinite = on_nonfinite
         if pretrained is not None:
             check_pretrained(pretrained)
         self.objective, self.pretrained, self.architecture = objective, pretrained, architecture
@@ -108,7 +126,9 @@ class SFTModule(LightningModule):
         self._seam: HeadSeam | None = None
         self._router: float | None = None
         self._checked = False
-        self._step_tokens: Tensor | None = None
+        self._totals = StepTotals()
+        self.stop_asked = self.stop_agreed = False
+        self.skipped = self._skipped_in_a_row = 0
         self._grad_norm: Tensor | None = None
         self._rate = 0.0
         self._about: dict[str, Any] | None = None
@@ -131,14 +151,31 @@ class SFTModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Refuse strategies under which the head would not see its whole weight."""
-        name = type(self.trainer.strategy).__name__
-        if not isinstance(self.trainer.strategy, DDPStrategy) and not name.startswith("SingleDevice"):
-            raise UserError(f"{name} is not supported by this version: use --trainer.strategy auto or ddp")
+        strategy = self.trainer.strategy
+        known = isinstance(strategy, DDPStrategy) or getattr(strategy, "shards_weights", False)
+        if not known and not type(strategy).__name__.startswith("SingleDevice"):
+            raise UserError(
+                f"{type(strategy).__name__} is not supported: use --trainer.strategy auto, ddp, or fsdp2 (sharded)"
+            )
 
     def configure_model(self) -> None:
         """Build or load the model; Lightning calls this once the data is known."""
         if self.model is not None:
             return
+        strategy: Any = self._trainer.strategy if self._trainer is not None else None
+        if getattr(strategy, "shards_weights", False):
+            mesh = strategy.device_mesh["data_parallel"]
+            model = build_sharded(self._build, mesh, strategy.root_device, strategy.low_precision)
+        else:
+            model = self._build()
+        self._seam = find_head(model, self.head_backend) if self.head == "fused" else None
+        self._router = router_loss_factor(model)
+        if self.compile_layers:
+            compile_body(model)
+        self.model = model
+
+    def _build(self) -> Any:
+        """Build or load the model, in train mode; on the meta device its weights hold nothing."""
         if self.pretrained is not None:
             model = load_pretrained(self.pretrained, self.dtype_name, self.attention)
         elif self.architecture is not None:
@@ -148,13 +185,7 @@ class SFTModule(LightningModule):
         check_fits(model, self.tokenizer, getattr(self._datamodule, "longest", 0))
         if self.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        if self.lora is not None:
-            model = add_adapters(model, self.lora)
-        self._seam = find_head(model, self.head_backend) if self.head == "fused" else None
-        self._router = router_loss_factor(model)
-        if self.compile_layers:
-            compile_body(model)
-        self.model = model
+        return model if self.lora is None else add_adapters(model, self.lora)
 
     # ---------------------------------------------------------------- loss
 
@@ -222,6 +253,7 @@ class SFTModule(LightningModule):
         """Return the summed loss, and detached statistics for the callbacks that watch."""
         loss, stats, keep, router = self._terms(batch)
         self._meters["train"].update(loss, stats)
+        self._totals.watch(batch.get("example_id", ()), loss)
         codes = batch.get("noise_code")
         return {
             "loss": loss if router is None else loss + router,
@@ -246,38 +278,59 @@ class SFTModule(LightningModule):
 
     def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Count the supervised tokens of the optimizer step, micro-batch by micro-batch."""
-        tokens = (batch["labels"][:, 1:] != IGNORE).sum()
-        self._step_tokens = tokens if self._step_tokens is None else self._step_tokens + tokens
+        self._totals.count((batch["labels"][:, 1:] != IGNORE).sum())
+        reseed(self.current_epoch, batch_idx, self.global_rank)
 
     def optimizer_step(
         self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
     ) -> None:
         """Divide the summed gradients by the supervised tokens of the whole step, then step.
 
-        Lightning has divided by ``accumulate_grad_batches`` and DDP by the number of ranks; both are multiplied back,
-        so a short last window or a rank without supervised tokens weighs what it should.
+        Lightning has divided by ``accumulate_grad_batches`` and DDP or FSDP by the number of ranks; both are
+        multiplied back, so a short last window or a rank without supervised tokens weighs what it should.
         """
-        assert optimizer_closure is not None and self._step_tokens is not None
-        tokens, world = self._step_tokens.clone(), 1
-        work = None
-        if dist.is_available() and dist.is_initialized():
-            world = dist.get_world_size()
-            work = dist.all_reduce(tokens, async_op=True)  # overlaps the last micro-batch
+        assert optimizer_closure is not None
 
         def closure() -> Any:
             result = optimizer_closure()
-            if work is not None:
-                work.wait()
-            scale = world * self.trainer.accumulate_grad_batches / tokens.clamp_min(1).float()
-            grads = [p.grad for p in _parameters(optimizer) if p.grad is not None]
+            tokens = self._totals.reduce(self.stop_asked)
+            scale = ranks() * self.trainer.accumulate_grad_batches / tokens.clamp_min(1).float()
+            grads = local(p.grad for p in parameters_of(optimizer) if p.grad is not None)
             if grads:  # before clipping, loss-scale removal and the logged norm
                 torch._foreach_mul_(grads, scale)
             return result
 
         self._rate = float(optimizer.param_groups[0]["lr"])  # of this step; the schedule moves on before it is logged
-        super().optimizer_step(epoch, batch_idx, optimizer, closure)
+        try:
+            super().optimizer_step(epoch, batch_idx, optimizer, closure)
+            self._skipped_in_a_row = 0
+        except SkippedStep:
+            self.skipped += 1
+            self._skipped_in_a_row += 1
+        assert self._totals.summed is not None
+        tokens = self._totals.summed[0]
         self._seen = tokens if self._seen is None else self._seen + tokens
-        self._step_tokens = None
+        self.stop_agreed = bool(self._totals.summed[2] > 0)
+        self._totals = StepTotals()
+
+    def _refuse_nonfinite(self, norm: Tensor) -> None:
+        """Stop or skip a step whose loss or gradient is not finite, before it reaches the weights."""
+        if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
+            return  # float16: the loss scaler leaves such steps out, and lowers its scale
+        assert self._totals.summed is not None
+        # Waits for the device, once an optimizer step: nothing may reach the optimizer unseen.
+        if bool(torch.isfinite(norm) & (self._totals.summed[1] == 0)):
+            return
+        problem = what_went_wrong(self._totals, self.model, self.trainer.global_step + 1)
+        if self.on_nonfinite == "raise":
+            raise UserError(
+                f"{problem}; nothing was changed by it: lower --model.optimizer.lr, look at the examples, or leave"
+                " such steps out with --model.on_nonfinite skip"
+            )
+        if self._skipped_in_a_row + 1 >= PATIENCE:
+            raise UserError(f"{problem}; {PATIENCE} steps in a row were skipped: lower --model.optimizer.lr")
+        rank_zero_warn(f"{problem}; skipped")
+        raise SkippedStep
 
     @property
     def tokens_seen(self) -> int:
@@ -291,12 +344,14 @@ class SFTModule(LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clip, and keep the norm before clipping: computed once for both."""
-        parameters = [p for p in _parameters(optimizer) if p.grad is not None]
+        parameters = [p for p in parameters_of(optimizer) if p.grad is not None]
         clip = 0.0 if gradient_clip_val is None else gradient_clip_val  # 0 and below are off, as in Lightning
         if clip > 0 and gradient_clip_algorithm in (None, "norm"):
-            self._grad_norm = torch.nn.utils.clip_grad_norm_(parameters, clip)
+            self._grad_norm = whole(torch.nn.utils.clip_grad_norm_(parameters, clip))
+            self._refuse_nonfinite(self._grad_norm)
             return
-        self._grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        self._grad_norm = whole(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+        self._refuse_nonfinite(self._grad_norm)
         if clip > 0:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
@@ -319,6 +374,8 @@ class SFTModule(LightningModule):
             self.log("train/router_loss", self._meters["router"].compute())
             self._meters["router"].reset()
         self.log("train/tokens", float(self.tokens_seen))
+        if self.on_nonfinite == "skip":
+            self.log("train/skipped_steps", float(self.skipped))
         self.log("train/lr", self._rate)
         if self._grad_norm is not None:
             self.log("train/grad_norm", self._grad_norm)
@@ -363,14 +420,16 @@ class SFTModule(LightningModule):
     # ---------------------------------------------------------------- generation
 
     def generate(self, batch: dict[str, Any]) -> list[list[Completion]]:
-        """Complete the left-padded prompts of a batch; one list of samples for each."""
+        """Complete the left-padded prompts of a batch; one list of samples for each, none for a filler."""
         if self.tokenizer is None or self._datamodule is None:
             raise UserError("generation needs the data module's tokenizer")
-        return complete(self.model, self.tokenizer, batch, self.generation, self._datamodule.stop_token_ids)
+        stops, together = self._datamodule.stop_token_ids, ranks() > 1 and is_sharded(self.model)
+        found = complete(self.model, self.tokenizer, batch, self.generation, stops, together=together)
+        return [] if batch.get("filler") else found
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Generate and compare with the gold responses."""
-        for samples, gold in zip(self.generate(batch), batch["gold"], strict=True):
+        for samples, gold in zip(self.generate(batch), batch["gold"], strict=not batch.get("filler")):
             self._meters["test"].update([exact_match(s.text, gold) for s in samples], [s.truncated for s in samples])
 
     def on_test_epoch_end(self) -> None:
@@ -382,7 +441,7 @@ class SFTModule(LightningModule):
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
         """Return one record a prompt: id, prompt, completions, gold."""
         made = self.generate(batch)
-        columns = zip(batch["example_id"], batch["prompt"], made, batch["gold"], strict=True)
+        columns = zip(batch["example_id"], batch["prompt"], made, batch["gold"], strict=not batch.get("filler"))
         return [
             {"id": id, "prompt": prompt, "completions": [s.text for s in samples], "gold": gold}
             for id, prompt, samples, gold in columns
@@ -414,7 +473,8 @@ class SFTModule(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse another model or vocabulary than the checkpoint's; go on counting tokens."""
-        check_state(self.model, checkpoint["state_dict"])
+        if "state_dict" in checkpoint:  # a sharded model has loaded its weights already
+            check_state(self.model, checkpoint["state_dict"])
         known = checkpoint.get(KEY, {}).get("vocabulary")
         if self.tokenizer is not None and known is not None and known != vocabulary_digest(self.tokenizer):
             raise UserError(
@@ -429,8 +489,3 @@ def _check_batch(batch: dict[str, Any]) -> None:
     mask = batch.get("attention_mask")
     if mask is not None and bool((mask.diff(dim=1) > 0).any()):
         raise UserError("the batch is left-padded: training wants right padding (padding_side='right')")
-
-
-def _parameters(optimizer: Any) -> Iterator[Tensor]:
-    for group in optimizer.param_groups:
-        yield from group["params"]

@@ -8,13 +8,23 @@ from typing import Any
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch import Trainer as LightningTrainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins.io import CheckpointIO
 from lightning_utilities.core.rank_zero import rank_zero_info
 
 from deft_lightning.callbacks import newest_checkpoint
 from deft_lightning.data.build import title
 from deft_lightning.data.preview import page
 from deft_lightning.errors import UserError
-from deft_lightning.models import load_checkpoint, model_from_checkpoint, save_hugging_face
+from deft_lightning.models import (
+    describe,
+    gathered,
+    is_sharded,
+    load_checkpoint,
+    model_from_checkpoint,
+    save_hugging_face,
+)
+from deft_lightning.models.export import KEY
+from deft_lightning.strategy import AtomicCheckpointIO
 
 
 class Trainer(LightningTrainer):
@@ -33,6 +43,10 @@ class Trainer(LightningTrainer):
         if kwargs.get("max_epochs") is None and not args:
             limited = kwargs.get("max_steps", -1) not in (None, -1) or kwargs.get("max_time") is not None
             kwargs["max_epochs"] = -1 if limited else 1
+        plugins = kwargs.get("plugins") or []
+        plugins = list(plugins) if isinstance(plugins, (list, tuple)) else [plugins]
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            kwargs["plugins"] = [*plugins, AtomicCheckpointIO()]
         super().__init__(*args, **kwargs)
 
     def export(
@@ -63,7 +77,7 @@ class Trainer(LightningTrainer):
                 ckpt_path = str(self.last_checkpoint())
             network, tokenizer, stops = model_from_checkpoint(load_checkpoint(ckpt_path))
         elif getattr(model, "model", None) is not None:
-            network = model.model  # type: ignore[union-attr]
+            network = self._whole(model)
             tokenizer, stops = (datamodule.tokenizer, datamodule.stop_token_ids) if datamodule else (None, [])  # type: ignore[attr-defined]
         else:
             raise UserError("export: set --ckpt_path FILE, or last")
@@ -72,6 +86,17 @@ class Trainer(LightningTrainer):
             folder = save_hugging_face(network, tokenizer, stops, output, merge=merge)
             rank_zero_info(f"exported: {folder}")
         return folder
+
+    def _whole(self, module: Any) -> Any:
+        """Return a module's model with whole weights; of one that is sharded, a copy in the memory of rank 0."""
+        if not is_sharded(module.model):
+            return module.model
+        state = gathered(module.model)
+        if not self.is_global_zero:
+            return None
+        about = describe(module.model, None, module.lora, [])
+        named = {f"model.{name}": value for name, value in state.items()}
+        return model_from_checkpoint({KEY: about, "state_dict": named})[0]
 
     def preview(
         self,

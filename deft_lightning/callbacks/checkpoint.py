@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import zipfile
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+
+from deft_lightning.models import is_complete
 
 
 class Checkpoint(ModelCheckpoint):
@@ -72,7 +73,6 @@ class Checkpoint(ModelCheckpoint):
 def newest_checkpoint(root: str | Path) -> Path | None:
     """Return the newest complete checkpoint under a folder, or None."""
     # A link may point to a file that is gone.
-    files = sorted(
-        filter(Path.is_file, Path(root).rglob("*.ckpt")), key=lambda path: path.stat().st_mtime, reverse=True
-    )
-    return next((path for path in files if zipfile.is_zipfile(path)), None)
+    found = [path for path in Path(root).rglob("*.ckpt") if path.exists() and not path.name.startswith(".")]
+    newest_first = sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
+    return next((path for path in newest_first if is_complete(path)), None)

@@ -1,4 +1,4 @@
-"""Ctrl-C ends a run after the step in hand, with its state saved."""
+"""Ctrl-C and SIGTERM end a run after the step in hand, with its state saved."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 
 
 class GracefulStop(Callback):
-    """The first SIGINT stops training once the optimizer has stepped; a second one interrupts at once.
+    """The first SIGINT or SIGTERM stops training once the optimizer has stepped; a second SIGINT interrupts at once.
 
     An interrupt can fall in the middle of an optimizer step and leave half of the weights updated, so nothing could be
-    saved there. With several processes, which would stop at different steps, Lightning's own handling stays.
+    saved there. Of several ranks one that is told is enough: they agree on the step (the module's ``stop_agreed``).
 
     Attributes:
         stopped: Whether training was ended this way.
@@ -23,30 +23,34 @@ class GracefulStop(Callback):
 
     def __init__(self) -> None:
         self.asked = self.stopped = False
-        self._previous: Any = None
+        self._previous: dict[int, Any] = {}
+        self._module: Any = None
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Listen."""
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Listen; from here on, since Lightning has set handlers of its own just before."""
         self.asked = self.stopped = False
+        self._module = pl_module
+        self._module.stop_asked = self._module.stop_agreed = False
         # Only the main thread may set handlers.
-        if trainer.world_size == 1 and threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGINT, self._handle)
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
+        if self.asked and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.asked = True
+        self.asked = self._module.stop_asked = True
         rank_zero_info("\nstopping after this step; Ctrl-C again to stop at once")
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Stop between optimizer steps."""
-        if self.asked and not trainer.fit_loop._should_accumulate():
+        if self._module.stop_agreed and not trainer.fit_loop._should_accumulate():
             trainer.should_stop = self.stopped = True
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Stop listening."""
-        if self._previous is not None:
-            signal.signal(signal.SIGINT, self._previous)
-            self._previous = None
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}

@@ -21,7 +21,7 @@ from deft_lightning.data.build import BAD_ROWS, Recipe, Source, build, read_exam
 from deft_lightning.data.cache import DONE, cache_root, cached, source_identity
 from deft_lightning.data.collate import IGNORE, PromptCollator, TrainCollator
 from deft_lightning.data.noise import Noise, TokenNoise
-from deft_lightning.data.order import Batches, ResumableLoader, Rows, ShardedSampler
+from deft_lightning.data.order import Batches, EvenLoader, ResumableLoader, Rows, ShardedSampler
 from deft_lightning.data.packing import best_fit_decreasing, bounded_batches
 from deft_lightning.data.prepare import Report, Supervise, prompts, vocabulary
 from deft_lightning.data.preview import Sample, as_text, sample
@@ -343,7 +343,9 @@ class InstructionDataModule(LightningDataModule):
             len(dataset), rank=rank, world=world, seed=self.seed, shuffle=train, even=train, lengths=lengths,
             tag_epoch=train,
         )  # fmt: skip
-        return (ResumableLoader if train else DataLoader)(
+        together = self.trainer is not None and getattr(self.trainer.strategy, "shards_weights", False)
+        kind: type[DataLoader[Any]] = ResumableLoader if train else EvenLoader if together else DataLoader
+        return kind(
             dataset,
             batch_size=size,
             sampler=sampler,

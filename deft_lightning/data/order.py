@@ -6,10 +6,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from deft_lightning.data.collate import Prepared
+from deft_lightning.data.collate import IGNORE, Prepared
 from deft_lightning.data.noise import Noise, TokenNoise
 from deft_lightning.data.noise.vocabulary import Vocabulary
 from deft_lightning.data.packing import grouped
@@ -158,3 +159,36 @@ class ResumableLoader(DataLoader[Any]):
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Continue there when the same epoch is iterated next; any other epoch starts at its beginning."""
         self._resume = dict(state)
+
+
+class EvenLoader(DataLoader[Any]):
+    """A loader that gives as many batches on every rank: ranks that share their weights run the model together.
+
+    What a rank lacks is filled with a copy of its last batch, marked ``filler``, of which nothing is learnt or counted.
+
+    Args:
+        sampler: Each rank's part of one order.
+        kwargs: As :class:`torch.utils.data.DataLoader`.
+    """
+
+    def __init__(self, dataset: Any, *, sampler: ShardedSampler, **kwargs: Any) -> None:
+        super().__init__(dataset, sampler=sampler, **kwargs)
+        most = len(range(0, sampler.size, sampler.num_replicas))
+        self._batches = -(-most // (self.batch_size or 1))
+
+    def __len__(self) -> int:
+        """Return the number of batches of every rank."""
+        return self._batches
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        """Yield this rank's batches, then fillers."""
+        given, batch = 0, None
+        for batch in super().__iter__():
+            given += 1
+            yield batch
+        assert batch is not None
+        filler = {**batch, "filler": True}
+        if "labels" in filler:
+            filler |= {"labels": torch.full_like(batch["labels"], IGNORE)}
+        for _ in range(given, self._batches):
+            yield filler

@@ -51,7 +51,13 @@ class Completion(NamedTuple):
 
 @torch.no_grad()
 def complete(
-    model: Any, tokenizer: Any, batch: dict[str, Any], settings: Generation, stops: Sequence[int]
+    model: Any,
+    tokenizer: Any,
+    batch: dict[str, Any],
+    settings: Generation,
+    stops: Sequence[int],
+    *,
+    together: bool = False,
 ) -> list[list[Completion]]:
     """Complete left-padded prompts with a Hugging Face model in eval mode.
 
@@ -61,6 +67,7 @@ def complete(
         batch: ``input_ids``, ``attention_mask`` of shape ``(B, T)``, left-padded, and ``example_id``.
         settings: Length, temperature and number of samples.
         stops: Tokens that end a completion.
+        together: Go on until every rank is done: sharded weights are gathered by all ranks at once.
 
     Returns:
         For each of the B prompts its samples.
@@ -82,6 +89,7 @@ def complete(
         eos_token_id=list(stops),
         pad_token_id=tokenizer.pad_token_id,
         use_cache=True,
+        synced_gpus=together,
         **options,
     )
     done: list[Completion] = []

@@ -32,8 +32,9 @@ class TokenMeter(Metric):
         """
         tokens = torch.tensor(stats.log_prob.numel(), device=loss_sum.device)
         parts = (loss_sum.detach(), -stats.log_prob.sum(), stats.correct.sum(), tokens)
+        finite = torch.isfinite(loss_sum.detach())  # such a micro-batch is not counted: its step is skipped
         # Not in place: sums that were reset while validating are tensors of inference mode.
-        self.sums = self.sums + torch.stack([part.to(torch.float64) for part in parts])
+        self.sums = self.sums + torch.stack([torch.where(finite, part, 0).to(torch.float64) for part in parts])
 
     def compute(self) -> dict[str, Tensor]:
         """Return the means."""

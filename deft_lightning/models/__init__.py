@@ -5,6 +5,7 @@ from deft_lightning.models.checks import check_causal, check_head, check_packing
 from deft_lightning.models.export import (
     check_state,
     describe,
+    is_complete,
     load_checkpoint,
     model_from_checkpoint,
     save_hugging_face,
@@ -14,6 +15,7 @@ from deft_lightning.models.export import (
 from deft_lightning.models.fused import FusedOutput, fused_forward
 from deft_lightning.models.head import HeadSeam, base_causal_lm, find_head, router_loss_factor
 from deft_lightning.models.lora import LoRA, add_adapters
+from deft_lightning.models.shard import build_sharded, gathered, is_sharded, layers_of
 
 __all__ = [
     "FusedOutput",
@@ -21,6 +23,7 @@ __all__ = [
     "LoRA",
     "add_adapters",
     "base_causal_lm",
+    "build_sharded",
     "check_causal",
     "check_fits",
     "check_head",
@@ -32,6 +35,10 @@ __all__ = [
     "find_head",
     "from_architecture",
     "fused_forward",
+    "gathered",
+    "is_complete",
+    "is_sharded",
+    "layers_of",
     "load_checkpoint",
     "load_pretrained",
     "model_from_checkpoint",

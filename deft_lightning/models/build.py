@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from deft_lightning.errors import UserError, did_you_mean
-from deft_lightning.models.head import base_causal_lm
+from deft_lightning.models.shard import layers_of
 
 Dtype = Literal["float32", "bfloat16"]
 
@@ -31,7 +31,7 @@ def check_pretrained(name: str) -> str:
 
 
 def load_pretrained(name: str, dtype: Dtype, attention: str | None = None) -> Any:
-    """Load a causal language model from a folder or the hub in train mode.
+    """Load a causal language model from a folder or the hub in train mode; under the meta device, its shapes alone.
 
     Args:
         name: Folder or hub id.
@@ -39,12 +39,16 @@ def load_pretrained(name: str, dtype: Dtype, attention: str | None = None) -> An
         attention: transformers' ``attn_implementation``; None lets it choose.
     """
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     source = check_pretrained(name)
     options: dict[str, Any] = {"attn_implementation": attention} if attention else {}
+    options["dtype"] = getattr(torch, dtype)
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype), **options)
+        if torch.get_default_device().type == "meta":
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source), **options)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(source, **options)
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{name}: cannot load the model: {reason} (--model.pretrained)") from None
@@ -116,11 +120,7 @@ def compile_body(model: Any) -> None:
     Raises:
         UserError: The layers cannot be found.
     """
-    causal = base_causal_lm(model)
-    stacks = [m for m in causal.base_model.modules() if isinstance(m, nn.ModuleList) and len(m)]
-    if not stacks:
-        raise UserError(f"{type(causal).__name__}: its layers cannot be found; leave --model.compile off")
-    for layer in stacks[0]:
+    for layer in layers_of(model):
         layer.compile()
 
 

@@ -21,6 +21,7 @@ from deft_lightning.models.head import base_causal_lm
 from deft_lightning.models.lora import LoRA, add_adapters, untie_adapted_head
 
 KEY = "deft_lightning"
+SHARDED = "meta.pt"  # in a folder of shares, what is neither weights nor optimizer; the name is Lightning's
 
 
 def vocabulary_digest(tokenizer: Any) -> str:
@@ -68,22 +69,48 @@ def describe(model: Any, tokenizer: Any | None, lora: LoRA | None, stop_token_id
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint of this package.
+    """Read a checkpoint of this package: a file, or a folder of the shares of many ranks.
+
+    Of a folder everything but the optimizer's state is read, in this process alone.
 
     Raises:
         UserError: It does not exist, is incomplete, or was written by something else.
     """
-    if not Path(path).is_file():
+    source = Path(path)
+    if not source.exists():
         raise UserError(f"{path}: no such checkpoint (--ckpt_path)")
-    if not zipfile.is_zipfile(path):
+    if not is_complete(source):
         raise UserError(f"{path}: is not a complete checkpoint (--ckpt_path)")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        checkpoint = torch.load(
+            source / SHARDED if source.is_dir() else source, map_location="cpu", weights_only=True, mmap=True
+        )
+        if source.is_dir() and isinstance(checkpoint, dict):
+            checkpoint = {**checkpoint, "state_dict": _shared_out(source)}
     except (RuntimeError, pickle.UnpicklingError):  # another archive, or objects of another program
         checkpoint = None
     if not isinstance(checkpoint, dict) or KEY not in checkpoint or "state_dict" not in checkpoint:
         raise UserError(f"{path}: is not a checkpoint of SFTModule (--ckpt_path)")
     return dict(checkpoint)
+
+
+def is_complete(path: Path) -> bool:
+    """Whether a path is a checkpoint that was written to its end: a file, or a folder of shares."""
+    if path.is_dir():
+        return (path / ".metadata").is_file() and (path / SHARDED).is_file()
+    return path.is_file() and zipfile.is_zipfile(path)
+
+
+def _shared_out(folder: Path) -> dict[str, Any]:
+    """Read the weights that many ranks have written, without a process group."""
+    from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
+
+    state: dict[str, Any] = {}
+    planner = _EmptyStateDictLoadPlanner(keys={"state_dict"})
+    _load_state_dict(state, storage_reader=FileSystemReader(folder), planner=planner, no_dist=True)
+    return dict(state["state_dict"])
 
 
 def model_from_checkpoint(checkpoint: dict[str, Any]) -> tuple[Any, Any | None, list[int]]:

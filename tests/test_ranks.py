@@ -9,19 +9,20 @@ import socket
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-from ddp_worker import SCENARIOS
+from ranks_worker import SCENARIOS, run_to
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from deft_lightning import Trainer
 from deft_lightning.data.tokenizer import build_tokenizer
 
-SECONDS = 90.0
+SECONDS = 150.0
 ANSWERS = ["2", "red, green and blue", "Hello! How are you?", "y", "c a t", "no", "one two three four five", "!!"]
 HELD_OUT = ["something long, much longer than the rest", "4", "x y z", "no", "yes, it is"]
 PROMPTS = ["abc", "d\ne", "f", "gh", "i"]
@@ -63,7 +64,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def start(root: Path, rank: int, port: int) -> subprocess.Popen[bytes]:
+def start(root: Path, rank: int, port: int, strategy: str) -> subprocess.Popen[bytes]:
     here = Path(__file__).parent
     environment = {
         **{name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "TORCHELASTIC_"))},
@@ -79,15 +80,15 @@ def start(root: Path, rank: int, port: int) -> subprocess.Popen[bytes]:
     }
     with (root / f"rank{rank}.log").open("wb") as log:
         return subprocess.Popen(
-            [sys.executable, str(here / "ddp_worker.py"), str(root)], env=environment, cwd=root, stdout=log,
+            [sys.executable, str(here / "ranks_worker.py"), str(root), strategy], env=environment, cwd=root, stdout=log,
             stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
 
 
-def run_ranks(root: Path) -> list[dict[str, Any]]:
+def run_ranks(root: Path, strategy: str) -> list[dict[str, Any]]:
     """Start both ranks, wait, and kill whatever is left of them."""
     port = free_port()
-    processes = [start(root, rank, port) for rank in range(2)]
+    processes = [start(root, rank, port, strategy) for rank in range(2)]
     deadline = time.monotonic() + SECONDS
     try:
         while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
@@ -106,13 +107,13 @@ def run_ranks(root: Path) -> list[dict[str, Any]]:
     return [torch.load(root / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+@pytest.fixture(scope="module", params=["ddp", "fsdp2"])
+def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """All scenarios, run once: the start of a rank costs more than what it does."""
-    root = tmp_path_factory.mktemp("ddp")
+    root = tmp_path_factory.mktemp(request.param)
     prepare(root)
-    ranks = run_ranks(root)
-    return Runs(root, ranks, {name: scenario(root, 1) for name, scenario in SCENARIOS.items()})
+    single = {name: scenario(root, 1) for name, scenario in SCENARIOS.items()}
+    return Runs(root, run_ranks(root, request.param), single)
 
 
 def assert_same_weights(runs: Runs, name: str, tolerance: float = 1e-5) -> None:
@@ -127,7 +128,7 @@ def assert_same_weights(runs: Runs, name: str, tolerance: float = 1e-5) -> None:
         assert float((first[key] - value).abs().max()) / moved < tolerance, key
 
 
-@pytest.mark.parametrize("name", ["uneven", "dense", "clipped", "accumulated", "one rank masked", "lora"])
+@pytest.mark.parametrize("name", ["uneven", "dense", "clipped", "accumulated", "one rank masked", "lora", "packed"])
 def test_two_ranks_train_the_weights_of_one_process_on_the_same_global_batch(name: str, runs: Runs) -> None:
     assert_same_weights(runs, name, 2e-4 if name == "lora" else 2e-5)
     single = runs.single[name]
@@ -140,7 +141,7 @@ def test_two_ranks_train_the_weights_of_one_process_on_the_same_global_batch(nam
 def test_the_scenarios_are_what_they_say(runs: Runs) -> None:
     steps = {name: found["steps"] for name, found in runs.single.items() if "steps" in found}
     assert steps == {"uneven": 4, "dense": 2, "clipped": 2, "accumulated": 4, "one rank masked": 2,
-                     "nothing supervised": 1, "lora": 4}  # fmt: skip
+                     "nothing supervised": 1, "lora": 4, "packed": 6, "skipped": 3, "stopped": 2}  # fmt: skip
     assert runs.single["clipped"]["grad_norm"] > 0.1, "something is clipped"
 
 
@@ -150,6 +151,69 @@ def test_ranks_without_any_supervised_token_leave_the_weights_alone(runs: Runs) 
         found = rank["nothing supervised"]
         assert (found["steps"], found["tokens"]) == (1, 0)
         assert all(torch.equal(value, initial[name]) for name, value in found["weights"].items())
+
+
+# --- what goes wrong -------------------------------------------------------------------------------------------------
+
+
+def test_a_step_that_is_not_finite_is_left_out_by_every_rank(runs: Runs) -> None:
+    assert_same_weights(runs, "skipped", 1e-4)
+    assert [found["skipped"]["skipped"] for found in (*runs.ranks, runs.single)] == [1, 1, 1]
+    assert all(bool(value.isfinite().all()) for value in runs.single["skipped"]["weights"].values())
+
+
+def test_a_loss_that_is_not_finite_stops_every_rank_and_names_the_examples(runs: Runs) -> None:
+    single, (first, second) = runs.single["raised"]["error"], (rank["raised"]["error"] for rank in runs.ranks)
+    assert "step 2" in single and "examples: p8, p9, p10, p11, p12 and 3 more" in single
+    # Of two ranks the one with every second example knows better.
+    assert "examples: p9, p11, p13, p15;" in first and first == second
+    for text in (single, first):
+        assert "\n" not in text and "--model.on_nonfinite skip" in text and "model.embed_tokens.weight" in text
+    for rank in (*runs.ranks, runs.single):
+        assert all(bool(value.isfinite().all()) for value in rank["raised"]["weights"].values())
+
+
+def test_a_signal_to_one_rank_stops_all_after_the_same_step_with_one_checkpoint(runs: Runs) -> None:
+    for found in (*runs.ranks, runs.single):
+        assert found["stopped"]["steps"] == 2
+        assert found["stopped"]["files"] == ["last.ckpt", "step=2.ckpt"]
+    assert_same_weights(runs, "stopped")
+
+
+# --- going on --------------------------------------------------------------------------------------------------------
+
+
+def test_a_resumed_run_is_bit_exact_with_dropout_and_a_schedule_of_noise(runs: Runs) -> None:
+    for found in (*runs.ranks, runs.single):
+        assert found["resumed"]["difference"] == 0.0 < found["resumed"]["dropout"]
+
+
+def test_shares_of_a_checkpoint_are_resumed_bit_exactly_and_exported_by_one_process(runs: Runs) -> None:
+    if not runs.ranks[0]["sharded"]:
+        pytest.skip("only fsdp2 writes shares")
+    for found in runs.ranks:
+        assert found["sharded"]["difference"] == 0.0
+        assert {"meta.pt", ".metadata", "__0_0.distcp", "__1_0.distcp"} <= set(found["sharded"]["files"])
+    AutoModelForCausalLM.from_pretrained(runs.root / "exported-shares")
+    assert not [path for path in Path(runs.ranks[0]["sharded"]["checkpoint"]).parent.glob(".*")], "nothing is left over"
+
+
+def test_a_checkpoint_of_one_process_goes_on_with_two_ranks_and_back(runs: Runs) -> None:
+    assert_same_weights(runs, "exchanged", 1e-4)
+    with zipfile.ZipFile(runs.ranks[0]["exchanged"]["checkpoint"]) as file:
+        assert file.testzip() is None
+    module, _ = run_to(runs.root / "back", 1, 6, runs.ranks[0]["exchanged"]["checkpoint"])
+    expected, _ = run_to(runs.root / "on", 1, 6, runs.single["exchanged"]["checkpoint"])
+    for (name, a), b in zip(module.model.named_parameters(), expected.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_a_running_module_is_exported_whole(runs: Runs) -> None:
+    folders = {found["exported"]["folder"] for found in runs.ranks}
+    assert folders == {str(runs.root / "exported-2")}
+    two, one = (AutoModelForCausalLM.from_pretrained(runs.root / f"exported-{n}") for n in (2, 1))
+    for (name, a), b in zip(two.named_parameters(), one.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=name)
 
 
 # --- what is logged -------------------------------------------------------------------------------------------------

@@ -1,0 +1,93 @@
+"""A model over many ranks: sharded with FSDP2, its weights handed out by rank 0."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from deft_lightning.errors import UserError
+from deft_lightning.models.head import base_causal_lm
+
+
+def layers_of(model: Any) -> nn.ModuleList:
+    """Return the stack of layers of a model's body.
+
+    Raises:
+        UserError: It cannot be found.
+    """
+    causal = base_causal_lm(model)
+    stacks = [m for m in causal.base_model.modules() if isinstance(m, nn.ModuleList) and len(m)]
+    if not stacks:
+        raise UserError(f"{type(causal).__name__}: its layers cannot be found (--model.compile, --trainer.strategy)")
+    return stacks[0]
+
+
+def build_sharded(build: Callable[[], Any], mesh: Any, device: torch.device, low_precision: bool) -> Any:
+    """Build a model of which every rank holds a share.
+
+    Rank 0 builds it in host memory; the others know its shapes alone. Each layer is a unit of its own, what is left
+    (embedding, head, final norm) the root's, so that tied weights stay tied.
+
+    Args:
+        build: Builds the model; called under the ``meta`` device as well, where weights hold nothing.
+        mesh: One-dimensional device mesh to shard over.
+        device: Of this rank.
+        low_precision: Gather weights and compute in bfloat16, reduce gradients in float32; the shares stay as they are.
+
+    Raises:
+        UserError: The model has a tensor that is neither a weight nor a buffer.
+    """
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if low_precision else MixedPrecisionPolicy()
+    whole = build() if dist.get_rank() == 0 else None
+    with torch.device("meta"):
+        model = build()
+    for layer in layers_of(model):
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    model.to_empty(device=device)
+    base_causal_lm(model).tie_weights()
+    set_model_state_dict(
+        model,
+        {} if whole is None else whole.state_dict(),
+        options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=whole is not None),
+    )
+    _hand_out_buffers(model, whole, device)
+    for name, module in model.named_modules():
+        for attribute, value in vars(module).items():
+            if isinstance(value, Tensor) and value.is_meta:
+                raise UserError(
+                    f"{type(base_causal_lm(model)).__name__}: {name}.{attribute} is a tensor that cannot be handed to"
+                    " other ranks; use --trainer.strategy ddp"
+                )
+    return model
+
+
+def _hand_out_buffers(model: Any, whole: Any | None, device: torch.device) -> None:
+    """Give every rank the buffers of rank 0: those that are not saved, such as rotary frequencies, too."""
+    source = {} if whole is None else dict(whole.named_buffers())
+    for name, buffer in model.named_buffers():
+        if whole is not None:
+            buffer.copy_(source[name].to(device))
+        dist.broadcast(buffer, src=0)
+
+
+def is_sharded(model: Any) -> bool:
+    """Whether this rank holds a share of the model only."""
+    return any(hasattr(parameter, "placements") for parameter in model.parameters())
+
+
+def gathered(model: Any) -> dict[str, Tensor]:
+    """Return the whole weights in host memory on rank 0, nothing on the others; every rank has to call it."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    state: dict[str, Any] = get_model_state_dict(
+        model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+    )
+    return state

@@ -1,0 +1,163 @@
+"""Strategies: FSDP2 under the name ``fsdp2``, and checkpoints that are there whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+import platform
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch.plugins.precision import MixedPrecision, Precision
+from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+
+from deft_lightning.errors import UserError
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes under another name, then renames: a save that is cut short leaves the previous checkpoint as it was."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """Save to a local file.
+
+        Raises:
+            UserError: It cannot be written; what was there before still is.
+        """
+        if "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        target = Path(path)
+        partial = _partial(target)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _sweep(target.parent)
+            with partial.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(target)
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+            raise UserError(_why(target, error)) from None
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def _partial(target: Path) -> Path:
+    """Return a name for what is being written: that of the target, this machine and this process."""
+    return target.with_name(f".{target.name}.{platform.node()}.{os.getpid()}")
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what processes of this machine that are no more have left half-written."""
+    for path in folder.glob(f".*.{platform.node()}.*"):
+        number = path.name.rpartition(".")[2]
+        if number.isdigit() and not _alive(int(number)):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _why(target: Path, error: Exception) -> str:
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+    try:
+        full = full or shutil.disk_usage(target.parent).free < 1 << 20
+    except OSError:
+        pass
+    reason = "the disk is full" if full else " ".join(str(error).split())
+    return f"{target}: cannot save the checkpoint: {reason}; earlier ones are intact (--checkpoint.dirpath)"
+
+
+class FSDP2Strategy(ModelParallelStrategy):
+    """Shards weights, gradients and optimizer state over all ranks (``torch.distributed.fsdp.fully_shard``).
+
+    ``--trainer.precision bf16-mixed`` gathers and computes in bfloat16 and reduces gradients in float32, through FSDP
+    itself instead of autocast.
+
+    Args:
+        save_distributed_checkpoint: A folder to which each rank writes its share, instead of one file with everything.
+        kwargs: As :class:`lightning.pytorch.strategies.ModelParallelStrategy`.
+
+    Raises:
+        UserError: A size of data or tensor parallelism other than all ranks and one.
+    """
+
+    shards_weights = True
+
+    def __init__(self, save_distributed_checkpoint: bool = False, **kwargs: Any) -> None:
+        for name, allowed in (("data_parallel_size", ("auto",)), ("tensor_parallel_size", ("auto", 1))):
+            if kwargs.pop(name, "auto") not in allowed:
+                raise UserError(f"fsdp2: {name} cannot be set in this version: weights are sharded over all ranks")
+        super().__init__(
+            data_parallel_size="auto",
+            tensor_parallel_size=1,
+            save_distributed_checkpoint=save_distributed_checkpoint,
+            **kwargs,
+        )
+        self.low_precision = False
+
+    def setup_environment(self) -> None:
+        """Join the other ranks; take mixed precision over from Lightning."""
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        if isinstance(self.precision_plugin, MixedPrecision):
+            if self.precision_plugin.scaler is not None:
+                raise UserError("fsdp2 cannot train in float16: use --trainer.precision bf16-mixed or 32-true")
+            self.low_precision, self.precision_plugin = True, Precision()
+        super().setup_environment()
+
+    def setup(self, trainer: Any) -> None:
+        """Set up; weights that are gathered in inference mode could not be trained afterwards."""
+        for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
+            loop.inference_mode = False
+        super().setup(trainer)
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        """Save a file, or a folder that gets its name once every rank has written its share."""
+        if not self._save_distributed_checkpoint:
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+            return
+        target = Path(self.broadcast(filepath))
+        partial = Path(self.broadcast(str(_partial(target))))
+        if self.is_global_zero:
+            _sweep(target.parent)
+        problem: str | None = None
+        try:
+            super().save_checkpoint(checkpoint, partial, storage_options)
+        except Exception as error:
+            problem = _why(target, error)
+        if self._any(problem is not None):
+            if self.is_global_zero:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise UserError(problem or f"{target}: another rank could not save its share; earlier ones are intact")
+        if self.is_global_zero:
+            old = target.with_name(f".{target.name}.old")
+            if target.exists():
+                target.rename(old)
+            partial.rename(target)
+            shutil.rmtree(old, ignore_errors=True)
+        self.barrier()
+
+    def _any(self, here: bool) -> bool:
+        found = torch.tensor(int(here), device=self.root_device)
+        dist.all_reduce(found, op=dist.ReduceOp.MAX)
+        return bool(found)
+
+
+def register() -> None:
+    """Make ``--trainer.strategy fsdp2`` known."""
+    if "fsdp2" not in StrategyRegistry:
+        StrategyRegistry.register("fsdp2", FSDP2Strategy, description="FSDP2: everything sharded over all ranks")
+
+
+register()
