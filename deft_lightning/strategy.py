@@ -6,6 +6,7 @@ import errno
 import os
 import platform
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,15 @@ import torch.distributed as dist
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 
 from deft_lightning.errors import UserError
+from deft_lightning.models import check_state
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -121,6 +129,64 @@ class FSDP2Strategy(ModelParallelStrategy):
         for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
             loop.inference_mode = False
         super().setup(trainer)
+
+    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
+        """Return the optimizer's state: shares, or on rank 0 all of it under the numbers a plain optimizer gives.
+
+        Lightning numbers parameters by their place in the model, which is another one as soon as there are several
+        parameter groups: such a file could not go on in one process, nor the other way round.
+        """
+        if self._save_distributed_checkpoint:
+            return super().optimizer_state(optimizer)
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        optimizer = getattr(optimizer, "_optimizer", optimizer)
+        named: dict[str, Any] = get_optimizer_state_dict(self._module, optimizer, options=options)
+        if not self.is_global_zero:
+            return {}
+        number = {name: i for i, name in enumerate(self._names(optimizer))}
+        return {
+            "state": {number[name]: state for name, state in named["state"].items()},
+            "param_groups": [
+                {**group, "params": [number[name] for name in group["params"]]} for group in named["param_groups"]
+            ],
+        }
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Load shares, or a file that any strategy has written: rank 0 reads it and hands out what is each rank's.
+
+        Raises:
+            UserError: The checkpoint is of another model.
+        """
+        path = Path(self.broadcast(checkpoint_path))
+        if path.is_dir():
+            return super().load_checkpoint(path, weights_only)
+        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=weights_only)
+        weights, states = checkpoint.pop("state_dict"), checkpoint.get("optimizer_states", [])
+        check_state(self._module.model, weights)
+        first = self.is_global_zero
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=first)
+        set_model_state_dict(self._module, weights if first else {}, options=options)
+        for optimizer, state in zip(self.optimizers, states, strict=False):
+            names = list(self._names(optimizer))
+            named: dict[str, Any] = {
+                "state": {names[i]: values for i, values in state["state"].items()},
+                "param_groups": [
+                    {**group, "params": [names[i] for i in group["params"]]} for group in state["param_groups"]
+                ],
+            }
+            set_optimizer_state_dict(self._module, optimizer, named if first else {}, options=options)
+        return checkpoint
+
+    @property
+    def _module(self) -> Any:
+        assert self.lightning_module is not None
+        return self.lightning_module
+
+    def _names(self, optimizer: Any) -> Iterator[str]:
+        """Names of what an optimizer trains, in the order in which it numbers them."""
+        names = {id(parameter): name for name, parameter in self._module.named_parameters()}
+        for group in optimizer.param_groups:
+            yield from (names[id(parameter)] for parameter in group["params"])
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         """Save a file, or a folder that gets its name once every rank has written its share."""

@@ -193,11 +193,12 @@ def run_to(root: Path, world: int, steps: int, resume: str | None = None, **opti
     return module, kept.last_model_path
 
 
-def resumed(root: Path, world: int, **options: Any) -> Found:
+def resumed(root: Path, world: int, adapters: LoRA | None = None, **options: Any) -> Found:
     """Five steps at once and three and two, in the middle of an epoch, with dropout."""
-    model = {"pretrained": None, "architecture": {**SHAPE, "attention_dropout": 0.4}}
+    model = {"pretrained": None, "architecture": {**SHAPE, "attention_dropout": 0.4}, "lora": adapters}
     whole = weights(run_to(root / "whole", world, 5, model=model, **options)[0])
-    plain = weights(run_to(root / "plain", world, 5, model={"pretrained": None, "architecture": SHAPE}, **options)[0])
+    still = {**model, "architecture": SHAPE, "lora": adapters and LoRA(r=2)}
+    plain = weights(run_to(root / "plain", world, 5, model=still, **options)[0])
     _, cut = run_to(root / "cut", world, 3, model=model, **options)
     again = weights(run_to(root / "again", world, 5, cut, model=model, **options)[0])
     furthest = max(float((whole[name] - again[name]).abs().max()) for name in whole)
@@ -309,6 +310,7 @@ SCENARIOS: dict[str, Callable[[Path, int], Found]] = {
     "lora": lambda root, world: train(root, world, uneven(16), model={"lora": LoRA(r=2)}, max_epochs=2),
     "packed": lambda root, world: packed(root, world),
     "resumed": resumed,
+    "resumed lora": lambda root, world: resumed(root / "lora", world, adapters=LoRA(r=2, dropout=0.1)),
     "sharded": sharded,
     "exchanged": exchanged,
     "exported": exported,

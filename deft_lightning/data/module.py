@@ -343,17 +343,15 @@ class InstructionDataModule(LightningDataModule):
             len(dataset), rank=rank, world=world, seed=self.seed, shuffle=train, even=train, lengths=lengths,
             tag_epoch=train,
         )  # fmt: skip
-        together = self.trainer is not None and getattr(self.trainer.strategy, "shards_weights", False)
-        kind: type[DataLoader[Any]] = ResumableLoader if train else EvenLoader if together else DataLoader
-        return kind(
-            dataset,
-            batch_size=size,
-            sampler=sampler,
-            collate_fn=collate,
-            num_workers=self.num_workers,
-            pin_memory=torch.cuda.is_available(),
-            persistent_workers=self.num_workers > 0,
-        )
+        options: dict[str, Any] = {
+            "batch_size": size, "sampler": sampler, "collate_fn": collate, "num_workers": self.num_workers,
+            "pin_memory": torch.cuda.is_available(), "persistent_workers": self.num_workers > 0,
+        }  # fmt: skip
+        if train:
+            return ResumableLoader(dataset, **options)
+        if self.trainer is not None and getattr(self.trainer.strategy, "shards_weights", False):
+            return EvenLoader(dataset, batches=-(-len(dataset) // (world * (size or 1))), **options)
+        return DataLoader(dataset, **options)
 
     def _token_loader(self, rows: Rows, size: int, train: bool) -> DataLoader[Any]:
         model = getattr(self.trainer, "lightning_module", None) if self.trainer else None

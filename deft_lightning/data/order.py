@@ -167,18 +167,17 @@ class EvenLoader(DataLoader[Any]):
     What a rank lacks is filled with a copy of its last batch, marked ``filler``, of which nothing is learnt or counted.
 
     Args:
-        sampler: Each rank's part of one order.
+        batches: Those of the rank that has most.
         kwargs: As :class:`torch.utils.data.DataLoader`.
     """
 
-    def __init__(self, dataset: Any, *, sampler: ShardedSampler, **kwargs: Any) -> None:
-        super().__init__(dataset, sampler=sampler, **kwargs)
-        most = len(range(0, sampler.size, sampler.num_replicas))
-        self._batches = -(-most // (self.batch_size or 1))
+    def __init__(self, dataset: Any, *, batches: int, **kwargs: Any) -> None:
+        super().__init__(dataset, **kwargs)
+        self.batches = batches  # Lightning builds a loader again from attributes with the names of arguments
 
     def __len__(self) -> int:
         """Return the number of batches of every rank."""
-        return self._batches
+        return self.batches
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         """Yield this rank's batches, then fillers."""
@@ -190,5 +189,8 @@ class EvenLoader(DataLoader[Any]):
         filler = {**batch, "filler": True}
         if "labels" in filler:
             filler |= {"labels": torch.full_like(batch["labels"], IGNORE)}
-        for _ in range(given, self._batches):
+        seen = getattr(self.batch_sampler, "seen_batch_indices", None)  # Lightning's, in prediction
+        for _ in range(given, self.batches):
+            if seen is not None:
+                seen.append([])
             yield filler
