@@ -298,7 +298,7 @@ def bad_input(name: str, path: Path) -> tuple[list[str], list[str]]:
             ["--model.objective.flor", "floor"],
         ),
         "option": (lambda: ["--model.objectiv", "DEFT"], ["--model.objectiv", "Did you mean --model.objective"]),
-        "strategy": (lambda: ["--trainer.strategy", "fsdp"], ["--trainer.strategy fsdp", "ddp"]),
+        "strategy": (lambda: ["--trainer.strategy", "fsdp"], ["--trainer.strategy fsdp:", "use fsdp2"]),
         "lora": (lambda: ["--model.lora.r", "0"], ["--model.lora.r", "at least 1"]),
         "model type": (lambda: ["--model.architecture.model_type", "lama"], ["lama", "llama"]),
         "no checkpoint": (lambda: ["--ckpt_path", "last"], ["--ckpt_path last", "no checkpoint"]),
@@ -401,7 +401,7 @@ def test_a_checkpoint_brings_its_tokenizer_although_the_training_rows_changed(
     [
         (["--model.architecture.hidden_size", "64"], ["another model", "model.lm_head.weight", "--model.architecture"]),
         (["--ckpt_path", str(ROOT / "README.md")], ["README.md", "--ckpt_path"]),
-        (["--ckpt_path", str(ROOT)], ["no such checkpoint"]),
+        (["--ckpt_path", str(ROOT)], ["is not a complete checkpoint", "--ckpt_path"]),
         (["--model.optimizer.lr", "-1"], ["--model.optimizer", "-1"]),
         (["--model.optimizer", "AdamWW"], ["AdamWW", "Did you mean AdamW"]),
         (["--model.scheduler", "Cosine"], ["Cosine", "CosineWithWarmup"]),

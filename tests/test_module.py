@@ -653,7 +653,9 @@ class FSDPStrategy(SingleDeviceStrategy):
 
 
 def test_a_strategy_that_shards_the_head_is_one_line(pretrained: str, source: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"FSDPStrategy is not supported.*--trainer\.strategy auto or ddp") as caught:
+    with pytest.raises(
+        UserError, match=r"FSDPStrategy is not supported.*--trainer\.strategy auto, ddp, or fsdp2"
+    ) as caught:
         make_trainer(tmp_path, strategy=FSDPStrategy(device=torch.device("cpu"))).fit(
             make_module(pretrained), data(source)
         )

@@ -52,5 +52,6 @@ class GracefulStop(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Stop listening."""
         for number, handler in self._previous.items():
-            signal.signal(number, handler)
+            if signal.getsignal(number) == self._handle:  # Lightning may have put back what was there before the fit
+                signal.signal(number, handler)
         self._previous = {}

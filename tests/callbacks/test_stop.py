@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_one_interrupt_saves_the_step_in_hand_and_the_run_goes_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_one_signal_saves_the_step_in_hand_and_the_run_goes_on(tmp_path: Path, number: signal.Signals) -> None:
     command = [
         sys.executable, "-m", "deft_lightning", "fit", "--config", "configs/quickstart.yaml",
         "--trainer.default_root_dir", str(tmp_path), "--data.source", "reasoning_gym:spell_backward?size=300",
@@ -30,7 +32,7 @@ def test_one_interrupt_saves_the_step_in_hand_and_the_run_goes_on(tmp_path: Path
         seen, deadline = "", time.monotonic() + 120
         while "train/loss" not in seen and "loss=" not in seen and time.monotonic() < deadline:
             seen += process.stdout.read(200)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         rest, _ = process.communicate(timeout=120)
     assert process.returncode == 0, rest[-2000:]
     assert "stopping after this step" in rest and "go on with --ckpt_path last" in rest
@@ -44,38 +46,40 @@ def test_one_interrupt_saves_the_step_in_hand_and_the_run_goes_on(tmp_path: Path
 
 
 def test_the_handler_is_taken_back_after_training(tmp_path: Path) -> None:
+    from lightning.pytorch import Callback
+
     from deft_lightning import InstructionDataModule, SFTModule, Trainer
     from deft_lightning.callbacks import GracefulStop
 
-    before = signal.getsignal(signal.SIGINT)
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     source = tmp_path / "rows.jsonl"
     source.write_text("".join(f'{{"question": "{i}", "answer": "{i}"}}\n' for i in range(8)))
     stop = GracefulStop()
     seen = []
 
-    class Press(GracefulStop):
+    class Press(Callback):
         def on_train_batch_start(self, *args: object) -> None:
             seen.append(signal.getsignal(signal.SIGINT))
             if len(seen) == 2:
                 os.kill(os.getpid(), signal.SIGINT)
 
     trainer = Trainer(max_steps=50, default_root_dir=str(tmp_path), callbacks=[stop], logger=False, accelerator="cpu")
-    press = Press()
-    press.on_fit_start = lambda *args: None  # type: ignore[method-assign]
-    trainer.callbacks.append(press)
+    trainer.callbacks.append(Press())
     shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     module = SFTModule(architecture=shape)
     trainer.fit(module, InstructionDataModule(str(source), validation_fraction=0.0, tokenizer_size=0, batch_size=2))
     assert stop.stopped and trainer.global_step == 2
     assert seen[0] == stop._handle
-    assert signal.getsignal(signal.SIGINT) == before
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
 def test_a_second_interrupt_is_immediate() -> None:
     from deft_lightning.callbacks import GracefulStop
 
     stop = GracefulStop()
-    stop._handle(signal.SIGINT, None)
-    assert stop.asked
+    stop._module = SimpleNamespace(stop_asked=False)
+    stop._handle(signal.SIGTERM, None)
+    stop._handle(signal.SIGTERM, None)  # schedulers repeat themselves
+    assert stop.asked and stop._module.stop_asked
     with pytest.raises(KeyboardInterrupt):
         stop._handle(signal.SIGINT, None)
