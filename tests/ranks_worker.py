@@ -178,6 +178,22 @@ def packed(root: Path, world: int) -> Found:
             "nll": trainer.callback_metrics["train/nll"].clone()}  # fmt: skip
 
 
+def built(root: Path, world: int) -> Found:
+    """On which devices this rank builds the model."""
+    module, seen = make_module(root), []
+    build = module._build
+
+    def spy() -> Any:
+        model = build()
+        seen.append(sorted({p.device.type for p in model.parameters()}))
+        return model
+
+    module._build = spy  # type: ignore[method-assign]
+    make_trainer(root, world, max_steps=1).fit(module, DataLoader(uneven(8), 4, collate_fn=TrainCollator(0)))  # type: ignore[arg-type]
+    held = sum((p.to_local() if hasattr(p, "to_local") else p).numel() for p in module.model.parameters())
+    return {"devices": seen, "share": held / sum(p.numel() for p in module.model.parameters())}
+
+
 def adam(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=1e-2)
 
@@ -309,6 +325,11 @@ SCENARIOS: dict[str, Callable[[Path, int], Found]] = {
     "nothing supervised": nothing_supervised,
     "lora": lambda root, world: train(root, world, uneven(16), model={"lora": LoRA(r=2)}, max_epochs=2),
     "packed": lambda root, world: packed(root, world),
+    "bf16": lambda root, world: train(root, world, uneven(16), precision="bf16-mixed", max_epochs=2),
+    "checkpointed": lambda root, world: train(
+        root, world, uneven(16), model={"gradient_checkpointing": True, "compile": False}
+    ),
+    "built": built,
     "resumed": resumed,
     "resumed lora": lambda root, world: resumed(root / "lora", world, adapters=LoRA(r=2, dropout=0.1)),
     "sharded": sharded,

@@ -128,7 +128,9 @@ def assert_same_weights(runs: Runs, name: str, tolerance: float = 1e-5) -> None:
         assert float((first[key] - value).abs().max()) / moved < tolerance, key
 
 
-@pytest.mark.parametrize("name", ["uneven", "dense", "clipped", "accumulated", "one rank masked", "lora", "packed"])
+@pytest.mark.parametrize(
+    "name", ["uneven", "dense", "clipped", "accumulated", "one rank masked", "lora", "packed", "checkpointed"]
+)
 def test_two_ranks_train_the_weights_of_one_process_on_the_same_global_batch(name: str, runs: Runs) -> None:
     assert_same_weights(runs, name, 2e-4 if name == "lora" else 2e-5)
     single = runs.single[name]
@@ -140,8 +142,11 @@ def test_two_ranks_train_the_weights_of_one_process_on_the_same_global_batch(nam
 
 def test_the_scenarios_are_what_they_say(runs: Runs) -> None:
     steps = {name: found["steps"] for name, found in runs.single.items() if "steps" in found}
-    assert steps == {"uneven": 4, "dense": 2, "clipped": 2, "accumulated": 4, "one rank masked": 2,
-                     "nothing supervised": 1, "lora": 4, "packed": 4, "skipped": 3, "stopped": 2}  # fmt: skip
+    expected = {
+        "uneven": 4, "dense": 2, "clipped": 2, "accumulated": 4, "one rank masked": 2, "nothing supervised": 1,
+        "lora": 4, "packed": 4, "bf16": 4, "checkpointed": 2, "skipped": 3, "stopped": 2,
+    }  # fmt: skip
+    assert steps == expected
     assert runs.single["clipped"]["grad_norm"] > 0.1, "something is clipped"
 
 
@@ -151,6 +156,26 @@ def test_ranks_without_any_supervised_token_leave_the_weights_alone(runs: Runs) 
         found = rank["nothing supervised"]
         assert (found["steps"], found["tokens"]) == (1, 0)
         assert all(torch.equal(value, initial[name]) for name, value in found["weights"].items())
+
+
+def test_bfloat16_trains_nearly_the_same_weights_and_keeps_them_in_float32(runs: Runs) -> None:
+    exact = runs.single["uneven"]["weights"]
+    for found in (*runs.ranks, runs.single):
+        assert found["bf16"]["nll"].item() == pytest.approx(runs.single["uneven"]["nll"].item(), rel=2e-2)
+        for name, value in found["bf16"]["weights"].items():
+            assert value.dtype == torch.float32
+            # Gradients of bfloat16, 8 bits each, over 4 steps of a rate at which weights move by up to 0.5.
+            assert float((value - exact[name]).abs().max()) < 0.05, name
+    assert torch.equal(*(rank["bf16"]["weights"]["model.norm.weight"] for rank in runs.ranks))
+
+
+def test_only_rank_0_builds_a_model_whose_weights_are_there(runs: Runs) -> None:
+    first, second = (rank["built"] for rank in runs.ranks)
+    if second["share"] == 1.0:
+        assert first["devices"] == second["devices"] == [["cpu"]]
+    else:
+        assert (first["devices"], second["devices"]) == ([["cpu"], ["meta"]], [["meta"]])
+        assert first["share"] + second["share"] == pytest.approx(1.0) and 0.4 < second["share"] < 0.6
 
 
 # --- what goes wrong -------------------------------------------------------------------------------------------------
