@@ -22,7 +22,7 @@ from deft_lightning.data.cache import DONE, cache_root, cached, source_identity
 from deft_lightning.data.collate import IGNORE, PromptCollator, TrainCollator
 from deft_lightning.data.noise import Noise, TokenNoise
 from deft_lightning.data.order import Batches, EvenLoader, ResumableLoader, Rows, ShardedSampler
-from deft_lightning.data.packing import best_fit_decreasing, bounded_batches
+from deft_lightning.data.packing import bounded_batches, pack
 from deft_lightning.data.prepare import Report, Supervise, prompts, vocabulary
 from deft_lightning.data.preview import Sample, as_text, sample
 from deft_lightning.data.records import FIELDS, Example, Format
@@ -277,7 +277,7 @@ class InstructionDataModule(LightningDataModule):
         for name, rows in self._rows.items():
             if len(rows):
                 lengths = rows.examples.lengths()
-                rows.rows = best_fit_decreasing(lengths.tolist(), self.max_length)
+                rows.rows = pack(lengths.tolist(), self.max_length)
                 full = lengths.sum() / (len(rows.rows) * self.max_length)
                 rank_zero_info(
                     f"{name}: packed into {len(rows.rows)} rows of {self.max_length} tokens, {full:.1%} full"

@@ -6,6 +6,9 @@ from bisect import bisect_left, insort
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
+
+Counts = NDArray[np.int64]
 
 
 def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -41,6 +44,63 @@ def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]
                 insort(rooms, left)
             open_rows.setdefault(left, []).append(row)
     return rows
+
+
+def exact_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Fill one row after the other to the last token: the longest example that fits, until one or two fit exactly.
+
+    Args:
+        lengths: Tokens of each example, at most ``capacity``.
+        capacity: Tokens of a row.
+
+    Returns:
+        Positions of the examples of each row; every example is in exactly one.
+    """
+    waiting: list[list[int]] = [[] for _ in range(capacity + 1)]
+    for example in range(len(lengths) - 1, -1, -1):
+        waiting[int(lengths[example])].append(example)
+    there = np.array([len(examples) for examples in waiting])
+    rows: list[list[int]] = []
+    left, longest = len(lengths), capacity
+    while left:
+        row, room = [], capacity
+        while room and left:
+            for length in _next(there, room, longest):
+                row.append(waiting[length].pop())
+                there[length] -= 1
+                left -= 1
+                room -= length
+            while longest and not there[longest]:
+                longest -= 1
+            if not there[: room + 1].any():
+                break
+        rows.append(row)
+    return rows
+
+
+def _next(there: Counts, room: int, longest: int) -> tuple[int, ...]:
+    """Lengths to put into a row: one or two that fill it, or the longest that fits."""
+    if room <= longest and there[room]:
+        return (room,)
+    # Pairs a + b = room, a <= b; of two equal lengths there have to be two.
+    half = room // 2
+    low = max(1, room - longest)
+    if low <= half:
+        short, long = there[low : half + 1], there[room - half : room - low + 1][::-1]
+        fits = (short > 0) & (long > 0)
+        if room == 2 * half and there[half] < 2:
+            fits[-1] = False
+        at = int(fits.argmax())
+        if fits[at]:
+            return (room - low - at, low + at)
+    top = min(room, longest)
+    return (top - int((there[: top + 1][::-1] > 0).argmax()),)
+
+
+def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Return the fewer rows of :func:`exact_fit` and :func:`best_fit_decreasing`."""
+    one, other = exact_fit(lengths, capacity), best_fit_decreasing(lengths, capacity)
+    return one if len(one) < len(other) else other
 
 
 def bounded_batches(lengths: Sequence[int], max_tokens: int, seed: int) -> list[list[int]]:

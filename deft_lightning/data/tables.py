@@ -15,10 +15,11 @@ from deft_lightning.data.collate import Prepared
 from deft_lightning.data.lazy import Lazy, T
 from deft_lightning.data.records import Example
 
-ROWS = pa.schema([("id", pa.string()), ("digest", pa.string()), ("where", pa.string()), ("content", pa.string())])
+TEXT = pa.large_string()  # a batch may hold more than the 2 GiB of a string column
+ROWS = pa.schema([("id", TEXT), ("digest", TEXT), ("where", TEXT), ("content", TEXT)])
 TOKENS = pa.schema(
     [
-        ("id", pa.string()),
+        ("id", TEXT),
         ("input_ids", pa.list_(pa.int32())),
         ("labels", pa.list_(pa.int32())),
         ("noise_code", pa.list_(pa.int8())),
@@ -80,12 +81,30 @@ def record_batch(rows: Sequence[tuple[Any, ...]], schema: pa.Schema) -> pa.Recor
 
 
 def _array(values: list[Any], kind: pa.DataType) -> pa.Array:
-    """Return a column; lists come as numpy arrays, which pyarrow would take apart entry by entry."""
-    if not pa.types.is_list(kind):
-        return pa.array(values, type=kind)
-    offsets = np.cumsum([0, *map(len, values)]).astype(np.int32)
-    flat = np.concatenate(values).astype(kind.value_type.to_pandas_dtype(), copy=False)
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat), type=kind)
+    """Return a column, from its buffers: ``pa.array`` imports pandas, and takes lists apart entry by entry."""
+    if pa.types.is_large_string(kind):
+        parts = [text.encode() for text in values]
+        offsets = np.cumsum([0, *map(len, parts)], dtype=np.int64)
+        buffers = [None, pa.py_buffer(offsets), pa.py_buffer(b"".join(parts))]
+        return pa.Array.from_buffers(kind, len(values), buffers)
+    if pa.types.is_list(kind):
+        offsets = np.cumsum([0, *map(len, values)]).astype(np.int32)
+        flat = np.concatenate(values)
+        return pa.ListArray.from_arrays(_numbers(offsets, pa.int32()), _numbers(flat, kind.value_type), type=kind)
+    return _numbers(np.array(values), kind)
+
+
+def _numbers(values: np.ndarray[Any, Any], kind: pa.DataType) -> pa.Array:
+    same = np.ascontiguousarray(values, dtype=np.dtype(str(kind)))
+    return pa.Array.from_buffers(kind, len(same), [None, pa.py_buffer(same)])
+
+
+def _mapped(numbers: pa.Array) -> np.ndarray[Any, Any]:
+    """A view of a column of numbers; pyarrow's own would import pandas, half a second."""
+    if not len(numbers):
+        return np.zeros(0, dtype=np.dtype(str(numbers.type)))
+    whole = np.frombuffer(numbers.buffers()[1], dtype=np.dtype(str(numbers.type)))
+    return whole[numbers.offset : numbers.offset + len(numbers)]
 
 
 class Table(Lazy[T]):
@@ -152,7 +171,7 @@ class Tokens(Table[Prepared]):
         names = ("input_ids", "labels", "noise_code")
         # Views of the file: a row is two look-ups and three slices.
         self._lists = [
-            [(batch.column(name).offsets.to_numpy(), batch.column(name).values.to_numpy()) for name in names]
+            [(_mapped(batch.column(name).offsets), _mapped(batch.column(name).values)) for name in names]
             for batch in self.batches
         ]
 
