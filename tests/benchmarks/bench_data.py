@@ -129,7 +129,7 @@ def packing(args: argparse.Namespace) -> dict[str, float]:
             data = module(args, cache, **options)
             data.setup("fit")
             torch.manual_seed(0)
-            size = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4}
+            size = {"hidden_size": 384, "intermediate_size": 1152, "num_hidden_layers": 4, "num_attention_heads": 6}
             model = SFTModule(DEFT(), architecture={"model_type": "llama", "vocab_size": len(data.tokenizer), **size})
             model.configure_model()
             tokens, shapes, start = 0, 0, 0.0

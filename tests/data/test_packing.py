@@ -576,6 +576,19 @@ def test_lengths_like_those_of_worked_answers_fill_their_rows(capacity: int, sha
     assert sum(lengths) / (capacity * len(best_fit_decreasing(lengths, capacity))) >= share
 
 
+def test_rows_of_all_of_gsm8k_with_an_ordinary_vocabulary_are_full(tmp_path: Path) -> None:
+    source = SHARED / "data" / "gsm8k_train.jsonl"
+    if not source.exists():
+        pytest.skip(f"{source} is not there; lengths like its are packed by the test before")
+    data = InstructionDataModule(
+        str(source), tokenizer_size=4096, packing=True, validation_fraction=0.0, max_length=1024, num_proc=2
+    )
+    data.setup("fit")
+    rows = data._rows["train"]
+    assert len(rows.examples) == 7473
+    assert rows.examples.lengths().sum() / (1024 * len(rows)) >= 0.99
+
+
 @pytest.mark.parametrize(("capacity", "share"), [(1024, 0.97), (2048, 0.98)])
 def test_rows_of_gsm8k_are_full(tmp_path: Path, capacity: int, share: float) -> None:
     # With 512 entries an example has 380 tokens: two or three a row of 1024, whose rest is too short for another.
