@@ -303,13 +303,15 @@ class SFTModule(LightningModule):
         self._rate = float(optimizer.param_groups[0]["lr"])  # of this step; the schedule moves on before it is logged
         try:
             super().optimizer_step(epoch, batch_idx, optimizer, closure)
-            self._skipped_in_a_row = 0
         except SkippedStep:
             self.skipped += 1
             self._skipped_in_a_row += 1
+        else:
+            self._skipped_in_a_row = 0
+            assert self._totals.summed is not None
+            tokens = self._totals.summed[0]
+            self._seen = tokens if self._seen is None else self._seen + tokens
         assert self._totals.summed is not None
-        tokens = self._totals.summed[0]
-        self._seen = tokens if self._seen is None else self._seen + tokens
         self.stop_agreed = bool(self._totals.summed[2] > 0)
         self._totals = StepTotals()
 

@@ -349,7 +349,7 @@ class InstructionDataModule(LightningDataModule):
         }  # fmt: skip
         if train:
             return ResumableLoader(dataset, **options)
-        if self.trainer is not None and getattr(self.trainer.strategy, "shards_weights", False):
+        if getattr(getattr(self.trainer, "strategy", None), "shards_weights", False):
             return EvenLoader(dataset, batches=-(-len(dataset) // (world * (size or 1))), **options)
         return DataLoader(dataset, **options)
 

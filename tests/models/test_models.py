@@ -614,8 +614,8 @@ def test_a_bfloat16_checkpoint_keeps_its_dtype_and_float32_frequencies(
 
 
 def test_a_missing_checkpoint_is_one_line(tmp_path: Path) -> None:
-    for path in (tmp_path / "none.ckpt", tmp_path):
-        with pytest.raises(UserError, match=r"no such checkpoint \(--ckpt_path\)") as caught:
+    for path, what in ((tmp_path / "none.ckpt", "no such checkpoint"), (tmp_path, "is not a complete checkpoint")):
+        with pytest.raises(UserError, match=rf"{what} \(--ckpt_path\)") as caught:
             load_checkpoint(path)
         one_line(caught, str(path))
 
