@@ -330,7 +330,9 @@ def _spans(
     at = 0
     for i, message in enumerate(messages):
         content = message["content"].strip()
-        found = max(text.find(content, at), *(text.find(written, at) for written in _as_json(content)))
+        found = text.find(content, at)
+        if found < 0:
+            found = max(text.find(written, at) for written in _as_json(content))
         if found < 0:
             if tagged and message["role"] == "assistant" and any(number == i for _, _, number in spans):
                 continue  # written in parts
