@@ -34,6 +34,7 @@ from deft_lightning.data.order import ShardedSampler
 from deft_lightning.errors import UserError
 from deft_lightning.evaluation import Generation
 from deft_lightning.models import LoRA
+from deft_lightning.objectives import NLL, Likelihood, Tsallis
 
 GLOBAL_BATCH = 8
 Found = dict[str, Any]
@@ -144,7 +145,7 @@ def data(root: Path, world: int, **options: Any) -> InstructionDataModule:
 def watched(root: Path, world: int) -> Found:
     """Monitors, validation with an odd number of examples, and a checkpoint."""
     folder = root / f"run{world}"
-    monitors = [GateMonitor(), EntropyMonitor(), NoiseMonitor(), Checkpoint()]
+    monitors = [GateMonitor(others=[NLL(), Likelihood(), Tsallis(0.5)]), EntropyMonitor(), NoiseMonitor(), Checkpoint()]
     module = make_module(root)
     trainer = make_trainer(folder, world, *monitors, logger=None, max_epochs=2)
     trainer.fit(module, data(root, world))
