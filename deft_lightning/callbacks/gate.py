@@ -61,16 +61,19 @@ class GateMonitor(TokenMonitor):
             self.others[name] = other
         self.has_focus = False
 
-    def open(self, trainer: Trainer, module: Any) -> PackedHistogram:
-        """Return rows for gate, probability, gradient, the other objectives and, where there is one, focus."""
-        own = module.objective
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """Refuse objectives that cannot be computed, before anything is trained."""
+        own = pl_module.objective
         for other in self.others.values():
             if other.topk not in (0, own.topk):
                 raise UserError(
                     f"gate_monitor.others: {other!r} needs the entropy of the {other.topk} largest probabilities, which"
                     f" is not computed for {own!r}; leave it out, or train with it"
                 )
-        self.has_focus = hasattr(own, "focus")
+
+    def open(self, trainer: Trainer, module: Any) -> PackedHistogram:
+        """Return rows for gate, probability, gradient, the other objectives and, where there is one, focus."""
+        self.has_focus = hasattr(module.objective, "focus")
         count = 3 + len(self.others) + (1 + BANDS if self.has_focus else 0)
         return PackedHistogram([(0.0, 1.0)] * count, self.bins)
 

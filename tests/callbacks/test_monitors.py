@@ -69,6 +69,7 @@ def watch(monitor: TokenMonitor, objective: Objective, monkeypatch: pytest.Monke
     run: Any = Run(objective)
     monkeypatch.setattr(monitor, "write_histogram", lambda _, tag, row: run.histograms.update({tag: row}))
     monkeypatch.setattr(monitor, "write_figure", lambda _, tag, draw: run.grids.append((tag, draw())))
+    monitor.setup(run, run, "fit")
     packed = monitor.open(run, run)
     for stats, noisy in micro_batches():
         monitor.observe(packed, run, stats, noisy)
