@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 from deft_lightning import InstructionDataModule, SFTModule, Trainer
 from deft_lightning.callbacks import (
     Checkpoint,
+    Dashboard,
     EntropyMonitor,
     GateMonitor,
     GracefulStop,
@@ -145,7 +146,7 @@ def data(root: Path, world: int, **options: Any) -> InstructionDataModule:
 def watched(root: Path, world: int) -> Found:
     """Monitors, validation with an odd number of examples, and a checkpoint."""
     folder = root / f"run{world}"
-    monitors = [GateMonitor(others=[NLL(), Likelihood(), Tsallis(0.5)]), EntropyMonitor(), NoiseMonitor(), Checkpoint()]
+    monitors = [GateMonitor(others=[NLL(), Likelihood(), Tsallis(0.5)]), EntropyMonitor(), NoiseMonitor(), Dashboard(), Checkpoint()]
     module = make_module(root)
     trainer = make_trainer(folder, world, *monitors, logger=None, max_epochs=2)
     trainer.fit(module, data(root, world))
