@@ -146,7 +146,13 @@ def data(root: Path, world: int, **options: Any) -> InstructionDataModule:
 def watched(root: Path, world: int) -> Found:
     """Monitors, validation with an odd number of examples, and a checkpoint."""
     folder = root / f"run{world}"
-    monitors = [GateMonitor(others=[NLL(), Likelihood(), Tsallis(0.5)]), EntropyMonitor(), NoiseMonitor(), Dashboard(), Checkpoint()]
+    monitors = [
+        GateMonitor(others=[NLL(), Likelihood(), Tsallis(0.5)]),
+        EntropyMonitor(),
+        NoiseMonitor(),
+        Dashboard(),
+        Checkpoint(),
+    ]
     module = make_module(root)
     trainer = make_trainer(folder, world, *monitors, logger=None, max_epochs=2)
     trainer.fit(module, data(root, world))
