@@ -16,6 +16,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from deft_lightning.callbacks import (
     Checkpoint,
+    Dashboard,
     EntropyMonitor,
     GateMonitor,
     GracefulStop,
@@ -128,6 +129,7 @@ class DeftCLI(LightningCLI):
         parser.add_lightning_class_args(GateMonitor, "gate_monitor")
         parser.add_lightning_class_args(EntropyMonitor, "entropy_monitor")
         parser.add_lightning_class_args(NoiseMonitor, "noise_monitor")
+        parser.add_lightning_class_args(Dashboard, "dashboard")
         parser.add_lightning_class_args(PredictionWriter, "predictions")
         parser.add_class_arguments(AfterFit, "after_fit")
         parser.set_defaults({"model.optimizer": OPTIMIZER, "model.scheduler": SCHEDULER})

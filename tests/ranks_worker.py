@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 from deft_lightning import InstructionDataModule, SFTModule, Trainer
 from deft_lightning.callbacks import (
     Checkpoint,
+    Dashboard,
     EntropyMonitor,
     GateMonitor,
     GracefulStop,
@@ -34,6 +35,7 @@ from deft_lightning.data.order import ShardedSampler
 from deft_lightning.errors import UserError
 from deft_lightning.evaluation import Generation
 from deft_lightning.models import LoRA
+from deft_lightning.objectives import NLL, Likelihood, Tsallis
 
 GLOBAL_BATCH = 8
 Found = dict[str, Any]
@@ -144,7 +146,13 @@ def data(root: Path, world: int, **options: Any) -> InstructionDataModule:
 def watched(root: Path, world: int) -> Found:
     """Monitors, validation with an odd number of examples, and a checkpoint."""
     folder = root / f"run{world}"
-    monitors = [GateMonitor(), EntropyMonitor(), NoiseMonitor(), Checkpoint()]
+    monitors = [
+        GateMonitor(others=[NLL(), Likelihood(), Tsallis(0.5)]),
+        EntropyMonitor(),
+        NoiseMonitor(),
+        Dashboard(),
+        Checkpoint(),
+    ]
     module = make_module(root)
     trainer = make_trainer(folder, world, *monitors, logger=None, max_epochs=2)
     trainer.fit(module, data(root, world))

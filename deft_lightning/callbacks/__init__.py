@@ -2,6 +2,7 @@
 
 from deft_lightning.callbacks.base import TokenMonitor
 from deft_lightning.callbacks.checkpoint import Checkpoint, newest_checkpoint
+from deft_lightning.callbacks.dashboard import Dashboard
 from deft_lightning.callbacks.entropy import EntropyMonitor
 from deft_lightning.callbacks.gate import GateMonitor
 from deft_lightning.callbacks.noise import NoiseMonitor
@@ -11,6 +12,7 @@ from deft_lightning.callbacks.stop import GracefulStop
 
 __all__ = [
     "Checkpoint",
+    "Dashboard",
     "EntropyMonitor",
     "GateMonitor",
     "GracefulStop",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Callable
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -23,6 +25,7 @@ class TokenMonitor(Callback):
         if bins < 1:
             raise UserError(f"{type(self).__name__}: bins must be at least 1, got {bins}")
         self.packed: PackedHistogram | None = None
+        self.reports = 0
 
     def open(self, trainer: Trainer, module: Any) -> PackedHistogram:
         """Return the empty packed histogram, once the model is known."""
@@ -48,18 +51,52 @@ class TokenMonitor(Callback):
         if not trainer.fit_loop._should_accumulate():
             rows = self.packed.rows()
             self.packed.reset()
+            self.reports += 1
             self.report(trainer, pl_module, rows)
 
     def write_scalars(self, trainer: Trainer, values: dict[str, float]) -> None:
         """Write values of this step alone, on rank zero; Lightning's ``log`` would repeat them on steps without any."""
+        if not values:
+            return
         for logger in trainer.loggers:
-            logger.log_metrics(values, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+            logger.log_metrics(values, step=optimizer_step(trainer))
 
     def write_histogram(self, trainer: Trainer, tag: str, row: Histogram) -> None:
         """Write one histogram to every TensorBoard logger; on rank zero alone."""
-        if not trainer.is_global_zero or not row.total:
+        if not row.total:
             return
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                step = trainer.fit_loop.epoch_loop._batches_that_stepped
-                logger.experiment.add_histogram_raw(tag, global_step=step, **row.raw())
+        for writer in writers(trainer):
+            writer.add_histogram_raw(tag, global_step=optimizer_step(trainer), **row.raw())
+
+    def write_figure(self, trainer: Trainer, tag: str, draw: Callable[[], Any]) -> None:
+        """Draw a figure for TensorBoard on the first, second, fourth, eighth ... report; on rank zero alone.
+
+        A figure takes longer than a small step: so spaced their cost vanishes as the run goes on, and all phases of
+        training are still seen.
+        """
+        if self.reports & (self.reports - 1) or not has_matplotlib():
+            return
+        for writer in writers(trainer):
+            writer.add_figure(tag, draw(), global_step=optimizer_step(trainer))
+
+
+def quantiles(name: str, row: Histogram) -> dict[str, float]:
+    """Return `name/q10`, `name/q50`, `name/q90` from a histogram, to the width of a bin; nothing without values."""
+    return {f"{name}/q{percent}": row.quantile(percent / 100) for percent in (10, 50, 90)} if row.total else {}
+
+
+def writers(trainer: Trainer) -> list[Any]:
+    """Return the writers of the TensorBoard loggers; none on other ranks than zero."""
+    if not trainer.is_global_zero:
+        return []
+    return [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+
+
+def optimizer_step(trainer: Trainer) -> int:
+    """Return the step that Lightning's own loggers write beside."""
+    return trainer.fit_loop.epoch_loop._batches_that_stepped
+
+
+def has_matplotlib() -> bool:
+    """Whether figures can be drawn: matplotlib is an extra (`figures`), and training does without."""
+    return importlib.util.find_spec("matplotlib") is not None

@@ -1,4 +1,4 @@
-"""How sure the model is: Shannon and Renyi-2 entropy of its predictions."""
+"""How sure the model is: Shannon entropy, Renyi-2 entropy and collision probability of its predictions."""
 
 from __future__ import annotations
 
@@ -7,17 +7,21 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 
-from deft_lightning.callbacks.base import TokenMonitor
+from deft_lightning.callbacks.base import TokenMonitor, quantiles
 from deft_lightning.functional import TokenStats
 from deft_lightning.metrics import Histogram, PackedHistogram
 
 
 class EntropyMonitor(TokenMonitor):
-    """Logs `entropy/shannon` (H), `entropy/renyi2` (-ln sum p^2) and the histogram `entropy/hist` of H, all in nats.
+    """Logs `entropy/shannon` (H), `entropy/renyi2` (H2 = -ln C), both in nats, and `collision/mean` (C = sum pi^2).
+
+    `entropy/q10`, `entropy/q50` and `entropy/q90` are quantiles of H, read from its histogram: off by less than a bin,
+    `ln V / bins`. Histograms: `entropy/hist` (H) and `entropy/renyi2_hist` (H2) over `[0, ln V]`, `collision/hist` (C)
+    over `[0, 1]`.
 
     Args:
-        histograms: Write the histogram too.
-        bins: Bins over [0, ln V].
+        histograms: Write the histograms too.
+        bins: Bins of a histogram.
     """
 
     def __init__(self, histograms: bool = True, bins: int = 50) -> None:
@@ -25,18 +29,24 @@ class EntropyMonitor(TokenMonitor):
         self.histograms, self.bins = histograms, bins
 
     def open(self, trainer: Trainer, module: Any) -> PackedHistogram:
-        """Return rows for both entropies."""
+        """Return rows for both entropies and the collision probability."""
         highest = math.log(module.model.config.get_text_config().vocab_size)
-        return PackedHistogram([(0.0, highest)] * 2, self.bins)
+        return PackedHistogram([(0.0, highest), (0.0, highest), (0.0, 1.0)], self.bins)
 
     def observe(self, packed: PackedHistogram, module: Any, stats: TokenStats, noise_code: Any) -> None:
-        """Add both entropies of each token."""
+        """Add both entropies and the collision probability of each token."""
         packed.update(0, stats.entropy)
         packed.update(1, -stats.collision.log())
+        packed.update(2, stats.collision)
 
     def report(self, trainer: Trainer, module: Any, rows: list[Histogram]) -> None:
-        """Write means and the histogram."""
-        module.log("entropy/shannon", rows[0].mean)
-        module.log("entropy/renyi2", rows[1].mean)
+        """Write means, quantiles and histograms."""
+        shannon, renyi2, collision = rows
+        module.log("entropy/shannon", shannon.mean)
+        module.log("entropy/renyi2", renyi2.mean)
+        module.log("collision/mean", collision.mean)
+        self.write_scalars(trainer, quantiles("entropy", shannon))
         if self.histograms:
-            self.write_histogram(trainer, "entropy/hist", rows[0])
+            self.write_histogram(trainer, "entropy/hist", shannon)
+            self.write_histogram(trainer, "entropy/renyi2_hist", renyi2)
+            self.write_histogram(trainer, "collision/hist", collision)

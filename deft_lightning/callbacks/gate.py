@@ -1,57 +1,125 @@
-"""What the objective lets through: distributions of gate, focus index and target probability."""
+"""What the objective lets through: gate, focus index and target probability, and what other objectives would."""
 
 from __future__ import annotations
 
+import re
+from itertools import pairwise
 from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
 
-from deft_lightning.callbacks.base import TokenMonitor
+from deft_lightning.callbacks.base import TokenMonitor, quantiles
+from deft_lightning.callbacks.drawings import occupancy
+from deft_lightning.errors import UserError
 from deft_lightning.functional import TokenStats
 from deft_lightning.metrics import Histogram, PackedHistogram
+from deft_lightning.objectives import Objective
+
+BANDS = 10  # of alpha, in the occupancy
+PERCENT = (0, 10, 50, 90, 100)  # ranges of p whose share of the gradient is told
 
 
 class GateMonitor(TokenMonitor):
-    """Logs `gate/mean`, `gate/ess`, `focus/mean`, `prob/mean`, and histograms `gate/hist`, `focus/hist`, `prob/hist`.
+    """Logs the gate, the target probability p and the focus index alpha of the tokens of a step.
 
-    The gate is the factor on a token's error; `gate/ess` is the effective sample size `(sum g)^2 / (n sum g^2)`, in
-    (0, 1]. Focus (alpha) is written for the deformed-log family, which has one. Values above 1, which only some
-    objectives reach, count in the last bin; means are exact.
+    Means: `gate/mean`, `prob/mean`, `focus/mean`. The gate is the factor on a token's error; `gate/ess` is the
+    effective sample size `(sum g)^2 / (n sum g^2)`, in (0, 1]. Focus is written for the deformed-log family, which has
+    one.
+
+    Quantiles `gate/q10`, `gate/q50`, `gate/q90`, and `prob/` likewise, are read from the histograms: off by less than a
+    bin, `1 / bins`. Values above 1, which only some objectives reach, count in the last bin; means are exact.
+
+    `gradient/p0_10`, `gradient/p10_50`, `gradient/p50_90`, `gradient/p90_100` are the shares of the summed
+    `gate * (1 - p)` that tokens with p in [0, 0.1), [0.1, 0.5), [0.5, 0.9), [0.9, 1] have; exact when `bins` is a
+    multiple of 10, otherwise as if the tokens of a bin were spread evenly over it.
+
+    `counterfactual/NAME/gate` and `counterfactual/NAME/ess` are mean gate and effective sample size that another
+    objective would have on the same tokens, from the same statistics: no forward pass is added. One that looks at the
+    batch, `Cayley(floor=...)`, sees one micro-batch of one rank, as it would in training.
+
+    Histograms: `gate/hist`, `prob/hist`, `focus/hist`, and `gradient/hist`, over p, each token counted by its
+    `gate * (1 - p)`. With matplotlib, `occupancy/p_alpha` shows how many tokens lie where in p and alpha.
 
     Args:
-        histograms: Write the histograms too.
+        histograms: Write the histograms and the occupancy too.
         bins: Bins of a histogram over [0, 1].
+        others: Objectives to compare with, for example `[NLL, Likelihood]`.
+
+    Raises:
+        UserError: Two of `others` are the same, or one needs statistics that the objective in use does not ask for.
     """
 
-    def __init__(self, histograms: bool = True, bins: int = 50) -> None:
+    def __init__(self, histograms: bool = True, bins: int = 50, others: list[Objective] | None = None) -> None:
         super().__init__(bins)
         self.histograms, self.bins = histograms, bins
+        self.others: dict[str, Objective] = {}
+        for other in others or []:
+            name = tag_of(other)
+            if name in self.others:
+                raise UserError(f"gate_monitor.others: {other!r} is there twice")
+            self.others[name] = other
         self.has_focus = False
 
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """Refuse objectives that cannot be computed, before anything is trained."""
+        own = pl_module.objective
+        for other in self.others.values():
+            if other.topk not in (0, own.topk):
+                raise UserError(
+                    f"gate_monitor.others: {other!r} needs the entropy of the {other.topk} largest probabilities, which"
+                    f" is not computed for {own!r}; leave it out, or train with it"
+                )
+
     def open(self, trainer: Trainer, module: Any) -> PackedHistogram:
-        """Return rows for gate, probability and, where there is one, focus."""
+        """Return rows for gate, probability, gradient, the other objectives and, where there is one, focus."""
         self.has_focus = hasattr(module.objective, "focus")
-        return PackedHistogram([(0.0, 1.0)] * (3 if self.has_focus else 2), self.bins)
+        count = 3 + len(self.others) + (1 + BANDS if self.has_focus else 0)
+        return PackedHistogram([(0.0, 1.0)] * count, self.bins)
 
     def observe(self, packed: PackedHistogram, module: Any, stats: TokenStats, noise_code: Any) -> None:
-        """Add the gate, probability and focus of each token."""
-        packed.update(0, module.objective.gate(stats))
-        packed.update(1, stats.log_prob.exp())
+        """Add gate, probability, gradient and focus of each token."""
+        gate, prob = module.objective.gate(stats), stats.log_prob.exp()
+        packed.update(0, gate)
+        packed.update(1, prob)
+        # A gate of Focal can be below 0 by rounding alone; mass is not.
+        packed.update(2, prob, weight=(gate * -torch.expm1(stats.log_prob)).clamp_min(0))
+        for row, other in enumerate(self.others.values(), start=3):
+            packed.update(row, other.gate(stats))
         if self.has_focus:
+            row = 3 + len(self.others)
             with torch.no_grad():
-                packed.update(2, module.objective.focus(stats))
+                focus = module.objective.focus(stats)
+            packed.update(row, focus)
+            packed.update_bands(row + 1, BANDS, prob, by=focus)
 
     def report(self, trainer: Trainer, module: Any, rows: list[Histogram]) -> None:
-        """Write means and histograms."""
-        gate, prob = rows[:2]
+        """Write means, quantiles, shares and histograms."""
+        gate, prob, gradient = rows[:3]
+        others, focus = rows[3 : 3 + len(self.others)], rows[3 + len(self.others) :]
         module.log("gate/mean", gate.mean)
         module.log("gate/ess", gate.effective_sample_size)
         module.log("prob/mean", prob.mean)
-        named = {"gate": gate, "prob": prob}
-        if self.has_focus:
-            module.log("focus/mean", rows[2].mean)
-            named["focus"] = rows[2]
-        if self.histograms:
-            for name, row in named.items():
-                self.write_histogram(trainer, f"{name}/hist", row)
+        if focus:
+            module.log("focus/mean", focus[0].mean)
+        values = {**quantiles("gate", gate), **quantiles("prob", prob)}
+        if gradient.total:
+            for low, high in pairwise(PERCENT):
+                values[f"gradient/p{low}_{high}"] = gradient.share_below(high / 100) - gradient.share_below(low / 100)
+        for name, row in zip(self.others, others, strict=True):
+            values[f"counterfactual/{name}/gate"] = row.mean
+            values[f"counterfactual/{name}/ess"] = row.effective_sample_size
+        self.write_scalars(trainer, values)
+        if not self.histograms:
+            return
+        for name, row in {"gate": gate, "prob": prob, "gradient": gradient}.items():
+            self.write_histogram(trainer, f"{name}/hist", row)
+        if focus:
+            self.write_histogram(trainer, "focus/hist", focus[0])
+            counts = [row.counts for row in focus[1:]]
+            self.write_figure(trainer, "occupancy/p_alpha", lambda: occupancy(counts))
+
+
+def tag_of(objective: Objective) -> str:
+    """Return an objective's repr in characters that tags may have: `NLL`, `Tsallis_q_0.5`."""
+    return re.sub(r"[^\w.-]+", "_", repr(objective)).strip("_")

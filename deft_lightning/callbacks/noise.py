@@ -19,13 +19,15 @@ class NoiseMonitor(TokenMonitor):
 
     `gate/clean`, `gate/noisy`, `nll/clean`, `nll/noisy` are means; `noise/auroc_gate` and `noise/auroc_prob` how well
     1 - gate and 1 - p detect noise (0.5 is chance; tokens within one of 1024 bins count as equal);
-    `noise/gradient_share` the noisy tokens' share of the summed gate * (1 - p).
+    `noise/gradient_share` the noisy tokens' share of the summed gate * (1 - p); `noise/memorised` the share of noisy
+    tokens whose corrupted label is the model's first choice. How many have been recovered, their clean label the first
+    choice, cannot be told: the statistics hold whether the label is the arg-max, not which token is.
     """
 
     def open(self, trainer: Trainer, module: Any) -> PackedHistogram:
-        """Return rows of gate, probability, NLL and gradient, each for clean and noisy."""
+        """Return rows of gate, probability, NLL, gradient and arg-max, each for clean and noisy."""
         # Ranges of nll and gradient do not matter: only their sums are read.
-        return PackedHistogram([(0.0, 1.0)] * 10, BINS)
+        return PackedHistogram([(0.0, 1.0)] * 12, BINS)
 
     def observe(self, packed: PackedHistogram, module: Any, stats: TokenStats, noise_code: Any) -> None:
         """Add each token to its class."""
@@ -33,16 +35,15 @@ class NoiseMonitor(TokenMonitor):
             return
         gate = module.objective.gate(stats)
         error = -torch.expm1(stats.log_prob)
-        for offset, chosen in ((0, noise_code == 0), (5, noise_code != 0)):
+        for offset, chosen in ((0, noise_code == 0), (6, noise_code != 0)):
             log_prob, kept = stats.log_prob[chosen], gate[chosen]
-            for row, values in enumerate(
-                (spread(kept.log()), spread(log_prob), kept, -log_prob, kept * error[chosen]), start=offset
-            ):
+            parts = (spread(kept.log()), spread(log_prob), kept, -log_prob, kept * error[chosen], stats.correct[chosen])
+            for row, values in enumerate(parts, start=offset):
                 packed.update(row, values)
 
     def report(self, trainer: Trainer, module: Any, rows: list[Histogram]) -> None:
         """Write the comparison once both classes were seen."""
-        clean, noisy = rows[:5], rows[5:]
+        clean, noisy = rows[:6], rows[6:]
         if not (clean[0].total and noisy[0].total):
             return
         values: dict[str, float] = {}
@@ -53,4 +54,5 @@ class NoiseMonitor(TokenMonitor):
         values["noise/auroc_prob"] = binned_auroc(noisy[1].counts, clean[1].counts)
         spent = clean[4].sum + noisy[4].sum
         values["noise/gradient_share"] = noisy[4].sum / spent if spent else 0.0
+        values["noise/memorised"] = noisy[5].mean
         self.write_scalars(trainer, values)

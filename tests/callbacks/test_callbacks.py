@@ -47,14 +47,17 @@ NOISE = Noise(ops=[TokenReplace(rate=0.3)])
 SCALARS = {
     "train": {"loss", "nll", "ppl", "token_accuracy", "tokens", "grad_norm"},
     "val": {"loss", "nll", "ppl", "token_accuracy"},
-    "gate": {"mean", "ess"},
+    "gate": {"mean", "ess", "q10", "q50", "q90"},
     "focus": {"mean"},
-    "prob": {"mean"},
-    "entropy": {"shannon", "renyi2"},
+    "prob": {"mean", "q10", "q50", "q90"},
+    "entropy": {"shannon", "renyi2", "q10", "q50", "q90"},
+    "collision": {"mean"},
+    "gradient": {"p0_10", "p10_50", "p50_90", "p90_100"},
 }
 NOISE_SCALARS = {"gate/clean", "gate/noisy", "nll/clean", "nll/noisy", "noise/auroc_gate", "noise/auroc_prob",
-                 "noise/gradient_share"}  # fmt: skip
-HISTOGRAMS = {"gate/hist", "focus/hist", "prob/hist", "entropy/hist"}
+                 "noise/gradient_share", "noise/memorised"}  # fmt: skip
+HISTOGRAMS = {"gate/hist", "focus/hist", "prob/hist", "gradient/hist", "entropy/hist", "entropy/renyi2_hist",
+              "collision/hist"}  # fmt: skip
 
 
 def contract(*without: str) -> set[str]:
@@ -220,13 +223,17 @@ def expected_scalars(tokens: Tokens) -> dict[str, float]:
         "prob/mean": p.mean(),
         "entropy/shannon": tokens.entropy.mean(),
         "entropy/renyi2": -tokens.collision.log().mean(),
+        "collision/mean": tokens.collision.mean(),
         "gate/clean": gate[~noisy].mean(),
         "gate/noisy": gate[noisy].mean(),
         "nll/clean": nll[~noisy].mean(),
         "nll/noisy": nll[noisy].mean(),
         "noise/gradient_share": effort[noisy].sum() / effort.sum(),
+        "noise/memorised": (tokens.logits.argmax(-1) == tokens.targets)[noisy].double().mean(),
     }
-    return {tag: float(value) for tag, value in values.items()}
+    for name, low, high in (("p0_10", 0, 0.1), ("p10_50", 0.1, 0.5), ("p50_90", 0.5, 0.9), ("p90_100", 0.9, 1.1)):
+        values[f"gradient/{name}"] = effort[(p >= low) & (p < high)].sum() / effort.sum()
+    return {tag: float(value.detach() if isinstance(value, Tensor) else value) for tag, value in values.items()}
 
 
 @pytest.mark.parametrize("accumulate", [1, 2, 4])
@@ -242,7 +249,7 @@ def test_scalars_of_every_step_are_those_of_all_micro_batches_of_its_window(
         assert tokens.noisy.any() and not tokens.noisy.all(), "every step has both classes"
         seen += len(tokens.p)
         for tag, value in {**expected_scalars(tokens), "train/tokens": seen}.items():
-            assert events.scalars[tag][step] == pytest.approx(value, rel=2e-5), (tag, step)
+            assert events.scalars[tag][step] == pytest.approx(value, rel=2e-5, abs=1e-9), (tag, step)
         with torch.no_grad():
             for tag, score in (("noise/auroc_gate", -tokens.gate), ("noise/auroc_prob", -tokens.p)):
                 exact = auroc(score[tokens.noisy], score[~tokens.noisy])
@@ -271,6 +278,8 @@ def test_histograms_count_every_token_of_the_window(pretrained: str, tmp_path: P
             "focus/hist": (tokens.collision, 1.0),
             "prob/hist": (tokens.p.detach(), 1.0),
             "entropy/hist": (tokens.entropy, math.log(262)),
+            "entropy/renyi2_hist": (-tokens.collision.log(), math.log(262)),
+            "collision/hist": (tokens.collision, 1.0),
         }
         for tag, (values, top) in quantities.items():
             found = events.histograms[tag][step]

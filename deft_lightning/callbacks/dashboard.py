@@ -1,0 +1,102 @@
+"""TensorBoard as a dashboard: a page of charts, the gate's curve, and examples marked by gate."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from deft_lightning.callbacks.base import has_matplotlib, optimizer_step, writers
+from deft_lightning.callbacks.drawings import gate_curve
+from deft_lightning.callbacks.marked import marked
+from deft_lightning.errors import UserError
+
+Charts = dict[str, dict[str, list[Any]]]
+
+
+class Dashboard(Callback):
+    """Arranges what the monitors log, for TensorBoard loggers alone; other loggers are left as they are.
+
+    When `fit` starts: the layout of the Custom Scalars page and, with matplotlib, `objective/gate`, the curve of the
+    gate against p. After each validation: `examples/val` (and `examples/val_noisy`), the first examples with their
+    tokens marked by gate, always the same ones, so that the slider of the Text page shows what became of them.
+
+    Args:
+        layout: Write the layout.
+        curve: Draw the curve.
+        examples: How many examples of a validation set are shown; 0 for none.
+        tokens: How many supervised tokens of an example are shown.
+
+    Raises:
+        UserError: A negative number.
+    """
+
+    def __init__(self, layout: bool = True, curve: bool = True, examples: int = 3, tokens: int = 200) -> None:
+        if examples < 0:
+            raise UserError(f"dashboard.examples must not be negative, got {examples}")
+        if tokens < 1:
+            raise UserError(f"dashboard.tokens must be at least 1, got {tokens}")
+        self.layout, self.curve, self.examples, self.tokens = layout, curve, examples, tokens
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the layout and the curve, on rank zero alone."""
+        objective: Any = pl_module.objective
+        noise = getattr(getattr(trainer, "datamodule", None), "noise", None)
+        charts = chart_layout(bool(getattr(noise, "ops", ())), hasattr(objective, "focus"))
+        for writer in writers(trainer):
+            if self.layout:
+                writer.add_custom_scalars(charts)
+            if self.curve and has_matplotlib():
+                writer.add_figure("objective/gate", gate_curve(objective), global_step=optimizer_step(trainer))
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Write the first examples of a validation set, on rank zero alone."""
+        tokenizer = getattr(pl_module, "tokenizer", None)
+        if batch_idx or not self.examples or tokenizer is None or trainer.state.fn != "fit" or trainer.sanity_checking:
+            return
+        for writer in writers(trainer):
+            gate = pl_module.objective.gate(outputs["stats"])
+            name = "examples/val_noisy" if dataloader_idx else "examples/val"
+            text = marked(tokenizer, batch, gate, self.examples, self.tokens)
+            writer.add_text(name, text, global_step=optimizer_step(trainer))
+
+
+def chart_layout(noise: bool, focus: bool) -> Charts:
+    """Return the pages of the Custom Scalars tab, in the form of ``SummaryWriter.add_custom_scalars``.
+
+    Tags are regular expressions from the start of a tag; `Margin` is a line between two others.
+
+    Args:
+        noise: Whether labels are corrupted on purpose; charts of clean against noisy are empty otherwise.
+        focus: Whether the objective has a focus index.
+    """
+    gate: dict[str, list[Any]] = {
+        "Focus curves: mean alpha, mean p" if focus else "Mean p": _lines("focus/mean", "prob/mean"),
+        "Gate: mean and effective sample size": _lines("gate/mean", "gate/ess"),
+        "Gate: median between 10 % and 90 %": ["Margin", ["gate/q50", "gate/q10", "gate/q90"]],
+        "Share of the gradient by p": _lines(
+            "gradient/p0_10", "gradient/p10_50", "gradient/p50_90", "gradient/p90_100"
+        ),
+        "Entropy of the predictions (nats)": _lines("entropy/shannon", "entropy/renyi2"),
+    }
+    losses = {
+        "Plain NLL (nats a token)": _lines("train/nll", "val/nll", "val_noisy/nll"),
+        "Objective": _lines("train/loss", "val/loss"),
+        "Token accuracy": _lines("train/token_accuracy", "val/token_accuracy"),
+    }
+    charts: Charts = {"Gate": gate}
+    if noise:
+        charts["Clean against noisy labels"] = {
+            "Gate": _lines("gate/clean", "gate/noisy"),
+            "Plain NLL": _lines("nll/clean", "nll/noisy"),
+            "Share of the gradient, and memorised labels": _lines("noise/gradient_share", "noise/memorised"),
+            "Detection of noise (AUROC)": _lines("noise/auroc_gate", "noise/auroc_prob"),
+        }
+    charts["Losses"] = losses
+    return charts
+
+
+def _lines(*tags: str) -> list[Any]:
+    return ["Multiline", [f"{tag}$" for tag in tags]]

@@ -1,0 +1,207 @@
+"""Monitors against numpy on the concatenated tokens, fed with statistics of their own."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from deft_lightning.callbacks import EntropyMonitor, GateMonitor, NoiseMonitor, TokenMonitor, drawings
+from deft_lightning.errors import UserError
+from deft_lightning.functional import TokenStats, token_stats
+from deft_lightning.objectives import DEFT, DFT, EAFT, NLL, Cayley, Likelihood, Objective, Tsallis
+
+VOCABULARY = 40
+COUNTS = (17, 0, 301, 182)
+
+
+def micro_batches() -> list[tuple[TokenStats, torch.Tensor]]:
+    """Statistics from flat to concentrated predictions, and which tokens are noisy."""
+    generator = torch.Generator().manual_seed(5)
+    found = []
+    for count in COUNTS:
+        scale = 6 * torch.rand(count, 1, generator=generator)
+        logits = scale * torch.randn(count, VOCABULARY, generator=generator)
+        guess = logits.argmax(-1) if count else torch.zeros(0, dtype=torch.long)
+        other = torch.randint(0, VOCABULARY, (count,), generator=generator)
+        targets = torch.where(torch.rand(count, generator=generator) < 0.6, guess, other)
+        noisy = (torch.rand(count, generator=generator) < 0.3).long()
+        found.append((token_stats(logits, targets), noisy))
+    return found
+
+
+class Columns:
+    """The same tokens, concatenated, in float64."""
+
+    def __init__(self) -> None:
+        parts = micro_batches()
+        stats = [np.concatenate([part[0][i].numpy() for part in parts]) for i in range(4)]
+        log_p, self.c, self.h = (column.astype(np.float64) for column in stats[:3])
+        self.correct, self.noisy = stats[3], np.concatenate([part[1].numpy() for part in parts]) > 0
+        self.log_p, self.p = log_p, np.exp(log_p)
+        self.gate = np.exp(self.c * log_p)  # of DEFT
+        self.mass = self.gate * (1 - self.p)
+
+
+class Run(SimpleNamespace):
+    """What a monitor asks of trainer and module, and what it wrote."""
+
+    def __init__(self, objective: Objective) -> None:
+        super().__init__(objective=objective, loggers=[self], scalars={}, histograms={}, grids=[], device="cpu")
+        config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=VOCABULARY))
+        self.model, self.is_global_zero = SimpleNamespace(config=config), True
+        self.fit_loop = SimpleNamespace(epoch_loop=SimpleNamespace(_batches_that_stepped=0))
+
+    def log(self, tag: str, value: float) -> None:
+        assert tag not in self.scalars
+        self.scalars[tag] = value
+
+    def log_metrics(self, values: dict[str, float], step: int) -> None:
+        for tag, value in values.items():
+            self.log(tag, value)
+
+
+def watch(monitor: TokenMonitor, objective: Objective, monkeypatch: pytest.MonkeyPatch) -> Run:
+    run: Any = Run(objective)
+    monkeypatch.setattr(monitor, "write_histogram", lambda _, tag, row: run.histograms.update({tag: row}))
+    monkeypatch.setattr(monitor, "write_figure", lambda _, tag, draw: run.grids.append((tag, draw())))
+    monitor.setup(run, run, "fit")
+    packed = monitor.open(run, run)
+    for stats, noisy in micro_batches():
+        monitor.observe(packed, run, stats, noisy)
+    monitor.report(run, run, packed.rows())
+    return run
+
+
+def ess(gate: np.ndarray) -> float:
+    return float(gate.sum() ** 2 / (len(gate) * np.square(gate).sum()))
+
+
+def test_means_of_gate_focus_and_probability(monkeypatch: pytest.MonkeyPatch) -> None:
+    run, tokens = watch(GateMonitor(), DEFT(), monkeypatch), Columns()
+    expected = {"gate/mean": tokens.gate.mean(), "gate/ess": ess(tokens.gate), "prob/mean": tokens.p.mean(),
+                "focus/mean": tokens.c.mean()}  # fmt: skip
+    for tag, value in expected.items():
+        assert run.scalars[tag] == pytest.approx(value, rel=1e-6), tag
+
+
+def test_the_entropies_and_the_collision_probability(monkeypatch: pytest.MonkeyPatch) -> None:
+    run, tokens = watch(EntropyMonitor(bins=30), DEFT(), monkeypatch), Columns()
+    named = {"entropy/shannon": tokens.h, "entropy/renyi2": -np.log(tokens.c), "collision/mean": tokens.c}
+    for tag, values in named.items():
+        assert run.scalars[tag] == pytest.approx(values.mean(), rel=1e-6, abs=1e-7), tag
+    top = math.log(VOCABULARY)
+    for tag, values, high in (("entropy/hist", tokens.h, top), ("entropy/renyi2_hist", -np.log(tokens.c), top),
+                              ("collision/hist", tokens.c, 1.0)):  # fmt: skip
+        assert run.histograms[tag].counts == np.histogram(values, 30, (0, high))[0].tolist(), tag
+
+
+@pytest.mark.parametrize("bins", [50, 7, 1])
+def test_quantiles_are_off_by_less_than_a_bin(bins: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens, scalars = Columns(), {}
+    for monitor in (GateMonitor(bins=bins), EntropyMonitor(bins=bins)):
+        scalars |= watch(monitor, DEFT(), monkeypatch).scalars
+    for name, values, high in (("gate", tokens.gate, 1), ("prob", tokens.p, 1), ("entropy", tokens.h, math.log(40))):
+        for percent in (10, 50, 90):
+            exact = np.quantile(values, percent / 100, method="inverted_cdf")
+            assert abs(scalars[f"{name}/q{percent}"] - exact) <= high / bins, (name, percent)
+    assert scalars["gate/q10"] < scalars["gate/q50"] < scalars["gate/q90"]
+
+
+@pytest.mark.parametrize("bins", [50, 20])
+def test_shares_of_the_gradient_by_probability(bins: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, tokens = watch(GateMonitor(bins=bins), DEFT(), monkeypatch), Columns()
+    shares = []
+    for low, high in ((0, 10), (10, 50), (50, 90), (90, 101)):
+        inside = (tokens.p >= low / 100) & (tokens.p < high / 100)
+        share = tokens.mass[inside].sum() / tokens.mass.sum()
+        shares.append(run.scalars[f"gradient/p{low}_{min(high, 100)}"])
+        assert shares[-1] == pytest.approx(share, rel=1e-5) and share > 0.002, low
+    assert sum(shares) == pytest.approx(1.0, abs=1e-12)
+    weighed = np.histogram(tokens.p, bins, (0, 1), weights=tokens.mass)[0]
+    assert run.histograms["gradient/hist"].counts == pytest.approx(weighed, rel=1e-5, abs=1e-9)
+
+
+def test_occupancy_counts_every_token_where_it_lies(monkeypatch: pytest.MonkeyPatch) -> None:
+    tables: list[Any] = []
+    monkeypatch.setattr("deft_lightning.callbacks.gate.occupancy", tables.append)
+    run, tokens = watch(GateMonitor(bins=20), DEFT(), monkeypatch), Columns()
+    assert [tag for tag, _ in run.grids] == ["occupancy/p_alpha"]
+    expected = np.histogram2d(tokens.c, tokens.p, (10, 20), ((0, 1), (0, 1)))[0]
+    assert np.array_equal(np.array(tables[0]), expected) and expected.sum() == sum(COUNTS)
+    assert (expected.sum(1) > 0).sum() > 5, "several bands of alpha are in use"
+
+
+def test_an_objective_without_focus_has_no_occupancy(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = watch(GateMonitor(), DFT(), monkeypatch)
+    assert not run.grids and "focus/mean" not in run.scalars and "focus/hist" not in run.histograms
+
+
+def test_counterfactual_gates_are_those_of_the_other_objectives(monkeypatch: pytest.MonkeyPatch) -> None:
+    others: list[Objective] = [NLL(), Likelihood(), Cayley(), Tsallis(q=0.5)]
+    run, tokens = watch(GateMonitor(others=others), DEFT(), monkeypatch), Columns()
+    p = tokens.p
+    gates = {"NLL": np.ones_like(p), "Likelihood": p, "Cayley": p ** (p / (2 - p)),
+             "Tsallis_q_0.5": np.sqrt(p)}  # fmt: skip
+    tags = {tag for tag in run.scalars if tag.startswith("counterfactual/")}
+    assert tags == {f"counterfactual/{name}/{what}" for name in gates for what in ("gate", "ess")}
+    for name, gate in gates.items():
+        assert run.scalars[f"counterfactual/{name}/gate"] == pytest.approx(gate.mean(), rel=1e-6), name
+        assert run.scalars[f"counterfactual/{name}/ess"] == pytest.approx(ess(gate), rel=1e-6), name
+    alone = watch(GateMonitor(), DEFT(), monkeypatch).scalars
+    assert {tag: value for tag, value in run.scalars.items() if tag not in tags} == alone
+
+
+def test_another_objective_needs_what_the_head_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=r"gate_monitor\.others: EAFT\(k=20, .* DEFT\(\)"):
+        watch(GateMonitor(others=[EAFT()]), DEFT(), monkeypatch)
+    with pytest.raises(UserError, match=r"gate_monitor\.others: .*NLL.* twice"):
+        GateMonitor(others=[NLL(), NLL()])
+
+
+def test_memorised_is_the_share_of_noisy_labels_that_are_the_first_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    run, tokens = watch(NoiseMonitor(), DEFT(), monkeypatch), Columns()
+    share = tokens.correct[tokens.noisy].mean()
+    assert 0.3 < share < 0.9 and share != tokens.correct[~tokens.noisy].mean()
+    assert run.scalars["noise/memorised"] == pytest.approx(share, rel=1e-12)
+    assert run.scalars["gate/noisy"] == pytest.approx(tokens.gate[tokens.noisy].mean(), rel=1e-6)
+    spent = tokens.mass[tokens.noisy].sum() / tokens.mass.sum()
+    assert run.scalars["noise/gradient_share"] == pytest.approx(spent, rel=1e-5)
+
+
+def test_a_step_without_tokens_has_no_quantiles_or_shares(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(f"{__name__}.micro_batches", lambda: [])
+    run = watch(GateMonitor(), DEFT(), monkeypatch)
+    assert run.scalars.keys() == {"gate/mean", "gate/ess", "prob/mean", "focus/mean"}
+
+
+def pixels(figure: Any) -> np.ndarray:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].astype(int)
+
+
+def test_the_curve_of_an_objective_says_what_it_depends_on() -> None:
+    """One line for what depends on p alone, three with a legend for what depends on the prediction."""
+    lines = {str(o): drawings.gate_curve(o).axes[0].get_lines() for o in (NLL(), DEFT(), Likelihood())}
+    assert [len(found) for found in lines.values()] == [1, 3, 1]
+    x, y = (np.asarray(part) for part in lines["Likelihood()"][0].get_data())
+    assert y == pytest.approx(x, abs=1e-9)
+    for line, collision in zip(lines["DEFT()"], (0.1, 0.5, 0.9), strict=True):
+        x, y = (np.asarray(part) for part in line.get_data())
+        assert y == pytest.approx(x**collision, rel=1e-9)
+
+
+def test_occupancy_is_darker_where_more_tokens_are() -> None:
+    image = pixels(drawings.occupancy([[0.0, 0.0], [1.0, 1000.0]]))
+    height, width = image.shape[:2]
+    # Well inside the four cells, bar and labels left out.
+    low = image[int(0.65 * height), [int(0.28 * width), int(0.6 * width)]].sum(-1)
+    high = image[int(0.25 * height), [int(0.28 * width), int(0.6 * width)]].sum(-1)
+    assert low.tolist() == [765, 765] and high[1] < 100 < high[0]
