@@ -15,7 +15,6 @@ from torch import Tensor
 from deft_lightning.data.collate import IGNORE, Prepared
 from deft_lightning.functional import TokenStats
 
-WORST = 3  # tokens that the score of an example is the mean of
 SUSPICIOUS = 2.302585  # ln 10: C is ten times p
 SPANS = 20  # of an example, the worst ones
 BEFORE = 8  # tokens of context that decide how a span is written
@@ -42,11 +41,15 @@ def conflict(stats: TokenStats) -> Tensor:
 
 
 def example_score(values: Tensor) -> float:
-    """Mean of the three largest token scores, of fewer where there are fewer; 0 without any.
+    """Root mean square of an example's token scores, in nats; 0 without any.
 
-    One wrong answer at the end of a long derivation counts in full, which a mean over all tokens would hide.
+    Between the mean, which hides one wrong token among many, and the largest, which overlooks a response that is
+    slightly wrong everywhere. It does not grow with the length of the example.
+
+    Args:
+        values: Token scores, shape ``(n,)``.
     """
-    return float(values.topk(min(WORST, len(values))).values.mean()) if len(values) else 0.0
+    return float(values.square().mean().sqrt()) if len(values) else 0.0
 
 
 @dataclass(frozen=True, eq=False)

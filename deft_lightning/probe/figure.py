@@ -27,7 +27,9 @@ def probe_figure(report: Mapping[str, Any], *outputs: Path) -> None:
     for i, (key, label) in enumerate(curves):
         total = sum(shapes[key]) or 1.0
         share = [count / total for count in shapes[key]]
-        left.stairs(share, shapes["edges"], color=COLOURS[i], linestyle=DASHES[i], linewidth=1.4, label=label)
+        left.stairs(
+            share, shapes["edges"], color=COLOURS[i], linestyle=DASHES[i], linewidth=1.4, baseline=None, label=label
+        )
     _dress(left, f"What the model believes: {report['prior']['kind']} prior", "probability", "share of the tokens")
     left.set_ylim(bottom=0)
     left.legend(fontsize=8, frameon=False)
@@ -50,6 +52,7 @@ def probe_figure(report: Mapping[str, Any], *outputs: Path) -> None:
     _dress(right, "What each objective would let through (* chosen)", "", "")
     right.tick_params(axis="y", length=0)
     right.grid(False, axis="y")
+    right.set_axisbelow(True)
     right.margins(x=0.16)
     right.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=2)
     for output in outputs[:-1]:

@@ -75,7 +75,8 @@ def probe_data(
     for row in noise:
         row |= _of_examples(found, operations.index(row["operation"]) + 1)
     report: dict[str, Any] = {
-        "version": __version__, "model": named(module), "checkpoint": None, "data": title(data.source), "examples": len(found), "examples_total": data.size(SPLIT),
+        "version": __version__, "model": named(module), "checkpoint": None, "data": title(data.source),
+        "examples": len(found), "examples_total": data.size(SPLIT),
         "tokens": tally.tokens, "means": means, "prior": prior(means), "objectives": tally.table(),
         "left_out": {**left_out, **tally.failed}, "noise": noise, "histograms": tally.histograms(),
     }  # fmt: skip
