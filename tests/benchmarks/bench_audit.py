@@ -5,7 +5,7 @@
 The text is what the model itself writes: stories sampled at two temperatures, cut at the end of a sentence into prompt
 and response, so that the model knows the text as well as a model can. Noise is this package's own, the pass is that of
 ``probe``. Printed is the AUROC of each candidate for the score of a token (corrupted against clean tokens), and of the
-same candidates over examples (corrupted against clean examples) as a mean over the three largest tokens and over all.
+same candidates over examples (corrupted against clean examples) pooled over their tokens in four ways.
 """
 
 from __future__ import annotations
@@ -31,8 +31,7 @@ from deft_lightning import InstructionDataModule, SFTModule, Trainer
 from deft_lightning.data.noise import CharNoise, Noise, NoiseOp, ResponseSwap, TokenReplace
 from deft_lightning.functional import TokenStats
 from deft_lightning.metrics import exact_auroc
-from deft_lightning.probe import conflict
-from deft_lightning.probe.audit import WORST
+from deft_lightning.probe import conflict, example_score
 
 PLAIN = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 CANDIDATES: dict[str, Callable[[TokenStats], Tensor]] = {
@@ -44,6 +43,12 @@ CANDIDATES: dict[str, Callable[[TokenStats], Tensor]] = {
     "C^0.5 (-log p)": lambda s: s.collision.sqrt() * -s.log_prob,
     "C (-log p)": lambda s: s.collision * -s.log_prob,
     "1 - p^C (DEFT's gate)": lambda s: -(s.collision * s.log_prob).expm1(),
+}
+EXAMPLES: dict[str, Callable[[Tensor], float]] = {
+    "rms": example_score,
+    "mean": lambda values: float(values.mean()),
+    "top three": lambda values: float(values.topk(min(3, len(values))).values.mean()),
+    "largest": lambda values: float(values.max()),
 }
 # At 20 % every example has wrong tokens: of them, the tokens are told apart. At 0.5 % about half of the examples do.
 NOISE: dict[str, NoiseOp] = {
@@ -100,11 +105,9 @@ def measure(model: str, source: str, op: NoiseOp, folder: str) -> dict[str, Any]
         "nll_clean": float(nll[~hit].mean()), "nll_noisy": float(nll[hit].mean()), "scores": {},
     }  # fmt: skip
     for name, parts in values.items():
-        largest = torch.stack([part.topk(min(WORST, len(part))).values.mean() for part in parts])
-        means = torch.stack([part.mean() for part in parts])
-        result["scores"][name] = {
-            "tokens": apart(torch.cat(parts), hit), "examples": apart(largest, known), "mean": apart(means, known)
-        }  # fmt: skip
+        result["scores"][name] = {"tokens": apart(torch.cat(parts), hit)} | {
+            way: apart(torch.tensor([score(part) for part in parts]), known) for way, score in EXAMPLES.items()
+        }
     return result
 
 
@@ -142,9 +145,9 @@ def main(args: Sequence[str] | None = None) -> None:
                     f" {result['noisy_tokens']} of {result['tokens']} tokens noisy; NLL"
                     f" {result['nll_clean']:.2f} clean, {result['nll_noisy']:.2f} noisy"
                 )
-                print(f"{'':28}{'tokens':>10}{'top three':>12}{'mean':>10}")
+                print(" " * 28 + "".join(f"{way:>11}" for way in ("tokens", *EXAMPLES)))
                 for score, row in result["scores"].items():
-                    print(f"{score:28}{_n(row['tokens']):>10}{_n(row['examples']):>12}{_n(row['mean']):>10}")
+                    print(f"{score:28}" + "".join(f"{_n(value):>11}" for value in row.values()))
     if options.output:
         Path(options.output).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
