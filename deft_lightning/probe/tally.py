@@ -14,7 +14,7 @@ from deft_lightning.metrics import Histogram, PackedHistogram, binned_auroc
 from deft_lightning.objectives import Objective, known_objectives
 from deft_lightning.probe.audit import conflict
 
-FINE, COARSE = 4096, 40  # bins for ranks, bins to be drawn
+FINE, COARSE = 65536, 40  # bins for ranks, bins to be drawn
 
 
 def candidates(chosen: Objective) -> tuple[dict[str, Objective], str, dict[str, str]]:
@@ -142,9 +142,11 @@ class Tally:
         """Return, for each noise operation that hit a token: tokens, gates, and AUROC against the clean tokens.
 
         ``auroc_gate``, ``auroc_prob``, ``auroc_conflict``: how well 1 - gate of the chosen objective, 1 - p and
-        :func:`conflict` tell its tokens from the clean ones; 0.5 is chance. Tokens within one of 4096 bins count as
+        :func:`conflict` tell its tokens from the clean ones; 0.5 is chance. Tokens within one of 65536 bins count as
         equal.
         """
+        if not self.operations:
+            return []
         rows, result = self._ranks.rows(), []
         clean = rows[:3]
         for code, name in enumerate(self.operations, start=1):
