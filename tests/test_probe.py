@@ -23,7 +23,7 @@ from deft_lightning.data.tokenizer import build_tokenizer
 from deft_lightning.errors import UserError
 from deft_lightning.functional import TokenStats
 from deft_lightning.metrics import exact_auroc
-from deft_lightning.objectives import DEFT, EAFT, NLL, Cayley, Objective, known_objectives
+from deft_lightning.objectives import DEFT, EAFT, NLL, Cayley, Objective, Tsallis, known_objectives
 from deft_lightning.probe import conflict, example_score
 from deft_lightning.probe.audit import suspects, write_lines
 
@@ -257,6 +257,20 @@ def test_files_are_complete(pretrained: str, source: str, tmp_path: Path) -> Non
     assert {line["id"] for line in lines if line["is_noisy"]} == noisy and 1 < len(noisy) < 9
     assert all(line["noise"] == (["ResponseSwap"] if line["is_noisy"] else []) for line in lines)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "o", "train.jsonl"]
+
+
+def test_one_objective_without_bound_does_not_flatten_the_figure(
+    pretrained: str, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import matplotlib.pyplot as plt
+
+    shown: list[float] = []
+    close = plt.close
+    monkeypatch.setattr(plt, "close", lambda figure: (shown.append(figure.axes[1].get_xlim()[1]), close(figure)))
+    report, _ = probed(tmp_path, pretrained, source, objective=Tsallis(q=3.0))
+    probed(tmp_path, pretrained, source)
+    assert report["objectives"][0]["gate"] > 100
+    assert shown[0] == pytest.approx(1.16 * 2) and 1.16 <= shown[1] < 1.3
 
 
 def test_nothing_is_trained_and_the_module_is_left_as_it_was(pretrained: str, source: str, tmp_path: Path) -> None:

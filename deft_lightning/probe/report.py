@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping
 from typing import Any
 
@@ -46,7 +47,7 @@ def table(report: Mapping[str, Any]) -> str:
         "",
         f"mean p {means['p']:.4f}   H {means['entropy']:.4f}   H2 {means['renyi2']:.4f}   C {means['collision']:.4f}  "
         f" NLL {means['nll']:.4f}   accuracy {means['accuracy']:.4f}",
-        report["prior"]["text"],
+        textwrap.fill(report["prior"]["text"], 118),
         "",
     ]
     noisy = any("gate_noisy" in row for row in report["objectives"])
