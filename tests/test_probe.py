@@ -282,6 +282,28 @@ def test_nothing_is_trained_and_the_module_is_left_as_it_was(pretrained: str, so
     assert all(torch.equal(value, before[name]) for name, value in module.model.state_dict().items())
 
 
+def test_a_model_that_gives_no_numbers_is_one_line(pretrained: str, source: str, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(pretrained)
+    model.lm_head.weight.data[3, 3] = math.nan
+    model.save_pretrained(tmp_path / "broken")
+    data = {"tokenizer": pretrained}
+    with pytest.raises(UserError, match="reproduce the model's logits"):
+        probed(tmp_path, str(tmp_path / "broken"), source, data)
+    with pytest.raises(UserError, match="not numbers"):
+        probed(tmp_path, str(tmp_path / "broken"), source, data, head="dense")
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
+def test_other_precisions_say_nearly_the_same(precision: str, pretrained: str, source: str, tmp_path: Path) -> None:
+    wanted, _ = probed(tmp_path, pretrained, source)
+    trainer = Trainer(
+        accelerator="cpu", devices=1, logger=False, default_root_dir=str(tmp_path), precision=precision
+    )  # fmt: skip
+    found = trainer.probe(SFTModule(pretrained=pretrained), InstructionDataModule(source, validation_fraction=0.0))
+    assert found["means"] == pytest.approx(wanted["means"], rel=1e-5 if precision == "64-true" else 0.1, abs=0.02)
+    assert found["means"] != wanted["means"]
+
+
 # --- the audit ------------------------------------------------------------------------------------------------------
 
 

@@ -40,7 +40,7 @@ def prior(means: Mapping[str, float]) -> dict[str, Any]:
 def table(report: Mapping[str, Any]) -> str:
     """Return a report as text of at most 120 columns, texts of the data aside."""
     means = report["means"]
-    weights = f"{report['model']}, checkpoint {report['checkpoint']}" if report["checkpoint"] else report["model"]
+    weights = f"checkpoint {report['checkpoint']}" if report["checkpoint"] else report["model"]
     lines = [
         f"{report['data']}: {report['examples']} of {report['examples_total']} training examples,"
         f" {report['tokens']} supervised tokens; {weights}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -174,10 +175,14 @@ def _squash(values: Tensor) -> Tensor:
 
 
 def check_seen(tally: Tally) -> None:
-    """Refuse a pass that saw nothing.
+    """Refuse a pass that saw nothing, or numbers that mean nothing.
 
     Raises:
-        UserError: No token was supervised.
+        UserError: No token was supervised, or the model's probabilities are not numbers.
     """
     if not tally.tokens:
         raise UserError("probe: none of the examples has a supervised token (--data.source, --data.supervise)")
+    if math.isnan(tally.means()["p"]):
+        raise UserError(
+            "probe: the model gives probabilities that are not numbers (--model.dtype, --trainer.precision)"
+        )
