@@ -92,7 +92,7 @@ class DeftParser(LightningArgumentParser):
 
 
 class DeftCLI(LightningCLI):
-    """fit, validate, test, predict, export and preview for :class:`SFTModule` and :class:`InstructionDataModule`."""
+    """Lightning's verbs, export, preview and probe for :class:`SFTModule` and :class:`InstructionDataModule`."""
 
     trainer: Trainer
 
@@ -115,7 +115,8 @@ class DeftCLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Return the verbs and what the command line does not set of each."""
-        return {**LightningCLI.subcommands(), "export": {"model", "datamodule"}, "preview": {"model", "datamodule"}}
+        own = {name: {"model", "datamodule"} for name in ("export", "preview", "probe")}
+        return {**LightningCLI.subcommands(), **own}
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         # Ninety lines of brackets say less than the groups below them.
@@ -180,7 +181,7 @@ class DeftCLI(LightningCLI):
             if data.tokenizer_name is None and self.model.pretrained is None:
                 # It was built from the training rows, which may have changed since.
                 data.use_tokenizer(tokenizer_from_checkpoint(checkpoint))
-        if path is None and subcommand in ("validate", "test", "predict") and self.model.pretrained is None:
+        if path is None and subcommand in ("validate", "test", "predict", "probe") and self.model.pretrained is None:
             rank_zero_warn(f"{subcommand} of random weights: set --ckpt_path FILE or last, or --model.pretrained")
         return kwargs
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from lightning.pytorch import LightningModule
@@ -60,6 +60,15 @@ from deft_lightning.step import (
 IGNORE = -100
 OptimizerCallable = Callable[[Iterable[Any]], Optimizer]
 SchedulerCallable = Callable[[Optimizer], LRScheduler]
+
+
+class _Watch(NamedTuple):
+    """Stands in for an objective where the statistics alone are wanted."""
+
+    topk: int
+
+    def __call__(self, stats: TokenStats) -> Tensor:
+        return -stats.log_prob
 
 
 class SFTModule(LightningModule):
@@ -209,8 +218,22 @@ class SFTModule(LightningModule):
         loss, stats, keep, router = self._terms(batch)
         return (loss if router is None else loss + router), stats, keep
 
-    def _terms(self, batch: dict[str, Any]) -> tuple[Tensor, TokenStats, Tensor, Tensor | None]:
+    @torch.no_grad()
+    def statistics(self, batch: dict[str, Any], topk: int = 0) -> tuple[TokenStats, Tensor]:
+        """Return the statistics of the supervised tokens and where they are, whatever the objective; no gradient.
+
+        Args:
+            batch: As for :meth:`loss_and_stats`.
+            topk: Also the entropy of that many largest probabilities.
+        """
+        _, stats, keep, _ = self._terms(batch, _Watch(topk))
+        return stats, keep
+
+    def _terms(
+        self, batch: dict[str, Any], watch: _Watch | None = None
+    ) -> tuple[Tensor, TokenStats, Tensor, Tensor | None]:
         """Objective, statistics, their places, and the router's loss if there is one: all sums over tokens."""
+        objective: Any = self.objective if watch is None else watch
         input_ids, targets = batch["input_ids"], batch["labels"][:, 1:]
         if not self._checked:
             _check_batch(batch)
@@ -232,11 +255,11 @@ class SFTModule(LightningModule):
             inputs["attention_mask"] = batch.get("attention_mask")
         if self._seam is None:
             output = self.model(**inputs)
-            stats = token_stats(output.logits[:, :-1][keep], targets[keep], topk=self.objective.topk)
-            loss, aux = self.objective(stats).sum(), getattr(output, "aux_loss", None)
+            stats = token_stats(output.logits[:, :-1][keep], targets[keep], topk=objective.topk)
+            loss, aux = objective(stats).sum(), getattr(output, "aux_loss", None)
         else:
             shifted = torch.nn.functional.pad(targets, (0, 1), value=IGNORE)
-            loss, stats, aux = fused_forward(self.model, self._seam, inputs, shifted, self.objective)
+            loss, stats, aux = fused_forward(self.model, self._seam, inputs, shifted, objective)
         if self._router is None:
             return loss, stats.detach(), keep, None
         if aux is None:

@@ -1,4 +1,4 @@
-"""Trainer with the verb ``export``; the defaults of the paper's recipe belong to the command line."""
+"""Trainer with the verbs ``export``, ``preview``, ``probe``; the paper's defaults belong to the command line."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from deft_lightning.models import (
     save_hugging_face,
 )
 from deft_lightning.models.export import KEY
+from deft_lightning.probe import probe_data, writable, write
 from deft_lightning.strategy import AtomicCheckpointIO
 
 
@@ -134,6 +135,67 @@ class Trainer(LightningTrainer):
         path.write_text(page(named, found, reports), encoding="utf-8")
         rank_zero_info(f"preview: {path.resolve()}")
         return path
+
+    def probe(
+        self,
+        model: LightningModule | None = None,
+        datamodule: LightningDataModule | None = None,
+        examples: int | None = None,
+        output: str | None = None,
+        audit: str | None = None,
+        truth: str | None = None,
+        ckpt_path: str | None = None,
+    ) -> dict[str, Any]:
+        """Look at the training data through the model as it is, in one pass without gradients.
+
+        Prints what the model believes, what each objective would do to the tokens, and the most suspicious examples;
+        writes `probe.json`, `probe.png` and `probe.svg`.
+
+        Args:
+            model: The module, pretrained, from an architecture, or with the weights of `ckpt_path`.
+            datamodule: The data.
+            examples: How many, spread over the training split; default: all.
+            output: Folder for the report; default: `probe` under `trainer.default_root_dir`.
+            audit: File for every example as a line of JSON, ranked by confident conflict.
+            truth: Column of the rows that is true where a row is wrong; the audit is scored against it.
+            ckpt_path: Checkpoint, or `last` for the newest complete one under `trainer.default_root_dir`.
+
+        Returns:
+            The report, as in `probe.json`.
+        """
+        if model is None or datamodule is None:
+            raise UserError("probe: needs a model and data")
+        if examples is not None and examples < 1:
+            raise UserError(f"probe: --examples must be at least 1, got {examples}")
+        if self.world_size > 1 or getattr(self.strategy, "shards_weights", False):
+            raise UserError("probe: runs on one device; set --trainer.devices 1 --trainer.strategy auto")
+        folder, target = Path(output or Path(self.default_root_dir) / "probe"), Path(audit) if audit else None
+        writable(folder, "probe: --output")
+        if target is not None:
+            if target.is_dir():
+                raise UserError(f"probe: --audit {target}: is a folder, not a file")
+            writable(target.parent, "probe: --audit")
+        self._data_connector.attach_data(model, datamodule=datamodule)
+        self.strategy._lightning_module = model
+        datamodule.prepare_data()
+        datamodule.setup("fit")
+        self._load(model, ckpt_path)
+        report, found = probe_data(
+            model, datamodule, self.precision_plugin, self.strategy.root_device, examples=examples, truth=truth
+        )
+        report["checkpoint"] = ckpt_path
+        write(report, found, datamodule, folder, target)
+        return report
+
+    def _load(self, module: Any, ckpt_path: str | None) -> None:
+        """Build a module's model on this process's device, with the weights of a checkpoint if one is given."""
+        with self.precision_plugin.module_init_context():
+            module.configure_model()
+        if ckpt_path is not None:
+            checkpoint = load_checkpoint(self.last_checkpoint() if ckpt_path == "last" else ckpt_path)
+            module.on_load_checkpoint(checkpoint)
+            module.load_state_dict(checkpoint["state_dict"])
+        self.precision_plugin.convert_module(module).to(self.strategy.root_device)
 
     def last_checkpoint(self) -> Path:
         """Return the newest complete checkpoint under ``default_root_dir``.

@@ -15,7 +15,7 @@ LEVEL = {
     "objectives": 1, "ops": 1, "metrics": 1, "optim": 1,
     "models": 2, "data": 2, "figures": 2, "evaluation": 2, "integrations": 2,
     "step": 1,
-    "module": 3, "callbacks": 3, "strategy": 3,
+    "module": 3, "callbacks": 3, "strategy": 3, "probe": 3,
     "trainer": 4, "messages": 4, "cli": 5, "__main__": 6,
 }  # fmt: skip
 FORBIDDEN = {("data", "objectives"), ("objectives", "ops"), ("ops", "objectives"), ("callbacks", "module")}

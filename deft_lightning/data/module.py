@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -19,7 +19,8 @@ from torch.utils.data import DataLoader
 from deft_lightning._version import __version__
 from deft_lightning.data.build import BAD_ROWS, Recipe, Source, build, read_examples, title, unique_ids
 from deft_lightning.data.cache import DONE, cache_root, cached, source_identity
-from deft_lightning.data.collate import IGNORE, PromptCollator, TrainCollator
+from deft_lightning.data.collate import IGNORE, Prepared, PromptCollator, TrainCollator
+from deft_lightning.data.flags import flags
 from deft_lightning.data.noise import Noise, TokenNoise
 from deft_lightning.data.order import Batches, EvenLoader, ResumableLoader, Rows, ShardedSampler
 from deft_lightning.data.packing import bounded_batches, pack
@@ -301,14 +302,50 @@ class InstructionDataModule(LightningDataModule):
             split: train, validation, or validation_noisy.
             count: How many; they are spread over the split.
         """
-        if split not in self._rows:
-            raise UserError(f"there is no split {split!r}; known: {', '.join(self._rows)}")
-        rows, names = self._rows[split], [type(op).__name__ for op in self.noise.ops]
-        total = len(rows.examples)
-        chosen = [total * i // min(count, total) for i in range(min(count, total))]
+        names = [type(op).__name__ for op in self.noise.ops]
+        chosen, rows = self.spread(split, count), self._rows[split]
         return [
             sample(self.tokenizer, rows.example(at), names, *rows.examples.cut(at), keep=self.keep) for at in chosen
         ]
+
+    def spread(self, split: str, count: int | None = None) -> list[int]:
+        """Return the positions of some examples, spread over the split in its order; all of them without a count."""
+        if split not in self._rows:
+            raise UserError(f"there is no split {split!r}; known: {', '.join(self._rows)}")
+        total = len(self._rows[split].examples)
+        wanted = total if count is None else min(count, total)
+        return [total * i // wanted for i in range(wanted)]
+
+    def example(self, split: str, at: int) -> Prepared:
+        """Return an example as it is trained on in the first epoch."""
+        return self._rows[split].example(at)
+
+    def size(self, split: str) -> int:
+        """Return the number of examples of a split."""
+        return len(self._rows[split].examples)
+
+    def truths(self, field: str) -> dict[str, bool]:
+        """Return what a column of the training rows says of each example, by id."""
+        return flags(self._recipe(), field)
+
+    def batches_of(self, split: str, chosen: Sequence[int]) -> Iterator[tuple[list[int], dict[str, Any]]]:
+        """Yield chosen examples in batches that need no more memory than those of training, with their positions.
+
+        They meet in an order drawn from `seed`, as in training; one example a row, packed or not.
+        """
+        rows, size = self._rows[split], self.batch_size
+        lengths, room = rows.examples.lengths(), self.max_tokens_per_batch
+        if room is None and self.packing:
+            room = size * self.max_length
+        if room is None:
+            order = [chosen[i] for i in np.random.default_rng([self.seed]).permutation(len(chosen))]
+            batches = [order[start : start + size] for start in range(0, len(order), size)]
+        else:
+            found = bounded_batches([int(lengths[at]) for at in chosen], room, self.seed)
+            batches = [[chosen[i] for i in batch] for batch in found]
+        collate = TrainCollator(self.tokenizer.pad_token_id)
+        for batch in batches:
+            yield batch, collate([rows.example(at) for at in batch])
 
     @property
     def longest(self) -> int:

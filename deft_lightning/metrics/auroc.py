@@ -1,9 +1,10 @@
-"""Area under the ROC curve from two histograms over the same bins."""
+"""Area under the ROC curve: of two lists of scores, or from two histograms over the same bins."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,3 +37,18 @@ def binned_auroc(positive: Sequence[float], negative: Sequence[float]) -> float:
         wins += pos * (below + neg / 2)
         below += neg
     return wins / total
+
+
+def exact_auroc(positive: Sequence[float], negative: Sequence[float]) -> float:
+    """Probability that a positive scores higher than a negative; equals count one half.
+
+    Args:
+        positive: Scores of what is to be detected.
+        negative: Scores of the rest.
+
+    Returns:
+        In ``[0, 1]``; 0.5 when either is empty.
+    """
+    edges = np.unique([*positive, *negative])
+    above, below = (np.bincount(np.searchsorted(edges, part), minlength=len(edges)) for part in (positive, negative))
+    return binned_auroc(above.tolist(), below.tolist())

@@ -1,0 +1,148 @@
+"""One pass without gradients over a sample of the training data."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning_utilities.core.rank_zero import rank_zero_info
+
+from deft_lightning._version import __version__
+from deft_lightning.data.build import progress, title
+from deft_lightning.errors import UserError
+from deft_lightning.metrics import exact_auroc
+from deft_lightning.probe.audit import Suspect, describe, finite, ranked, suspects, write_lines
+from deft_lightning.probe.figure import probe_figure
+from deft_lightning.probe.report import prior, table
+from deft_lightning.probe.tally import Tally, candidates, check_seen
+
+SHOWN = 5  # suspicious examples that are printed
+SPLIT = "train"
+
+
+def writable(path: Path, option: str) -> None:
+    """Create a folder, before the pass rather than after it.
+
+    Raises:
+        UserError: It cannot be written to; names the option.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / ".probe"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"{option} {path}: cannot be written to ({error.strerror})") from None
+
+
+def probe_data(
+    module: Any, data: Any, precision: Any, device: torch.device, *, examples: int | None, truth: str | None
+) -> tuple[dict[str, Any], list[Suspect]]:
+    """Run the model over the examples and return the report and every example, the most suspicious first.
+
+    Args:
+        module: SFTModule with its model built.
+        data: InstructionDataModule, set up.
+        precision: Lightning's precision plugin.
+        device: Where the model is.
+        examples: How many, spread over the training split; None for all.
+        truth: Field of the rows that says which are wrong.
+    """
+    operations = numbered([type(op).__name__ for op in data.noise.ops])
+    objectives, name, left_out = candidates(module.objective)
+    tally = Tally(objectives, name, operations)
+    chosen, found = data.spread(SPLIT, examples), []
+    known = {} if truth is None else data.truths(truth)
+    was_training = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        with torch.no_grad(), precision.forward_context(), progress(None, "probing", len(chosen)) as bar:
+            for positions, batch in data.batches_of(SPLIT, chosen):
+                found += _batch(module, batch, positions, device, tally)
+                bar.update(len(positions))
+    finally:
+        for part, training in was_training.items():
+            part.training = training
+    check_seen(tally)
+    found = ranked(replace(suspect, wrong=known.get(suspect.id)) for suspect in found)
+    means = tally.means()
+    noise = tally.noise()
+    for row in noise:
+        row |= _of_examples(found, operations.index(row["operation"]) + 1)
+    report: dict[str, Any] = {
+        "version": __version__, "model": named(module), "checkpoint": None, "data": title(data.source),
+        "examples": len(found), "examples_total": data.size(SPLIT),
+        "tokens": tally.tokens, "means": means, "prior": prior(means), "objectives": tally.table(),
+        "left_out": {**left_out, **tally.failed}, "noise": noise, "histograms": tally.histograms(),
+    }  # fmt: skip
+    if truth is not None:
+        wrong, right = ([s.score for s in found if s.wrong is value] for value in (True, False))
+        auroc = exact_auroc(wrong, right) if wrong and right else None
+        report["truth"] = {"field": truth, "known": len(wrong) + len(right), "wrong": len(wrong), "auroc": auroc}
+    report["suspicious"] = list(records(data, found[:SHOWN]))
+    return report, found
+
+
+def _batch(
+    module: Any, batch: dict[str, Any], positions: Sequence[int], device: torch.device, tally: Tally
+) -> list[Suspect]:
+    moved = {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
+    by_k = {}
+    for k in tally.topks:  # one, unless the chosen objective and a default differ in it
+        stats, keep = module.statistics(moved, k)
+        by_k[k] = stats.map(lambda field: field.cpu())
+    keep, first = keep.cpu(), next(iter(by_k.values()))
+    codes = batch["noise_code"][:, 1:][keep]
+    tally.update(by_k, codes)
+    return suspects(first, keep, positions, batch["example_id"], codes)
+
+
+def numbered(names: Sequence[str]) -> list[str]:
+    """Return names that tell operations of the same class apart: the second one is ``Name 2``."""
+    seen: Counter[str] = Counter()
+    result = []
+    for name in names:
+        seen[name] += 1
+        result.append(name if seen[name] == 1 else f"{name} {seen[name]}")
+    return result
+
+
+def named(module: Any) -> str:
+    """Return what the model started from."""
+    kind = (module.architecture or {}).get("model_type", "a model of the caller's")
+    return str(module.pretrained or f"random weights of {kind}")
+
+
+def _of_examples(found: Sequence[Suspect], code: int) -> dict[str, Any]:
+    """Examples that an operation hit, and how well the score tells them from those that none hit."""
+    hit = [suspect.score for suspect in found if code in suspect.operations]
+    clean = [suspect.score for suspect in found if not suspect.operations]
+    return {"examples": len(hit), "auroc_example": exact_auroc(hit, clean) if hit and clean else None}
+
+
+def records(data: Any, found: Sequence[Suspect]) -> Iterator[dict[str, Any]]:
+    """Yield the records of examples in order of rank."""
+    operations = numbered([type(op).__name__ for op in data.noise.ops])
+    for rank, suspect in enumerate(found, start=1):
+        example = data.example(SPLIT, suspect.at)
+        yield describe(suspect, rank, example, data.tokenizer, operations, bool(operations))
+
+
+def write(report: dict[str, Any], found: Sequence[Suspect], data: Any, output: Path, audit: Path | None) -> None:
+    """Print the table, write ``probe.json`` and the figure, and the audit if one is wanted."""
+    print(table(report))
+    text = json.dumps(finite(report), ensure_ascii=False, allow_nan=False, indent=1)
+    (output / "probe.json").write_text(text + "\n", encoding="utf-8")
+    try:
+        probe_figure(report, output / "probe.png", output / "probe.svg")
+    except UserError as error:  # no matplotlib: the numbers are there all the same
+        rank_zero_info(f"probe: no figure: {error}")
+    if audit is not None:
+        write_lines(audit, records(data, found))
+        rank_zero_info(f"probe: {len(found)} examples ranked in {audit.resolve()}")
+    rank_zero_info(f"probe: {output.resolve()}")
