@@ -4,8 +4,9 @@
 
 A step is timed from one ``on_train_batch_start`` to the next, the median of 12 after 4; each rank has one thread and a
 core of its own, so one process on its half of the batch is what two ranks would take if talking were free. Memory is
-the peak resident memory of a rank above what it had before the model was built. The all-reduce of a step's totals is
-timed alone, 300 times in a row.
+the peak resident memory of a rank above what it had before the model was built, while it is built and while it trains
+(Linux); held are its shares of weights and of Adam's state. The all-reduce of a step's totals is timed alone, 300 times
+in a row.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import socket
 import statistics
 import subprocess
@@ -49,6 +49,9 @@ def worker(args: argparse.Namespace) -> None:
         def __init__(self) -> None:
             self.times: list[float] = []
 
+        def on_train_start(self, *_: Any) -> None:
+            self.built = peak(reset=True)
+
         def on_train_batch_start(self, *_: Any) -> None:
             self.times.append(time.perf_counter())
 
@@ -69,9 +72,9 @@ def worker(args: argparse.Namespace) -> None:
         max_epochs=-1, logger=False, enable_checkpointing=False, enable_progress_bar=False, callbacks=[clock],
         enable_model_summary=False, use_distributed_sampler=False, log_every_n_steps=10**6,
     )  # fmt: skip
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak(reset=True)
     trainer.fit(module, DataLoader(range(10**6), args.rows // 2, collate_fn=collate))  # type: ignore[arg-type]
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    trained = peak()
     steps = [b - a for a, b in zip(clock.times[WARM:], clock.times[WARM + 1 :], strict=False)]
     held = 0
     for p in module.model.parameters():
@@ -85,11 +88,20 @@ def worker(args: argparse.Namespace) -> None:
     for _ in range(300):
         totals.reduce(False)
     found = {
-        "step_s": statistics.median(steps), "peak_MB": (after - before) / 1024, "held_MB": held / 2**20,
+        "step_s": statistics.median(steps), "built_MB": clock.built - before, "trained_MB": trained - before,
+        "held_MB": held / 2**20,
         "totals_s": (time.perf_counter() - start) / 300,
         "gradients_MB": sum(p.numel() for p in module.model.parameters()) * 4 / 2**20,
     }  # fmt: skip
     (args.folder / f"{rank}.json").write_text(json.dumps(found))
+
+
+def peak(reset: bool = False) -> float:
+    """Largest resident memory in MB since the last reset."""
+    (line,) = (x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM"))
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    return int(line.split()[1]) / 1024
 
 
 def run(strategy: str, args: argparse.Namespace) -> dict[str, float]:
@@ -109,7 +121,8 @@ def run(strategy: str, args: argparse.Namespace) -> dict[str, float]:
         processes = [subprocess.Popen(command, env={**shared, **rank}, stdout=subprocess.DEVNULL) for rank in ranks]
         assert [process.wait(600) for process in processes] == [0] * world, strategy
         found = [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(world)]
-    return {name: max(rank[name] for rank in found) for name in found[0]}
+    worst = {name: max(rank[name] for rank in found) for name in found[0]}
+    return {**worst, "last_built_MB": found[-1]["built_MB"], "last_trained_MB": found[-1]["trained_MB"]}
 
 
 def main() -> None:
@@ -129,14 +142,15 @@ def main() -> None:
     rounds = [{name: run(name, args) for name in ("one process", "ddp", "fsdp2")} for _ in range(args.rounds)]
     table: dict[str, dict[str, float]] = {}
     print(f"{args.layers} layers of {args.width}, gradients of {rounds[0]['ddp']['gradients_MB']:.0f} MB, float32")
-    print("\n| | seconds a step | to one process | totals, share of a step | peak MB a rank | weights and Adam, MB |")
-    print("|---|---|---|---|---|---|")
+    print("\n| | seconds a step | to one process | totals, share of a step | peak MB building, worst and last rank |"
+          " training | weights and Adam, MB |\n|---|---|---|---|---|---|---|")  # fmt: skip
     for name in rounds[0]:
         found = {key: statistics.median(r[name][key] for r in rounds) for key in rounds[0][name]}
         ratio = statistics.median(r[name]["step_s"] / r["one process"]["step_s"] for r in rounds)
         share = statistics.median(r[name]["totals_s"] / r[name]["step_s"] for r in rounds)
         table[name] = {**found, "ratio": ratio, "totals_share": share}
-        print(f"| {name} | {found['step_s']:.3f} | {ratio:.2f} | {share:.2%} | {found['peak_MB']:.0f} |"
+        print(f"| {name} | {found['step_s']:.3f} | {ratio:.2f} | {share:.2%} | {found['built_MB']:.0f},"
+              f" {found['last_built_MB']:.0f} | {found['trained_MB']:.0f}, {found['last_trained_MB']:.0f} |"
               f" {found['held_MB']:.0f} |")  # fmt: skip
     if args.output:
         about = {"machine": platform.machine(), "cores": os.cpu_count(), **vars(args)}
