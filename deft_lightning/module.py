@@ -42,7 +42,7 @@ from deft_lightning.models import (
     vocabulary_digest,
 )
 from deft_lightning.models.export import KEY
-from deft_lightning.objectives import DEFT, Objective
+from deft_lightning.objectives import DEFT, Objective, Training
 from deft_lightning.ops import Backend
 from deft_lightning.optim import CosineWithWarmup, adamw
 from deft_lightning.step import (
@@ -136,6 +136,7 @@ class SFTModule(LightningModule):
         self._router: float | None = None
         self._checked = False
         self._totals = StepTotals()
+        self._training, self._steps = Training(), 0
         self.stop_asked = self.stop_agreed = False
         self.skipped = self._skipped_in_a_row = 0
         self._grad_norm: Tensor | None = None
@@ -158,8 +159,19 @@ class SFTModule(LightningModule):
         """The data module's tokenizer, if there is one."""
         return getattr(self._datamodule, "tokenizer", None)
 
+    @property
+    def acting(self) -> Objective:
+        """The objective in force: the chosen one as it is at this point of the run.
+
+        It is the same for all micro-batches of an optimizer step, and for a validation after it. Outside a fit it is
+        that of the end of a run, or of the checkpoint that was loaded.
+        """
+        return self.objective.at(self._training)
+
     def setup(self, stage: str) -> None:
         """Refuse strategies under which the head would not see its whole weight."""
+        # A checkpoint that is loaded after this knows better.
+        self._training = Training(progress=0.0) if stage == "fit" and self.objective.scheduled else Training()
         strategy = self.trainer.strategy
         known = isinstance(strategy, DDPStrategy) or getattr(strategy, "shards_weights", False)
         if not known and not type(strategy).__name__.startswith("SingleDevice"):
@@ -233,7 +245,7 @@ class SFTModule(LightningModule):
         self, batch: dict[str, Any], watch: _Watch | None = None
     ) -> tuple[Tensor, TokenStats, Tensor, Tensor | None]:
         """Objective, statistics, their places, and the router's loss if there is one: all sums over tokens."""
-        objective: Any = self.objective if watch is None else watch
+        objective: Any = self.acting if watch is None else watch
         input_ids, targets = batch["input_ids"], batch["labels"][:, 1:]
         if not self._checked:
             _check_batch(batch)
@@ -243,7 +255,7 @@ class SFTModule(LightningModule):
             if "position_ids" in batch:
                 check_packing(self.model, few)
             if self._seam is not None:
-                check_head(self.model, self._seam, few, self.objective)
+                check_head(self.model, self._seam, few, self.acting)
             self._checked = True
         keep = targets != IGNORE
         # No attention mask: behind right padding causal attention cannot see it, and SDPA takes its fast path. A
@@ -300,7 +312,9 @@ class SFTModule(LightningModule):
     # ---------------------------------------------------------------- one optimizer step
 
     def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Count the supervised tokens of the optimizer step, micro-batch by micro-batch."""
+        """Count the supervised tokens of the optimizer step, micro-batch by micro-batch; the first settles `acting`."""
+        if self._totals.tokens is None and self.objective.scheduled:
+            self._training = Training(min(self.trainer.global_step / self._steps, 1.0))
         self._totals.count((batch["labels"][:, 1:] != IGNORE).sum())
         reseed(self.current_epoch, batch_idx, self.global_rank)
 
@@ -436,11 +450,15 @@ class SFTModule(LightningModule):
         except (ValueError, TypeError) as error:
             raise UserError(f"--model.scheduler: {error}") from None
         if isinstance(scheduler, CosineWithWarmup) and scheduler.total_steps is None:
-            steps = self.trainer.estimated_stepping_batches
-            if math.isinf(steps):
-                raise UserError("the schedule needs an end: set --trainer.max_epochs or --trainer.max_steps")
-            scheduler.plan(int(steps))
+            scheduler.plan(self._planned_steps("the schedule"))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _planned_steps(self, what: str) -> int:
+        """Return the number of optimizer steps of the run, for something that needs it."""
+        steps = self.trainer.estimated_stepping_batches
+        if math.isinf(steps) or steps < 0:
+            raise UserError(f"{what} needs an end: set --trainer.max_epochs or --trainer.max_steps")
+        return int(steps)
 
     # ---------------------------------------------------------------- generation
 
@@ -478,8 +496,11 @@ class SFTModule(LightningModule):
         self._meters = {name: meter.to(self.device) for name, meter in self._meters.items()}
 
     def on_fit_start(self) -> None:
-        """Put the sums where the tokens are."""
+        """Put the sums where the tokens are; forget the micro-batches of a fit that was interrupted."""
         self._meters_to_device()
+        self._totals = StepTotals()
+        if self.objective.scheduled:
+            self._steps = self._planned_steps(repr(self.objective))
 
     def on_validation_start(self) -> None:
         """Put the sums where the tokens are."""
@@ -494,10 +515,11 @@ class SFTModule(LightningModule):
         if self._about is None:
             stops = self._datamodule.stop_token_ids if self._datamodule is not None else []
             self._about = describe(self.model, self.tokenizer, self.lora, stops)
-        checkpoint[KEY] = {**self._about, "objective": repr(self.objective), "tokens_seen": self.tokens_seen}
+        checkpoint[KEY] = {**self._about, "objective": repr(self.objective), "tokens_seen": self.tokens_seen,
+                           "training": list(self._training)}  # fmt: skip
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse another model or vocabulary than the checkpoint's; go on counting tokens."""
+        """Refuse another model or vocabulary than the checkpoint's; go on counting tokens and steps."""
         if "state_dict" in checkpoint:  # a sharded model has loaded its weights already
             check_state(self.model, checkpoint["state_dict"])
         known = checkpoint.get(KEY, {}).get("vocabulary")
@@ -506,6 +528,7 @@ class SFTModule(LightningModule):
                 "the tokenizer is not the one the checkpoint was trained with: a tokenizer built from the data changes"
                 " with --data.source and its split; name one with --data.tokenizer, for example the run's export folder"
             )
+        self._training = Training(*checkpoint.get(KEY, {}).get("training", self._training))
         self._seen_before, self._seen = int(checkpoint.get(KEY, {}).get("tokens_seen", 0)), None
 
 

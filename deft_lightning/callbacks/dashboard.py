@@ -40,14 +40,16 @@ class Dashboard(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the layout and the curve, on rank zero alone."""
-        objective: Any = pl_module.objective
+        module: Any = pl_module
+        # A schedule may have a focus index at one end of the run only.
+        focus = any(objective.deformed is not None for objective in (module.objective, module.acting))
         noise = getattr(getattr(trainer, "datamodule", None), "noise", None)
-        charts = chart_layout(bool(getattr(noise, "ops", ())), hasattr(objective, "focus"))
+        charts = chart_layout(bool(getattr(noise, "ops", ())), focus)
         for writer in writers(trainer):
             if self.layout:
                 writer.add_custom_scalars(charts)
             if self.curve and has_matplotlib():
-                writer.add_figure("objective/gate", gate_curve(objective), global_step=optimizer_step(trainer))
+                writer.add_figure("objective/gate", gate_curve(module.acting), global_step=optimizer_step(trainer))
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -57,7 +59,7 @@ class Dashboard(Callback):
         if batch_idx or not self.examples or tokenizer is None or trainer.state.fn != "fit" or trainer.sanity_checking:
             return
         for writer in writers(trainer):
-            gate = pl_module.objective.gate(outputs["stats"])
+            gate = pl_module.acting.gate(outputs["stats"])
             name = "examples/val_noisy" if dataloader_idx else "examples/val"
             text = marked(tokenizer, batch, gate, self.examples, self.tokens)
             writer.add_text(name, text, global_step=optimizer_step(trainer))

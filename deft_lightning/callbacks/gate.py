@@ -59,7 +59,6 @@ class GateMonitor(TokenMonitor):
             if name in self.others:
                 raise UserError(f"gate_monitor.others: {other!r} is there twice")
             self.others[name] = other
-        self.has_focus = False
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """Refuse objectives that cannot be computed, before anything is trained."""
@@ -72,31 +71,32 @@ class GateMonitor(TokenMonitor):
                 )
 
     def open(self, trainer: Trainer, module: Any) -> PackedHistogram:
-        """Return rows for gate, probability, gradient, the other objectives and, where there is one, focus."""
-        self.has_focus = hasattr(module.objective, "focus")
-        count = 3 + len(self.others) + (1 + BANDS if self.has_focus else 0)
-        return PackedHistogram([(0.0, 1.0)] * count, self.bins)
+        """Return rows for gate, probability, gradient, the other objectives, focus, and p in bands of focus."""
+        # Whether there is a focus may change in a run; rows that stay empty cost nothing.
+        return PackedHistogram([(0.0, 1.0)] * (3 + len(self.others) + 1 + BANDS), self.bins)
 
     def observe(self, packed: PackedHistogram, module: Any, stats: TokenStats, noise_code: Any) -> None:
         """Add gate, probability, gradient and focus of each token."""
-        gate, prob = module.objective.gate(stats), stats.log_prob.exp()
+        acting: Objective = module.acting
+        gate, prob = acting.gate(stats), stats.log_prob.exp()
         packed.update(0, gate)
         packed.update(1, prob)
         # A gate of Focal can be below 0 by rounding alone; mass is not.
         packed.update(2, prob, weight=(gate * -torch.expm1(stats.log_prob)).clamp_min(0))
         for row, other in enumerate(self.others.values(), start=3):
             packed.update(row, other.gate(stats))
-        if self.has_focus:
+        if acting.deformed is not None:
             row = 3 + len(self.others)
             with torch.no_grad():
-                focus = module.objective.focus(stats)
+                focus = acting.deformed.focus(stats)
             packed.update(row, focus)
             packed.update_bands(row + 1, BANDS, prob, by=focus)
 
     def report(self, trainer: Trainer, module: Any, rows: list[Histogram]) -> None:
         """Write means, quantiles, shares and histograms."""
         gate, prob, gradient = rows[:3]
-        others, focus = rows[3 : 3 + len(self.others)], rows[3 + len(self.others) :]
+        others = rows[3 : 3 + len(self.others)]
+        focus = [] if module.acting.deformed is None else rows[3 + len(self.others) :]
         module.log("gate/mean", gate.mean)
         module.log("gate/ess", gate.effective_sample_size)
         module.log("prob/mean", prob.mean)

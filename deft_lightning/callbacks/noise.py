@@ -33,7 +33,7 @@ class NoiseMonitor(TokenMonitor):
         """Add each token to its class."""
         if noise_code is None:
             return
-        gate = module.objective.gate(stats)
+        gate = module.acting.gate(stats)
         error = -torch.expm1(stats.log_prob)
         for offset, chosen in ((0, noise_code == 0), (6, noise_code != 0)):
             log_prob, kept = stats.log_prob[chosen], gate[chosen]

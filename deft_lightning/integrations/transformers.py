@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from deft_lightning.errors import UserError
 from deft_lightning.functional import token_loss
 from deft_lightning.objectives import Objective
 
@@ -18,12 +19,17 @@ def compute_loss_func(objective: Objective) -> Callable[..., Tensor]:
     accumulation. Logits are dense here; the fused head belongs to :class:`deft_lightning.SFTModule`.
 
     Args:
-        objective: Any token objective.
+        objective: Any token objective that does not depend on the course of training.
 
     Returns:
         ``f(outputs, labels, num_items_in_batch=None) -> scalar``: the summed loss divided by ``num_items_in_batch``, or
         by the supervised tokens of the batch when it is None. ``labels`` of shape ``(B, T)`` are shifted here.
+
+    Raises:
+        UserError: The objective has to be told how far the run is, which this trainer does not do.
     """
+    if objective.scheduled or objective.tracks is not None:
+        raise UserError(f"compute_loss_func: {objective!r} depends on the course of training: train with SFTModule")
 
     def loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         logits = outputs["logits"] if isinstance(outputs, dict) else outputs.logits

@@ -1,7 +1,8 @@
 """Token objectives as values: frozen, defaulted, checked when made, found through the class tree."""
 
-from deft_lightning.objectives.base import DeformedLog, Objective, known_objectives
+from deft_lightning.objectives.base import DeformedLog, Objective, Tracked, Training, known_objectives
 from deft_lightning.objectives.deformed import DEFT, NLL, Cayley, Likelihood, Tsallis
+from deft_lightning.objectives.remedies import Floored, Schedule
 from deft_lightning.objectives.reweighted import DFT, EAFT, Focal, Truncated
 
 __all__ = [
@@ -11,9 +12,13 @@ __all__ = [
     "NLL",
     "Cayley",
     "DeformedLog",
+    "Floored",
     "Focal",
     "Likelihood",
     "Objective",
+    "Schedule",
+    "Tracked",
+    "Training",
     "Truncated",
     "Tsallis",
     "known_objectives",

@@ -2,15 +2,51 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
 from abc import ABC, abstractmethod
-from typing import Any, final
+from collections.abc import Iterable
+from typing import Any, NamedTuple, Self, final
 
 import torch
 from torch import Tensor
 
+from deft_lightning.errors import UserError
 from deft_lightning.functional import TokenStats, deformed_log
+
+SMALLEST_GATE = 0.01  # a mean gate below counts as this much: an objective is scaled up by at most 100
+
+
+class Training(NamedTuple):
+    """What a run tells its objective before an optimizer step. The defaults are what holds where there is no run.
+
+    Attributes:
+        progress: Share of the optimizer steps that are done, in ``[0, 1]``: a function of the step alone. Told only to
+            objectives that are :attr:`Objective.scheduled`, 1 otherwise.
+        mean_gate: Running mean gate of what :attr:`Objective.tracks` names, over the tokens of the optimizer steps
+            before this one; 1 before the first.
+    """
+
+    progress: float = 1.0
+    mean_gate: float = 1.0
+
+    @property
+    def scale(self) -> float:
+        """One over the mean gate, at most ``1 / SMALLEST_GATE``."""
+        return 1 / max(self.mean_gate, SMALLEST_GATE)
+
+
+class Tracked(NamedTuple):
+    """What a run is to keep the running mean gate of.
+
+    Attributes:
+        objective: Whose gate.
+        decay: What a step's weight in the mean is multiplied by with each later step, in ``[0, 1)``.
+    """
+
+    objective: Objective
+    decay: float
 
 
 class Objective(ABC):
@@ -32,6 +68,46 @@ class Objective(ABC):
         The fused head then makes a pass for the statistics before it computes gradients.
         """
         return False
+
+    @property
+    def scheduled(self) -> bool:
+        """Whether :meth:`at` looks at :attr:`Training.progress`: by default, whether one of its parts does."""
+        return any(part.scheduled for part in self.parts().values())
+
+    @property
+    def tracks(self) -> Tracked | None:
+        """Of what :meth:`at` wants to know the mean gate; by default what one of its parts wants, None for nothing."""
+        return only_tracked(repr(self), self.parts().values())
+
+    @property
+    def deformed(self) -> DeformedLog | None:
+        """The member of the deformed-log family whose focus index tokens have under this objective, if there is one."""
+        return None
+
+    def parts(self) -> dict[str, Objective]:
+        """Return the objectives among its settings, by name."""
+        fields: tuple[dataclasses.Field[Any], ...] = dataclasses.fields(self) if dataclasses.is_dataclass(self) else ()
+        found = {field.name: getattr(self, field.name) for field in fields}
+        return {name: value for name, value in found.items() if isinstance(value, Objective)}
+
+    def at(self, training: Training) -> Objective:
+        """Return the objective in force for the next optimizer step; by default itself, its parts as they are then.
+
+        A subclass that overrides this says in :attr:`scheduled` and :attr:`tracks` what it has to be told. Its own
+        :attr:`topk` must not change, and ``at(Training())`` is what the objective is when it is called outright.
+        """
+        return self.with_(**{name: part.at(training) for name, part in self.parts().items()})
+
+    @final
+    def with_(self, **values: Any) -> Self:
+        """Return a copy with other values of some fields, those that are no settings included; itself without any."""
+        if not values:
+            return self
+        # dataclasses.replace sets nothing that is not an argument.
+        changed = copy.copy(self)
+        for name, value in values.items():
+            object.__setattr__(changed, name, value)
+        return changed
 
     @abstractmethod
     def __call__(self, stats: TokenStats) -> Tensor:
@@ -61,7 +137,7 @@ class Objective(ABC):
         fields: tuple[dataclasses.Field[Any], ...] = dataclasses.fields(self) if dataclasses.is_dataclass(self) else ()
         for field in fields:
             value = getattr(self, field.name)
-            if value or value != field.default:
+            if field.init and (value or value != field.default):
                 shown.append(f"{field.name}={value!r}")
         return f"{type(self).__name__}({', '.join(shown)})"
 
@@ -73,6 +149,11 @@ class DeformedLog(Objective):
     likelihood ``1 - p`` (only what the model already believes is sharpened).
     """
 
+    @property
+    def deformed(self) -> DeformedLog:
+        """Itself."""
+        return self
+
     @abstractmethod
     def focus(self, stats: TokenStats) -> Tensor:
         """Return the focus index ``alpha`` of each token; called under ``no_grad``."""
@@ -82,6 +163,22 @@ class DeformedLog(Objective):
         with torch.no_grad():
             alpha = self.focus(stats)
         return deformed_log(stats.log_prob, alpha)
+
+
+def only_tracked(name: str, parts: Iterable[Objective]) -> Tracked | None:
+    """Return what one of several objectives wants the mean gate of.
+
+    Args:
+        name: Of the objective they are parts of.
+        parts: The objectives.
+
+    Raises:
+        UserError: More than one wants one, but a run keeps one mean.
+    """
+    found = [tracked for part in parts if (tracked := part.tracks) is not None]
+    if len(found) > 1:
+        raise UserError(f"{name}: a run keeps one mean gate, but several parts want one: rescale the whole instead")
+    return found[0] if found else None
 
 
 def known_objectives() -> dict[str, type[Objective]]:

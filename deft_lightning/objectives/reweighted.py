@@ -11,7 +11,7 @@ from torch import Tensor
 
 from deft_lightning.errors import UserError
 from deft_lightning.functional import TokenStats
-from deft_lightning.objectives.base import Objective
+from deft_lightning.objectives.base import DeformedLog, Objective
 from deft_lightning.objectives.deformed import NLL
 
 
@@ -129,6 +129,11 @@ class Truncated(Objective):
     def needs_batch(self) -> bool:
         """Whether the number of kept tokens, or the base, looks at the batch."""
         return self.normalize_by == "kept" or bool(self.base.needs_batch)
+
+    @property
+    def deformed(self) -> DeformedLog | None:
+        """What the base is."""
+        return self.base.deformed
 
     def __call__(self, stats: TokenStats) -> Tensor:
         """Return the base loss where the token is kept, 0 elsewhere."""

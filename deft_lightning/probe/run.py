@@ -54,7 +54,7 @@ def probe_data(
         truth: Field of the rows that says which are wrong.
     """
     operations = numbered([type(op).__name__ for op in data.noise.ops])
-    objectives, name, left_out = candidates(module.objective)
+    objectives, name, left_out = candidates(module.acting)
     tally = Tally(objectives, name, operations)
     chosen, found = data.spread(SPLIT, examples), []
     known = {} if truth is None else data.truths(truth)

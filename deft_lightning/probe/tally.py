@@ -19,7 +19,7 @@ FINE, COARSE = 65536, 40  # bins for ranks, bins to be drawn
 
 
 def candidates(chosen: Objective) -> tuple[dict[str, Objective], str, dict[str, str]]:
-    """Return every known objective to compare.
+    """Return every known objective to compare, without those that depend on the course of training.
 
     Returns:
         Objectives by name: with the defaults the name of the class, the chosen one its legend if it departs from them.
@@ -33,6 +33,9 @@ def candidates(chosen: Objective) -> tuple[dict[str, Objective], str, dict[str, 
         except (TypeError, ValueError) as error:  # a user's own may need arguments
             skipped[name] = " ".join(str(error).split())
         else:
+            # Without a run those that depend on it are one of the others.
+            if objective.scheduled or objective.tracks is not None:
+                continue
             found[name] = objective
     kind = type(chosen).__name__
     name = kind if found.get(kind) == chosen else repr(chosen)

@@ -29,9 +29,12 @@ from deft_lightning.objectives import (
     NLL,
     Cayley,
     DeformedLog,
+    Floored,
     Focal,
     Likelihood,
     Objective,
+    Schedule,
+    Training,
     Truncated,
     Tsallis,
     known_objectives,
@@ -81,10 +84,21 @@ PARAMETRISED: list[Objective] = [
     Truncated(threshold=0.3, keep="below", base=Cayley(floor=0.5)),
     Truncated(threshold=0.4, keep="below", base=EAFT(k=3), normalize_by="kept"),
     Truncated(threshold=0.0, base=DEFT(), normalize_by="kept"),
+    Schedule(first=Cayley(floor=0.5), then=EAFT(k=3), switch=0.5, blend=0.25),
+    Floored(base=Likelihood(), floor=0.5),
+    Floored(base=Cayley(floor=0.5), decay="linear"),
+    Truncated(threshold=0.3, base=Floored()),
+]
+# What holds of an objective holds of what it is in the middle of a run.
+IN_FORCE: list[Objective] = [
+    objective.at(Training(progress=progress))
+    for progress in (0.0, 0.6)
+    for objective in [*(cls() for cls in CLASSES.values()), *PARAMETRISED]
+    if objective.scheduled
 ]
 # Gates that grow without bound as p falls: only such an objective may overflow at p = exp(-20000).
 UNBOUNDED: list[Objective] = [Tsallis(q=1.5), Tsallis(q=2.0)]
-BOUNDED: list[Objective] = [*(cls() for cls in CLASSES.values()), *PARAMETRISED]
+BOUNDED: list[Objective] = [*(cls() for cls in CLASSES.values()), *PARAMETRISED, *IN_FORCE]
 OBJECTIVES: list[Objective] = [*BOUNDED, *UNBOUNDED]
 every_objective = pytest.mark.parametrize("objective", OBJECTIVES, ids=repr)
 every_bounded_objective = pytest.mark.parametrize("objective", BOUNDED, ids=repr)
@@ -156,6 +170,8 @@ def test_every_objective_is_a_frozen_dataclass_with_defaults(cls: type[Objective
 
 @every_objective
 def test_repr_evaluates_back_to_an_equal_object_with_the_same_hash(objective: Objective) -> None:
+    if objective in IN_FORCE:
+        pytest.skip("the legend names what was chosen, at every point of a run")
     again = eval(repr(objective), dict(CLASSES))
     assert again == objective and hash(again) == hash(objective) and type(again) is type(objective)
 
@@ -177,6 +193,10 @@ INVALID: list[tuple[type[Objective], str, Any]] = [
     *((Truncated, "threshold", bad) for bad in (-0.1, 1.5, NAN)),
     (Truncated, "keep", "middle"),
     (Truncated, "normalize_by", "none"),
+    *((Schedule, "switch", bad) for bad in (-0.1, 1.1, NAN, INF)),
+    *((Schedule, "blend", bad) for bad in (-0.1, 0.8, NAN, INF)),
+    *((Floored, "floor", bad) for bad in (-0.1, 1.1, NAN, INF)),
+    (Floored, "decay", "cosine"),
 ]
 
 
@@ -189,6 +209,60 @@ def test_an_invalid_parameter_is_refused_in_one_line_that_names_class_and_field(
     message = str(refused.value)
     assert cls.__name__ in message and field in message and len(message.splitlines()) == 1
     assert isinstance(refused.value, UserError)
+
+
+# --- a run and its objective ----------------------------------------------------------------------------------------
+
+
+@every_objective
+def test_called_outright_an_objective_is_what_it_is_at_the_end_of_a_run(objective: Objective) -> None:
+    if objective in IN_FORCE:
+        pytest.skip("it is at another point of its run")
+    stats = random_stats(topk=objective.topk)
+    there = objective.at(Training())
+    assert torch.equal(there(stats), objective(stats)) and torch.equal(there.gate(stats), objective.gate(stats))
+    assert there == objective and hash(there) == hash(objective)
+
+
+@every_objective
+def test_what_an_objective_is_at_a_point_of_a_run_depends_on_what_it_says_it_depends_on(objective: Objective) -> None:
+    early, late = (objective.at(Training(progress, 0.2)) for progress in (0.0, 1.0))
+    assert objective.scheduled or early == late
+    assert objective.tracks is not None or objective.at(Training(0.4, 0.2)) == objective.at(Training(0.4, 0.9))
+    for there in (early, late):
+        # Statistics and legends are those of the objective that was chosen.
+        assert (there.topk, repr(there), type(there)) == (objective.topk, repr(objective), type(objective))
+        assert there.at(Training(0.4, 0.9)) == objective.at(Training(0.4, 0.9)), "no point of a run leaves a trace"
+
+
+def test_an_objective_that_needs_nothing_of_a_run_is_not_even_copied() -> None:
+    for objective in (NLL(), DEFT(eps=1e-6), Cayley(floor=0.5), EAFT()):
+        assert objective.at(Training(0.3, 0.2)) is objective and not objective.parts()
+
+
+def test_the_parts_of_an_objective_follow_the_run_whatever_it_is() -> None:
+    @dataclass(frozen=True, repr=False)
+    class Twice(Objective):
+        """Of a user who has never heard of runs."""
+
+        base: Objective = dataclasses.field(default_factory=Schedule)
+
+        def __call__(self, stats: TokenStats) -> Tensor:
+            return 2 * self.base(stats)
+
+    stats = random_stats()
+    assert Twice().scheduled and Twice().parts() == {"base": Schedule()} and not Twice(DEFT()).scheduled
+    torch.testing.assert_close(Twice().at(Training(0.1)).gate(stats), torch.full_like(stats.log_prob, 2.0))
+    torch.testing.assert_close(Twice().at(Training(0.3)).gate(stats), 2 * DEFT().gate(stats))
+    truncated = Truncated(threshold=0.0, base=Schedule())
+    assert torch.equal(truncated.at(Training(0.1))(stats), NLL()(stats))
+    assert torch.equal(truncated.at(Training(0.4))(stats), DEFT()(stats))
+
+
+def test_the_focus_of_a_wrapper_is_that_of_what_it_wraps() -> None:
+    assert DEFT().deformed == DEFT() and Focal().deformed is DFT().deformed is None
+    assert Truncated(base=Floored(base=Tsallis(q=0.3))).deformed == Tsallis(q=0.3)
+    assert Truncated(base=Focal()).deformed is None
 
 
 # --- golden numbers -----------------------------------------------------------------------------------------------
