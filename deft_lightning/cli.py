@@ -52,7 +52,8 @@ def _choices() -> str:
         "Strategies (--trainer.strategy): auto (one device), ddp (one process a device), fsdp2 (sharded). "
         "Sources (--data.source): .jsonl, .json, .csv, .tsv, .parquet, .arrow (also .gz, .zst), a folder or pattern of"
         " them, a hub id, reasoning_gym:<task>; several with --data.source '{a.jsonl: 1, b.jsonl: 0.5}'. "
-        "Details of a class: --model.objective.help NAME, --data.noise.ops.help NAME."
+        "Details of a class: --model.objective.help NAME, --data.noise.ops.help NAME. "
+        "Figures of runs, probes and objectives: python -m deft_lightning figures --help."
     )
 
 

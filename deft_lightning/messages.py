@@ -24,7 +24,7 @@ def one_line(message: str, options: Iterable[str] = ()) -> str:
     """
     text = message.strip()
     if found := re.search(r"invalid choice: '(\S+)' \(choose from (.*)\)", text):
-        verbs = re.findall(r"\w+", found[2])
+        verbs = [*re.findall(r"\w+", found[2]), "figures"]
         return f"unknown verb {found[1]}.{did_you_mean(found[1], verbs)} Known: {', '.join(verbs)}"
     if found := re.search(r"[Uu]nrecognized arguments?: (\S+)", text):
         word = found[1].split("=")[0]

@@ -149,7 +149,7 @@ class Trainer(LightningTrainer):
         """Look at the training data through the model as it is, in one pass without gradients.
 
         Prints what the model believes, what each objective would do to the tokens, and the most suspicious examples;
-        writes `probe.json`, `probe.png` and `probe.svg`.
+        writes `probe.json`, `probe.png`, `probe.svg`, and `tokens.npz`, a sample of tokens for the verb `figures`.
 
         Args:
             model: The module, pretrained, from an architecture, or with the weights of `ckpt_path`.
@@ -180,11 +180,11 @@ class Trainer(LightningTrainer):
         datamodule.prepare_data()
         datamodule.setup("fit")
         self._load(model, ckpt_path)
-        report, found = probe_data(
+        report, found, sample = probe_data(
             model, datamodule, self.precision_plugin, self.strategy.root_device, examples=examples, truth=truth
         )
         report["checkpoint"] = ckpt_path
-        write(report, found, datamodule, folder, target)
+        write(report, found, sample, datamodule, folder, target)
         return report
 
     def _load(self, module: Any, ckpt_path: str | None) -> None:

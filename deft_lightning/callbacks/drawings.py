@@ -1,56 +1,30 @@
-"""Figures drawn while a run goes on; without pyplot, whose backend belongs to the user."""
+"""Figures drawn while a run goes on, in the look of those of :mod:`deft_lightning.figures`."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from deft_lightning.functional import TokenStats
+from deft_lightning.figures.curves import COLLISIONS, curve_figure, label
+from deft_lightning.figures.style import dress, panels, styled
 from deft_lightning.objectives import Objective
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-LINES = (("#000000", "-"), ("#0072B2", "--"), ("#D55E00", "-."))
 
-
-def _axes(title: str, x: str, y: str) -> tuple[Figure, Any]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5, 3.4), layout="constrained")
-    axes = figure.add_subplot()
-    axes.set_title(title, fontsize=10, loc="left")
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
-    return figure, axes
-
-
+@styled
 def gate_curve(objective: Objective) -> Figure:
     """Draw the gate against p, for predictions with collision probability 0.1, 0.5 and 0.9 where that matters.
 
     Args:
         objective: One that looks at the batch sees each curve as one.
     """
-    p = torch.linspace(1e-4, 1 - 1e-6, 400, dtype=torch.float64)
-    curves = {}
-    for collision in (0.1, 0.5, 0.9):
-        flat = torch.full_like(p, collision)
-        # A prediction with this collision probability has about the entropy of 1 / C equal alternatives.
-        curves[collision] = objective.gate(TokenStats(p.log(), flat, -flat.log(), p > 0.5, -flat.log()))
-    same = all(torch.allclose(gate, curves[0.5]) for gate in curves.values())
-    figure, axes = _axes(f"Gate of {objective!r}", "target probability p", "gate")
-    for (collision, gate), (colour, dash) in zip(curves.items(), LINES, strict=True):
-        if same and collision != 0.5:
-            continue
-        label = None if same else f"collision probability {collision:g}"
-        axes.plot(p.numpy(), gate.numpy(), color=colour, linestyle=dash, label=label)
-    axes.grid(True, linewidth=0.3)
-    if not same:
-        axes.legend(fontsize=8, frameon=False)
-    return figure
+    return curve_figure([objective], "gate", COLLISIONS, f"Gate of {label(objective)}")
 
 
+@styled
 def occupancy(counts: list[list[float]]) -> Figure:
     """Draw how many tokens lie where in p (to the right) and alpha (up), on a logarithmic scale of grey.
 
@@ -59,7 +33,9 @@ def occupancy(counts: list[list[float]]) -> Figure:
     """
     from matplotlib.colors import LogNorm
 
-    figure, axes = _axes("Tokens by probability and focus", "target probability p", "focus alpha")
+    figure, (axes,) = panels(1, 5.0, 3.4)
+    dress(axes, "Tokens by probability and focus", "target probability p", "focus alpha")
+    axes.grid(False)
     table = torch.tensor(counts)
     # Cells without tokens stay white.
     shown = torch.where(table > 0, table, torch.nan).numpy()

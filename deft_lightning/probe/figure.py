@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from deft_lightning.figures import COLOURS, DASHES, _dress, _pyplot, _save
+from deft_lightning.figures.style import bar, dress, line, panels, save, styled
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 MOST = 2.0  # gates above are cut off, lest one objective flatten the others
 
 
+@styled
 def probe_figure(report: Mapping[str, Any], *outputs: Path) -> None:
     """Draw a report: distributions of p and C, then mean gate and effective sample size of every objective.
 
@@ -18,10 +22,14 @@ def probe_figure(report: Mapping[str, Any], *outputs: Path) -> None:
         report: As in ``probe.json``.
         outputs: Files; the suffix is the format.
     """
-    plt = _pyplot()
+    save(drawing(report), outputs)
+
+
+def drawing(report: Mapping[str, Any]) -> Figure:
+    """Return the figure of a report."""
     rows, shapes = report["objectives"][::-1], report["histograms"]
     height = max(3.2, 0.32 * len(rows) + 1.4)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, height), layout="constrained")
+    figure, (left, right) = panels(2, 5, height)
     noisy = sum(shapes["p_noisy"]) > 0
     curves = [("p_clean", "p, clean labels" if noisy else "target probability p"), ("collision_clean", "C")]
     curves[1] = ("collision_clean", "C, clean labels" if noisy else "collision probability C")
@@ -29,12 +37,10 @@ def probe_figure(report: Mapping[str, Any], *outputs: Path) -> None:
     for i, (key, label) in enumerate(curves):
         total = sum(shapes[key]) or 1.0
         share = [count / total for count in shapes[key]]
-        left.stairs(
-            share, shapes["edges"], color=COLOURS[i], linestyle=DASHES[i], linewidth=1.4, baseline=None, label=label
-        )
-    _dress(left, f"What the model believes: {report['prior']['kind']} prior", "probability", "share of the tokens")
+        left.stairs(share, shapes["edges"], linewidth=1.4, baseline=None, label=label, **line(i))
+    dress(left, f"What the model believes: {report['prior']['kind']} prior", "probability", "share of the tokens")
     left.set_ylim(bottom=0)
-    left.legend(fontsize=8, frameon=False)
+    left.legend()
 
     places = range(len(rows))
     pair = [("gate_clean", "mean gate, clean"), ("gate_noisy", "mean gate, noisy")]
@@ -42,24 +48,19 @@ def probe_figure(report: Mapping[str, Any], *outputs: Path) -> None:
         pair = [("gate", "mean gate"), ("ess", "effective sample size")]
     limit = min(max(1.0, *(_capped(row[key], MOST) for row in rows for key, _ in pair)), MOST)
     for i, (key, label) in enumerate(pair):
-        # Filled and hatched: apart without colour too.
-        style = {"color": COLOURS[1]} if not i else {"facecolor": "white", "edgecolor": COLOURS[2], "hatch": "////"}
         heights = [_capped(row[key], limit) for row in rows]
-        right.barh([place + 0.19 - 0.38 * i for place in places], heights, height=0.36, label=label, **style)
+        right.barh([place + 0.19 - 0.38 * i for place in places], heights, height=0.36, label=label, **bar(i + 1))
     for place, row in zip(places, rows, strict=True):
         factor = "-" if row["lr_factor"] is None else f"lr x {row['lr_factor']:.3g}"
         at = max(_capped(row[key], limit) for key, _ in pair)
         right.annotate(factor, (at, place), (4, 0), textcoords="offset points", va="center", fontsize=7)
     right.set_yticks(list(places), [("* " if row["chosen"] else "") + row["name"] for row in rows])
-    _dress(right, "What each objective would let through (* chosen)", "", "")
+    dress(right, "What each objective would let through (* chosen)")
     right.tick_params(axis="y", length=0)
     right.grid(False, axis="y")
-    right.set_axisbelow(True)
     right.set_xlim(0, 1.16 * limit)
-    right.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=2)
-    for output in outputs[:-1]:
-        figure.savefig(output, dpi=150)
-    _save(plt, figure, outputs[-1])
+    right.legend(loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=2)
+    return figure
 
 
 def _capped(gate: float, limit: float) -> float:

@@ -15,10 +15,12 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from deft_lightning._version import __version__
 from deft_lightning.data.build import progress, title
 from deft_lightning.errors import UserError
+from deft_lightning.figures.tokens import NAME, TokenSample
 from deft_lightning.metrics import exact_auroc
 from deft_lightning.probe.audit import Suspect, describe, finite, ranked, suspects, write_lines
 from deft_lightning.probe.figure import probe_figure
 from deft_lightning.probe.report import prior, table
+from deft_lightning.probe.sample import Sampler
 from deft_lightning.probe.tally import Tally, candidates, check_seen
 
 SHOWN = 5  # suspicious examples that are printed
@@ -42,8 +44,10 @@ def writable(path: Path, option: str) -> None:
 
 def probe_data(
     module: Any, data: Any, precision: Any, device: torch.device, *, examples: int | None, truth: str | None
-) -> tuple[dict[str, Any], list[Suspect]]:
-    """Run the model over the examples and return the report and every example, the most suspicious first.
+) -> tuple[dict[str, Any], list[Suspect], TokenSample]:
+    """Run the model over the examples.
+
+    Returns the report, every example, the most suspicious first, and a sample of the tokens.
 
     Args:
         module: SFTModule with its model built.
@@ -56,6 +60,7 @@ def probe_data(
     operations = numbered([type(op).__name__ for op in data.noise.ops])
     objectives, name, left_out = candidates(module.acting)
     tally = Tally(objectives, name, operations)
+    sampler = Sampler(tally.topks)
     chosen, found = data.spread(SPLIT, examples), []
     known = {} if truth is None else data.truths(truth)
     was_training = {part: part.training for part in module.modules()}
@@ -63,7 +68,7 @@ def probe_data(
     try:
         with torch.no_grad(), precision.forward_context(), progress(None, "probing", len(chosen)) as bar:
             for positions, batch in data.batches_of(SPLIT, chosen):
-                found += _batch(module, batch, positions, device, tally)
+                found += _batch(module, batch, positions, device, tally, sampler)
                 bar.update(len(positions))
     finally:
         for part, training in was_training.items():
@@ -85,11 +90,11 @@ def probe_data(
         auroc = exact_auroc(wrong, right) if wrong and right else None
         report["truth"] = {"field": truth, "known": len(wrong) + len(right), "wrong": len(wrong), "auroc": auroc}
     report["suspicious"] = list(records(data, found[:SHOWN]))
-    return report, found
+    return report, found, sampler.sample(operations)
 
 
 def _batch(
-    module: Any, batch: dict[str, Any], positions: Sequence[int], device: torch.device, tally: Tally
+    module: Any, batch: dict[str, Any], positions: Sequence[int], device: torch.device, tally: Tally, sampler: Sampler
 ) -> list[Suspect]:
     moved = {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
     by_k = {}
@@ -98,6 +103,7 @@ def _batch(
         by_k[k] = stats.map(lambda field: field.cpu())
     keep, first = keep.cpu(), next(iter(by_k.values()))
     codes = batch["noise_code"][:, 1:][keep]
+    sampler.update(by_k, keep, positions, codes)
     tally.update(by_k, codes)
     return suspects(first, keep, positions, batch["example_id"], codes)
 
@@ -133,11 +139,14 @@ def records(data: Any, found: Sequence[Suspect]) -> Iterator[dict[str, Any]]:
         yield describe(suspect, rank, example, data.tokenizer, operations, bool(operations))
 
 
-def write(report: dict[str, Any], found: Sequence[Suspect], data: Any, output: Path, audit: Path | None) -> None:
-    """Print the table, write ``probe.json`` and the figure, and the audit if one is wanted."""
+def write(
+    report: dict[str, Any], found: Sequence[Suspect], sample: TokenSample, data: Any, output: Path, audit: Path | None
+) -> None:
+    """Print the table, write ``probe.json``, ``tokens.npz`` and the figure, and the audit if one is wanted."""
     print(table(report))
     text = json.dumps(finite(report), ensure_ascii=False, allow_nan=False, indent=1)
     (output / "probe.json").write_text(text + "\n", encoding="utf-8")
+    sample.save(output / NAME)
     try:
         probe_figure(report, output / "probe.png", output / "probe.svg")
     except UserError as error:  # no matplotlib: the numbers are there all the same

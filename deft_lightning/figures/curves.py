@@ -1,0 +1,125 @@
+"""Gate and loss of objectives against the target probability."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from deft_lightning.errors import UserError
+from deft_lightning.figures.style import Output, dress, line, panels, save, styled
+from deft_lightning.functional import TokenStats
+from deft_lightning.objectives import Objective
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+COLLISIONS = (0.1, 0.5, 0.9)
+HIGHEST = 5.0  # losses above, such as that of NLL near p = 0, leave the figure
+
+
+def label(objective: Objective) -> str:
+    """Return the legend of an objective: its repr, without the brackets if nothing is in them."""
+    return repr(objective).removesuffix("()")
+
+
+def possible(p: Tensor, collision: float) -> Tensor:
+    """Whether some prediction has a target probability of p and this collision probability.
+
+    The rest of the mass, ``1 - p``, adds between nothing (spread over a large vocabulary) and ``(1 - p)^2`` (one other
+    token): ``p^2 < C <= p^2 + (1 - p)^2``.
+
+    Args:
+        p: Target probabilities, any shape.
+        collision: ``C``.
+    """
+    return (p.square() < collision) & (collision <= p.square() + (1 - p).square() + 1e-12)
+
+
+def curve_figure(objectives: Sequence[Objective], quantity: str, collisions: Sequence[float], title: str) -> Figure:
+    """Draw one line per objective, or one per collision probability where the objective depends on it.
+
+    Args:
+        objectives: Those that look at the batch see each curve as one.
+        quantity: ``gate`` or ``loss``.
+        collisions: Collision probabilities of the predictions, in (0, 1].
+        title: Of the figure.
+    """
+    if not objectives:
+        raise UserError("a figure of curves needs at least one objective")
+    if not collisions or any(not 0 < collision <= 1 for collision in collisions):
+        raise UserError(f"collision probabilities must be in (0, 1], got {', '.join(map(str, collisions)) or 'none'}")
+    p = torch.linspace(1e-4, 1 - 1e-6, 600, dtype=torch.float64)
+    figure, (axes,) = panels(1, 5.4, 3.6)
+    top, index, thin = 1.0, 0, False
+    for objective in objectives:
+        curves = [(c, _values(objective, quantity, p, c)) for c in collisions]
+        same = all(torch.allclose(values, curves[0][1]) for _, values in curves)
+        for collision, values in curves[:1] if same else curves:
+            named = label(objective) if same else f"{label(objective)}, C = {collision:g}"
+            solid = torch.ones_like(p, dtype=torch.bool) if same else possible(p, collision)
+            shown = torch.where(solid, values, torch.nan)
+            axes.plot(p.numpy(), shown.numpy(), label=named, **line(index))
+            if not same:
+                rest = torch.where(solid, torch.nan, values)
+                axes.plot(p.numpy(), rest.numpy(), **line(index) | {"linewidth": 0.7})
+                thin = True
+            top, index = max(top, float(values.max())), index + 1
+    dress(axes, title, "target probability p" + ("  (thin: no prediction has this p and C)" if thin else ""), quantity)
+    axes.set_xlim(0, 1)
+    axes.set_ylim(0, 1.03 * top if quantity == "gate" else min(1.03 * top, HIGHEST))
+    if index > 1:
+        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return figure
+
+
+def _values(objective: Objective, quantity: str, p: Tensor, collision: float) -> Tensor:
+    flat = torch.full_like(p, collision)
+    # A prediction with this collision probability has about the entropy of 1 / C equal alternatives.
+    stats = TokenStats(p.log(), flat, -flat.log(), p > 0.5, -flat.log())
+    return objective.gate(stats) if quantity == "gate" else objective(stats).detach()
+
+
+def _collisions(collision: float | Sequence[float]) -> Sequence[float]:
+    return collision if isinstance(collision, Sequence) else (collision,)
+
+
+@styled
+def gate_curves(
+    objectives: Sequence[Objective], output: Output, *, collision: float | Sequence[float] = COLLISIONS
+) -> list[Path]:
+    """Draw the gate ``-dl/d(log p)`` against the target probability.
+
+    Args:
+        objectives: One line each, and one for each collision probability where the objective depends on it, as DEFT
+            does; thin where no prediction has that ``p`` and ``C`` (:func:`possible`).
+        output: File or files.
+        collision: Collision probability ``C`` of the predictions, in (0, 1], one or several.
+
+    Returns:
+        The files.
+    """
+    return save(curve_figure(objectives, "gate", _collisions(collision), "Gate of a token"), output)
+
+
+@styled
+def loss_curves(
+    objectives: Sequence[Objective], output: Output, *, collision: float | Sequence[float] = COLLISIONS
+) -> list[Path]:
+    """Draw the loss of a token against its target probability, up to 5.
+
+    Args:
+        objectives: As in :func:`gate_curves`.
+        output: File or files.
+        collision: As in :func:`gate_curves`.
+
+    Returns:
+        The files.
+    """
+    return save(curve_figure(objectives, "loss", _collisions(collision), "Loss of a token"), output)
+
+
+__all__ = ["curve_figure", "gate_curves", "label", "loss_curves", "possible"]
