@@ -18,6 +18,11 @@ def main() -> None:
 
         figures(sys.argv[2:])
         return
+    if sys.argv[1:2] == ["study"]:
+        from deft_lightning.study.__main__ import main as study
+
+        study(sys.argv[2:])
+        return
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenizers deadlock in forked loader processes
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning calls the deprecated names
     from deft_lightning.cli import run

@@ -1,0 +1,165 @@
+"""One cell of a study: a run through SFTModule, InstructionDataModule and Trainer, and what is kept of it."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import warnings
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import seed_everything
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from deft_lightning._version import __version__
+from deft_lightning.callbacks import EntropyMonitor, GateMonitor, NoiseMonitor
+from deft_lightning.data import InstructionDataModule, known_noise
+from deft_lightning.data.noise import Noise
+from deft_lightning.evaluation import Generation
+from deft_lightning.figures import read_run
+from deft_lightning.module import SFTModule
+from deft_lightning.objectives import NLL
+from deft_lightning.study.files import complete_folder, write_json
+from deft_lightning.study.plan import Base, Cell, digest
+from deft_lightning.study.tasks import task_files
+from deft_lightning.trainer import Trainer
+
+TEMPLATE = (
+    "{% for message in messages %}{{ message['content'] }}"
+    "{% if message['role'] == 'user' %}>{% else %}{{ eos_token }}{% endif %}{% endfor %}"
+)
+POINTS = 30  # of a curve
+LOOKS = 6  # at the validation split, in a run
+EVAL_BATCH = 200
+CURVES = (
+    "train/nll", "val/nll", "val/token_accuracy", "focus/mean", "prob/mean", "gate/mean", "gate/clean", "gate/noisy",
+    "gate/locked", "gate/locked_clean", "collision/mean", "entropy/shannon", "noise/memorised",
+    "noise/gradient_share", "noise/auroc_gate", "val_noisy/nll", "val_noisy/reproduced",
+)  # fmt: skip
+
+
+def base_folder(cell: Cell, root: Path) -> Path | None:
+    """Return where the study keeps the model that it trains for a cell to start from, if it does."""
+    base = cell.setting.base
+    if base is None:
+        return None
+    about = [vars(base), cell.architecture, cell.setting.tokenizer_size, cell.rows, cell.held_out]
+    return root / "bases" / digest(about)
+
+
+def start_from(cell: Cell, root: Path) -> str | None:
+    """Return the model that a cell starts from, None for random weights."""
+    base = base_folder(cell, root)
+    return cell.setting.pretrained if base is None else str(base / "model")
+
+
+def train_base(cell: Cell, root: Path) -> dict[str, Any]:
+    """Train the model that a cell starts from, unless it is there."""
+    target, base = base_folder(cell, root), cell.setting.base
+    assert target is not None and isinstance(base, Base)
+    if not (target / "base.json").exists():
+        _quiet()
+        seed_everything(base.seed, verbose=False)
+        task = task_files(base.source, cell.rows, cell.held_out, root)
+        data = _data(cell, root, task.train, task.validation, base.batch_size, base.seed, 0.0, None)
+        module = _module(cell, NLL(), base.rate, None)
+        trainer = _trainer(base.steps, root, None)
+        trainer.fit(module, datamodule=data)
+        with complete_folder(target) as folder:
+            trainer.export(module, output=str(folder / "model"), datamodule=data)
+            write_json(
+                folder / "base.json", {"source": base.source, **_score(cell, root, trainer, module, data, task.test)}
+            )
+    return {"base": target.name}
+
+
+def cell_file(cell: Cell, root: Path) -> Path:
+    """Return where the result of a cell is, once it has run."""
+    return root / "cells" / f"{cell.id}.json"
+
+
+def run_cell(cell: Cell, root: Path) -> dict[str, Any]:
+    """Train and score one cell, and write its result."""
+    _quiet()
+    seed_everything(cell.seed, verbose=False)
+    task = task_files(cell.setting.source, cell.rows, cell.held_out, root)
+    model = start_from(cell, root)
+    data = _data(cell, root, task.train, task.validation, cell.setting.batch_size, cell.seed, cell.noise, model)
+    module = _module(cell, cell.objective, cell.rate, model)
+    folder = root / "runs" / cell.label
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
+    trainer = _trainer(cell.setting.steps, root, folder)
+    trainer.fit(module, datamodule=data)
+    result: dict[str, Any] = {
+        "version": __version__, "id": cell.id, "regime": cell.regime, "objective": repr(cell.objective),
+        "noise": cell.noise, "rate": cell.rate, "seed": cell.seed, "steps": cell.setting.steps,
+        "validation": _score(cell, root, trainer, module, data, task.validation),
+        "test": _score(cell, root, trainer, module, data, task.test),
+    }  # fmt: skip
+    for logger in trainer.loggers:
+        logger.finalize("success")
+    scalars = read_run(folder)
+    result["curves"] = {tag: scalars[tag] for tag in CURVES if tag in scalars}
+    write_json(cell_file(cell, root), result)
+    return result
+
+
+def start(cell: Cell, root: Path) -> tuple[SFTModule, InstructionDataModule, Trainer]:
+    """Return model, data and trainer as they are before the first step of a cell."""
+    _quiet()
+    seed_everything(cell.seed, verbose=False)
+    task = task_files(cell.setting.source, cell.rows, cell.held_out, root)
+    model = start_from(cell, root)
+    data = _data(cell, root, task.train, task.validation, cell.setting.batch_size, cell.seed, cell.noise, model)
+    return _module(cell, cell.objective, cell.rate, model), data, _trainer(1, root, None)
+
+
+def _data(
+    cell: Cell, root: Path, train: Path, validation: Path, batch_size: int, seed: int, noise: float, model: str | None
+) -> InstructionDataModule:
+    return InstructionDataModule(
+        str(train), format="prompt_completion", validation_source=str(validation), batch_size=batch_size,
+        eval_batch_size=EVAL_BATCH, tokenizer=model, tokenizer_size=cell.setting.tokenizer_size,
+        chat_template=None if model else TEMPLATE, cache_dir=str(root / "cache"), seed=seed,
+        noise=Noise(ops=[known_noise()[cell.setting.op](rate=noise)] if noise else [], seed=seed),  # type: ignore[call-arg]
+    )  # fmt: skip
+
+
+def _module(cell: Cell, objective: Any, rate: float, model: str | None) -> SFTModule:
+    return SFTModule(
+        objective, pretrained=model, architecture=None if model else cell.architecture,
+        optimizer=partial(torch.optim.AdamW, lr=rate, betas=(0.9, 0.95), weight_decay=0.01),
+        generation=Generation(max_new_tokens=cell.setting.max_new_tokens),
+    )  # fmt: skip
+
+
+def _trainer(steps: int, root: Path, folder: Path | None) -> Trainer:
+    logger = False if folder is None else TensorBoardLogger(folder.parent, name="", version=folder.name)
+    monitors: list[Any] = [GateMonitor(histograms=False), EntropyMonitor(histograms=False), NoiseMonitor()]
+    return Trainer(
+        accelerator="cpu", devices=1, logger=logger, callbacks=monitors if folder else [], max_steps=steps,
+        gradient_clip_val=1.0, log_every_n_steps=max(1, steps // POINTS), val_check_interval=max(1, steps // LOOKS),
+        check_val_every_n_epoch=None, num_sanity_val_steps=0, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, default_root_dir=str(root), use_distributed_sampler=False,
+    )  # fmt: skip
+
+
+def _score(
+    cell: Cell, root: Path, trainer: Trainer, module: SFTModule, data: InstructionDataModule, rows: Path
+) -> dict[str, float]:
+    """Return exact match of greedy answers, or the plain NLL of the answers that are there."""
+    if cell.setting.judge == "nll":
+        clean = _data(cell, root, rows, rows, cell.setting.batch_size, cell.seed, 0.0, start_from(cell, root))
+        trainer.validate(module, datamodule=clean, verbose=False)
+        return {name: float(trainer.callback_metrics[f"val/{name}"]) for name in ("nll", "token_accuracy")}
+    data.test_source = str(rows)
+    trainer.test(module, datamodule=data, verbose=False)
+    return {name: float(trainer.callback_metrics[f"test/{name}"]) for name in ("exact_match", "truncated")}
+
+
+def _quiet() -> None:
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning_utilities.core.rank_zero"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")

@@ -1,0 +1,246 @@
+"""What a study consists of: settings, and the cells that follow from them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
+
+from deft_lightning._version import __version__
+from deft_lightning.data import known_noise
+from deft_lightning.errors import UserError, did_you_mean
+from deft_lightning.objectives import DEFT, DFT, EAFT, NLL, Cayley, Likelihood, Objective, Tsallis
+
+FIELD = (NLL(), Likelihood(), Tsallis(q=0.5), Cayley(), Cayley(floor=0.5), EAFT(), DFT(), DEFT())
+TUNING = 1000  # seeds from here on choose learning rates; no reported cell has one
+SMOKE = {"steps": 12, "rows": 320, "held_out": 32}
+
+
+@dataclass(frozen=True)
+class Base:
+    """The model a regime starts from: trained with NLL on clean rows.
+
+    Args:
+        source: Its rows, as for `--data.source`.
+        steps: Optimizer steps.
+        rate: Learning rate.
+        batch_size: Examples a step.
+        seed: Of weights and order.
+    """
+
+    source: str
+    steps: int
+    rate: float = 4e-3
+    batch_size: int = 32
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that mean nothing."""
+        _positive("base", steps=self.steps, rate=self.rate, batch_size=self.batch_size)
+
+
+@dataclass(frozen=True)
+class Regime:
+    """A task, and what the model knows of it before it is fine-tuned.
+
+    Args:
+        source: Rows, as for `--data.source`; split by a hash of the prompt into training, validation and test.
+        steps: Optimizer steps of fine-tuning.
+        rate: Learning rate that all objectives share.
+        base: What the model is trained on before; default: random weights.
+        pretrained: Hub id or folder of the model to start from, instead of a base.
+        op: Noise operation that corrupts the training answers.
+        judge: What a cell is judged by, on test rows: `exact_match` of greedy answers, or `nll`, nats a token.
+        rates: Learning rates to choose from for each objective, on the validation split.
+        noise: Rates of the noise operation.
+        headline: Those of them on which the objectives are ranked.
+        batch_size: Examples a step.
+        tokenizer_size: Vocabulary of the tokenizer that random weights get; at most 262 means a token a byte.
+        max_new_tokens: Longest answer in tokens.
+    """
+
+    source: str
+    steps: int
+    rate: float
+    base: Base | None = None
+    pretrained: str | None = None
+    op: str = "ResponseSwap"
+    judge: Literal["exact_match", "nll"] = "exact_match"
+    rates: list[float] = field(default_factory=list)
+    noise: list[float] = field(default_factory=lambda: [0.0, 0.2, 0.4, 0.6])
+    headline: list[float] = field(default_factory=list)
+    batch_size: int = 32
+    tokenizer_size: int = 0
+    max_new_tokens: int = 12
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that mean nothing."""
+        _positive("regime", steps=self.steps, rate=self.rate, batch_size=self.batch_size)
+        if self.base is not None and self.pretrained is not None:
+            raise UserError("regime: base and pretrained are two models to start from; leave one out")
+        if self.judge not in ("exact_match", "nll"):
+            raise UserError(f"regime: judge must be exact_match or nll, not {self.judge!r}")
+        if self.op not in known_noise():
+            raise UserError(f"regime: op {self.op!r} is unknown.{did_you_mean(self.op, known_noise())}")
+        for rate in self.noise:
+            if not 0 <= rate < 1:
+                raise UserError(f"noise must be in [0, 1), got {rate}")
+        if unknown := [rate for rate in self.headline if rate not in self.noise]:
+            raise UserError(f"headline noise {unknown} is not among the noise {self.noise}")
+
+    @property
+    def candidates(self) -> list[float]:
+        """Learning rates to choose from, the shared one among them, in order."""
+        return sorted({self.rate, *self.rates})
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training run: all that its result depends on.
+
+    Attributes:
+        regime: Name of the regime.
+        setting: The regime's settings.
+        objective: The objective.
+        noise: Rate of the noise operation.
+        rate: Learning rate.
+        seed: Of order, noise and random weights.
+        architecture: Options of the model.
+        rows: Training examples.
+        held_out: Validation examples, and test examples.
+    """
+
+    regime: str
+    setting: Regime
+    objective: Objective
+    noise: float
+    rate: float
+    seed: int
+    architecture: dict[str, Any]
+    rows: int
+    held_out: int
+
+    @property
+    def id(self) -> str:
+        """Hash of everything but the name of the regime and what else is tried there."""
+        setting = asdict(self.setting)
+        for name in ("rate", "rates", "noise", "headline"):
+            del setting[name]
+        return digest(
+            [__version__, setting, repr(self.objective), self.noise, self.rate, self.seed, self.architecture,
+             self.rows, self.held_out]
+        )  # fmt: skip
+
+    @property
+    def label(self) -> str:
+        """Readable, and a name of a folder."""
+        name = "".join(c if c.isalnum() or c in ".-" else "_" for c in repr(self.objective).replace("()", ""))
+        return f"{self.regime}-noise{self.noise:g}-{name.strip('_')}-lr{self.rate:g}-seed{self.seed}-{self.id[:6]}"
+
+
+@dataclass(frozen=True)
+class Study:
+    """A grid of objectives, regimes, noise and seeds.
+
+    Args:
+        regimes: By name.
+        architecture: `model_type` and options of a transformers config, for random weights.
+        objectives: What is compared.
+        remedies: Objectives that are tried in the headline cells alone.
+        seeds: Runs of a cell.
+        headline_seeds: Runs of a headline cell.
+        tuning_seeds: Runs of each learning rate when one is chosen for an objective in a headline cell.
+        rows: Training examples of a task.
+        held_out: Validation examples, and as many test examples.
+    """
+
+    regimes: dict[str, Regime]
+    architecture: dict[str, Any]
+    objectives: list[Objective] = field(default_factory=lambda: list(FIELD))
+    remedies: list[Objective] = field(default_factory=list)
+    seeds: int = 3
+    headline_seeds: int = 5
+    tuning_seeds: int = 1
+    rows: int = 4000
+    held_out: int = 400
+
+    def __post_init__(self) -> None:
+        """Refuse a study of nothing, and the same objective twice."""
+        _positive("study", seeds=self.seeds, rows=self.rows, held_out=self.held_out)
+        if not self.regimes or not self.objectives:
+            raise UserError("a study needs at least one regime and one objective")
+        names = [repr(objective) for objective in self.everything]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise UserError(f"study: {', '.join(sorted(twice))} is there twice")
+
+    @property
+    def everything(self) -> list[Objective]:
+        """Objectives and remedies."""
+        return [*self.objectives, *self.remedies]
+
+    def smoke(self) -> Study:
+        """Return the same study in minutes: all its kinds of cells, too short to mean anything."""
+        regimes = {
+            name: replace(
+                regime, steps=SMOKE["steps"], rates=regime.rates[:1], noise=sorted({0.0, *regime.headline[:1]}),
+                headline=regime.headline[:1], batch_size=8,
+                base=None if regime.base is None else replace(regime.base, steps=SMOKE["steps"], batch_size=8),
+            )
+            for name, regime in self.regimes.items()
+        }  # fmt: skip
+        few = [self.objectives[0], self.objectives[-1]] if len(self.objectives) > 1 else self.objectives
+        return replace(
+            self, regimes=regimes, objectives=few, remedies=self.remedies[:1], seeds=1, headline_seeds=2,
+            rows=SMOKE["rows"], held_out=SMOKE["held_out"],
+        )  # fmt: skip
+
+    def cell(self, regime: str, objective: Objective, noise: float, rate: float, seed: int) -> Cell:
+        """Return a cell."""
+        return Cell(
+            regime, self.regimes[regime], objective, noise, rate, seed, self.architecture, self.rows, self.held_out
+        )
+
+    def shared(self) -> Iterator[Cell]:
+        """Yield the grid at the learning rate that all share, headline cells first."""
+        for headline in (True, False):
+            for name, regime in self.regimes.items():
+                for noise in regime.noise:
+                    if (noise in regime.headline) is not headline:
+                        continue
+                    for seed in range(self.headline_seeds if headline else self.seeds):
+                        for objective in self.everything if headline else self.objectives:
+                            yield self.cell(name, objective, noise, regime.rate, seed)
+
+    def tuning(self) -> Iterator[Cell]:
+        """Yield the cells that choose a learning rate for each objective in each headline cell."""
+        for name, regime in self.regimes.items():
+            if len(regime.candidates) < 2:
+                continue
+            for noise in regime.headline:
+                for objective in self.everything:
+                    for rate in regime.candidates:
+                        for seed in range(self.tuning_seeds):
+                            yield self.cell(name, objective, noise, rate, TUNING + seed)
+
+    def tuned(self, rates: dict[tuple[str, float, str], float]) -> Iterator[Cell]:
+        """Yield the headline cells at the learning rates that were chosen, by regime, noise and objective."""
+        for name, regime in self.regimes.items():
+            for noise in regime.headline:
+                for objective in self.everything:
+                    rate = rates.get((name, noise, repr(objective)))
+                    for seed in range(self.headline_seeds) if rate is not None else ():
+                        assert rate is not None
+                        yield self.cell(name, objective, noise, rate, seed)
+
+
+def digest(value: Any) -> str:
+    """Return a hash of a value made of plain types."""
+    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+
+def _positive(what: str, **values: float) -> None:
+    for name, value in values.items():
+        if value <= 0:
+            raise UserError(f"{what}: {name} must be above 0, got {value}")

@@ -1,0 +1,99 @@
+"""Cells in parallel: one process a core, each cell on one thread, and none that outlives its study."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import wait as wait_for
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from deft_lightning.errors import UserError
+from deft_lightning.study.plan import Cell
+
+Work = Callable[[Cell, Path], dict[str, Any]]
+
+
+class Pool:
+    """Processes that run cells, and a bar over the optimizer steps of all of them.
+
+    Args:
+        workers: Processes.
+        root: Folder of the study.
+    """
+
+    def __init__(self, workers: int, root: Path) -> None:
+        os.environ["OMP_NUM_THREADS"] = "1"  # of the processes to come: two busy threads on a core are slower than one
+        self.root = root
+        context = multiprocessing.get_context("spawn")
+        self._pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin)
+        self._bar = tqdm(
+            desc="study", unit="step", total=0, file=sys.stderr, mininterval=0 if sys.stderr.isatty() else 30,
+            smoothing=0.05,
+        )  # fmt: skip
+
+    def run(self, stage: str, work: Work, cells: Iterable[Cell], steps: Callable[[Cell], int]) -> None:
+        """Run cells; the first error stops the study once the cells in hand are done.
+
+        Args:
+            stage: What the bar says.
+            work: Function of a cell and the folder, importable.
+            cells: The cells.
+            steps: Optimizer steps of a cell.
+        """
+        todo = list(cells)
+        self._bar.total = (self._bar.total or 0) + sum(map(steps, todo))
+        self._bar.set_description(f"study: {stage}")
+        running = {self._pool.submit(work, cell, self.root): cell for cell in todo}
+        try:
+            while running:
+                done, _ = wait(running, return_when=FIRST_COMPLETED)
+                for future in done:
+                    cell = running.pop(future)
+                    self._finish(future, cell)
+                    self._bar.set_postfix_str(f"{len(running)} runs left", refresh=False)
+                    self._bar.update(steps(cell))
+        except BaseException:
+            for future in running:
+                future.cancel()
+            raise
+
+    def _finish(self, future: Any, cell: Cell) -> None:
+        try:
+            future.result()
+        except UserError as error:
+            raise UserError(f"{cell.label}: {error}") from None
+        except BrokenProcessPool:
+            raise UserError(
+                f"{cell.label}: a worker was killed, perhaps for want of memory; the finished runs are kept, start"
+                " again with fewer --workers"
+            ) from None
+
+    def close(self) -> None:
+        """End the processes; what they have in hand is left."""
+        self._bar.close()
+        for process in list((self._pool._processes or {}).values()):
+            process.terminate()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _begin() -> None:
+    """Make a process one thread, and end it when the study is gone, however that ended."""
+    import torch
+
+    torch.set_num_threads(1)
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_follow, args=(parent.sentinel,), daemon=True).start()
+
+
+def _follow(sentinel: Any) -> None:
+    wait_for([sentinel])
+    os._exit(1)

@@ -1,0 +1,206 @@
+"""Tables of a study: means, standard errors, every objective's worst regime, and its regret to the best."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import fmean, median, stdev
+from typing import Any
+
+from deft_lightning.study.plan import Cell, Study
+
+Place = tuple[str, float]  # regime and noise
+Grid = dict[Place, dict[str, dict[int, float]]]  # value by place, objective and seed
+Results = Mapping[str, Mapping[str, Any]]
+
+
+def value_of(result: Mapping[str, Any], split: str = "test") -> float:
+    """Return what a cell is judged by, larger is better: exact match in [0, 1], or minus the NLL in nats a token."""
+    found = result[split]
+    return float(found["exact_match"] if "exact_match" in found else -found["nll"])
+
+
+def grid(cells: Iterable[Cell], results: Results) -> Grid:
+    """Return the values of cells by place, objective and seed."""
+    found: Grid = defaultdict(lambda: defaultdict(dict))
+    for cell in cells:
+        found[cell.regime, cell.noise][repr(cell.objective)][cell.seed] = value_of(results[cell.id])
+    return {place: dict(row) for place, row in found.items()}
+
+
+def chosen_rates(study: Study, results: Results) -> dict[tuple[str, float, str], float]:
+    """Return the learning rate with the best exact match on the validation split, means over the tuning seeds.
+
+    Of equals the one nearest to the shared rate, then the smaller.
+    """
+    scores: dict[tuple[str, float, str], dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for cell in study.tuning():
+        value = value_of(results[cell.id], "validation")
+        scores[cell.regime, cell.noise, repr(cell.objective)][cell.rate].append(value)
+    return {
+        key: min(
+            of_key,
+            key=lambda rate: (
+                -fmean(of_key[rate]), abs(math.log(rate / study.regimes[key[0]].rate)), rate,
+            ),
+        )
+        for key, of_key in scores.items()
+    }  # fmt: skip
+
+
+def worst_regime(values: Grid, headline: Sequence[Place], names: Sequence[str]) -> list[dict[str, Any]]:
+    """Return, best first, each objective's headline medians, the lowest of them, and its regret.
+
+    ``worst`` is the lowest of the medians over seeds, ``where`` its place. ``regret`` is the largest distance of a
+    median to the best objective's in the same place. ``worst_seeds`` is the lowest value over the places for each seed
+    apart: what a run of that seed would have met.
+    """
+    best = {place: max(median(values[place][name].values()) for name in names) for place in headline}
+    rows = []
+    for name in names:
+        medians = {place: median(values[place][name].values()) for place in headline}
+        seeds = set.intersection(*(set(values[place][name]) for place in headline))
+        where = min(medians, key=lambda place: medians[place])
+        rows.append({
+            "objective": name, "medians": [medians[place] for place in headline], "worst": medians[where],
+            "where": where[0], "regret": max(best[place] - medians[place] for place in headline),
+            "worst_seeds": [min(values[place][name][seed] for place in headline) for seed in sorted(seeds)],
+        })  # fmt: skip
+    return sorted(rows, key=lambda row: (-row["worst"], row["regret"]))
+
+
+def margins(rows: Sequence[Mapping[str, Any]], of: str = "DEFT()") -> list[dict[str, Any]]:
+    """Return by how much the worst regime of one objective is above every other's: of the medians, and seed by seed."""
+    own = next((row for row in rows if row["objective"] == of), None)
+    if own is None:
+        return []
+    result = []
+    for row in rows:
+        if row is own:
+            continue
+        pairs = [a - b for a, b in zip(own["worst_seeds"], row["worst_seeds"], strict=True)]
+        result.append({
+            "against": row["objective"], "margin": own["worst"] - row["worst"], "median": median(pairs),
+            "low": min(pairs), "high": max(pairs),
+        })  # fmt: skip
+    return result
+
+
+def summary(study: Study, results: Results) -> dict[str, Any]:
+    """Return everything a study found, as plain values."""
+    shared = grid(study.shared(), results)
+    headline = [(name, noise) for name, regime in study.regimes.items() for noise in regime.headline]
+    names = [repr(objective) for objective in study.everything]
+    plain = [repr(objective) for objective in study.objectives]
+    rates = chosen_rates(study, results)
+    tuned = grid(study.tuned(rates), results)
+    for place in headline:  # a regime with one candidate has nothing to choose
+        tuned.setdefault(place, shared[place])
+    report: dict[str, Any] = {
+        "objectives": plain, "remedies": [name for name in names if name not in plain],
+        "headline": [list(place) for place in headline],
+        "grid": [
+            {"regime": regime, "noise": noise, "objective": name, **_spread(list(found.values()))}
+            for (regime, noise), row in sorted(shared.items()) for name, found in row.items()
+        ],
+        "tuned": [
+            {"regime": regime, "noise": noise, "objective": name,
+             "rate": rates.get((regime, noise, name), study.regimes[regime].rate), **_spread(list(found.values()))}
+            for (regime, noise), row in sorted(tuned.items()) for name, found in row.items()
+        ],
+    }  # fmt: skip
+    for kind, values in (("shared", shared), ("tuned", tuned)):
+        rows = worst_regime(values, headline, names) if headline else []
+        among = [row for row in rows if row["objective"] in plain]
+        report[f"ranking_{kind}"] = rows
+        report[f"margins_{kind}"] = margins(among)
+    return report
+
+
+def _spread(values: Sequence[float]) -> dict[str, Any]:
+    error = stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+    return {"mean": fmean(values), "se": error, "median": median(values), "values": list(values)}
+
+
+def text(report: Mapping[str, Any]) -> str:
+    """Return a report as Markdown."""
+    parts = []
+    for kind, about in (("shared", "one learning rate for all"), ("tuned", "a learning rate tuned for each")):
+        if rows := report[f"ranking_{kind}"]:
+            parts.append(_ranking(report, rows, about))
+            parts.append(_margins(report[f"margins_{kind}"]))
+    places = dict.fromkeys((row["regime"], row["noise"]) for row in report["grid"])
+    for regime in dict.fromkeys(place[0] for place in places):
+        parts.append(_table(report, regime, [noise for name, noise in places if name == regime]))
+    if any(row["rate"] for row in report["tuned"]):
+        parts.append(_rates(report))
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _ranking(report: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], about: str) -> str:
+    places = [f"{regime}, noise {noise:g}" for regime, noise in report["headline"]]
+    lines = [
+        f"### Worst regime, {about}", "", "Exact match, median over seeds.", "",
+        f"| objective | {' | '.join(places)} | worst | regret | worst, seed by seed |",
+        "|---" * (len(places) + 4) + "|",
+    ]  # fmt: skip
+    for row in rows:
+        medians = " | ".join(f"{value:.3f}" for value in row["medians"])
+        seeds = " ".join(f"{value:.2f}" for value in row["worst_seeds"])
+        star = " (remedy)" if row["objective"] in report["remedies"] else ""
+        lines.append(
+            f"| {short(row['objective'])}{star} | {medians} | {row['worst']:.3f} | {row['regret']:.3f} | {seeds} |"
+        )
+    return "\n".join(lines)
+
+
+def _margins(rows: Sequence[Mapping[str, Any]]) -> str:
+    if not rows:
+        return ""
+    lines = [
+        "DEFT's worst regime minus another's: of the medians; then seed by seed, median and range.", "",
+        "| against | margin | seed by seed |", "|---|---|---|",
+    ]  # fmt: skip
+    for row in rows:
+        seeds = f"{row['median']:+.3f} ({row['low']:+.3f} to {row['high']:+.3f})"
+        lines.append(f"| {short(row['against'])} | {row['margin']:+.3f} | {seeds} |")
+    return "\n".join(lines)
+
+
+def _table(report: Mapping[str, Any], regime: str, noises: Sequence[float]) -> str:
+    lines = [
+        f"### {regime}: all noise rates, one learning rate", "",
+        "Exact match, mean ± standard error over seeds.", "",
+        "| objective | " + " | ".join(f"noise {noise:g}" for noise in noises) + " |", "|---" * (len(noises) + 1) + "|",
+    ]  # fmt: skip
+    found = {(row["objective"], row["noise"]): row for row in report["grid"] if row["regime"] == regime}
+    for name in [*report["objectives"], *report["remedies"]]:
+        cells = [found.get((name, noise)) for noise in noises]
+        if any(cells):
+            lines.append(f"| {short(name)} | " + " | ".join(_cell(cell) for cell in cells) + " |")
+    return "\n".join(lines)
+
+
+def _rates(report: Mapping[str, Any]) -> str:
+    places = [tuple(place) for place in report["headline"]]
+    lines = [
+        "### Learning rates chosen on the validation split", "",
+        "| objective | " + " | ".join(f"{regime}, noise {noise:g}" for regime, noise in places) + " |",
+        "|---" * (len(places) + 1) + "|",
+    ]  # fmt: skip
+    found = {(row["objective"], row["regime"], row["noise"]): row["rate"] for row in report["tuned"]}
+    for name in [*report["objectives"], *report["remedies"]]:
+        lines.append(f"| {short(name)} | " + " | ".join(f"{found[name, *place]:g}" for place in places) + " |")
+    return "\n".join(lines)
+
+
+def _cell(row: Mapping[str, Any] | None) -> str:
+    if row is None:
+        return "-"
+    return f"{row['mean']:.3f}" + ("" if row["se"] is None else f" ± {row['se']:.3f}")
+
+
+def short(name: str) -> str:
+    """Return a legend without the brackets of an objective that has no settings."""
+    return name.replace("()", "")

@@ -1,0 +1,67 @@
+"""Running a study: what is missing is run, then everything is told."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from deft_lightning.study import cells as work
+from deft_lightning.study.draw import draw
+from deft_lightning.study.files import write_json
+from deft_lightning.study.plan import Cell, Study
+from deft_lightning.study.pool import Pool
+from deft_lightning.study.report import chosen_rates, summary, text
+from deft_lightning.study.tasks import task_files
+
+
+def run_study(study: Study, root: Path, workers: int) -> dict[str, Any]:
+    """Run what is missing of a study and write its report, tables and figures.
+
+    Args:
+        study: The grid.
+        root: Where everything goes: `cells` (a JSON file for each finished run), `runs` (TensorBoard), `bases`
+            (models that regimes start from), `report.json`, `report.md`, and figures.
+        workers: Processes.
+
+    Returns:
+        The report.
+    """
+    for regime in study.regimes.values():
+        for part in (regime, regime.base):
+            if part is not None:
+                task_files(part.source, study.rows, study.held_out, root)
+    pool = Pool(workers, root)
+    try:
+        first = {name: next(cell for cell in study.shared() if cell.regime == name) for name in study.regimes}
+        bases = {folder: cell for cell in first.values() if (folder := work.base_folder(cell, root)) is not None}
+        missing = [cell for folder, cell in bases.items() if not (folder / "base.json").exists()]
+        pool.run("bases", work.train_base, missing, lambda cell: cell.setting.base.steps if cell.setting.base else 0)
+        _run(pool, "shared rate", study.shared(), root)
+        _run(pool, "choosing rates", study.tuning(), root)
+        rates = chosen_rates(study, _results(study.tuning(), root))
+        _run(pool, "tuned rates", study.tuned(rates), root)
+    finally:
+        pool.close()
+    everything = [*study.shared(), *study.tuning(), *study.tuned(rates)]
+    results = _results(everything, root)
+    report = summary(study, results)
+    report["bases"] = {
+        name: json.loads((folder / "base.json").read_text(encoding="utf-8"))
+        for name, cell in first.items() if (folder := work.base_folder(cell, root)) is not None
+    }  # fmt: skip
+    write_json(root / "report.json", report)
+    (root / "report.md").write_text(text(report), encoding="utf-8")
+    draw(study, report, results, root)
+    return report
+
+
+def _run(pool: Pool, stage: str, cells: Iterable[Cell], root: Path) -> None:
+    unique = {cell.id: cell for cell in cells}
+    missing = [cell for cell in unique.values() if not work.cell_file(cell, root).exists()]
+    pool.run(stage, work.run_cell, missing, lambda cell: cell.setting.steps)
+
+
+def _results(cells: Iterable[Cell], root: Path) -> dict[str, dict[str, Any]]:
+    return {cell.id: json.loads(work.cell_file(cell, root).read_text(encoding="utf-8")) for cell in cells}
