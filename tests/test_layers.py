@@ -16,7 +16,7 @@ LEVEL = {
     "models": 2, "data": 2, "figures": 2, "evaluation": 2, "integrations": 2,
     "step": 1,
     "module": 3, "callbacks": 3, "strategy": 3, "probe": 3,
-    "trainer": 4, "messages": 4, "cli": 5, "__main__": 6,
+    "trainer": 4, "messages": 4, "cli": 5, "study": 6, "__main__": 7,
 }  # fmt: skip
 FORBIDDEN = {("data", "objectives"), ("objectives", "ops"), ("ops", "objectives"), ("callbacks", "module")}
 

@@ -121,7 +121,8 @@ def _data(
 ) -> InstructionDataModule:
     return InstructionDataModule(
         str(train), format="prompt_completion", validation_source=str(validation), batch_size=batch_size,
-        eval_batch_size=EVAL_BATCH, tokenizer=model, tokenizer_size=cell.setting.tokenizer_size,
+        eval_batch_size=EVAL_BATCH if cell.setting.judge == "exact_match" else batch_size,
+        max_length=cell.setting.max_length, tokenizer=model, tokenizer_size=cell.setting.tokenizer_size,
         chat_template=None if model else TEMPLATE, cache_dir=str(root / "cache"), seed=seed,
         noise=Noise(ops=[known_noise()[cell.setting.op](rate=noise)] if noise else [], seed=seed),  # type: ignore[call-arg]
     )  # fmt: skip

@@ -58,6 +58,7 @@ class Regime:
         headline: Those of them on which the objectives are ranked.
         batch_size: Examples a step.
         tokenizer_size: Vocabulary of the tokenizer that random weights get; at most 262 means a token a byte.
+        max_length: Longest example in tokens.
         max_new_tokens: Longest answer in tokens.
     """
 
@@ -73,6 +74,7 @@ class Regime:
     headline: list[float] = field(default_factory=list)
     batch_size: int = 32
     tokenizer_size: int = 0
+    max_length: int = 1024
     max_new_tokens: int = 12
 
     def __post_init__(self) -> None:

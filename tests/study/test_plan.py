@@ -1,0 +1,96 @@
+"""What a study consists of, and how its rows are split."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deft_lightning.errors import UserError
+from deft_lightning.objectives import DEFT, NLL, Likelihood
+from deft_lightning.study import Base, Regime, Study
+from deft_lightning.study.tasks import task_files
+
+WORDS = "reasoning_gym:spell_backward?size=3000&question=metadata.word&min_word_len=3&max_word_len=4"
+ARCHITECTURE = {"model_type": "llama", "hidden_size": 16}
+
+
+def study(**more: Any) -> Study:
+    strong = Regime(WORDS, 8, 1e-3, base=Base(WORDS, 9), rates=[3e-4], noise=[0.0, 0.4], headline=[0.4])
+    weak = Regime(WORDS, 6, 4e-3, noise=[0.0, 0.4], headline=[0.0])
+    settings: dict[str, Any] = {"objectives": [NLL(), DEFT()], "seeds": 2, "headline_seeds": 3, **more}
+    return Study({"strong": strong, "weak": weak}, ARCHITECTURE, **settings)
+
+
+def test_the_grid_is_every_objective_regime_noise_and_seed_once() -> None:
+    cells = list(study(remedies=[Likelihood()]).shared())
+    assert len(cells) == len({cell.id for cell in cells}) == 2 * 3 * 3 + 2 * 2 * 2
+    headline = [cell for cell in cells if (cell.regime, cell.noise) in (("strong", 0.4), ("weak", 0.0))]
+    assert {cell.seed for cell in headline} == {0, 1, 2} and len(headline) == 18
+    assert cells[:18] == headline  # what the ranking needs comes first
+    assert not [c for c in cells if c.objective == Likelihood() and c not in headline]
+
+
+def test_rates_are_chosen_on_seeds_that_are_not_reported() -> None:
+    plan = study()
+    tuning = list(plan.tuning())
+    assert {cell.regime for cell in tuning} == {"strong"}  # the other has one rate
+    assert {cell.rate for cell in tuning} == {3e-4, 1e-3}
+    assert not {cell.seed for cell in tuning} & {cell.seed for cell in plan.shared()}
+    tuned = list(plan.tuned({("strong", 0.4, "NLL()"): 3e-4}))
+    assert [(cell.rate, cell.seed) for cell in tuned] == [(3e-4, 0), (3e-4, 1), (3e-4, 2)]
+
+
+@pytest.mark.parametrize(
+    "change", [{"rate": 2e-3}, {"seed": 7}, {"noise": 0.1}, {"objective": DEFT(eps=1e-6)}, {"rows": 9}, {"held_out": 9}]
+)
+def test_a_result_is_found_again_only_for_the_same_cell(change: dict[str, Any]) -> None:
+    cell = next(study().shared())
+    assert replace(cell).id == cell.id
+    assert replace(cell, **change).id != cell.id
+    assert replace(cell, setting=replace(cell.setting, steps=99)).id != cell.id
+    # What else is tried in the regime changes no single run.
+    assert replace(cell, setting=replace(cell.setting, rates=[1.0], headline=[])).id == cell.id
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"noise": [1.0]}, r"noise must be in \[0, 1\)"),
+        ({"headline": [0.5]}, "headline noise"),
+        ({"steps": 0}, "steps must be above 0"),
+        ({"op": "ResponseSwop"}, "Did you mean ResponseSwap"),
+        ({"judge": "bleu"}, "judge must be"),
+        ({"base": Base(WORDS, 3), "pretrained": "x"}, "leave one out"),
+    ],
+)
+def test_settings_that_mean_nothing_are_one_line(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Regime(**{"source": WORDS, "steps": 5, "rate": 1e-3, "noise": [0.0, 0.4], **settings})
+
+
+def test_the_same_objective_twice_is_refused() -> None:
+    with pytest.raises(UserError, match=r"DEFT\(\) is there twice"):
+        study(remedies=[DEFT()])
+
+
+def test_rows_are_split_by_prompt_the_same_every_time(tmp_path: Path) -> None:
+    found = task_files(WORDS, 500, 100, tmp_path / "a")
+    rows = [[json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] for path in found]
+    assert [len(part) for part in rows] == [500, 100, 100]
+    prompts = [row["prompt"] for part in rows for row in part]
+    assert len(set(prompts)) == 700
+    assert all(row["completion"] == row["prompt"][::-1] for part in rows for row in part)
+    again = task_files(WORDS, 500, 100, tmp_path / "b")
+    assert [path.read_bytes() for path in again] == [path.read_bytes() for path in found]
+    larger = task_files(WORDS, 600, 100, tmp_path / "a")  # more rows to train on, the same ones to judge by
+    assert larger.test != found.test and larger.test.read_bytes() == found.test.read_bytes()
+
+
+def test_too_few_rows_are_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="different prompts are too few"):
+        task_files(WORDS.replace("3000", "30"), 10, 100, tmp_path)
+    assert not list(tmp_path.rglob("*.jsonl"))

@@ -1,0 +1,93 @@
+"""The tables of a study, from results made up here: every figure is worked out by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from deft_lightning.objectives import DEFT, NLL, Likelihood
+from deft_lightning.study import Regime, Study
+from deft_lightning.study.report import chosen_rates, margins, summary, text, worst_regime
+
+# Exact match by objective, regime and seed; the headline is strong at 0.6 and weak at 0.
+VALUES = {
+    ("NLL()", "strong"): [0.5, 0.3, 0.4], ("NLL()", "weak"): [1.0, 0.9, 0.8],
+    ("DEFT()", "strong"): [0.9, 0.8, 1.0], ("DEFT()", "weak"): [0.9, 0.1, 0.7],
+    ("Likelihood()", "strong"): [1.0, 0.9, 0.9], ("Likelihood()", "weak"): [0.0, 0.0, 0.1],
+}  # fmt: skip
+
+
+def made_up() -> tuple[Study, dict[str, dict[str, Any]]]:
+    regimes = {
+        "strong": Regime("a", 5, 1e-3, rates=[1e-2, 1e-4], noise=[0.6], headline=[0.6]),
+        "weak": Regime("a", 6, 1e-3, noise=[0.0], headline=[0.0]),
+    }
+    study = Study(regimes, {}, objectives=[NLL(), Likelihood(), DEFT()], headline_seeds=3)
+    results = {}
+    for cell in study.shared():
+        value = VALUES[repr(cell.objective), cell.regime][cell.seed]
+        results[cell.id] = {"test": {"exact_match": value}, "validation": {"exact_match": 0.0}}
+    for cell in study.tuning():
+        # DEFT does best with the largest rate; for the others all are equal.
+        value = cell.rate if cell.objective == DEFT() else 0.5
+        results[cell.id] = {"test": {"exact_match": 0.0}, "validation": {"exact_match": value}}
+    for cell in study.tuned(chosen_rates(study, results)):
+        results.setdefault(cell.id, {"test": {"exact_match": 1.0}, "validation": {"exact_match": 0.0}})
+    return study, results
+
+
+def test_worst_regime_regret_and_margin() -> None:
+    study, results = made_up()
+    report = summary(study, results)
+    rows = {row["objective"]: row for row in report["ranking_shared"]}
+    assert [row["objective"] for row in report["ranking_shared"]] == ["DEFT()", "NLL()", "Likelihood()"]
+    assert rows["DEFT()"]["medians"] == [0.9, 0.7] and rows["DEFT()"]["worst"] == 0.7
+    assert rows["DEFT()"]["where"] == "weak" and rows["DEFT()"]["regret"] == pytest.approx(0.2)
+    assert rows["DEFT()"]["worst_seeds"] == [0.9, 0.1, 0.7]
+    assert rows["NLL()"]["worst"] == 0.4 and rows["NLL()"]["regret"] == pytest.approx(0.5)
+    assert rows["Likelihood()"]["worst"] == 0.0 and rows["Likelihood()"]["regret"] == pytest.approx(0.9)
+    against = {row["against"]: row for row in report["margins_shared"]}
+    assert against["NLL()"]["margin"] == pytest.approx(0.3)
+    assert [against["NLL()"][key] for key in ("median", "low", "high")] == pytest.approx([0.3, -0.2, 0.4])
+
+
+def test_a_rate_is_the_best_on_validation_and_of_equals_the_shared_one() -> None:
+    study, results = made_up()
+    rates = chosen_rates(study, results)
+    assert rates["strong", 0.6, "DEFT()"] == 1e-2 and rates["strong", 0.6, "NLL()"] == 1e-3
+    report = summary(study, results)
+    tuned = {(row["objective"], row["regime"]): row for row in report["tuned"]}
+    assert tuned["DEFT()", "strong"]["values"] == [1.0, 1.0, 1.0]
+    assert tuned["NLL()", "strong"]["values"] == VALUES["NLL()", "strong"]
+    assert tuned["DEFT()", "weak"]["values"] == VALUES["DEFT()", "weak"]  # one rate: nothing was chosen
+
+
+def test_means_and_standard_errors_over_seeds() -> None:
+    study, results = made_up()
+    (row,) = [r for r in summary(study, results)["grid"] if (r["objective"], r["regime"]) == ("NLL()", "strong")]
+    assert row["mean"] == pytest.approx(0.4) and row["values"] == [0.5, 0.3, 0.4]
+    assert row["se"] == pytest.approx(0.1 / 3**0.5)
+
+
+def test_the_text_has_every_table_and_every_seed() -> None:
+    study, results = made_up()
+    said = text(summary(study, results))
+    assert "| DEFT | 0.900 | 0.700 | 0.700 | 0.200 | 0.90 0.10 0.70 |" in said
+    assert "| NLL | 0.400 ± 0.058 |" in said
+    assert "| DEFT | 0.01 | 0.001 |" in said  # the rates
+    assert "| NLL | +0.300 | +0.300 (-0.200 to +0.400) |" in said
+
+
+def test_nll_is_better_when_it_is_smaller() -> None:
+    study, results = made_up()
+    for result in results.values():
+        result["test"] = {"nll": 1 - result["test"]["exact_match"], "token_accuracy": 0.5}
+        result["validation"] = {"nll": 1 - result["validation"]["exact_match"], "token_accuracy": 0.5}
+    rows = summary(study, results)["ranking_shared"]
+    assert [row["objective"] for row in rows] == ["DEFT()", "NLL()", "Likelihood()"]
+
+
+def test_an_objective_that_is_not_there_has_no_margins() -> None:
+    grid = {("a", 0.0): {"NLL()": {0: 0.5}}}
+    assert margins(worst_regime(grid, [("a", 0.0)], ["NLL()"])) == []

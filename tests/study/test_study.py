@@ -1,0 +1,114 @@
+"""A study through the command line, in processes that are killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIG = """
+regimes:
+  strong:
+    source: &words reasoning_gym:spell_backward?size=2000&question=metadata.word&min_word_len=3&max_word_len=4
+    base: {source: *words, steps: 6, batch_size: 8}
+    steps: 5
+    rate: 1.0e-3
+    rates: [3.0e-3]
+    noise: [0.0, 0.5]
+    headline: [0.5]
+    batch_size: 8
+  weak: {source: *words, steps: 7, rate: 4.0e-3, noise: [0.0], headline: [0.0], batch_size: 8}
+architecture:
+  model_type: llama
+  hidden_size: 16
+  intermediate_size: 32
+  num_hidden_layers: 1
+  num_attention_heads: 2
+  tie_word_embeddings: true
+objectives: [NLL, DEFT]
+seeds: 1
+headline_seeds: 2
+rows: 100
+held_out: 20
+"""
+
+
+def start(folder: Path, *more: str) -> subprocess.Popen[str]:
+    config = folder.parent / "study.yaml"
+    config.write_text(CONFIG, encoding="utf-8")
+    command = [sys.executable, "-m", "deft_lightning", "study", "--config", str(config), "--output", str(folder)]
+    return subprocess.Popen(
+        [*command, "--workers", "2", *more], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, start_new_session=True,
+    )  # fmt: skip
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    out, err = process.communicate(timeout=400)
+    assert process.returncode == 0, err[-2000:]
+    return out
+
+
+def values(report: Path) -> object:
+    found = json.loads(report.read_text(encoding="utf-8"))
+    return {key: found[key] for key in ("grid", "tuned", "ranking_shared", "ranking_tuned", "margins_shared")}
+
+
+def workers_of(pid: int) -> set[int]:
+    found = subprocess.run(["pgrep", "-P", str(pid)], stdout=subprocess.PIPE, text=True, check=False).stdout
+    return {int(line) for line in found.split()}
+
+
+@pytest.mark.slow
+def test_a_study_killed_at_any_moment_ends_with_the_same_table(tmp_path: Path) -> None:
+    out = finish(start(tmp_path / "whole"))
+    assert "Worst regime" in out and "| DEFT |" in out
+    assert (tmp_path / "whole" / "bars.png").stat().st_size > 5000
+    killed = tmp_path / "killed"
+    for wanted in (0, 2, 5):  # in the base, among the first runs, among the later ones
+        process = start(killed)
+        deadline = time.monotonic() + 200
+        while time.monotonic() < deadline and process.poll() is None:
+            started = list((killed / "runs").glob("*")) if wanted else list((killed / "data").glob("*"))
+            if started and len(list((killed / "cells").glob("*.json"))) >= wanted:
+                break
+            time.sleep(0.05)
+        children = workers_of(process.pid)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        process.communicate()
+        # Workers of a study that is gone go too.
+        deadline = time.monotonic() + 30
+        while any(Path(f"/proc/{child}").exists() for child in children) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert not any(Path(f"/proc/{child}").exists() for child in children)
+    done = {path: path.stat().st_mtime_ns for path in (killed / "cells").glob("*.json")}
+    assert len(done) >= 5
+    finish(start(killed))
+    assert values(killed / "report.json") == values(tmp_path / "whole" / "report.json")
+    assert (killed / "report.md").read_bytes() == (tmp_path / "whole" / "report.md").read_bytes()
+    assert all(path.stat().st_mtime_ns == when for path, when in done.items())  # nothing was run twice
+    assert not [path for path in killed.rglob(".*") if path.suffix not in (".lock", "")]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--objectives", "[NLL, NNL]"], "NNL"),
+        (["--workers", "0"], "--workers must be at least 1"),
+        (["--held_out", "100000"], "too few to hold out"),
+        (["--sseds", "2"], "Did you mean --seeds"),
+    ],
+)
+def test_mistakes_are_one_line(options: list[str], message: str, tmp_path: Path) -> None:
+    process = start(tmp_path / "out", *options)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 2 and not out
+    assert message in err.splitlines()[-1] and "Traceback" not in err
