@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +21,7 @@ def _axes(title: str, x: str, y: str) -> tuple[Figure, Any]:
 
     figure = Figure(figsize=(5, 3.4), layout="constrained")
     axes = figure.add_subplot()
-    axes.set_title(title, fontsize=10, loc="left")
+    axes.set_title(textwrap.fill(title, 60), fontsize=10, loc="left")  # legends of nested objectives are long
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     return figure, axes
