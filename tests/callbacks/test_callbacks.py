@@ -349,7 +349,7 @@ def test_nothing_is_written_or_looked_at_on_steps_that_are_not_logged(pretrained
 
 def test_a_step_with_only_clean_tokens_compares_nothing(pretrained: str, tmp_path: Path) -> None:
     loaded = data(tmp_path, noise=Noise(ops=[TokenReplace(rate=0.1)]), batch_size=1)
-    trainer = make_trainer(tmp_path / "run", NoiseMonitor())
+    trainer = make_trainer(tmp_path / "run", GateMonitor(histograms=False), NoiseMonitor())
     trainer.fit(module_of(pretrained), loaded)
     both = [
         step
