@@ -16,12 +16,13 @@ from deft_lightning.objectives.deformed import DEFT
 class Rescaled(Objective):
     """An objective over its running mean gate, ``base / max(mean g, 0.01)``: loss and gate times one number a step.
 
-    A gate below 1 makes steps smaller, so that gated objectives want a larger learning rate than NLL, by a factor that
-    changes as the model learns. With gates of mean 1 the rate of NLL carries over; which tokens train stays the same.
+    A gate below 1 makes gradients smaller, by a factor that changes as the model learns. With gates of mean 1 they are
+    in the units of NLL's, so that its learning rate, clipping and weight decay carry over; which tokens train stays the
+    same. AdamW divides a constant factor out by itself: there it is clipping that sees a difference, and little else.
     The mean is over all tokens of an optimizer step, on all ranks, and exponentially weighted over the steps before it:
-    the first step has scale 1, the next the mean gate of the first. A mean below 0.01 counts as 0.01, so a gate that is
-    nearly shut is opened by at most 100; ``objective/scale`` logs the factor. A loss and an accuracy that NLL would not
-    have it does not bring: where the gate is shut on the tokens that matter, all of them are scaled alike.
+    the first step has scale 1, the second the mean gate of the first. A mean below 0.01 counts as 0.01, so that a gate
+    that is nearly shut is not blown up: the scale is at most 100. ``objective/scale`` logs it. A gate that is shut on
+    the tokens that matter it does not open, all are scaled alike.
     Called outright, without a run, it is the base.
 
     Args:
