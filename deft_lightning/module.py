@@ -47,6 +47,7 @@ from deft_lightning.ops import Backend
 from deft_lightning.optim import CosineWithWarmup, adamw
 from deft_lightning.step import (
     PATIENCE,
+    RunningMean,
     SkippedStep,
     StepTotals,
     local,
@@ -136,7 +137,7 @@ class SFTModule(LightningModule):
         self._router: float | None = None
         self._checked = False
         self._totals = StepTotals()
-        self._training, self._steps = Training(), 0
+        self._training, self._steps, self._gates = Training(), 0, RunningMean()
         self.stop_asked = self.stop_agreed = False
         self.skipped = self._skipped_in_a_row = 0
         self._grad_norm: Tensor | None = None
@@ -171,7 +172,7 @@ class SFTModule(LightningModule):
     def setup(self, stage: str) -> None:
         """Refuse strategies under which the head would not see its whole weight."""
         # A checkpoint that is loaded after this knows better.
-        self._training = Training(progress=0.0) if stage == "fit" and self.objective.scheduled else Training()
+        self._training = Training(0.0 if stage == "fit" and self.objective.scheduled else 1.0, self._gates.mean)
         strategy = self.trainer.strategy
         known = isinstance(strategy, DDPStrategy) or getattr(strategy, "shards_weights", False)
         if not known and not type(strategy).__name__.startswith("SingleDevice"):
@@ -288,6 +289,8 @@ class SFTModule(LightningModule):
         """Return the summed loss, and detached statistics for the callbacks that watch."""
         loss, stats, keep, router = self._terms(batch)
         self._meters["train"].update(loss, stats)
+        if (tracked := self.acting.tracks) is not None:
+            self._totals.weigh(tracked.objective.gate(stats))
         self._totals.watch(batch.get("example_id", ()), loss)
         codes = batch.get("noise_code")
         return {
@@ -313,8 +316,9 @@ class SFTModule(LightningModule):
 
     def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Count the supervised tokens of the optimizer step, micro-batch by micro-batch; the first settles `acting`."""
-        if self._totals.tokens is None and self.objective.scheduled:
-            self._training = Training(min(self.trainer.global_step / self._steps, 1.0))
+        if self._totals.tokens is None:
+            progress = min(self.trainer.global_step / self._steps, 1.0) if self.objective.scheduled else 1.0
+            self._training = Training(progress, self._gates.mean)
         self._totals.count((batch["labels"][:, 1:] != IGNORE).sum())
         reseed(self.current_epoch, batch_idx, self.global_rank)
 
@@ -346,11 +350,22 @@ class SFTModule(LightningModule):
         else:
             self._skipped_in_a_row = 0
             assert self._totals.summed is not None
-            tokens = self._totals.summed[0]
+            tokens = self._totals.summed[0].long()
             self._seen = tokens if self._seen is None else self._seen + tokens
+            self._remember_gates()
         assert self._totals.summed is not None
         self.stop_agreed = bool(self._totals.summed[2] > 0)
         self._totals = StepTotals()
+
+    def _remember_gates(self) -> None:
+        """Add the mean gate of the step, if the objective wants it, to the running one."""
+        tracked = self.acting.tracks
+        if tracked is None:
+            return
+        assert self._totals.summed is not None
+        tokens, *_, gates = self._totals.summed.tolist()
+        if math.isfinite(gates):  # in float16 the loss scaler has left the step out
+            self._gates.add(gates, tokens, tracked.decay)
 
     def _refuse_nonfinite(self, norm: Tensor) -> None:
         """Stop or skip a step whose loss or gradient is not finite, before it reaches the weights."""
@@ -416,6 +431,8 @@ class SFTModule(LightningModule):
         if self.on_nonfinite == "skip":
             self.log("train/skipped_steps", float(self.skipped))
         self.log("train/lr", self._rate)
+        if self.objective.tracks is not None:
+            self.log("objective/scale", self._training.scale)
         if self._grad_norm is not None:
             self.log("train/grad_norm", self._grad_norm)
 
@@ -515,8 +532,10 @@ class SFTModule(LightningModule):
         if self._about is None:
             stops = self._datamodule.stop_token_ids if self._datamodule is not None else []
             self._about = describe(self.model, self.tokenizer, self.lora, stops)
-        checkpoint[KEY] = {**self._about, "objective": repr(self.objective), "tokens_seen": self.tokens_seen,
-                           "training": list(self._training)}  # fmt: skip
+        checkpoint[KEY] = {
+            **self._about, "objective": repr(self.objective), "tokens_seen": self.tokens_seen,
+            "training": list(self._training), "gates": [self._gates.total, self._gates.tokens],
+        }  # fmt: skip
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse another model or vocabulary than the checkpoint's; go on counting tokens and steps."""
@@ -529,6 +548,7 @@ class SFTModule(LightningModule):
                 " with --data.source and its split; name one with --data.tokenizer, for example the run's export folder"
             )
         self._training = Training(*checkpoint.get(KEY, {}).get("training", self._training))
+        self._gates = RunningMean(*checkpoint.get(KEY, {}).get("gates", ()))
         self._seen_before, self._seen = int(checkpoint.get(KEY, {}).get("tokens_seen", 0)), None
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from deft_lightning.data.order import ShardedSampler
 from deft_lightning.errors import UserError
 from deft_lightning.evaluation import Generation
 from deft_lightning.models import LoRA
-from deft_lightning.objectives import NLL, Likelihood, Tsallis
+from deft_lightning.objectives import DEFT, NLL, Likelihood, Objective, Rescaled, Schedule, Tsallis
 
 GLOBAL_BATCH = 8
 Found = dict[str, Any]
@@ -95,14 +95,14 @@ def make_module(root: Path, rate: float = 0.5, **options: Any) -> SFTModule:
 
 def train(
     root: Path, world: int, examples: list[Prepared], *, size: int = GLOBAL_BATCH, shuffle: bool = True,
-    model: dict[str, Any] | None = None, **options: Any,
+    model: dict[str, Any] | None = None, callbacks: Sequence[Callback] = (), **options: Any,
 ) -> Found:  # fmt: skip
     """Weights after some steps, ``size`` examples a micro-batch over all ranks together."""
     rank = int(os.environ.get("LOCAL_RANK", 0)) if world > 1 else 0
     sampler = ShardedSampler(len(examples), rank=rank, world=world, seed=3, shuffle=shuffle, even=True)
     loader = DataLoader(examples, size // world, sampler=sampler, collate_fn=TrainCollator(0))  # type: ignore[arg-type]
     module = make_module(root, **(model or {}))
-    trainer = make_trainer(root, world, **options)
+    trainer = make_trainer(root, world, *callbacks, **options)
     trainer.fit(module, loader)
     return {
         "weights": weights(module),
@@ -126,6 +126,32 @@ def nothing_supervised(root: Path, world: int) -> Found:
 def accumulated(root: Path, world: int) -> Found:
     """Windows of eight examples and a last one of four."""
     return train(root, world, uneven(12), size=4, accumulate_grad_batches=2, max_epochs=2)
+
+
+class Scales(Callback):
+    """Keeps the factor on the loss of each micro-batch."""
+
+    def __init__(self) -> None:
+        self.seen: list[float] = []
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        self.seen.append(pl_module.acting.scale)
+
+
+def rescaled(root: Path, world: int, examples: list[Prepared] | None = None) -> Found:
+    """Windows of eight examples and a last one of four; gates are far from 1."""
+    model = {"objective": Rescaled(base=Tsallis(q=0.5), decay=0.5), "rate": 0.1}
+    scales = Scales()
+    options: dict[str, Any] = {"size": 4, "accumulate_grad_batches": 2, "max_epochs": 2, "shuffle": examples is None}
+    found = train(root, world, examples or uneven(12), model=model, callbacks=[scales], **options)
+    return {**found, "scales": scales.seen}
+
+
+def scheduled(root: Path, world: int) -> Found:
+    """NLL, NLL, half of each, Likelihood: one optimizer step each."""
+    objective = Schedule(then=Likelihood(), switch=0.25, blend=0.5)
+    options: dict[str, Any] = {"size": 4, "accumulate_grad_batches": 2, "max_epochs": 2}
+    return train(root, world, uneven(12), model={"objective": objective}, **options)
 
 
 def data(root: Path, world: int, **options: Any) -> InstructionDataModule:
@@ -217,9 +243,14 @@ def run_to(root: Path, world: int, steps: int, resume: str | None = None, **opti
     return module, kept.last_model_path
 
 
-def resumed(root: Path, world: int, adapters: LoRA | None = None, **options: Any) -> Found:
+def resumed(
+    root: Path, world: int, adapters: LoRA | None = None, objective: Objective | None = None, **options: Any
+) -> Found:
     """Five steps at once and three and two, in the middle of an epoch, with dropout."""
-    model = {"pretrained": None, "architecture": {**SHAPE, "attention_dropout": 0.4}, "lora": adapters}
+    model: dict[str, Any] = {
+        "objective": objective or DEFT(), "pretrained": None, "architecture": {**SHAPE, "attention_dropout": 0.4},
+        "lora": adapters,
+    }  # fmt: skip
     whole = weights(run_to(root / "whole", world, 5, model=model, **options)[0])
     still = {**model, "architecture": SHAPE, "lora": adapters and LoRA(r=2)}
     plain = weights(run_to(root / "plain", world, 5, model=still, **options)[0])
@@ -332,6 +363,11 @@ SCENARIOS: dict[str, Callable[[Path, int], Found]] = {
     "one rank masked": one_rank_masked,
     "nothing supervised": nothing_supervised,
     "lora": lambda root, world: train(root, world, uneven(16), model={"lora": LoRA(r=2)}, max_epochs=2),
+    "rescaled": rescaled,
+    "rescaled, one rank masked": lambda root, world: rescaled(
+        root, world, [prepared(i, 0 if i % 2 else 1 + i % 4) for i in range(16)]
+    ),
+    "scheduled": scheduled,
     "packed": lambda root, world: packed(root, world),
     "bf16": lambda root, world: train(root, world, uneven(16), precision="bf16-mixed", max_epochs=2),
     "checkpointed": lambda root, world: train(
@@ -340,6 +376,7 @@ SCENARIOS: dict[str, Callable[[Path, int], Found]] = {
     "built": built,
     "resumed": resumed,
     "resumed lora": lambda root, world: resumed(root / "lora", world, adapters=LoRA(r=2, dropout=0.1)),
+    "resumed rescaled": lambda root, world: resumed(root / "rescaled", world, objective=Rescaled(base=Tsallis(q=0.5))),
     "sharded": sharded,
     "exchanged": exchanged,
     "exported": exported,

@@ -159,6 +159,30 @@ def test_every_objective_of_the_class_tree_trains_by_name(cli: Cli, tmp_path: Pa
         assert list((tmp_path / name).rglob("step=1.ckpt"))
 
 
+@pytest.mark.parametrize(
+    ("options", "legend"),
+    [
+        (["Rescaled", "--model.objective.base", "DEFT"], "Rescaled(base=DEFT(), decay=0.99)"),
+        (
+            ["Schedule", "--model.objective.first", "Likelihood", "--model.objective.switch", "0.5"],
+            "Schedule(first=Likelihood(), then=DEFT(), switch=0.5)",
+        ),
+        (["Floored", "--model.objective.decay", "linear"], "Floored(base=DEFT(), floor=0.1, decay='linear')"),
+        (
+            ["Rescaled", "--model.objective.base", "Schedule", "--model.objective.base.then", "Tsallis",
+             "--model.objective.base.then.q", "0.25", "--model.objective.base.blend", "0.5"],
+            "Rescaled(base=Schedule(first=NLL(), then=Tsallis(q=0.25), switch=0.3, blend=0.5), decay=0.99)",
+        ),
+    ],
+)  # fmt: skip
+def test_objectives_are_nested_by_name(options: list[str], legend: str, cli: Cli, tmp_path: Path) -> None:
+    cli("fit", *TINY, "--model.objective", *options, "--after_fit.test", "false", "--after_fit.export", "false")
+    saved = torch.load(next((tmp_path / "logs").rglob("step=4.ckpt")), weights_only=True)["deft_lightning"]
+    assert saved["objective"] == legend
+    assert saved["training"][0] == (1.0 if legend == "Rescaled(base=DEFT(), decay=0.99)" else 0.75)
+    assert (saved["gates"][1] > 0) == legend.startswith("Rescaled")
+
+
 def test_an_objective_of_ones_own_is_found_by_class_path(
     cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -23,7 +23,18 @@ from deft_lightning.data.tokenizer import build_tokenizer
 from deft_lightning.errors import UserError
 from deft_lightning.functional import TokenStats
 from deft_lightning.metrics import exact_auroc
-from deft_lightning.objectives import DEFT, EAFT, NLL, Cayley, Objective, Tsallis, known_objectives
+from deft_lightning.objectives import (
+    DEFT,
+    EAFT,
+    NLL,
+    Cayley,
+    Floored,
+    Objective,
+    Rescaled,
+    Schedule,
+    Tsallis,
+    known_objectives,
+)
 from deft_lightning.probe import conflict, example_score
 from deft_lightning.probe.audit import suspects, write_lines
 
@@ -170,6 +181,17 @@ def test_noise_is_told_from_clean_tokens_by_operation(pretrained: str, source: s
             pairs = score[own][:, None] - score[clean][None]
             wanted = float((pairs > 0).double().mean() + (pairs == 0).double().mean() / 2)
             assert row[key] == pytest.approx(wanted, abs=2e-3), key
+
+
+@pytest.mark.parametrize("chosen", [Schedule(), Rescaled(), Floored(decay="linear")], ids=repr)
+def test_an_objective_of_a_run_is_what_it_ends_as(
+    chosen: Objective, pretrained: str, source: str, tmp_path: Path
+) -> None:
+    report, _ = probed(tmp_path, pretrained, source, objective=chosen)
+    own, *others = report["objectives"]
+    assert own["chosen"] and own["name"] == repr(chosen)
+    deft = next(row for row in others if row["name"] == "DEFT")
+    assert {**own, "name": "DEFT", "chosen": False} == deft and own["gate"] < 0.99
 
 
 def test_every_objective_is_listed_and_one_that_cannot_run_is_named(

@@ -129,8 +129,10 @@ def assert_same_weights(runs: Runs, name: str, tolerance: float = 1e-5) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["uneven", "dense", "clipped", "accumulated", "one rank masked", "lora", "packed", "checkpointed"]
-)
+    "name",
+    ["uneven", "dense", "clipped", "accumulated", "one rank masked", "lora", "packed", "checkpointed", "scheduled",
+     "rescaled", "rescaled, one rank masked"],
+)  # fmt: skip
 def test_two_ranks_train_the_weights_of_one_process_on_the_same_global_batch(name: str, runs: Runs) -> None:
     assert_same_weights(runs, name, 2e-4 if name == "lora" else 2e-5)
     single = runs.single[name]
@@ -144,10 +146,19 @@ def test_the_scenarios_are_what_they_say(runs: Runs) -> None:
     steps = {name: found["steps"] for name, found in runs.single.items() if "steps" in found}
     expected = {
         "uneven": 4, "dense": 2, "clipped": 2, "accumulated": 4, "one rank masked": 2, "nothing supervised": 1,
-        "lora": 4, "packed": 4, "bf16": 4, "checkpointed": 2, "skipped": 3, "stopped": 2,
+        "lora": 4, "packed": 4, "bf16": 4, "checkpointed": 2, "skipped": 3, "stopped": 2, "scheduled": 4,
+        "rescaled": 4, "rescaled, one rank masked": 4,
     }  # fmt: skip
     assert steps == expected
     assert runs.single["clipped"]["grad_norm"] > 0.1, "something is clipped"
+
+
+@pytest.mark.parametrize("name", ["rescaled", "rescaled, one rank masked"])
+def test_the_mean_gate_is_over_the_tokens_of_all_ranks(name: str, runs: Runs) -> None:
+    wanted = runs.single[name]["scales"]
+    assert wanted[0] == 1.0 and min(wanted[2:]) > 3.0 and len(set(wanted)) == 4, "one for each optimizer step"
+    first, second = (rank[name]["scales"] for rank in runs.ranks)
+    assert first == second == pytest.approx(wanted, rel=1e-4)
 
 
 def test_ranks_without_any_supervised_token_leave_the_weights_alone(runs: Runs) -> None:
@@ -211,7 +222,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step_with_one_checkpoint(
 # --- going on --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["resumed", "resumed lora"])
+@pytest.mark.parametrize("name", ["resumed", "resumed lora", "resumed rescaled"])
 def test_a_resumed_run_is_bit_exact_with_dropout_and_a_schedule_of_noise(name: str, runs: Runs) -> None:
     for found in (*runs.ranks, runs.single):
         assert found[name]["difference"] == 0.0 < found[name]["dropout"]

@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 
 from deft_lightning import InstructionDataModule, SFTModule, Trainer
 from deft_lightning.callbacks import Checkpoint
 from deft_lightning.data import Noise, ResponseSwap
+from deft_lightning.objectives import DEFT, Floored, Likelihood, Objective, Rescaled, Schedule
 from deft_lightning.optim import CosineWithWarmup
 
 ROWS = 22  # with batch 4: five whole batches an epoch and a short one
@@ -25,11 +27,23 @@ def source(tmp_path: Path) -> str:
     return str(path)
 
 
+class Stop(Callback):
+    """Ends a run that was planned for longer, as a signal would."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
+    def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+        trainer.should_stop = trainer.global_step >= self.steps
+
+
 def fit(
-    source: str, root: Path, steps: int, total: int, *, workers: int = 0, resume: str | None = None, **kw: Any
-) -> Any:
+    source: str, root: Path, steps: int, total: int, *, workers: int = 0, resume: str | None = None,
+    objective: Objective | None = None, **kw: Any,
+) -> Any:  # fmt: skip
     torch.manual_seed(0)
     module = SFTModule(
+        objective or DEFT(),
         architecture={"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2},
         optimizer=lambda groups: torch.optim.AdamW(groups, lr=1e-2),
         scheduler=lambda optimizer: CosineWithWarmup(optimizer, total_steps=total),
@@ -40,7 +54,7 @@ def fit(
     )  # fmt: skip
     checkpoint = Checkpoint()
     trainer = Trainer(
-        max_steps=steps, max_epochs=-1, default_root_dir=str(root), logger=False, callbacks=[checkpoint],
+        max_steps=total, max_epochs=-1, default_root_dir=str(root), logger=False, callbacks=[Stop(steps), checkpoint],
         enable_progress_bar=False, enable_model_summary=False, accelerator="cpu", **kw,
     )  # fmt: skip
     trainer.fit(module, data, ckpt_path=resume)
@@ -64,6 +78,39 @@ def test_resume_inside_an_accumulated_epoch_is_bit_exact(source: str, tmp_path: 
     _, last = fit(source, tmp_path / "cut", 4, 7, accumulate_grad_batches=2)
     resumed, _ = fit(source, tmp_path / "resumed", 7, 7, resume=last, accumulate_grad_batches=2)
     assert max(float((whole[name] - resumed[name]).abs().max()) for name in whole) == 0.0
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        Rescaled(),
+        Rescaled(decay=0.5),
+        Schedule(switch=0.4),
+        Schedule(switch=0.2, blend=0.6),
+        Floored(base=Likelihood(), floor=0.9, decay="linear"),
+        Rescaled(base=Schedule(switch=0.2, blend=0.6)),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_resume_is_bit_exact_under_objectives_that_depend_on_the_run(
+    objective: Objective, accumulate: int, source: str, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"objective": objective, "accumulate_grad_batches": accumulate}
+    whole, _ = fit(source, tmp_path / "whole", 9, 9, **options)
+    _, last = fit(source, tmp_path / "cut", 4, 9, **options)
+    resumed, _ = fit(source, tmp_path / "resumed", 9, 9, resume=last, **options)
+    assert max(float((whole[name] - resumed[name]).abs().max()) for name in whole) == 0.0
+    # The plain objective ends elsewhere, and so does a run that forgets, though Adam hardly minds another scale.
+    plain, _ = fit(source, tmp_path / "plain", 9, 9, accumulate_grad_batches=accumulate)
+    assert max(float((whole[name] - plain[name]).abs().max()) for name in whole) > 1e-6
+    if objective.tracks is None:
+        return
+    saved = torch.load(last, weights_only=True)
+    del saved["deft_lightning"]["gates"]
+    torch.save(saved, tmp_path / "forgetful.ckpt")
+    other, _ = fit(source, tmp_path / "other", 9, 9, resume=str(tmp_path / "forgetful.ckpt"), **options)
+    assert max(float((whole[name] - other[name]).abs().max()) for name in whole) > 1e-6
 
 
 def test_different_data_would_be_noticed(source: str, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from deft_lightning.callbacks.base import has_matplotlib, optimizer_step, writer
 from deft_lightning.callbacks.drawings import gate_curve
 from deft_lightning.callbacks.marked import marked
 from deft_lightning.errors import UserError
+from deft_lightning.objectives import Objective
 
 Charts = dict[str, dict[str, list[Any]]]
 
@@ -18,8 +19,9 @@ class Dashboard(Callback):
     """Arranges what the monitors log, for TensorBoard loggers alone; other loggers are left as they are.
 
     When `fit` starts: the layout of the Custom Scalars page and, with matplotlib, `objective/gate`, the curve of the
-    gate against p. After each validation: `examples/val` (and `examples/val_noisy`), the first examples with their
-    tokens marked by gate, always the same ones, so that the slider of the Text page shows what became of them.
+    gate against p; the curve again before each validation by which a schedule has moved on. After each validation:
+    `examples/val` (and `examples/val_noisy`), the first examples with their tokens marked by gate, always the same
+    ones, so that the slider of the Text page shows what became of them.
 
     Args:
         layout: Write the layout.
@@ -37,6 +39,7 @@ class Dashboard(Callback):
         if tokens < 1:
             raise UserError(f"dashboard.tokens must be at least 1, got {tokens}")
         self.layout, self.curve, self.examples, self.tokens = layout, curve, examples, tokens
+        self.drawn: Objective | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the layout and the curve, on rank zero alone."""
@@ -44,12 +47,23 @@ class Dashboard(Callback):
         # A schedule may have a focus index at one end of the run only.
         focus = any(objective.deformed is not None for objective in (module.objective, module.acting))
         noise = getattr(getattr(trainer, "datamodule", None), "noise", None)
-        charts = chart_layout(bool(getattr(noise, "ops", ())), focus)
-        for writer in writers(trainer):
-            if self.layout:
+        charts = chart_layout(bool(getattr(noise, "ops", ())), focus, module.objective.tracks is not None)
+        if self.layout:
+            for writer in writers(trainer):
                 writer.add_custom_scalars(charts)
-            if self.curve and has_matplotlib():
-                writer.add_figure("objective/gate", gate_curve(module.acting), global_step=optimizer_step(trainer))
+        self._draw(trainer, module.acting)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw the curve again if the run has reached another objective; another scale of the same is none."""
+        module: Any = pl_module
+        if trainer.state.fn == "fit" and module.objective.scheduled and module.acting != self.drawn:
+            self._draw(trainer, module.acting)
+
+    def _draw(self, trainer: Trainer, objective: Objective) -> None:
+        self.drawn = objective
+        if self.curve and has_matplotlib():
+            for writer in writers(trainer):
+                writer.add_figure("objective/gate", gate_curve(objective), global_step=optimizer_step(trainer))
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -65,7 +79,7 @@ class Dashboard(Callback):
             writer.add_text(name, text, global_step=optimizer_step(trainer))
 
 
-def chart_layout(noise: bool, focus: bool) -> Charts:
+def chart_layout(noise: bool, focus: bool, scale: bool) -> Charts:
     """Return the pages of the Custom Scalars tab, in the form of ``SummaryWriter.add_custom_scalars``.
 
     Tags are regular expressions from the start of a tag; `Margin` is a line between two others.
@@ -73,16 +87,20 @@ def chart_layout(noise: bool, focus: bool) -> Charts:
     Args:
         noise: Whether labels are corrupted on purpose; charts of clean against noisy are empty otherwise.
         focus: Whether the objective has a focus index.
+        scale: Whether it is divided by its mean gate.
     """
     gate: dict[str, list[Any]] = {
         "Focus curves: mean alpha, mean p" if focus else "Mean p": _lines("focus/mean", "prob/mean"),
         "Gate: mean and effective sample size": _lines("gate/mean", "gate/ess"),
         "Gate: median between 10 % and 90 %": ["Margin", ["gate/q50", "gate/q10", "gate/q90"]],
+        "Locked: sure, wrong, and the gate nearly shut": _lines("gate/locked"),
         "Share of the gradient by p": _lines(
             "gradient/p0_10", "gradient/p10_50", "gradient/p50_90", "gradient/p90_100"
         ),
         "Entropy of the predictions (nats)": _lines("entropy/shannon", "entropy/renyi2"),
     }
+    if scale:
+        gate["Scale: one over the mean gate"] = _lines("objective/scale")
     losses = {
         "Plain NLL (nats a token)": _lines("train/nll", "val/nll", "val_noisy/nll"),
         "Objective": _lines("train/loss", "val/loss"),
@@ -93,6 +111,7 @@ def chart_layout(noise: bool, focus: bool) -> Charts:
         charts["Clean against noisy labels"] = {
             "Gate": _lines("gate/clean", "gate/noisy"),
             "Plain NLL": _lines("nll/clean", "nll/noisy"),
+            "Locked: all labels, and the clean ones": _lines("gate/locked", "gate/locked_clean"),
             "Share of the gradient, and memorised labels": _lines("noise/gradient_share", "noise/memorised"),
             "Detection of noise (AUROC)": _lines("noise/auroc_gate", "noise/auroc_prob"),
         }

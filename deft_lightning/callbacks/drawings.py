@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,7 +22,8 @@ def gate_curve(objective: Objective) -> Figure:
     Args:
         objective: One that looks at the batch sees each curve as one.
     """
-    return curve_figure([objective], "gate", COLLISIONS, f"Gate of {label(objective)}")
+    title = textwrap.fill(f"Gate of {label(objective)}", 60)  # legends of nested objectives are long
+    return curve_figure([objective], "gate", COLLISIONS, title)
 
 
 @styled

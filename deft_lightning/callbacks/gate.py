@@ -11,12 +11,14 @@ from lightning.pytorch import Trainer
 
 from deft_lightning.callbacks.base import TokenMonitor, quantiles
 from deft_lightning.callbacks.drawings import occupancy
+from deft_lightning.callbacks.locked import LockWatch, locked
 from deft_lightning.errors import UserError
 from deft_lightning.functional import TokenStats
 from deft_lightning.metrics import Histogram, PackedHistogram
 from deft_lightning.objectives import Objective
 
 BANDS = 10  # of alpha, in the occupancy
+FIXED = 6  # rows before those of other objectives
 PERCENT = (0, 10, 50, 90, 100)  # ranges of p whose share of the gradient is told
 
 
@@ -33,6 +35,12 @@ class GateMonitor(TokenMonitor):
     `gradient/p0_10`, `gradient/p10_50`, `gradient/p50_90`, `gradient/p90_100` are the shares of the summed
     `gate * (1 - p)` that tokens with p in [0, 0.1), [0.1, 0.5), [0.5, 0.9), [0.9, 1] have; exact when `bins` is a
     multiple of 10, otherwise as if the tokens of a bin were spread evenly over it.
+
+    `gate/locked` is the share of tokens that are locked: the model is concentrated (collision probability of at least
+    0.5) and wrong (the label is not its first choice), and the gate is nearly shut (below 0.1), so that the token
+    hardly trains the model that misses it. A wrong label should meet that; where labels are right it keeps a model on
+    a plateau. Where labels were corrupted on purpose, `gate/locked_clean` is the share among the others. What may be a
+    plateau is warned of once: :class:`~deft_lightning.callbacks.locked.LockWatch`.
 
     `counterfactual/NAME/gate` and `counterfactual/NAME/ess` are mean gate and effective sample size that another
     objective would have on the same tokens, from the same statistics: no forward pass is added. One that looks at the
@@ -53,6 +61,7 @@ class GateMonitor(TokenMonitor):
     def __init__(self, histograms: bool = True, bins: int = 50, others: list[Objective] | None = None) -> None:
         super().__init__(bins)
         self.histograms, self.bins = histograms, bins
+        self.lock = LockWatch()
         self.others: dict[str, Objective] = {}
         for other in others or []:
             name = tag_of(other)
@@ -62,6 +71,7 @@ class GateMonitor(TokenMonitor):
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """Refuse objectives that cannot be computed, before anything is trained."""
+        self.lock = LockWatch()
         own = pl_module.objective
         for other in self.others.values():
             if other.topk not in (0, own.topk):
@@ -71,9 +81,9 @@ class GateMonitor(TokenMonitor):
                 )
 
     def open(self, trainer: Trainer, module: Any) -> PackedHistogram:
-        """Return rows for gate, probability, gradient, the other objectives, focus, and p in bands of focus."""
+        """Return rows for gate, p, gradient, locked; locked and p of clean tokens; others; focus, p in bands of it."""
         # Whether there is a focus may change in a run; rows that stay empty cost nothing.
-        return PackedHistogram([(0.0, 1.0)] * (3 + len(self.others) + 1 + BANDS), self.bins)
+        return PackedHistogram([(0.0, 1.0)] * (FIXED + len(self.others) + 1 + BANDS), self.bins)
 
     def observe(self, packed: PackedHistogram, module: Any, stats: TokenStats, noise_code: Any) -> None:
         """Add gate, probability, gradient and focus of each token."""
@@ -83,10 +93,15 @@ class GateMonitor(TokenMonitor):
         packed.update(1, prob)
         # A gate of Focal can be below 0 by rounding alone; mass is not.
         packed.update(2, prob, weight=(gate * -torch.expm1(stats.log_prob)).clamp_min(0))
-        for row, other in enumerate(self.others.values(), start=3):
+        shut = locked(stats, gate)
+        clean = torch.ones_like(shut) if noise_code is None else noise_code == 0
+        packed.update(3, shut)
+        packed.update(4, shut[clean])
+        packed.update(5, prob[clean])
+        for row, other in enumerate(self.others.values(), start=FIXED):
             packed.update(row, other.gate(stats))
         if acting.deformed is not None:
-            row = 3 + len(self.others)
+            row = FIXED + len(self.others)
             with torch.no_grad():
                 focus = acting.deformed.focus(stats)
             packed.update(row, focus)
@@ -94,15 +109,20 @@ class GateMonitor(TokenMonitor):
 
     def report(self, trainer: Trainer, module: Any, rows: list[Histogram]) -> None:
         """Write means, quantiles, shares and histograms."""
-        gate, prob, gradient = rows[:3]
-        others = rows[3 : 3 + len(self.others)]
-        focus = [] if module.acting.deformed is None else rows[3 + len(self.others) :]
+        gate, prob, gradient, shut, shut_clean, prob_clean = rows[:FIXED]
+        others = rows[FIXED : FIXED + len(self.others)]
+        focus = [] if module.acting.deformed is None else rows[FIXED + len(self.others) :]
         module.log("gate/mean", gate.mean)
         module.log("gate/ess", gate.effective_sample_size)
+        module.log("gate/locked", shut.mean)
         module.log("prob/mean", prob.mean)
         if focus:
             module.log("focus/mean", focus[0].mean)
         values = {**quantiles("gate", gate), **quantiles("prob", prob)}
+        if 0 < shut_clean.total < shut.total:
+            values["gate/locked_clean"] = shut_clean.mean
+        if shut_clean.total:
+            self.lock.see(shut_clean.mean, prob_clean.mean, repr(module.objective))
         if gradient.total:
             for low, high in pairwise(PERCENT):
                 values[f"gradient/p{low}_{high}"] = gradient.share_below(high / 100) - gradient.share_below(low / 100)

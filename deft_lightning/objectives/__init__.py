@@ -3,6 +3,7 @@
 from deft_lightning.objectives.base import DeformedLog, Objective, Tracked, Training, known_objectives
 from deft_lightning.objectives.deformed import DEFT, NLL, Cayley, Likelihood, Tsallis
 from deft_lightning.objectives.remedies import Floored, Schedule
+from deft_lightning.objectives.rescaled import Rescaled
 from deft_lightning.objectives.reweighted import DFT, EAFT, Focal, Truncated
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "Focal",
     "Likelihood",
     "Objective",
+    "Rescaled",
     "Schedule",
     "Tracked",
     "Training",

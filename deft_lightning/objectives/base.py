@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
 from typing import Any, NamedTuple, Self, final
 
 import torch
@@ -77,7 +76,10 @@ class Objective(ABC):
     @property
     def tracks(self) -> Tracked | None:
         """Of what :meth:`at` wants to know the mean gate; by default what one of its parts wants, None for nothing."""
-        return only_tracked(repr(self), self.parts().values())
+        found = [tracked for part in self.parts().values() if (tracked := part.tracks) is not None]
+        if len(found) > 1:
+            raise UserError(f"{self!r}: a run keeps one mean gate, but two parts want one; rescale the whole instead")
+        return found[0] if found else None
 
     @property
     def deformed(self) -> DeformedLog | None:
@@ -163,22 +165,6 @@ class DeformedLog(Objective):
         with torch.no_grad():
             alpha = self.focus(stats)
         return deformed_log(stats.log_prob, alpha)
-
-
-def only_tracked(name: str, parts: Iterable[Objective]) -> Tracked | None:
-    """Return what one of several objectives wants the mean gate of.
-
-    Args:
-        name: Of the objective they are parts of.
-        parts: The objectives.
-
-    Raises:
-        UserError: More than one wants one, but a run keeps one mean.
-    """
-    found = [tracked for part in parts if (tracked := part.tracks) is not None]
-    if len(found) > 1:
-        raise UserError(f"{name}: a run keeps one mean gate, but several parts want one: rescale the whole instead")
-    return found[0] if found else None
 
 
 def known_objectives() -> dict[str, type[Objective]]:

@@ -52,6 +52,8 @@ class Schedule(Objective):
                 f"Schedule: first and then need entropies of {self.first.topk} and of {self.then.topk} probabilities;"
                 " give them the same k"
             )
+        if self.first.tracks is not None and self.then.tracks is not None:
+            raise UserError("Schedule: first and then cannot both be rescaled; rescale the schedule instead")
 
     @property
     def topk(self) -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from lightning import seed_everything
 from lightning.pytorch.loggers import TensorBoardLogger
 
@@ -164,3 +165,4 @@ def _quiet() -> None:
     for name in ("lightning.pytorch", "lightning.fabric", "lightning_utilities.core.rank_zero"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
+    transformers.utils.logging.disable_progress_bar()

@@ -47,7 +47,7 @@ NOISE = Noise(ops=[TokenReplace(rate=0.3)])
 SCALARS = {
     "train": {"loss", "nll", "ppl", "token_accuracy", "tokens", "grad_norm"},
     "val": {"loss", "nll", "ppl", "token_accuracy"},
-    "gate": {"mean", "ess", "q10", "q50", "q90"},
+    "gate": {"mean", "ess", "locked", "q10", "q50", "q90"},
     "focus": {"mean"},
     "prob": {"mean", "q10", "q50", "q90"},
     "entropy": {"shannon", "renyi2", "q10", "q50", "q90"},
@@ -55,7 +55,7 @@ SCALARS = {
     "gradient": {"p0_10", "p10_50", "p50_90", "p90_100"},
 }
 NOISE_SCALARS = {"gate/clean", "gate/noisy", "nll/clean", "nll/noisy", "noise/auroc_gate", "noise/auroc_prob",
-                 "noise/gradient_share", "noise/memorised"}  # fmt: skip
+                 "noise/gradient_share", "noise/memorised", "gate/locked_clean"}  # fmt: skip
 HISTOGRAMS = {"gate/hist", "focus/hist", "prob/hist", "gradient/hist", "entropy/hist", "entropy/renyi2_hist",
               "collision/hist"}  # fmt: skip
 
@@ -349,7 +349,7 @@ def test_nothing_is_written_or_looked_at_on_steps_that_are_not_logged(pretrained
 
 def test_a_step_with_only_clean_tokens_compares_nothing(pretrained: str, tmp_path: Path) -> None:
     loaded = data(tmp_path, noise=Noise(ops=[TokenReplace(rate=0.1)]), batch_size=1)
-    trainer = make_trainer(tmp_path / "run", NoiseMonitor())
+    trainer = make_trainer(tmp_path / "run", GateMonitor(histograms=False), NoiseMonitor())
     trainer.fit(module_of(pretrained), loaded)
     both = [
         step

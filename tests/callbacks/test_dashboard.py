@@ -32,7 +32,7 @@ from deft_lightning.callbacks import Dashboard, EntropyMonitor, GateMonitor, Noi
 from deft_lightning.callbacks import base as monitors
 from deft_lightning.callbacks.marked import code_span, marked
 from deft_lightning.data.noise import Noise, TokenReplace
-from deft_lightning.objectives import DEFT, NLL, Likelihood, Objective
+from deft_lightning.objectives import DEFT, NLL, Likelihood, Objective, Rescaled, Schedule
 
 NASTY = "a `tick` <script>x</script> **b** | c\nd \\"
 
@@ -96,7 +96,7 @@ def charts_of(found: layout_pb2.Layout) -> dict[str, list[str]]:
 def test_every_chart_of_the_layout_finds_its_lines_in_the_run(run: Path) -> None:
     found = events(run)
     charts = charts_of(layout(found))
-    assert len(charts) == 12
+    assert len(charts) == 14
     for title, patterns in charts.items():
         for pattern in patterns:
             # TensorBoard matches from the start of a tag.
@@ -120,6 +120,12 @@ def test_without_noise_or_focus_there_are_no_charts_of_them(tmp_path: Path) -> N
     assert "Mean p" in titles and "Losses" in titles and "nois" not in titles.lower() and "ocus" not in titles
 
 
+def test_the_scale_has_a_chart_where_there_is_one(tmp_path: Path) -> None:
+    found = events(fit(tmp_path, Dashboard(), Rescaled(), noise=False).log_dir)
+    (pattern,) = next(tags for title, tags in charts_of(layout(found)).items() if "Scale" in title)
+    assert [tag for tag in found.Tags()["scalars"] if re.match(pattern, tag)] == ["objective/scale"]
+
+
 # --- figures and examples -------------------------------------------------------------------------------------------
 
 
@@ -128,6 +134,15 @@ def test_figures_are_drawn_at_the_start_and_ever_less_often(run: Path) -> None:
     assert {tag: [image.step for image in found.Images(tag)] for tag in found.Tags()["images"]} == {
         "objective/gate": [0], "occupancy/p_alpha": [0, 1, 3, 7],
     }  # fmt: skip
+
+
+def test_the_curve_is_drawn_again_when_a_schedule_has_moved_on(tmp_path: Path) -> None:
+    """Nine steps, validations after the third, sixth and ninth, whose objectives have progress 2/9, 5/9 and 8/9."""
+    found = events(fit(tmp_path, Dashboard(), Schedule(switch=0.5)).log_dir)
+    assert [image.step for image in found.Images("objective/gate")] == [0, 5]
+    (tmp_path / "still").mkdir()
+    found = events(fit(tmp_path / "still", Dashboard(), Rescaled()).log_dir)
+    assert [image.step for image in found.Images("objective/gate")] == [0]
 
 
 class Codes(HTMLParser):

@@ -176,7 +176,7 @@ def test_memorised_is_the_share_of_noisy_labels_that_are_the_first_choice(monkey
 def test_a_step_without_tokens_has_no_quantiles_or_shares(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(f"{__name__}.micro_batches", lambda: [])
     run = watch(GateMonitor(), DEFT(), monkeypatch)
-    assert run.scalars.keys() == {"gate/mean", "gate/ess", "prob/mean", "focus/mean"}
+    assert run.scalars.keys() == {"gate/mean", "gate/ess", "gate/locked", "prob/mean", "focus/mean"}
 
 
 def pixels(figure: Any) -> np.ndarray:

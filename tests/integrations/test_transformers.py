@@ -9,9 +9,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
+from deft_lightning.errors import UserError
 from deft_lightning.functional import token_loss
 from deft_lightning.integrations import compute_loss_func
-from deft_lightning.objectives import DEFT, NLL, Objective
+from deft_lightning.objectives import DEFT, NLL, Floored, Objective, Rescaled, Schedule
 
 
 def tiny() -> Any:
@@ -55,3 +56,11 @@ def test_one_step_of_the_trainer_is_the_mean_over_all_its_tokens(
     for old, new, true in zip(before, model.parameters(), reference.parameters(), strict=True):
         assert true.grad is not None
         torch.testing.assert_close((old - new.detach()).double(), true.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("objective", [Schedule(), Rescaled(), Floored(decay="linear"), Floored(Schedule())], ids=repr)
+def test_an_objective_that_has_to_be_told_about_the_run_is_refused(objective: Objective) -> None:
+    """It would silently be what it ends as, from the first step on."""
+    with pytest.raises(UserError, match="depends on the course of training: train with SFTModule") as refused:
+        compute_loss_func(objective)
+    assert repr(objective) in str(refused.value) and "\n" not in str(refused.value)

@@ -33,6 +33,7 @@ from deft_lightning.objectives import (
     Focal,
     Likelihood,
     Objective,
+    Rescaled,
     Schedule,
     Training,
     Truncated,
@@ -88,13 +89,16 @@ PARAMETRISED: list[Objective] = [
     Floored(base=Likelihood(), floor=0.5),
     Floored(base=Cayley(floor=0.5), decay="linear"),
     Truncated(threshold=0.3, base=Floored()),
+    Rescaled(base=Cayley(floor=0.5), decay=0.0),
+    Rescaled(base=Schedule(then=EAFT(k=3), blend=0.7)),
+    Schedule(then=Rescaled(base=Likelihood()), blend=0.7),
 ]
 # What holds of an objective holds of what it is in the middle of a run.
 IN_FORCE: list[Objective] = [
-    objective.at(Training(progress=progress))
-    for progress in (0.0, 0.6)
+    objective.at(Training(progress, mean_gate))
+    for progress, mean_gate in ((0.0, 0.2), (0.6, 0.3))
     for objective in [*(cls() for cls in CLASSES.values()), *PARAMETRISED]
-    if objective.scheduled
+    if objective.scheduled or objective.tracks is not None
 ]
 # Gates that grow without bound as p falls: only such an objective may overflow at p = exp(-20000).
 UNBOUNDED: list[Objective] = [Tsallis(q=1.5), Tsallis(q=2.0)]
@@ -197,6 +201,9 @@ INVALID: list[tuple[type[Objective], str, Any]] = [
     *((Schedule, "blend", bad) for bad in (-0.1, 0.8, NAN, INF)),
     *((Floored, "floor", bad) for bad in (-0.1, 1.1, NAN, INF)),
     (Floored, "decay", "cosine"),
+    *((Rescaled, "decay", bad) for bad in (-0.1, 1.0, NAN, INF)),
+    (Rescaled, "base", Rescaled()),
+    (Rescaled, "base", Schedule(then=Rescaled())),
 ]
 
 
@@ -257,6 +264,46 @@ def test_the_parts_of_an_objective_follow_the_run_whatever_it_is() -> None:
     truncated = Truncated(threshold=0.0, base=Schedule())
     assert torch.equal(truncated.at(Training(0.1))(stats), NLL()(stats))
     assert torch.equal(truncated.at(Training(0.4))(stats), DEFT()(stats))
+
+
+def test_a_run_keeps_one_mean_gate_and_says_so() -> None:
+    @dataclass(frozen=True, repr=False)
+    class Sum(Objective):
+        one: Objective = dataclasses.field(default_factory=NLL)
+        other: Objective = dataclasses.field(default_factory=NLL)
+
+        def __call__(self, stats: TokenStats) -> Tensor:
+            return self.one(stats) + self.other(stats)
+
+    assert Sum().tracks is None
+    tracked = Sum(one=Rescaled(DEFT(), decay=0.5)).tracks
+    assert tracked is not None and tracked == (DEFT(), 0.5)
+    with pytest.raises(UserError, match=r"^Sum\(.*one mean gate"):
+        _ = Sum(Rescaled(), Rescaled(NLL())).tracks
+    with pytest.raises(UserError, match=r"^Schedule: .*both be rescaled"):
+        Schedule(first=Rescaled(NLL()), then=Rescaled())
+
+
+@pytest.mark.parametrize(("mean_gate", "scale"), [(1.0, 1.0), (0.25, 4.0), (2.5, 0.4), (0.01, 100.0), (0.0, 100.0)])
+def test_a_rescaled_objective_is_divided_by_the_mean_gate_but_not_by_a_shut_one(mean_gate: float, scale: float) -> None:
+    logits, targets = random_tokens(30, 8, seed=20)
+    pi = torch.softmax(logits, dim=-1)
+    p, collision = pi.gather(-1, targets.unsqueeze(-1)).squeeze(-1), pi.square().sum(-1)
+    there = Rescaled().at(Training(mean_gate=mean_gate))
+    stats = token_stats(logits, targets)
+    torch.testing.assert_close(there(stats), scale * (1 - p**collision) / collision)
+    torch.testing.assert_close(there.gate(stats), scale * p**collision)
+    assert there.tracks == (DEFT(), 0.99) and there.deformed == DEFT()
+
+
+def test_what_is_tracked_is_the_base_as_it_is_in_force() -> None:
+    stats = random_stats()
+    rescaled = Rescaled(base=Schedule(switch=0.5))
+    for progress, base in ((0.2, NLL()), (0.7, DEFT())):
+        there = rescaled.at(Training(progress, 0.5))
+        assert there.tracks is not None
+        assert torch.equal(there.tracks.objective.gate(stats), base.gate(stats))
+        torch.testing.assert_close(there(stats), 2 * base(stats))
 
 
 def test_the_focus_of_a_wrapper_is_that_of_what_it_wraps() -> None:

@@ -1,0 +1,71 @@
+"""Tokens that an objective holds shut though the model is sure and wrong about them, and the plateau they can mean."""
+
+from __future__ import annotations
+
+from collections import deque
+from statistics import fmean
+
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import Tensor
+
+from deft_lightning.functional import TokenStats
+
+CONCENTRATED = 0.5  # collision probability from which a prediction is sure: one token has at least half of it
+SHUT = 0.1  # gate below which a token trains less than a tenth of what it would under NLL
+
+WINDOW = 10  # logged steps that are looked back on
+SHARE = 0.1  # of locked tokens, below which nothing is said: among labels of any kind some are odd
+MOVE = 0.01  # less than this, from one half of the window to the other, is no move
+
+
+def locked(stats: TokenStats, gate: Tensor) -> Tensor:
+    """Return which tokens the model is sure and wrong about while their gate is nearly shut (bool, ``(N,)``).
+
+    Args:
+        stats: Statistics of N tokens.
+        gate: Their gates, of the objective in force.
+    """
+    return (stats.collision >= CONCENTRATED) & ~stats.correct & (gate < SHUT)
+
+
+class LockWatch:
+    """Warns once in a run when tokens stay locked and nothing is being learnt.
+
+    Over the last 10 logged steps: the share of locked tokens is at least 0.1 throughout, its mean in the later five is
+    not lower than in the earlier five, and the mean of p is not higher; by less than 0.01 counts as not at all. Labels
+    known to be wrong are to be left out before. What is left is either labels that are wrong and not known to be, shut
+    out as the objective means to, or a plateau on which the gate is shut on what would correct the model. The training
+    data cannot tell them apart; validation on clean data can.
+    """
+
+    def __init__(self) -> None:
+        self.seen: deque[tuple[float, float]] = deque(maxlen=WINDOW)
+        self.warned = False
+
+    def see(self, share: float, prob: float, legend: str) -> None:
+        """Take note of a logged step.
+
+        Args:
+            share: Of locked tokens among those not known to be noisy.
+            prob: Mean p of the same tokens.
+            legend: Of the objective.
+        """
+        self.seen.append((share, prob))
+        if self.warned or len(self.seen) < WINDOW or not self.stuck():
+            return
+        self.warned = True
+        rank_zero_warn(
+            f"gate/locked: for {WINDOW} logged steps the model has been sure and wrong about"
+            f" {fmean(share for share, _ in self.seen):.0%} of the labels, {legend} has all but shut the gate on them,"
+            " and prob/mean does not rise: either these labels are wrong and are rightly shut out, or training holds"
+            " itself on a plateau. If val/nll and val/token_accuracy do not get better either it is a plateau: open the"
+            " gate first with --model.objective Schedule (docs/monitors.md)"
+        )
+
+    def stuck(self) -> bool:
+        """Whether the window is one of a plateau, or of labels that are shut out."""
+        half = WINDOW // 2
+        early, late = list(self.seen)[:half], list(self.seen)[half:]
+        (share, prob), (share_late, prob_late) = (map(fmean, zip(*part, strict=True)) for part in (early, late))
+        least = min(share for share, _ in self.seen)
+        return least >= SHARE and share_late > share - MOVE and prob_late < prob + MOVE
