@@ -32,7 +32,7 @@ TEMPLATE = (
     "{% if message['role'] == 'user' %}>{% else %}{{ eos_token }}{% endif %}{% endfor %}"
 )
 POINTS = 30  # of a curve
-LOOKS = 6  # at the validation split, in a run
+LOOKS = 4  # at the validation split, in a run
 EVAL_BATCH = 200
 CURVES = (
     "train/nll", "val/nll", "val/token_accuracy", "focus/mean", "prob/mean", "gate/mean", "gate/clean", "gate/noisy",
@@ -96,8 +96,7 @@ def run_cell(cell: Cell, root: Path) -> dict[str, Any]:
     result: dict[str, Any] = {
         "version": __version__, "id": cell.id, "regime": cell.regime, "objective": repr(cell.objective),
         "noise": cell.noise, "rate": cell.rate, "seed": cell.seed, "steps": cell.setting.steps,
-        "validation": _score(cell, root, trainer, module, data, task.validation),
-        "test": _score(cell, root, trainer, module, data, task.test),
+        cell.split: _score(cell, root, trainer, module, data, getattr(task, cell.split)),
     }  # fmt: skip
     for logger in trainer.loggers:
         logger.finalize("success")

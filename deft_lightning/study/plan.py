@@ -136,6 +136,11 @@ class Cell:
         )  # fmt: skip
 
     @property
+    def split(self) -> str:
+        """Which rows it is judged on: those for choosing learning rates, or those for reporting."""
+        return "validation" if self.seed >= TUNING else "test"
+
+    @property
     def label(self) -> str:
         """Readable, and a name of a folder."""
         name = "".join(c if c.isalnum() or c in ".-" else "_" for c in repr(self.objective).replace("()", ""))
@@ -150,7 +155,7 @@ class Study:
         regimes: By name.
         architecture: `model_type` and options of a transformers config, for random weights.
         objectives: What is compared.
-        remedies: Objectives that are tried in the headline cells alone.
+        remedies: Objectives that are tried in the headline cells alone, at the shared learning rate.
         seeds: Runs of a cell.
         headline_seeds: Runs of a headline cell.
         tuning_seeds: Runs of each learning rate when one is chosen for an objective in a headline cell.
@@ -221,7 +226,7 @@ class Study:
             if len(regime.candidates) < 2:
                 continue
             for noise in regime.headline:
-                for objective in self.everything:
+                for objective in self.objectives:
                     for rate in regime.candidates:
                         for seed in range(self.tuning_seeds):
                             yield self.cell(name, objective, noise, rate, TUNING + seed)
@@ -230,7 +235,7 @@ class Study:
         """Yield the headline cells at the learning rates that were chosen, by regime, noise and objective."""
         for name, regime in self.regimes.items():
             for noise in regime.headline:
-                for objective in self.everything:
+                for objective in self.objectives:
                     rate = rates.get((name, noise, repr(objective)))
                     for seed in range(self.headline_seeds) if rate is not None else ():
                         assert rate is not None

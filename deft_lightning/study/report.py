@@ -15,9 +15,9 @@ Grid = dict[Place, dict[str, dict[int, float]]]  # value by place, objective and
 Results = Mapping[str, Mapping[str, Any]]
 
 
-def value_of(result: Mapping[str, Any], split: str = "test") -> float:
+def value_of(cell: Cell, result: Mapping[str, Any]) -> float:
     """Return what a cell is judged by, larger is better: exact match in [0, 1], or minus the NLL in nats a token."""
-    found = result[split]
+    found = result[cell.split]
     return float(found["exact_match"] if "exact_match" in found else -found["nll"])
 
 
@@ -25,7 +25,7 @@ def grid(cells: Iterable[Cell], results: Results) -> Grid:
     """Return the values of cells by place, objective and seed."""
     found: Grid = defaultdict(lambda: defaultdict(dict))
     for cell in cells:
-        found[cell.regime, cell.noise][repr(cell.objective)][cell.seed] = value_of(results[cell.id])
+        found[cell.regime, cell.noise][repr(cell.objective)][cell.seed] = value_of(cell, results[cell.id])
     return {place: dict(row) for place, row in found.items()}
 
 
@@ -36,7 +36,7 @@ def chosen_rates(study: Study, results: Results) -> dict[tuple[str, float, str],
     """
     scores: dict[tuple[str, float, str], dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
     for cell in study.tuning():
-        value = value_of(results[cell.id], "validation")
+        value = value_of(cell, results[cell.id])
         scores[cell.regime, cell.noise, repr(cell.objective)][cell.rate].append(value)
     return {
         key: min(
@@ -111,10 +111,10 @@ def summary(study: Study, results: Results) -> dict[str, Any]:
         ],
     }  # fmt: skip
     for kind, values in (("shared", shared), ("tuned", tuned)):
-        rows = worst_regime(values, headline, names) if headline else []
-        among = [row for row in rows if row["objective"] in plain]
+        among = names if kind == "shared" else plain
+        rows = worst_regime(values, headline, among) if headline else []
         report[f"ranking_{kind}"] = rows
-        report[f"margins_{kind}"] = margins(among)
+        report[f"margins_{kind}"] = margins([row for row in rows if row["objective"] in plain])
     return report
 
 
@@ -190,7 +190,7 @@ def _rates(report: Mapping[str, Any]) -> str:
         "|---" * (len(places) + 1) + "|",
     ]  # fmt: skip
     found = {(row["objective"], row["regime"], row["noise"]): row["rate"] for row in report["tuned"]}
-    for name in [*report["objectives"], *report["remedies"]]:
+    for name in report["objectives"]:
         lines.append(f"| {short(name)} | " + " | ".join(f"{found[name, *place]:g}" for place in places) + " |")
     return "\n".join(lines)
 
