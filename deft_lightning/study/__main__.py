@@ -5,20 +5,22 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from deft_lightning.errors import UserError
 
+if TYPE_CHECKING:
+    from jsonargparse import Namespace
 
-def main(args: Sequence[str] | None = None) -> None:
-    """Run the verb; mistakes end with one line and status 2."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from deft_lightning.study.plan import Study
+
+
+def read_options(args: Sequence[str]) -> tuple[Study, Namespace]:
+    """Return the study that a command line describes, and its other options."""
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     from deft_lightning.cli import DeftParser
     from deft_lightning.study.plan import Study
-    from deft_lightning.study.report import text
-    from deft_lightning.study.run import run_study
 
     parser = DeftParser(
         prog="python -m deft_lightning study",
@@ -30,14 +32,23 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=str, default="logs/study", help="Folder of the study.")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="Processes, each on one thread.")
     parser.add_argument("--smoke", type=bool, default=False, help="The same kinds of runs in minutes, to try it out.")
+    options = parser.parse_args(list(args))
+    if options.workers < 1:
+        raise UserError(f"--workers must be at least 1, got {options.workers}")
+    made = parser.instantiate_classes(options)
+    return Study(**{name: made[name] for name in Study.__dataclass_fields__}), options
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the verb; mistakes end with one line and status 2."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        options = parser.parse_args(list(sys.argv[1:] if args is None else args))
-        if options.workers < 1:
-            raise UserError(f"--workers must be at least 1, got {options.workers}")
-        made = parser.instantiate_classes(options)
-        study = Study(**{name: made[name] for name in Study.__dataclass_fields__})
+        study, options = read_options(sys.argv[1:] if args is None else args)
+        from deft_lightning.study.report import text
+        from deft_lightning.study.run import run_study
+
         root = Path(options.output)
-        report = run_study(study.smoke() if options.smoke else replace(study), root, options.workers)
+        report = run_study(study.smoke() if options.smoke else study, root, options.workers)
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(2)

@@ -63,7 +63,7 @@ def train_base(cell: Cell, root: Path) -> dict[str, Any]:
     if not (target / "base.json").exists():
         _quiet()
         seed_everything(base.seed, verbose=False)
-        task = task_files(base.source, cell.rows, cell.held_out, root)
+        task = task_files(base.source, cell.rows, cell.held_out, root, cell.setting.split_by)
         data = _data(cell, root, task.train, task.validation, base.batch_size, base.seed, 0.0, None)
         module = _module(cell, NLL(), base.rate, None)
         trainer = _trainer(base.steps, root, None)
@@ -85,7 +85,7 @@ def run_cell(cell: Cell, root: Path) -> dict[str, Any]:
     """Train and score one cell, and write its result."""
     _quiet()
     seed_everything(cell.seed, verbose=False)
-    task = task_files(cell.setting.source, cell.rows, cell.held_out, root)
+    task = task_files(cell.setting.source, cell.rows, cell.held_out, root, cell.setting.split_by)
     model = start_from(cell, root)
     data = _data(cell, root, task.train, task.validation, cell.setting.batch_size, cell.seed, cell.noise, model)
     module = _module(cell, cell.objective, cell.rate, model)
@@ -110,7 +110,7 @@ def start(cell: Cell, root: Path) -> tuple[SFTModule, InstructionDataModule, Tra
     """Return model, data and trainer as they are before the first step of a cell."""
     _quiet()
     seed_everything(cell.seed, verbose=False)
-    task = task_files(cell.setting.source, cell.rows, cell.held_out, root)
+    task = task_files(cell.setting.source, cell.rows, cell.held_out, root, cell.setting.split_by)
     model = start_from(cell, root)
     data = _data(cell, root, task.train, task.validation, cell.setting.batch_size, cell.seed, cell.noise, model)
     return _module(cell, cell.objective, cell.rate, model), data, _trainer(1, root, None)

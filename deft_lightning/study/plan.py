@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
 from deft_lightning._version import __version__
@@ -46,12 +46,13 @@ class Regime:
     """A task, and what the model knows of it before it is fine-tuned.
 
     Args:
-        source: Rows, as for `--data.source`; split by a hash of the prompt into training, validation and test.
+        source: Rows, as for `--data.source`; split into training, validation and test by a hash of the prompt.
         steps: Optimizer steps of fine-tuning.
         rate: Learning rate that all objectives share.
         base: What the model is trained on before; default: random weights.
         pretrained: Hub id or folder of the model to start from, instead of a base.
         op: Noise operation that corrupts the training answers.
+        split_by: What the hash is of: the `prompt`, or the `answer`, where the same one is asked for in several ways.
         judge: What a cell is judged by, on test rows: `exact_match` of greedy answers, or `nll`, nats a token.
         rates: Learning rates to choose from for each objective, on the validation split.
         noise: Rates of the noise operation.
@@ -68,6 +69,7 @@ class Regime:
     base: Base | None = None
     pretrained: str | None = None
     op: str = "ResponseSwap"
+    split_by: Literal["prompt", "answer"] = "prompt"
     judge: Literal["exact_match", "nll"] = "exact_match"
     rates: list[float] = field(default_factory=list)
     noise: list[float] = field(default_factory=lambda: [0.0, 0.2, 0.4, 0.6])
@@ -84,6 +86,8 @@ class Regime:
             raise UserError("regime: base and pretrained are two models to start from; leave one out")
         if self.judge not in ("exact_match", "nll"):
             raise UserError(f"regime: judge must be exact_match or nll, not {self.judge!r}")
+        if self.split_by not in ("prompt", "answer"):
+            raise UserError(f"regime: split_by must be prompt or answer, not {self.split_by!r}")
         if self.op not in known_noise():
             raise UserError(f"regime: op {self.op!r} is unknown.{did_you_mean(self.op, known_noise())}")
         for rate in self.noise:
@@ -96,6 +100,9 @@ class Regime:
     def candidates(self) -> list[float]:
         """Learning rates to choose from, the shared one among them, in order."""
         return sorted({self.rate, *self.rates})
+
+
+DEFAULTS = {option.name: option.default for option in fields(Regime)}
 
 
 @dataclass(frozen=True)
@@ -126,10 +133,12 @@ class Cell:
 
     @property
     def id(self) -> str:
-        """Hash of everything but the name of the regime and what else is tried there."""
-        setting = asdict(self.setting)
-        for name in ("rate", "rates", "noise", "headline"):
-            del setting[name]
+        """Hash of everything but the name of the regime and what else is tried there.
+
+        Settings at their defaults are left out: an option that is new tomorrow leaves today's results where they are.
+        """
+        given = {name: value for name, value in asdict(self.setting).items() if value != DEFAULTS[name]}
+        setting = {name: value for name, value in given.items() if name not in ("rate", "rates", "noise", "headline")}
         return digest(
             [__version__, setting, repr(self.objective), self.noise, self.rate, self.seed, self.architecture,
              self.rows, self.held_out]

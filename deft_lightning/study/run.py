@@ -31,7 +31,7 @@ def run_study(study: Study, root: Path, workers: int) -> dict[str, Any]:
     for regime in study.regimes.values():
         for part in (regime, regime.base):
             if part is not None:
-                task_files(part.source, study.rows, study.held_out, root)
+                task_files(part.source, study.rows, study.held_out, root, regime.split_by)
     pool = Pool(workers, root)
     try:
         first = {name: next(cell for cell in study.shared() if cell.regime == name) for name in study.regimes}

@@ -1,10 +1,10 @@
-"""The rows of a task: split once, by a hash of the prompt, into files that every cell reads."""
+"""The rows of a task: split once, by a hash, into files that every cell reads."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from deft_lightning.data.records import detect_format, normalise
 from deft_lightning.data.sources import read
@@ -15,26 +15,29 @@ from deft_lightning.study.plan import digest
 
 
 class Task(NamedTuple):
-    """Files of a task; no prompt is in two of them, or twice in one."""
+    """Files of a task; what it is split by is in one of them alone, and a prompt is never there twice."""
 
     train: Path
     validation: Path
     test: Path
 
 
-def task_files(source: str, rows: int, held_out: int, root: Path) -> Task:
+def task_files(
+    source: str, rows: int, held_out: int, root: Path, split_by: Literal["prompt", "answer"] = "prompt"
+) -> Task:
     """Return the files of a task, written now if they are not there.
 
     Args:
         source: As for `--data.source`, conversations of one prompt and one answer.
         rows: Training rows, at most.
-        held_out: Validation rows, and as many test rows.
+        held_out: Prompts, or answers, that are held out for validation, and as many for the test.
         root: Where the files go.
+        split_by: What is held out: a prompt, or an answer with all prompts that ask for it.
 
     Raises:
         UserError: There are too few different prompts.
     """
-    folder = root / "data" / digest([source, rows, held_out])
+    folder = root / "data" / digest([source, rows, held_out, *([split_by] if split_by != "prompt" else [])])
     found = Task(*(folder / f"{name}.jsonl" for name in Task._fields))
     if folder.is_dir():
         return found
@@ -46,10 +49,17 @@ def task_files(source: str, rows: int, held_out: int, root: Path) -> Task:
         if example.response is None or not example.prompt:
             raise UserError(f"{where}: a study needs rows with a prompt and an answer")
         pairs.setdefault(str(example.prompt[-1]["content"]), example.response)
-    if len(pairs) < 3 * held_out:
-        raise UserError(f"{source}: {len(pairs)} different prompts are too few to hold out 2 x {held_out} (held_out)")
-    order = sorted(pairs, key=lambda prompt: uniform("study", prompt))
-    parts = (order[2 * held_out : 2 * held_out + rows], order[:held_out], order[held_out : 2 * held_out])
+    units: dict[str, list[str]] = {}
+    for prompt, answer in pairs.items():
+        units.setdefault(prompt if split_by == "prompt" else answer, []).append(prompt)
+    if len(units) < 3 * held_out:
+        raise UserError(
+            f"{source}: {len(units)} different {split_by}s are too few to hold out 2 x {held_out} (held_out)"
+        )
+    order = sorted(units, key=lambda unit: uniform("study", unit))
+    kept = [prompt for unit in order[2 * held_out :] for prompt in units[unit]][:rows]
+    # One prompt of each held-out answer.
+    parts = (kept, [units[unit][0] for unit in order[:held_out]], [units[u][0] for u in order[held_out : 2 * held_out]])
     with complete_folder(folder) as partial:
         for path, part in zip(found, parts, strict=True):
             lines = (json.dumps({"prompt": prompt, "completion": pairs[prompt]}) + "\n" for prompt in part)

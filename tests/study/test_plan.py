@@ -12,8 +12,10 @@ import pytest
 from deft_lightning.errors import UserError
 from deft_lightning.objectives import DEFT, NLL, Likelihood
 from deft_lightning.study import Base, Regime, Study
+from deft_lightning.study.__main__ import read_options
 from deft_lightning.study.tasks import task_files
 
+ROOT = Path(__file__).resolve().parents[2]
 WORDS = "reasoning_gym:spell_backward?size=3000&question=metadata.word&min_word_len=3&max_word_len=4"
 ARCHITECTURE = {"model_type": "llama", "hidden_size": 16}
 
@@ -64,12 +66,30 @@ def test_a_result_is_found_again_only_for_the_same_cell(change: dict[str, Any]) 
         ({"steps": 0}, "steps must be above 0"),
         ({"op": "ResponseSwop"}, "Did you mean ResponseSwap"),
         ({"judge": "bleu"}, "judge must be"),
+        ({"split_by": "row"}, "split_by must be"),
         ({"base": Base(WORDS, 3), "pretrained": "x"}, "leave one out"),
     ],
 )
 def test_settings_that_mean_nothing_are_one_line(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         Regime(**{"source": WORDS, "steps": 5, "rate": 1e-3, "noise": [0.0, 0.4], **settings})
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "study").glob("*.yaml")), ids=lambda path: path.stem)
+def test_config_is_a_study(path: Path) -> None:
+    study, options = read_options(["--config", str(path), "--seeds", "4"])
+    assert study.seeds == 4 and options.output == "logs/study"
+    assert all(regime.headline for regime in study.regimes.values())
+    few = study.smoke()
+    assert few.regimes.keys() == study.regimes.keys() and len(list(few.shared())) <= 30
+
+
+def test_the_default_study_is_the_one_that_is_reported() -> None:
+    study, _ = read_options(["--config", str(ROOT / "configs" / "study" / "regimes.yaml")])
+    assert list(study.regimes) == ["strong", "intermediate", "weak"]
+    assert all(regime.noise == [0.0, 0.2, 0.4, 0.6] for regime in study.regimes.values())
+    assert (study.seeds, study.headline_seeds, len(study.objectives)) == (3, 5, 8)
+    assert len({regime.source for regime in study.regimes.values()}) == 1  # only the prior differs
 
 
 def test_the_same_objective_twice_is_refused() -> None:
@@ -88,6 +108,17 @@ def test_rows_are_split_by_prompt_the_same_every_time(tmp_path: Path) -> None:
     assert [path.read_bytes() for path in again] == [path.read_bytes() for path in found]
     larger = task_files(WORDS, 600, 100, tmp_path / "a")  # more rows to train on, the same ones to judge by
     assert larger.test != found.test and larger.test.read_bytes() == found.test.read_bytes()
+
+
+def test_rows_split_by_answer_share_no_answer(tmp_path: Path) -> None:
+    source = tmp_path / "rows.jsonl"
+    rows = [{"prompt": f"{way} {i % 50}", "completion": str(i % 50)} for i in range(50) for way in ("say", "write")]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    found = task_files(str(source), 1000, 10, tmp_path, "answer")
+    parts = [[json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] for path in found]
+    assert [len(part) for part in parts] == [60, 10, 10]
+    answers = [{row["completion"] for row in part} for part in parts]
+    assert not answers[0] & answers[1] and not answers[0] & answers[2] and not answers[1] & answers[2]
 
 
 def test_too_few_rows_are_one_line(tmp_path: Path) -> None:
