@@ -110,12 +110,35 @@ def summary(study: Study, results: Results) -> dict[str, Any]:
             for (regime, noise), row in sorted(tuned.items()) for name, found in row.items()
         ],
     }  # fmt: skip
+    report["ends"] = ends(study, results)
     for kind, values in (("shared", shared), ("tuned", tuned)):
         among = names if kind == "shared" else plain
         rows = worst_regime(values, headline, among) if headline else []
         report[f"ranking_{kind}"] = rows
         report[f"margins_{kind}"] = margins([row for row in rows if row["objective"] in plain])
     return report
+
+
+ENDS = {
+    "val/nll": "val NLL", "gate/clean": "gate, clean", "gate/noisy": "gate, noisy", "noise/memorised": "memorised",
+    "noise/gradient_share": "gradient of noise", "gate/locked": "locked", "gate/mean": "gate", "prob/mean": "p",
+}  # fmt: skip
+LAST = 3  # logged steps that make an end
+
+
+def ends(study: Study, results: Results) -> list[dict[str, Any]]:
+    """Return where the curves of the headline cells end, means over seeds of their last logged steps."""
+    found: dict[tuple[str, float, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for cell in study.shared():
+        if cell.noise in cell.setting.headline:
+            for tag, (_, values) in results[cell.id].get("curves", {}).items():
+                if tag in ENDS:
+                    last = 1 if tag.startswith("val/") else LAST
+                    found[cell.regime, cell.noise, repr(cell.objective)][tag].append(fmean(values[-last:]))
+    return [
+        {"regime": regime, "noise": noise, "objective": name, **{tag: fmean(values) for tag, values in row.items()}}
+        for (regime, noise, name), row in found.items()
+    ]
 
 
 def _spread(values: Sequence[float]) -> dict[str, Any]:
@@ -133,8 +156,8 @@ def text(report: Mapping[str, Any]) -> str:
     places = dict.fromkeys((row["regime"], row["noise"]) for row in report["grid"])
     for regime in dict.fromkeys(place[0] for place in places):
         parts.append(_table(report, regime, [noise for name, noise in places if name == regime]))
-    if any(row["rate"] for row in report["tuned"]):
-        parts.append(_rates(report))
+    parts += [_ends(report, regime, noise) for regime, noise in report["headline"]]
+    parts.append(_rates(report))
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -182,7 +205,25 @@ def _table(report: Mapping[str, Any], regime: str, noises: Sequence[float]) -> s
     return "\n".join(lines)
 
 
+def _ends(report: Mapping[str, Any], regime: str, noise: float) -> str:
+    rows = [row for row in report["ends"] if (row["regime"], row["noise"]) == (regime, noise)]
+    tags = [tag for tag in ENDS if any(tag in row for row in rows)]
+    if not tags:
+        return ""
+    lines = [
+        f"### {regime}, noise {noise:g}: where the curves end, one learning rate", "",
+        "Means over seeds. NLL is plain, of clean held-out rows; memorised: corrupted labels that are the first choice.",
+        "", f"| objective | {' | '.join(ENDS[tag] for tag in tags)} |", "|---" * (len(tags) + 1) + "|",
+    ]  # fmt: skip
+    for row in rows:
+        cells = (f"{row[tag]:.3f}" if tag in row else "-" for tag in tags)
+        lines.append(f"| {short(row['objective'])} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def _rates(report: Mapping[str, Any]) -> str:
+    if not report["headline"]:
+        return ""
     places = [tuple(place) for place in report["headline"]]
     lines = [
         "### Learning rates chosen on the validation split", "",
