@@ -44,8 +44,8 @@ def main(args: Sequence[str] | None = None) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         study, options = read_options(sys.argv[1:] if args is None else args)
-        from deft_lightning.study.report import text
         from deft_lightning.study.run import run_study
+        from deft_lightning.study.tables import text
 
         root = Path(options.output)
         report = run_study(study.smoke() if options.smoke else study, root, options.workers)

@@ -13,7 +13,7 @@ from deft_lightning.figures import comparison_bars, focus_trajectories, gradient
 from deft_lightning.objectives import DEFT, NLL, Cayley, Likelihood
 from deft_lightning.study.cells import start
 from deft_lightning.study.plan import Study
-from deft_lightning.study.report import short
+from deft_lightning.study.tables import short
 
 SEEN = (NLL(), Likelihood(), Cayley(), DEFT())
 EXAMPLES = 200

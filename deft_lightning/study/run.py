@@ -12,7 +12,8 @@ from deft_lightning.study.draw import draw
 from deft_lightning.study.files import write_json
 from deft_lightning.study.plan import Cell, Study
 from deft_lightning.study.pool import Pool
-from deft_lightning.study.report import chosen_rates, summary, text
+from deft_lightning.study.report import chosen_rates, summary
+from deft_lightning.study.tables import text
 from deft_lightning.study.tasks import task_files
 
 

@@ -8,7 +8,8 @@ import pytest
 
 from deft_lightning.objectives import DEFT, NLL, Likelihood
 from deft_lightning.study import Regime, Study
-from deft_lightning.study.report import chosen_rates, margins, summary, text, worst_regime
+from deft_lightning.study.report import chosen_rates, margins, summary, worst_regime
+from deft_lightning.study.tables import text
 
 # Exact match by objective, regime and seed; the headline is strong at 0.6 and weak at 0.
 VALUES = {
