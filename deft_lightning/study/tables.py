@@ -1,0 +1,109 @@
+"""The tables of a study as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from deft_lightning.study.report import ENDS
+
+
+def text(report: Mapping[str, Any]) -> str:
+    """Return a report as Markdown."""
+    parts = []
+    for kind, about in (("shared", "one learning rate for all"), ("tuned", "a learning rate tuned for each")):
+        if rows := report[f"ranking_{kind}"]:
+            parts.append(_ranking(report, rows, about))
+            parts.append(_margins(report[f"margins_{kind}"]))
+    places = dict.fromkeys((row["regime"], row["noise"]) for row in report["grid"])
+    for regime in dict.fromkeys(place[0] for place in places):
+        parts.append(_table(report, regime, [noise for name, noise in places if name == regime]))
+    parts += [_ends(report, regime, noise) for regime, noise in report["headline"]]
+    parts.append(_rates(report))
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _ranking(report: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], about: str) -> str:
+    places = [f"{regime}, noise {noise:g}" for regime, noise in report["headline"]]
+    lines = [
+        f"### Worst regime, {about}", "", "Exact match, median over seeds.", "",
+        f"| objective | {' | '.join(places)} | worst | regret | worst, seed by seed |",
+        "|---" * (len(places) + 4) + "|",
+    ]  # fmt: skip
+    for row in rows:
+        medians = " | ".join(f"{value:.3f}" for value in row["medians"])
+        seeds = " ".join(f"{value:.2f}" for value in row["worst_seeds"])
+        star = " (remedy)" if row["objective"] in report["remedies"] else ""
+        lines.append(
+            f"| {short(row['objective'])}{star} | {medians} | {row['worst']:.3f} | {row['regret']:.3f} | {seeds} |"
+        )
+    return "\n".join(lines)
+
+
+def _margins(rows: Sequence[Mapping[str, Any]]) -> str:
+    if not rows:
+        return ""
+    lines = [
+        "DEFT's worst regime minus another's: of the medians; then seed by seed, median and range.", "",
+        "| against | margin | seed by seed |", "|---|---|---|",
+    ]  # fmt: skip
+    for row in rows:
+        seeds = f"{row['median']:+.3f} ({row['low']:+.3f} to {row['high']:+.3f})"
+        lines.append(f"| {short(row['against'])} | {row['margin']:+.3f} | {seeds} |")
+    return "\n".join(lines)
+
+
+def _table(report: Mapping[str, Any], regime: str, noises: Sequence[float]) -> str:
+    lines = [
+        f"### {regime}: all noise rates, one learning rate", "",
+        "Exact match, mean ± standard error over seeds.", "",
+        "| objective | " + " | ".join(f"noise {noise:g}" for noise in noises) + " |", "|---" * (len(noises) + 1) + "|",
+    ]  # fmt: skip
+    found = {(row["objective"], row["noise"]): row for row in report["grid"] if row["regime"] == regime}
+    for name in [*report["objectives"], *report["remedies"]]:
+        cells = [found.get((name, noise)) for noise in noises]
+        if any(cells):
+            lines.append(f"| {short(name)} | " + " | ".join(_cell(cell) for cell in cells) + " |")
+    return "\n".join(lines)
+
+
+def _ends(report: Mapping[str, Any], regime: str, noise: float) -> str:
+    rows = [row for row in report["ends"] if (row["regime"], row["noise"]) == (regime, noise)]
+    tags = [tag for tag in ENDS if any(tag in row for row in rows)]
+    if not tags:
+        return ""
+    lines = [
+        f"### {regime}, noise {noise:g}: where the curves end, one learning rate", "",
+        "Means over seeds. NLL: plain, of clean held-out rows; memorised: corrupted labels that are the first choice.",
+        "", f"| objective | {' | '.join(ENDS[tag] for tag in tags)} |", "|---" * (len(tags) + 1) + "|",
+    ]  # fmt: skip
+    for row in rows:
+        cells = (f"{row[tag]:.3f}" if tag in row else "-" for tag in tags)
+        lines.append(f"| {short(row['objective'])} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _rates(report: Mapping[str, Any]) -> str:
+    if not report["headline"]:
+        return ""
+    places = [tuple(place) for place in report["headline"]]
+    lines = [
+        "### Learning rates chosen on the validation split", "",
+        "| objective | " + " | ".join(f"{regime}, noise {noise:g}" for regime, noise in places) + " |",
+        "|---" * (len(places) + 1) + "|",
+    ]  # fmt: skip
+    found = {(row["objective"], row["regime"], row["noise"]): row["rate"] for row in report["tuned"]}
+    for name in report["objectives"]:
+        lines.append(f"| {short(name)} | " + " | ".join(f"{found[name, *place]:g}" for place in places) + " |")
+    return "\n".join(lines)
+
+
+def _cell(row: Mapping[str, Any] | None) -> str:
+    if row is None:
+        return "-"
+    return f"{row['mean']:.3f}" + ("" if row["se"] is None else f" ± {row['se']:.3f}")
+
+
+def short(name: str) -> str:
+    """Return a legend without the brackets of an objective that has no settings."""
+    return name.replace("()", "")
