@@ -11,10 +11,21 @@ from numpy.typing import NDArray
 
 from deft_lightning.errors import UserError
 from deft_lightning.figures.runs import Scalars, labels, read_run, scalar
-from deft_lightning.figures.style import COLOURS, DASHES, MARKERS, Output, dress, line, panels, save, styled
+from deft_lightning.figures.style import (
+    COLOURS,
+    DASHES,
+    MARKERS,
+    Output,
+    dress,
+    legend_beside,
+    line,
+    panels,
+    save,
+    styled,
+)
 
 PAIR = (("focus/mean", "focus alpha"), ("prob/mean", "target probability p"))
-APART = 0.075  # labels at the ends of lines, in units of the axis
+APART = 0.1  # labels at the ends of lines, in units of the axis
 Run = str | Path
 Progress = Literal["steps", "share"]
 
@@ -95,7 +106,7 @@ def focus_trajectories(
     curves = {label: _curves(of_label, progress) for label, of_label in named.items()}
     x = "optimizer step" if progress == "steps" else "share of the run"
     if together:
-        figure, (axes,) = panels(1, 5.4, 3.4)
+        figure, (axes,) = panels(1, 4.4, 3.4)
         for index, (label, pair) in enumerate(curves.items()):
             for dashed, curve in enumerate(pair):
                 style = {
@@ -105,7 +116,7 @@ def focus_trajectories(
                 }  # fmt: skip
                 _draw(axes, curve, style)
         dress(axes, "Focus and probability", x, "mean")
-        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+        legend_beside(figure, axes)
         all_axes = [axes]
     else:
         figure, all_axes = panels(len(curves), 3.0, 2.7, sharey=True)
