@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from test_scatter import sample
 
+from deft_lightning.__main__ import main as command_line
 from deft_lightning.figures.command import main
 
 RUN = {"focus/mean": [0.1, 0.6], "prob/mean": [0.1, 0.4], "val/nll": [3.0, 1.0], "train/nll": [3.0, 1.0]}
@@ -36,6 +37,17 @@ def test_a_mistake_is_one_line_and_status_two(tmp_path: Path) -> None:
     assert done.stderr == (
         "error: logs/version_7: there is no such folder, a run is one with TensorBoard event files\n"
     )  # fmt: skip
+
+
+def test_the_other_verbs_know_of_it(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.argv", ["deft_lightning", "figure", "run"])
+    with pytest.raises(SystemExit):
+        command_line()
+    assert "unknown verb figure. Did you mean figures?" in capsys.readouterr().err
+    monkeypatch.setattr("sys.argv", ["deft_lightning", "--help"])
+    with pytest.raises(SystemExit):
+        command_line()
+    assert "figures --help" in " ".join(capsys.readouterr().out.split())
 
 
 def test_help_and_figures_of_runs_wait_for_nothing(tmp_path: Path, log: Callable[..., Path]) -> None:
