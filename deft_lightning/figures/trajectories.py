@@ -26,6 +26,7 @@ from deft_lightning.figures.style import (
 
 PAIR = (("focus/mean", "focus alpha"), ("prob/mean", "target probability p"))
 APART = 0.1  # labels at the ends of lines, in units of the axis
+FEW = 12  # points of a line that are marked: a single one would not be seen
 Run = str | Path
 Progress = Literal["steps", "share"]
 
@@ -65,7 +66,8 @@ def run_figure(run: Run, output: Output) -> list[Path]:
     for axes, (title, unit, tags) in zip(all_axes, shown, strict=True):
         for i, (tag, label) in enumerate(tags.items()):
             if tag in scalars:
-                axes.plot(*scalars[tag], label=label, **line(i))
+                few = len(scalars[tag][0]) <= FEW
+                axes.plot(*scalars[tag], label=label, marker=MARKERS[i] if few else None, markersize=4, **line(i))
         dress(axes, title, "optimizer step", unit)
         axes.set_ylim(bottom=0)
         if axes.get_lines():
@@ -130,7 +132,7 @@ def focus_trajectories(
         handles = all_axes[0].get_legend_handles_labels()
         figure.legend(*handles, loc="outside lower center", ncols=2)
     for axes in all_axes:
-        axes.set_ylim(0, 1)
+        axes.set_ylim(0, 1.02)  # a line at 1 is drawn in full
         axes.set_xlim(left=0)
     return save(figure, output)
 
@@ -165,12 +167,12 @@ def _draw(axes: Any, curve: Curve, style: dict[str, Any]) -> None:
 def _mark_ends(axes: Any, pair: Sequence[Curve]) -> None:
     """Write the last value of each line beside it, moved apart where they would overlap."""
     ends = [float(curve.mean[-1]) for curve in pair]
-    places = [min(max(end, 0.0), 1.0) for end in ends]
-    gap = APART - abs(places[0] - places[1])
-    if gap > 0:
-        upper = int(places[1] >= places[0])
-        places[upper] += gap / 2
-        places[1 - upper] -= gap / 2
+    low, high = sorted(ends)
+    gap = max(APART - (high - low), 0.0)
+    # Both within the panel: beyond its corners they would stand beside the title of the next one.
+    low, high = max(low - gap / 2, 0.03), min(high + gap / 2, 0.96)
+    low, high = min(low, high - APART), max(high, low + APART)
+    places = (low, high) if ends[0] < ends[1] else (high, low)
     for index, (curve, end, place) in enumerate(zip(pair, ends, places, strict=True)):
         axes.annotate(
             f"{end:.2f}", (curve.at[-1], place), (4, 0), textcoords="offset points", va="center", fontsize=8,

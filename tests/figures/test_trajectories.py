@@ -50,7 +50,7 @@ def test_each_run_is_a_panel_with_its_own_lines(
     assert [axes.get_title("left") for axes in (left, right)] == ["weak", "strong"]
     for axes in (left, right):
         alpha, p = axes.get_lines()
-        assert alpha.get_linestyle() == "-" and p.get_linestyle() == "--" and axes.get_ylim() == (0, 1)
+        assert alpha.get_linestyle() == "-" and p.get_linestyle() == "--" and axes.get_ylim() == (0, 1.02)
         assert alpha.get_xdata().tolist() == [0, 10, 20, 30]
     assert {"weak", "strong", "focus alpha", "target probability p", "0.80", "0.60", "0.93", "0.83"} <= set(texts(svg))
     assert drawn[1].axes[0].get_lines()[0].get_xdata().tolist() == pytest.approx([0, 1 / 3, 2 / 3, 1])
@@ -96,12 +96,14 @@ def test_one_panel_for_all_tells_runs_apart_by_marker(
 
 
 def test_labels_at_the_ends_do_not_cover_each_other(tmp_path: Path, log: Callable[..., Path], drawn: list[Any]) -> None:
-    for at, (alpha, p) in enumerate([(0.98, 0.98), (0.5, 0.49), (0.01, 0.02), (1.0, 0.97)]):
+    for at, (alpha, p) in enumerate([(0.98, 0.98), (0.5, 0.49), (0.01, 0.02), (1.0, 0.97), (0.0, 1.0)]):
         run = log(f"r{at}", {"focus/mean": [0.5, alpha], "prob/mean": [0.5, p]})
         focus_trajectories([run], tmp_path / "x.png")
         one, two = (text.get_window_extent() for text in drawn[at].axes[0].texts)
         assert one.y0 >= two.y1 or two.y0 >= one.y1, (alpha, p)
-        assert (one.y0 >= two.y1) == (alpha > p)
+        assert (one.y0 >= two.y1) == (alpha >= p)
+        box = drawn[at].axes[0].get_window_extent()
+        assert box.y0 - 8 < min(one.y0, two.y0) and max(one.y1, two.y1) < box.y1 + 8
 
 
 def test_a_run_is_found_where_there_is_no_doubt(tmp_path: Path, log: Callable[..., Path]) -> None:
