@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLLISIONS = (0.1, 0.5, 0.9)
-HIGHEST = 5.0  # losses above, such as that of NLL near p = 0, leave the figure
+HIGHEST = 5.0  # what is above, such as the loss of NLL near p = 0, leaves the figure
 
 
 def label(objective: Objective) -> str:
@@ -67,10 +67,11 @@ def curve_figure(objectives: Sequence[Objective], quantity: str, collisions: Seq
     figure, (axes,) = panels(1, 4.4, 3.4)
     top, index, thin = 1.0, 0, False
     for objective in objectives:
-        curves = [(c, _values(objective, quantity, p, c)) for c in collisions]
         # Whether it depends on the prediction is asked of all three, however few are drawn.
-        same = all(torch.allclose(_values(objective, quantity, p, c), curves[0][1]) for c in COLLISIONS)
-        for collision, values in curves[:1] if same else curves:
+        found = {c: _values(objective, quantity, p, c) for c in dict.fromkeys([*collisions, *COLLISIONS])}
+        same = all(torch.allclose(values, found[collisions[0]]) for values in found.values())
+        for collision in collisions[:1] if same else collisions:
+            values = found[collision]
             named = label(objective) if same else f"{label(objective)}, C = {collision:g}"
             solid = torch.ones_like(p, dtype=torch.bool) if same else possible(p, collision)
             shown = torch.where(solid, values, torch.nan)
@@ -84,7 +85,7 @@ def curve_figure(objectives: Sequence[Objective], quantity: str, collisions: Seq
     if thin:
         axes.plot([], [], color="#555555", linewidth=0.7, label="thin: no prediction\nhas this p and C")
     axes.set_xlim(0, 1)
-    axes.set_ylim(0, 1.03 * top if quantity == "gate" else min(1.03 * top, HIGHEST))
+    axes.set_ylim(0, min(1.03 * top, HIGHEST))
     if index > 1:
         legend_beside(figure, axes)
     return figure
@@ -105,7 +106,7 @@ def _collisions(collision: float | Sequence[float]) -> Sequence[float]:
 def gate_curves(
     objectives: Sequence[Objective], output: Output, *, collision: float | Sequence[float] = COLLISIONS
 ) -> list[Path]:
-    """Draw the gate ``-dl/d(log p)`` against the target probability.
+    """Draw the gate ``-dl/d(log p)`` against the target probability, up to 5.
 
     Args:
         objectives: One line each, and one for each collision probability where the objective depends on it, as DEFT

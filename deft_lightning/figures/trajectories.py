@@ -25,7 +25,7 @@ from deft_lightning.figures.style import (
 )
 
 PAIR = (("focus/mean", "focus alpha"), ("prob/mean", "target probability p"))
-APART = 0.1  # labels at the ends of lines, in units of the axis
+APART, LOWEST, HIGHEST = 0.1, 0.03, 0.96  # labels at the ends of lines, in units of the axis
 FEW = 12  # points of a line that are marked: a single one would not be seen
 Run = str | Path
 Progress = Literal["steps", "share"]
@@ -167,11 +167,11 @@ def _draw(axes: Any, curve: Curve, style: dict[str, Any]) -> None:
 def _mark_ends(axes: Any, pair: Sequence[Curve]) -> None:
     """Write the last value of each line beside it, moved apart where they would overlap."""
     ends = [float(curve.mean[-1]) for curve in pair]
-    low, high = sorted(ends)
-    gap = max(APART - (high - low), 0.0)
-    # Both within the panel: beyond its corners they would stand beside the title of the next one.
-    low, high = max(low - gap / 2, 0.03), min(high + gap / 2, 0.96)
-    low, high = min(low, high - APART), max(high, low + APART)
+    # Within the panel: beyond its corners they would stand beside the title of the next one.
+    low, high = max(min(ends), LOWEST), min(max(ends), HIGHEST)
+    if high - low < APART:
+        middle = min(max((low + high) / 2, LOWEST + APART / 2), HIGHEST - APART / 2)
+        low, high = middle - APART / 2, middle + APART / 2
     places = (low, high) if ends[0] < ends[1] else (high, low)
     for index, (curve, end, place) in enumerate(zip(pair, ends, places, strict=True)):
         axes.annotate(

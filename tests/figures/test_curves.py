@@ -55,7 +55,9 @@ def test_gates_and_losses_are_those_of_the_formulas(tmp_path: Path, drawn: list[
         wanted = np.where(power > 1e-9, (1 - p**power) / np.where(power > 1e-9, power, 1), -np.log(p))
         assert loss == pytest.approx(wanted, rel=1e-3, abs=1e-9), name
         assert p[0] < 0.001 and p[-1] > 0.999
-    assert drawn[1].axes[0].get_ylim() == (0, 5)
+    assert drawn[1].axes[0].get_ylim() == (0, 5) and drawn[0].axes[0].get_ylim() == pytest.approx((0, 1.03))
+    gate_curves([Tsallis(q=3.0)], tmp_path / "wild.png")
+    assert drawn[2].axes[0].get_ylim() == (0, 5)
 
 
 def test_curves_are_thick_where_a_prediction_exists(tmp_path: Path, drawn: list[Any]) -> None:
