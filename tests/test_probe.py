@@ -21,6 +21,7 @@ from deft_lightning.__main__ import main
 from deft_lightning.data.noise import Noise, ResponseSwap, TokenReplace
 from deft_lightning.data.tokenizer import build_tokenizer
 from deft_lightning.errors import UserError
+from deft_lightning.figures import TokenSample
 from deft_lightning.functional import TokenStats
 from deft_lightning.metrics import exact_auroc
 from deft_lightning.objectives import (
@@ -37,6 +38,8 @@ from deft_lightning.objectives import (
 )
 from deft_lightning.probe import conflict, example_score
 from deft_lightning.probe.audit import suspects, write_lines
+from deft_lightning.probe.figure import drawing
+from deft_lightning.probe.sample import Sampler, mixed
 
 PAIRS = [
     ("1+1?", "2"), ("Name three colours.", "red, green and blue"), ("Hi", "Hello! How are you?"), ("x", "yes"),
@@ -274,6 +277,8 @@ def test_files_are_complete(pretrained: str, source: str, tmp_path: Path) -> Non
     assert sum(shapes["collision_noisy"]) == written["noise"][0]["tokens"]
     image = imread(tmp_path / "o" / "p" / "probe.png")
     assert image.shape[1] == 1500 and (image[..., :3] < 0.5).any()
+    names = sorted(path.name for path in (tmp_path / "o" / "p").iterdir())
+    assert names == ["probe.json", "probe.png", "probe.svg", "tokens.npz"]
     assert "mean gate, noisy" in (tmp_path / "o" / "p" / "probe.svg").read_text()
     lines = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
     assert sorted(line["id"] for line in lines) == [f"r{i}" for i in range(9)]
@@ -293,17 +298,13 @@ def test_files_are_complete(pretrained: str, source: str, tmp_path: Path) -> Non
 def test_one_objective_without_bound_does_not_flatten_the_figure(
     pretrained: str, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import matplotlib.pyplot as plt
-
     # Those of other tests are in the class tree too, and some have no bound.
     ours = {n: cls for n, cls in known_objectives().items() if cls.__module__.startswith("deft_lightning.")}
     monkeypatch.setattr("deft_lightning.probe.tally.known_objectives", lambda: ours)
-    shown: list[float] = []
-    close = plt.close
-    monkeypatch.setattr(plt, "close", lambda figure: (shown.append(figure.axes[1].get_xlim()[1]), close(figure)))
-    report, _ = probed(tmp_path, pretrained, source, objective=Tsallis(q=3.0))
-    probed(tmp_path, pretrained, source)
-    assert report["objectives"][0]["gate"] > 100
+    wild, _ = probed(tmp_path, pretrained, source, objective=Tsallis(q=3.0))
+    plain, _ = probed(tmp_path, pretrained, source)
+    assert wild["objectives"][0]["gate"] > 100
+    shown = [drawing(report).axes[1].get_xlim()[1] for report in (wild, plain)]
     assert shown[0] == pytest.approx(1.16 * 2) and 1.16 <= shown[1] < 1.3
 
 
@@ -336,6 +337,70 @@ def test_other_precisions_say_nearly_the_same(precision: str, pretrained: str, s
     found = trainer.probe(SFTModule(pretrained=pretrained), InstructionDataModule(source, validation_fraction=0.0))
     assert found["means"] == pytest.approx(wanted["means"], rel=1e-5 if precision == "64-true" else 0.1, abs=0.02)
     assert found["means"] != wanted["means"]
+
+
+# --- the sample of tokens -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chosen", [DEFT(), EAFT(k=5)], ids=repr)
+def test_tokens_are_those_of_a_dense_softmax(chosen: Objective, pretrained: str, source: str, tmp_path: Path) -> None:
+    noise = Noise(ops=[TokenReplace(rate=0.4)])
+    report, data = probed(tmp_path, pretrained, source, {"noise": noise}, objective=chosen, output=str(tmp_path / "o"))
+    truth, found = dense(pretrained, data), TokenSample.load(tmp_path / "o")
+    assert len(found) == found.seen == report["tokens"] and found.operations.tolist() == ["TokenReplace"]
+    # In the order of examples and of the text, as the truth is.
+    places = [
+        (at, t) for at in range(9) for t, label in enumerate(data.example("train", at).labels) if t and label >= 0
+    ]
+    assert list(zip(found.example.tolist(), found.token.tolist(), strict=True)) == places
+    assert np.exp(found.log_prob) == pytest.approx(truth.p.numpy(), rel=1e-4)
+    assert found.entropy == pytest.approx(truth.entropy.numpy(), rel=1e-4)
+    assert found.collision == pytest.approx(truth.collision.numpy(), rel=1e-4)
+    assert (found.correct == truth.correct.bool().numpy()).all()
+    assert found.noise_code.tolist() == truth.codes.tolist() and 0 < found.noise_code.sum() < len(found)
+    assert found.topk.tolist() == ([5, 20] if chosen == EAFT(k=5) else [20])
+    for row, k in zip(found.topk_entropy, found.topk, strict=True):
+        assert row == pytest.approx(truth.entropy_of_largest(int(k)).numpy(), rel=1e-4)
+
+
+def batch_of(lengths: list[int], first: int) -> tuple[dict[int, TokenStats], Tensor, list[int], Tensor]:
+    """Examples whose statistics tell which token they are of."""
+    keep = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    positions = list(range(first, first + len(lengths)))
+    value = (torch.tensor(positions)[:, None] * 100.0 + torch.arange(1, max(lengths) + 1))[keep]
+    return {0: TokenStats(-value, value, value, value > 0)}, keep, positions, value.long() % 2
+
+
+def test_the_sample_is_bounded_and_does_not_depend_on_batches() -> None:
+    lengths = [1 + at * 7 % 40 for at in range(300)]
+    samples = []
+    for size, turned in ((1, False), (17, True), (300, False)):
+        sampler = Sampler([], size=500)
+        batches = [batch_of(lengths[at : at + size], at) for at in range(0, 300, size)]
+        for batch in batches[::-1] if turned else batches:
+            sampler.update(*batch)
+            assert len(sampler._hashes) <= 500
+        samples.append(sampler.sample([]))
+    for found in samples:
+        assert len(found) == 500 and found.seen == sum(lengths) and found.topk_entropy.shape == (0, 500)
+        value = found.example * 100 + found.token
+        assert (found.collision == value).all() and (found.noise_code == value % 2).all()
+        assert (np.diff(value) > 0).all() and (found.example == samples[0].example).all()
+        assert (found.token == samples[0].token).all()
+    # Spread: each tenth of the tokens has its share, and so has each place in the text.
+    order = np.concatenate([np.arange(length) + at * 100 for at, length in enumerate(lengths, start=0)])
+    ranks = np.searchsorted(order, samples[0].example * 100 + samples[0].token - 1)
+    shares = np.histogram(ranks, bins=10, range=(0, len(order)))[0]
+    assert shares.min() >= 30 and shares.max() <= 70
+    odd = samples[0].token % 2
+    assert 200 < odd.sum() < 300
+
+
+def test_hashes_are_one_to_one_and_fill_their_range() -> None:
+    hashes = mixed(np.arange(100_000, dtype=np.uint64))
+    assert len(set(hashes.tolist())) == 100_000
+    counts = np.histogram(hashes.astype(np.float64) / 2**64, bins=20, range=(0, 1))[0]
+    assert 4700 < counts.min() <= counts.max() < 5300
 
 
 # --- the audit ------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 from deft_lightning.errors import UserError
-from deft_lightning.figures.style import Output, bar, dress, panels, save, styled
+from deft_lightning.figures.style import Output, bar, dress, legend_beside, panels, save, styled
 
 Table = Mapping[str, Mapping[str, Sequence[float]]]
 ROOM = 0.82  # of the distance of two groups, for their bars
@@ -45,32 +45,34 @@ def comparison_bars(table: Table, output: Output, *, value: str = "value", title
     slot = ROOM / len(methods)
     inches = max(3.4, 0.36 * len(methods) * len(table) + 0.4 * len(table) + 1.0)
     figure, (axes,) = panels(1, inches, 3.4)
-    for index, method in enumerate(methods):
-        places, heights, errors = [], [], []
-        for at, of_group in enumerate(table.values()):
-            if method not in of_group:
-                continue
+    named = set()
+    for at, of_group in enumerate(table.values()):
+        # A method that is missing from a group leaves no gap in it.
+        for nth, method in enumerate(sorted(of_group, key=methods.index)):
             values = of_group[method]
-            place = at + slot * (index - (len(methods) - 1) / 2)
-            places.append(place)
-            heights.append(fmean(values))
-            errors.append(stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0)
+            place = at + slot * (nth - (len(of_group) - 1) / 2)
+            label = "_" if method in named else method
+            axes.bar(place, fmean(values), 0.92 * slot, label=label, **bar(methods.index(method)))
+            named.add(method)
+            if len(values) > 1:
+                error = stdev(values) / math.sqrt(len(values))
+                axes.errorbar(place, fmean(values), error, ecolor="black", elinewidth=1.2, capsize=3, zorder=3)
             # Side by side in the order given: seeds of equal value are seen.
             spread = [0.5 * slot * ((i + 0.5) / len(values) - 0.5) for i in range(len(values))]
             axes.plot(
                 [place + shift for shift in spread], values, "o", color="white", markeredgecolor="black",
                 markersize=3.6, markeredgewidth=0.8, zorder=4, clip_on=False,
             )  # fmt: skip
-        axes.bar(places, heights, 0.92 * slot, label=method, **bar(index))
-        shown = [error or math.nan for error in errors]
-        axes.errorbar(places, heights, shown, fmt="none", ecolor="black", elinewidth=1.2, capsize=3, zorder=3)
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set_xticks(range(len(table)), list(table))
+    axes.set_xlim(-0.55, len(table) - 0.45)
     axes.tick_params(axis="x", length=0)
     axes.grid(False, axis="x")
     dress(axes, title, "", value)
     if len(methods) > 1:
-        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), handleheight=1.4, handlelength=2)
+        handles, texts = axes.get_legend_handles_labels()
+        order = sorted(range(len(texts)), key=lambda i: methods.index(texts[i]))
+        legend_beside(figure, axes, handles=[handles[i] for i in order], handleheight=1.4, handlelength=2)
     return save(figure, output)
 
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from deft_lightning.errors import UserError
-from deft_lightning.figures.style import Output, dress, line, panels, save, styled
+from deft_lightning.figures.style import Output, dress, legend_beside, line, panels, save, styled
 from deft_lightning.functional import TokenStats
 from deft_lightning.objectives import Objective
 
@@ -18,12 +19,22 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLLISIONS = (0.1, 0.5, 0.9)
-HIGHEST = 5.0  # losses above, such as that of NLL near p = 0, leave the figure
+HIGHEST = 5.0  # what is above, such as the loss of NLL near p = 0, leaves the figure
 
 
 def label(objective: Objective) -> str:
-    """Return the legend of an objective: its repr, without the brackets if nothing is in them."""
-    return repr(objective).removesuffix("()")
+    """Return the legend of an objective: its name, and the options that depart from their defaults."""
+    if type(objective).__repr__ is not Objective.__repr__:  # a user's own may say it in its own way
+        return repr(objective).removesuffix("()")
+    fields: tuple[dataclasses.Field[Any], ...] = (
+        dataclasses.fields(objective) if dataclasses.is_dataclass(objective) else ()
+    )
+    shown = []
+    for field in fields:
+        value, made = getattr(objective, field.name), field.default_factory
+        if value != (field.default if made is dataclasses.MISSING else made()):
+            shown.append(f"{field.name}={label(value) if isinstance(value, Objective) else value}")
+    return type(objective).__name__ + (f"({', '.join(shown)})" if shown else "")
 
 
 def possible(p: Tensor, collision: float) -> Tensor:
@@ -53,12 +64,14 @@ def curve_figure(objectives: Sequence[Objective], quantity: str, collisions: Seq
     if not collisions or any(not 0 < collision <= 1 for collision in collisions):
         raise UserError(f"collision probabilities must be in (0, 1], got {', '.join(map(str, collisions)) or 'none'}")
     p = torch.linspace(1e-4, 1 - 1e-6, 600, dtype=torch.float64)
-    figure, (axes,) = panels(1, 5.4, 3.6)
+    figure, (axes,) = panels(1, 4.4, 3.4)
     top, index, thin = 1.0, 0, False
     for objective in objectives:
-        curves = [(c, _values(objective, quantity, p, c)) for c in collisions]
-        same = all(torch.allclose(values, curves[0][1]) for _, values in curves)
-        for collision, values in curves[:1] if same else curves:
+        # Whether it depends on the prediction is asked of all three, however few are drawn.
+        found = {c: _values(objective, quantity, p, c) for c in dict.fromkeys([*collisions, *COLLISIONS])}
+        same = all(torch.allclose(values, found[collisions[0]]) for values in found.values())
+        for collision in collisions[:1] if same else collisions:
+            values = found[collision]
             named = label(objective) if same else f"{label(objective)}, C = {collision:g}"
             solid = torch.ones_like(p, dtype=torch.bool) if same else possible(p, collision)
             shown = torch.where(solid, values, torch.nan)
@@ -68,11 +81,13 @@ def curve_figure(objectives: Sequence[Objective], quantity: str, collisions: Seq
                 axes.plot(p.numpy(), rest.numpy(), **line(index) | {"linewidth": 0.7})
                 thin = True
             top, index = max(top, float(values.max())), index + 1
-    dress(axes, title, "target probability p" + ("  (thin: no prediction has this p and C)" if thin else ""), quantity)
+    dress(axes, title, "target probability p", quantity)
+    if thin:
+        axes.plot([], [], color="#555555", linewidth=0.7, label="thin: no prediction\nhas this p and C")
     axes.set_xlim(0, 1)
-    axes.set_ylim(0, 1.03 * top if quantity == "gate" else min(1.03 * top, HIGHEST))
+    axes.set_ylim(0, min(1.03 * top, HIGHEST))
     if index > 1:
-        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+        legend_beside(figure, axes)
     return figure
 
 
@@ -91,7 +106,7 @@ def _collisions(collision: float | Sequence[float]) -> Sequence[float]:
 def gate_curves(
     objectives: Sequence[Objective], output: Output, *, collision: float | Sequence[float] = COLLISIONS
 ) -> list[Path]:
-    """Draw the gate ``-dl/d(log p)`` against the target probability.
+    """Draw the gate ``-dl/d(log p)`` against the target probability, up to 5.
 
     Args:
         objectives: One line each, and one for each collision probability where the objective depends on it, as DEFT

@@ -41,6 +41,8 @@ def _build(node: ast.expr, text: str) -> Any:
             isinstance(argument, ast.Starred) for argument in node.args
         ):
             raise UserError(f"objective {text!r}: options are written out, without stars")
+        if len({keyword.arg for keyword in node.keywords}) < len(node.keywords):
+            raise UserError(f"objective {text!r}: an option is given twice")
         arguments = [_build(argument, text) for argument in node.args]
         options = {str(keyword.arg): _build(keyword.value, text) for keyword in node.keywords}
         return _made(cls, arguments, options, text)
@@ -82,9 +84,7 @@ def _made(cls: type[Objective], arguments: list[Any], options: dict[str, Any], t
         raise UserError(f"objective {text!r}: {error}; options of {cls.__name__}: {known}") from None
     try:
         return cls(*arguments, **options)
-    except UserError:
-        raise
-    except (TypeError, ValueError, AttributeError) as error:  # a string where a number belongs
+    except (TypeError, ValueError, AttributeError) as error:  # refused by the class, or a word where a number belongs
         raise UserError(f"objective {text!r}: {error}") from None
 
 

@@ -75,9 +75,10 @@ def scalar(run: str | Path, tag: str, scalars: Scalars | None = None) -> tuple[l
     """
     found = read_run(run) if scalars is None else scalars
     if tag not in found:
-        hint = did_you_mean(tag, found) or f" It has {', '.join(sorted(found)) or 'none'}"
-        why = " (its objective has no focus index, or --gate_monitor was left out)." if tag == "focus/mean" else "."
-        raise UserError(f"{run}: did not log the scalar {tag}{why}{hint}")
+        if tag == "focus/mean" and "prob/mean" in found:
+            raise UserError(f"{run}: did not log {tag}: the objective of the run has no focus index")
+        hint = did_you_mean(tag, found) or f" It has: {', '.join(sorted(found)) or 'none'}"
+        raise UserError(f"{run}: did not log the scalar {tag}.{hint}")
     return found[tag]
 
 

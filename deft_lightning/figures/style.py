@@ -22,7 +22,7 @@ Output = str | Path | Sequence[str | Path]
 
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 DASHES = ("-", (0, (5, 1.6)), (0, (6, 1.5, 1, 1.5)), (0, (1, 1.2)), (0, (10, 2)), (0, (3, 1, 1, 1, 1, 1)), (0, (2, 3)))
-HATCHES = ("", "////", "....", "\\\\\\\\", "xxxx", "----", "++")
+HATCHES = ("", "////", "...", "xxxx", "----", "\\\\\\", "++")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 SHADES = "cividis_r"  # the darker the more, evenly to the eye, in grey too
 DEFAULT_SUFFIXES = (".png", ".svg")
@@ -103,6 +103,14 @@ def dress(axes: Any, title: str, x: str = "", y: str = "") -> None:
     axes.set_title(title)
     axes.set_xlabel(x)
     axes.set_ylabel(y)
+
+
+def legend_beside(figure: Figure, axes: Any, **options: Any) -> None:
+    """Put the legend to the right of a figure's only panel, which keeps its size: the figure grows."""
+    legend = axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), **options)
+    needs = legend.get_window_extent()
+    width, height = figure.get_size_inches()
+    figure.set_size_inches(width + needs.width / figure.dpi, max(height, needs.height / figure.dpi))
 
 
 def line(index: int) -> dict[str, Any]:

@@ -11,10 +11,22 @@ from numpy.typing import NDArray
 
 from deft_lightning.errors import UserError
 from deft_lightning.figures.runs import Scalars, labels, read_run, scalar
-from deft_lightning.figures.style import COLOURS, DASHES, MARKERS, Output, dress, line, panels, save, styled
+from deft_lightning.figures.style import (
+    COLOURS,
+    DASHES,
+    MARKERS,
+    Output,
+    dress,
+    legend_beside,
+    line,
+    panels,
+    save,
+    styled,
+)
 
 PAIR = (("focus/mean", "focus alpha"), ("prob/mean", "target probability p"))
-APART = 0.075  # labels at the ends of lines, in units of the axis
+APART, LOWEST, HIGHEST = 0.1, 0.03, 0.96  # labels at the ends of lines, in units of the axis
+FEW = 12  # points of a line that are marked: a single one would not be seen
 Run = str | Path
 Progress = Literal["steps", "share"]
 
@@ -54,7 +66,8 @@ def run_figure(run: Run, output: Output) -> list[Path]:
     for axes, (title, unit, tags) in zip(all_axes, shown, strict=True):
         for i, (tag, label) in enumerate(tags.items()):
             if tag in scalars:
-                axes.plot(*scalars[tag], label=label, **line(i))
+                few = len(scalars[tag][0]) <= FEW
+                axes.plot(*scalars[tag], label=label, marker=MARKERS[i] if few else None, markersize=4, **line(i))
         dress(axes, title, "optimizer step", unit)
         axes.set_ylim(bottom=0)
         if axes.get_lines():
@@ -95,7 +108,7 @@ def focus_trajectories(
     curves = {label: _curves(of_label, progress) for label, of_label in named.items()}
     x = "optimizer step" if progress == "steps" else "share of the run"
     if together:
-        figure, (axes,) = panels(1, 5.4, 3.4)
+        figure, (axes,) = panels(1, 4.4, 3.4)
         for index, (label, pair) in enumerate(curves.items()):
             for dashed, curve in enumerate(pair):
                 style = {
@@ -105,7 +118,7 @@ def focus_trajectories(
                 }  # fmt: skip
                 _draw(axes, curve, style)
         dress(axes, "Focus and probability", x, "mean")
-        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+        legend_beside(figure, axes)
         all_axes = [axes]
     else:
         figure, all_axes = panels(len(curves), 3.0, 2.7, sharey=True)
@@ -119,7 +132,7 @@ def focus_trajectories(
         handles = all_axes[0].get_legend_handles_labels()
         figure.legend(*handles, loc="outside lower center", ncols=2)
     for axes in all_axes:
-        axes.set_ylim(0, 1)
+        axes.set_ylim(0, 1.02)  # a line at 1 is drawn in full
         axes.set_xlim(left=0)
     return save(figure, output)
 
@@ -154,12 +167,12 @@ def _draw(axes: Any, curve: Curve, style: dict[str, Any]) -> None:
 def _mark_ends(axes: Any, pair: Sequence[Curve]) -> None:
     """Write the last value of each line beside it, moved apart where they would overlap."""
     ends = [float(curve.mean[-1]) for curve in pair]
-    places = [min(max(end, 0.0), 1.0) for end in ends]
-    gap = APART - abs(places[0] - places[1])
-    if gap > 0:
-        upper = int(places[1] >= places[0])
-        places[upper] += gap / 2
-        places[1 - upper] -= gap / 2
+    # Within the panel: beyond its corners they would stand beside the title of the next one.
+    low, high = max(min(ends), LOWEST), min(max(ends), HIGHEST)
+    if high - low < APART:
+        middle = min(max((low + high) / 2, LOWEST + APART / 2), HIGHEST - APART / 2)
+        low, high = middle - APART / 2, middle + APART / 2
+    places = (low, high) if ends[0] < ends[1] else (high, low)
     for index, (curve, end, place) in enumerate(zip(pair, ends, places, strict=True)):
         axes.annotate(
             f"{end:.2f}", (curve.at[-1], place), (4, 0), textcoords="offset points", va="center", fontsize=8,

@@ -189,13 +189,18 @@ def pixels(figure: Any) -> np.ndarray:
 
 def test_the_curve_of_an_objective_says_what_it_depends_on() -> None:
     """One line for what depends on p alone, three with a legend for what depends on the prediction."""
-    lines = {str(o): drawings.gate_curve(o).axes[0].get_lines() for o in (NLL(), DEFT(), Likelihood())}
-    assert [len(found) for found in lines.values()] == [1, 3, 1]
-    x, y = (np.asarray(part) for part in lines["Likelihood()"][0].get_data())
+    axes = {type(o).__name__: drawings.gate_curve(o).axes[0] for o in (NLL(), DEFT(), Likelihood())}
+    assert [found.get_title("left") for found in axes.values()] == [f"Gate of {name}" for name in axes]
+    assert len(axes["NLL"].get_lines()) == 1 and axes["NLL"].get_legend() is None
+    x, y = (np.asarray(part) for part in axes["Likelihood"].get_lines()[0].get_data())
     assert y == pytest.approx(x, abs=1e-9)
-    for line, collision in zip(lines["DEFT()"], (0.1, 0.5, 0.9), strict=True):
+    texts = [text.get_text() for text in axes["DEFT"].get_legend().get_texts()]
+    assert texts[:3] == ["DEFT, C = 0.1", "DEFT, C = 0.5", "DEFT, C = 0.9"]
+    for collision in (0.1, 0.5, 0.9):
+        (line,) = [found for found in axes["DEFT"].get_lines() if found.get_label().endswith(f"= {collision}")]
         x, y = (np.asarray(part) for part in line.get_data())
-        assert y == pytest.approx(x**collision, rel=1e-9)
+        drawn = ~np.isnan(y)  # where a prediction has that p and C
+        assert drawn.any() and y[drawn] == pytest.approx(x[drawn] ** collision, rel=1e-9)
 
 
 def test_occupancy_is_darker_where_more_tokens_are() -> None:

@@ -1,0 +1,55 @@
+"""Objectives from text: what people write is understood, and nothing of it runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from deft_lightning.errors import UserError
+from deft_lightning.figures import parse_objective
+from deft_lightning.objectives import DEFT, EAFT, NLL, Cayley, Likelihood, Truncated, Tsallis
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("DEFT", DEFT()), ("DEFT()", DEFT()), (" NLL ", NLL()), ("Tsallis(q=-0.5)", Tsallis(q=-0.5)),
+        ("Tsallis(0.3)", Tsallis(q=0.3)), ("Cayley(floor=5e-1)", Cayley(floor=0.5)),
+        ("EAFT(k=5, normalizer=three)", EAFT(k=5, normalizer="three")),
+        ("Truncated(threshold=0.4, keep='below', base=Likelihood)", Truncated(0.4, "below", Likelihood())),
+        ("Truncated(base=Tsallis(q=0.1))", Truncated(base=Tsallis(q=0.1))),
+        ("deft_lightning.objectives.Cayley", Cayley()), ("deft_lightning.objectives.Tsallis(q=2)", Tsallis(q=2)),
+    ],
+)  # fmt: skip
+def test_it_is_what_it_says(text: str, wanted: object) -> None:
+    assert parse_objective(text) == wanted
+    assert parse_objective(repr(wanted)) == wanted
+
+
+def test_a_class_of_the_users_own_is_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_objectives_for_figures.py").write_text(
+        "from dataclasses import dataclass\nfrom deft_lightning.objectives import Likelihood\n\n\n"
+        "@dataclass(frozen=True, repr=False)\nclass Own(Likelihood):\n    power: int = 1\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    found = parse_objective("my_objectives_for_figures.Own(power=3)")
+    assert repr(found) == "Own(power=3)" and isinstance(found, Likelihood)
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("DEFF", "Did you mean DEFT"), ("Tsalis(q=1)", "Did you mean Tsallis"), ("3", "is unknown"),
+        ("", "write NAME"), ("DEFT(", "write NAME"), ("Tsallis(q=1, q=2)", "given twice"),
+        ("Tsallis(p=1)", "options of Tsallis: q"), ("Tsallis(**{})", "without stars"),
+        ("Tsallis(q=high)", "must be"), ("Tsallis(q=nan)", "must be"), ("Cayley(floor=2)", "outside"),
+        ("Tsallis(q=1/0)", "neither"), ("lambda: DEFT()", "neither"), ("Tsallis(q=open('x'))", "open is unknown"),
+        ("__import__('os').abort()", "cannot import"), ("os.path", "is no objective"),
+        ("nowhere.Mine", "cannot import nowhere"), ("deft_lightning.objectives.Objective", "is no objective"),
+    ],
+)  # fmt: skip
+def test_anything_else_is_one_line(text: str, wanted: str) -> None:
+    with pytest.raises(UserError, match=wanted) as error:
+        parse_objective(text)
+    assert text in str(error.value) and "\n" not in str(error.value)
