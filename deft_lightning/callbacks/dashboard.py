@@ -91,7 +91,8 @@ def chart_layout(noise: bool, focus: bool) -> Charts:
         charts["Clean against noisy labels"] = {
             "Gate": _lines("gate/clean", "gate/noisy"),
             "Plain NLL": _lines("nll/clean", "nll/noisy"),
-            "Share of the gradient, and memorised labels": _lines("noise/gradient_share", "noise/memorised"),
+            "Noisy tokens' share of the gradient": _lines("noise/gradient_share"),
+            "Noisy labels: memorised, recovered": _lines("noise/memorised", "noise/recovered"),
             "Detection of noise (AUROC)": _lines("noise/auroc_gate", "noise/auroc_prob"),
         }
     charts["Losses"] = losses

@@ -77,7 +77,9 @@ class GateMonitor(TokenMonitor):
         count = 3 + len(self.others) + (1 + BANDS if self.has_focus else 0)
         return PackedHistogram([(0.0, 1.0)] * count, self.bins)
 
-    def observe(self, packed: PackedHistogram, module: Any, stats: TokenStats, noise_code: Any) -> None:
+    def observe(
+        self, packed: PackedHistogram, module: Any, stats: TokenStats, noise_code: Any, clean_labels: Any
+    ) -> None:
         """Add gate, probability, gradient and focus of each token."""
         gate, prob = module.objective.gate(stats), stats.log_prob.exp()
         packed.update(0, gate)

@@ -103,7 +103,8 @@ class TorchRows:
         collision, entropy = self._spread(z, pi, most, log_sum)
         pi.scatter_(-1, arg, peak)
         topk_entropy = None if largest is None else topk_entropy_of(largest - top, self.transform.topk)
-        return TokenStats(log_prob, collision, entropy, arg.squeeze(-1) == targets, topk_entropy)
+        arg = arg.squeeze(-1)
+        return TokenStats(log_prob, collision, entropy, arg == targets, topk_entropy, arg)
 
     def _spread(self, z: Tensor, pi: Tensor, peak: Tensor, log_sum: Tensor) -> tuple[Tensor, Tensor]:
         """Collision probability and entropy; ``pi`` lacks its peak, ``z`` is 0 there and is used up."""
