@@ -28,6 +28,7 @@ class TokenStats(NamedTuple):
         correct: Whether the target is the arg-max (bool).
         topk_entropy: Entropy in nats of the ``k`` largest probabilities renormalised, in ``[0, ln k]``; present only
             where an objective asked for it through ``topk``.
+        arg_max: Token the model would say, its first choice (int64); not there in statistics made by hand.
     """
 
     log_prob: Tensor
@@ -35,12 +36,12 @@ class TokenStats(NamedTuple):
     entropy: Tensor
     correct: Tensor
     topk_entropy: Tensor | None = None
+    arg_max: Tensor | None = None
 
     def map(self, function: Callable[[Tensor], Tensor]) -> TokenStats:
-        """Return the statistics with ``function`` applied to every field that is there."""
-        topk = None if self.topk_entropy is None else function(self.topk_entropy)
-        log_prob, collision, entropy, correct = (function(field) for field in self[:4])
-        return TokenStats(log_prob, collision, entropy, correct, topk)
+        """Return the statistics with ``function`` applied to every field that is there; not all of them are floats."""
+        found: Any = (None if field is None else function(field) for field in self)
+        return TokenStats(*found)
 
     def select(self, index: Tensor) -> TokenStats:
         """Return the statistics of the tokens that ``index`` (a mask or positions) picks, flattened."""
@@ -95,7 +96,7 @@ class _LogSoftmaxStats(torch.autograd.Function):
     """One softmax pass; backward writes ``grad * (onehot - pi)`` with the target entry free of cancellation."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, topk: int) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, topk: int) -> tuple[Tensor | None, ...]:
         z = logits.to(accumulation_dtype(logits.dtype))
         top, arg = z.max(dim=-1, keepdim=True)
         shifted = z - top
@@ -108,11 +109,12 @@ class _LogSoftmaxStats(torch.autograd.Function):
         collision = (1 + rest.square().sum(-1)) / (1 + tail).square()
         weighted = torch.where(rest > 0, rest * shifted, torch.zeros_like(rest))
         entropy = log_sum - weighted.sum(-1) / (1 + tail)
-        correct = arg.squeeze(-1) == targets
-        topk_entropy = topk_entropy_of(shifted, topk) if topk else torch.zeros_like(log_prob)
+        arg = arg.squeeze(-1)
+        topk_entropy = topk_entropy_of(shifted, topk) if topk else None
         ctx.save_for_backward(logits, targets, top, log_sum, log_prob)
-        ctx.mark_non_differentiable(collision, entropy, correct, topk_entropy)
-        return log_prob, collision, entropy, correct, topk_entropy
+        fields = TokenStats(log_prob, collision, entropy, arg == targets, topk_entropy, arg)
+        ctx.mark_non_differentiable(*(field for field in fields[1:] if field is not None))
+        return tuple(fields)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -147,17 +149,8 @@ def token_stats(logits: Tensor, targets: Tensor, *, ignore_index: int = -100, to
         Statistics in the shape of ``targets``, float32 (float64 for float64 logits).
     """
     keep = targets != ignore_index
-    log_prob, collision, entropy, correct, topk_entropy = cast(
-        "tuple[Tensor, ...]", _LogSoftmaxStats.apply(logits, targets.masked_fill(~keep, 0), topk)
-    )
-    zero = log_prob.new_zeros(())
-    return TokenStats(
-        log_prob=torch.where(keep, log_prob, zero),
-        collision=torch.where(keep, collision, zero),
-        entropy=torch.where(keep, entropy, zero),
-        correct=correct & keep,
-        topk_entropy=torch.where(keep, topk_entropy, zero) if topk else None,
-    )
+    stats = TokenStats(*cast("tuple[Any, ...]", _LogSoftmaxStats.apply(logits, targets.masked_fill(~keep, 0), topk)))
+    return stats.map(lambda field: torch.where(keep, field, field.new_zeros(())))
 
 
 def token_loss(

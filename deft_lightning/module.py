@@ -146,7 +146,7 @@ class SFTModule(LightningModule):
         # In a plain dict, so that casting the module to bfloat16 leaves their float64 sums alone.
         self._meters = {
             "train": TokenMeter(), "val": TokenMeter(), "val_noisy": TokenMeter(), "test": ExactMatch(),
-            "router": MeanMetric(),
+            "recovered": TokenMeter(), "router": MeanMetric(),
         }  # fmt: skip
 
     # ---------------------------------------------------------------- the model
@@ -292,12 +292,7 @@ class SFTModule(LightningModule):
         if (tracked := self.acting.tracks) is not None:
             self._totals.weigh(tracked.objective.gate(stats))
         self._totals.watch(batch.get("example_id", ()), loss)
-        codes = batch.get("noise_code")
-        return {
-            "loss": loss if router is None else loss + router,
-            "stats": stats,
-            "noise_code": None if codes is None else codes[:, 1:][keep],
-        }
+        return {"loss": loss if router is None else loss + router, "stats": stats, **_noise_of(batch, keep)}
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
         """Add a batch to the validation sums; the NLL is plain whatever the objective.
@@ -308,8 +303,13 @@ class SFTModule(LightningModule):
         if dataloader_idx == 0:
             self._meters["val"].update(loss, stats)
         else:
-            noisy = stats.select(batch["noise_code"][:, 1:][keep] > 0)
-            self._meters["val_noisy"].update(loss.new_zeros(()), noisy)
+            codes, clean = _noise_of(batch, keep).values()
+            assert codes is not None and stats.arg_max is not None
+            zero, clean = loss.new_zeros(()), torch.full_like(codes, IGNORE) if clean is None else clean
+            self._meters["val_noisy"].update(zero, stats.select(codes > 0))
+            # The same sums with the clean label in place of the corrupted one, where it is known.
+            found = stats._replace(correct=stats.arg_max == clean).select((codes > 0) & (clean != IGNORE))
+            self._meters["recovered"].update(zero, found)
         return {"stats": stats}
 
     # ---------------------------------------------------------------- one optimizer step
@@ -450,6 +450,11 @@ class SFTModule(LightningModule):
             self.log("val_noisy/nll", noisy["nll"], sync_dist=True)
             # Share of the corrupted labels that the model gives as its first choice: what it has memorised.
             self.log("val_noisy/reproduced", noisy["token_accuracy"], sync_dist=True)
+        found = self._meters["recovered"].compute()
+        self._meters["recovered"].reset()
+        if found["tokens"] > 0:
+            # Share of them whose clean label is the first choice: what it has seen through.
+            self.log("val_noisy/recovered", found["token_accuracy"], sync_dist=True)
 
     def configure_optimizers(self) -> Any:
         """Build the optimizer and the schedule; plan the schedule over the trainer's optimizer steps."""
@@ -550,6 +555,15 @@ class SFTModule(LightningModule):
         self._training = Training(*checkpoint.get(KEY, {}).get("training", self._training))
         self._gates = RunningMean(*checkpoint.get(KEY, {}).get("gates", ()))
         self._seen_before, self._seen = int(checkpoint.get(KEY, {}).get("tokens_seen", 0)), None
+
+
+def _noise_of(batch: dict[str, Any], keep: Tensor) -> dict[str, Tensor | None]:
+    """Return noise codes and clean labels of the supervised tokens; None where the batch has none."""
+    found = {name: batch.get(name) for name in ("noise_code", "clean_labels")}
+    if all(field is None for field in found.values()):
+        return found
+    at = keep.nonzero(as_tuple=True)  # a device is waited for once
+    return {name: None if field is None else field[:, 1:][at] for name, field in found.items()}
 
 
 def _check_batch(batch: dict[str, Any]) -> None:

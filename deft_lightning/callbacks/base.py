@@ -31,8 +31,18 @@ class TokenMonitor(Callback):
         """Return the empty packed histogram, once the model is known."""
         raise NotImplementedError
 
-    def observe(self, packed: PackedHistogram, module: Any, stats: TokenStats, noise_code: Any) -> None:
-        """Add the tokens of one micro-batch."""
+    def observe(
+        self, packed: PackedHistogram, module: Any, stats: TokenStats, noise_code: Any, clean_labels: Any
+    ) -> None:
+        """Add the N tokens of one micro-batch.
+
+        Args:
+            packed: Where to.
+            module: Has the objective.
+            stats: Their statistics.
+            noise_code: Shape ``(N,)``, 0 where a label is clean; None where nothing is known of noise.
+            clean_labels: Shape ``(N,)``, labels before they were corrupted, -100 where unknown; or None.
+        """
         raise NotImplementedError
 
     def report(self, trainer: Trainer, module: Any, rows: list[Histogram]) -> None:
@@ -47,7 +57,8 @@ class TokenMonitor(Callback):
             return
         if self.packed is None:
             self.packed = self.open(trainer, pl_module).to(pl_module.device)
-        self.observe(self.packed, pl_module, outputs["stats"], outputs.get("noise_code"))
+        noise = (outputs.get("noise_code"), outputs.get("clean_labels"))
+        self.observe(self.packed, pl_module, outputs["stats"], *noise)
         if not trainer.fit_loop._should_accumulate():
             rows = self.packed.rows()
             self.packed.reset()

@@ -112,7 +112,8 @@ def chart_layout(noise: bool, focus: bool, scale: bool) -> Charts:
             "Gate": _lines("gate/clean", "gate/noisy"),
             "Plain NLL": _lines("nll/clean", "nll/noisy"),
             "Locked: all labels, and the clean ones": _lines("gate/locked", "gate/locked_clean"),
-            "Share of the gradient, and memorised labels": _lines("noise/gradient_share", "noise/memorised"),
+            "Noisy tokens' share of the gradient": _lines("noise/gradient_share"),
+            "Noisy labels: memorised, recovered": _lines("noise/memorised", "noise/recovered"),
             "Detection of noise (AUROC)": _lines("noise/auroc_gate", "noise/auroc_prob"),
         }
     charts["Losses"] = losses

@@ -33,7 +33,9 @@ class EntropyMonitor(TokenMonitor):
         highest = math.log(module.model.config.get_text_config().vocab_size)
         return PackedHistogram([(0.0, highest), (0.0, highest), (0.0, 1.0)], self.bins)
 
-    def observe(self, packed: PackedHistogram, module: Any, stats: TokenStats, noise_code: Any) -> None:
+    def observe(
+        self, packed: PackedHistogram, module: Any, stats: TokenStats, noise_code: Any, clean_labels: Any
+    ) -> None:
         """Add both entropies and the collision probability of each token."""
         packed.update(0, stats.entropy)
         packed.update(1, -stats.collision.log())

@@ -85,7 +85,9 @@ class GateMonitor(TokenMonitor):
         # Whether there is a focus may change in a run; rows that stay empty cost nothing.
         return PackedHistogram([(0.0, 1.0)] * (FIXED + len(self.others) + 1 + BANDS), self.bins)
 
-    def observe(self, packed: PackedHistogram, module: Any, stats: TokenStats, noise_code: Any) -> None:
+    def observe(
+        self, packed: PackedHistogram, module: Any, stats: TokenStats, noise_code: Any, clean_labels: Any
+    ) -> None:
         """Add gate, probability, gradient and focus of each token."""
         acting: Objective = module.acting
         gate, prob = acting.gate(stats), stats.log_prob.exp()

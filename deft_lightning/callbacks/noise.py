@@ -12,6 +12,8 @@ from deft_lightning.functional import TokenStats
 from deft_lightning.metrics import Histogram, PackedHistogram, binned_auroc, spread
 
 BINS = 1024
+RECOVERED = 12  # row of whether the first choice of a noisy token is its clean label
+IGNORE = -100
 
 
 class NoiseMonitor(TokenMonitor):
@@ -20,16 +22,18 @@ class NoiseMonitor(TokenMonitor):
     `gate/clean`, `gate/noisy`, `nll/clean`, `nll/noisy` are means; `noise/auroc_gate` and `noise/auroc_prob` how well
     1 - gate and 1 - p detect noise (0.5 is chance; tokens within one of 1024 bins count as equal);
     `noise/gradient_share` the noisy tokens' share of the summed gate * (1 - p); `noise/memorised` the share of noisy
-    tokens whose corrupted label is the model's first choice. How many have been recovered, their clean label the first
-    choice, cannot be told: the statistics hold whether the label is the arg-max, not which token is.
+    tokens whose corrupted label is the model's first choice, `noise/recovered` of those whose clean label is: among
+    the ones whose clean label is known, as it is where single tokens were replaced (`TokenReplace`).
     """
 
     def open(self, trainer: Trainer, module: Any) -> PackedHistogram:
-        """Return rows of gate, probability, NLL, gradient and arg-max, each for clean and noisy."""
+        """Return rows of gate, probability, NLL, gradient and arg-max, each for clean and noisy, and of recovery."""
         # Ranges of nll and gradient do not matter: only their sums are read.
-        return PackedHistogram([(0.0, 1.0)] * 12, BINS)
+        return PackedHistogram([(0.0, 1.0)] * 13, BINS)
 
-    def observe(self, packed: PackedHistogram, module: Any, stats: TokenStats, noise_code: Any) -> None:
+    def observe(
+        self, packed: PackedHistogram, module: Any, stats: TokenStats, noise_code: Any, clean_labels: Any
+    ) -> None:
         """Add each token to its class."""
         if noise_code is None:
             return
@@ -40,10 +44,13 @@ class NoiseMonitor(TokenMonitor):
             parts = (spread(kept.log()), spread(log_prob), kept, -log_prob, kept * error[chosen], stats.correct[chosen])
             for row, values in enumerate(parts, start=offset):
                 packed.update(row, values)
+        if clean_labels is not None and stats.arg_max is not None:
+            known = (noise_code != 0) & (clean_labels != IGNORE)
+            packed.update(RECOVERED, (stats.arg_max == clean_labels)[known])
 
     def report(self, trainer: Trainer, module: Any, rows: list[Histogram]) -> None:
         """Write the comparison once both classes were seen."""
-        clean, noisy = rows[:6], rows[6:]
+        clean, noisy, recovered = rows[:6], rows[6:RECOVERED], rows[RECOVERED]
         if not (clean[0].total and noisy[0].total):
             return
         values: dict[str, float] = {}
@@ -55,4 +62,6 @@ class NoiseMonitor(TokenMonitor):
         spent = clean[4].sum + noisy[4].sum
         values["noise/gradient_share"] = noisy[4].sum / spent if spent else 0.0
         values["noise/memorised"] = noisy[5].mean
+        if recovered.total:
+            values["noise/recovered"] = recovered.mean
         self.write_scalars(trainer, values)

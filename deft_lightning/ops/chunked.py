@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -151,11 +151,11 @@ def concatenate(parts: list[TokenStats], like: Tensor, topk: int) -> TokenStats:
     """Return the statistics of several blocks as one; of none, empty ones."""
     if not parts:
         empty = like.new_zeros((0,), dtype=accumulation_dtype(like.dtype))
-        return TokenStats(empty, empty.clone(), empty.clone(), empty.bool(), empty.clone() if topk else None)
-    columns = zip(*(part[:4] for part in parts), strict=True)
-    log_prob, collision, entropy, correct = (torch.cat(column) for column in columns)
-    extra = [part.topk_entropy for part in parts if part.topk_entropy is not None]
-    return TokenStats(log_prob, collision, entropy, correct, torch.cat(extra) if extra else None)
+        extra = empty.clone() if topk else None
+        return TokenStats(empty, empty.clone(), empty.clone(), empty.bool(), extra, empty.long())
+    columns = ([field for field in column if field is not None] for column in zip(*parts, strict=True))
+    found: Any = (torch.cat(column) if column else None for column in columns)
+    return TokenStats(*found)
 
 
 def _value_and_slope(objective: Objective, stats: TokenStats) -> tuple[Tensor, Tensor]:

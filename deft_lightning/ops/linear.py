@@ -22,7 +22,7 @@ class _FusedHead(torch.autograd.Function):
     """Gradients are computed in forward, where the logits of a chunk exist; backward only scales them."""
 
     @staticmethod
-    def forward(ctx: Any, plan: Plan, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, plan: Plan, *tensors: Tensor) -> tuple[Tensor | None, ...]:
         assert plan.objective is not None
         inputs, wanted = Inputs(*tensors), ctx.needs_input_grad[1:6]
         if any(wanted):
@@ -32,9 +32,8 @@ class _FusedHead(torch.autograd.Function):
         else:
             stats = statistics(inputs, plan)
             loss = plan.objective(stats)
-        fields = tuple(field for field in stats if field is not None)
-        ctx.mark_non_differentiable(*fields)
-        return ((loss if inputs.token_weight is None else loss * inputs.token_weight).sum(), *fields)
+        ctx.mark_non_differentiable(*(field for field in stats if field is not None))
+        return ((loss if inputs.token_weight is None else loss * inputs.token_weight).sum(), *stats)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -51,13 +50,13 @@ class _StatsHead(torch.autograd.Function):
     """Statistics with a differentiable log p: backward computes the logits again, chunk by chunk."""
 
     @staticmethod
-    def forward(ctx: Any, plan: Plan, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, plan: Plan, *tensors: Tensor) -> tuple[Tensor | None, ...]:
         inputs = Inputs._make((*tensors, None))
-        fields = tuple(field for field in statistics(inputs, plan) if field is not None)
-        ctx.mark_non_differentiable(*fields[1:])
+        stats = statistics(inputs, plan)
+        ctx.mark_non_differentiable(*(field for field in stats[1:] if field is not None))
         ctx.save_for_backward(*inputs[:-1])
         ctx.plan = plan
-        return fields
+        return tuple(stats)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -174,7 +173,7 @@ def linear_loss(
         token_weight = token_weight.detach().to(accumulation_dtype(hidden.dtype))
         token_weight = token_weight if call.kept is None else token_weight[call.kept]
     total, *fields = cast(
-        "tuple[Tensor, ...]",
+        "tuple[Any, ...]",
         _FusedHead.apply(Plan(objective, transform, call.kernel), *call[:6], token_weight),
     )
     return total, call.scatter(TokenStats(*fields), len(targets))
@@ -215,5 +214,5 @@ def linear_token_stats(
     """
     call = _prepare(hidden, weight, targets, bias, adapter, ignore_index, backend)
     plan = Plan(None, Transform(logit_scale, softcap, topk), call.kernel)
-    fields = cast("tuple[Tensor, ...]", _StatsHead.apply(plan, *call[:6]))
+    fields = cast("tuple[Any, ...]", _StatsHead.apply(plan, *call[:6]))
     return call.scatter(TokenStats(*fields), len(targets))

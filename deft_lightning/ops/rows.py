@@ -94,12 +94,17 @@ class TorchRows:
         # is flat, 1 - tail does not, and the entry itself does.
         pi.scatter_(-1, arg, 0.0)
         tail = pi.sum(-1)
-        log_sum = torch.where(tail < 0.5, -torch.log1p(-tail), -peak.squeeze(-1).log())
+        sure = tail < 0.5
+        log_sum = torch.where(sure, -torch.log1p(-tail), -peak.squeeze(-1).log())
         log_prob = z.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - log_sum
-        collision, entropy = self._spread(z, pi, peak.squeeze(-1), log_sum)
+        # The entry is off by what the softmax's own sum lost next to it; this way it is 1 - tail, and a NaN stays one.
+        most = peak.squeeze(-1)
+        most = torch.where(sure, most + (1 - tail - most), most)
+        collision, entropy = self._spread(z, pi, most, log_sum)
         pi.scatter_(-1, arg, peak)
         topk_entropy = None if largest is None else topk_entropy_of(largest - top, self.transform.topk)
-        return TokenStats(log_prob, collision, entropy, arg.squeeze(-1) == targets, topk_entropy)
+        arg = arg.squeeze(-1)
+        return TokenStats(log_prob, collision, entropy, arg == targets, topk_entropy, arg)
 
     def _spread(self, z: Tensor, pi: Tensor, peak: Tensor, log_sum: Tensor) -> tuple[Tensor, Tensor]:
         """Collision probability and entropy; ``pi`` lacks its peak, ``z`` is 0 there and is used up."""

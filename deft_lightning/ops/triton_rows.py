@@ -142,7 +142,7 @@ class TritonRows:
         if self.transform.topk:
             largest = self._largest(product)
             topk_entropy = topk_entropy_of(largest - largest[:, :1], self.transform.topk)
-        return TokenStats(log_prob, collision, entropy, arg == targets, topk_entropy)
+        return TokenStats(log_prob, collision, entropy, arg == targets, topk_entropy, arg)
 
     def _largest(self, product: Tensor) -> Tensor:
         """Return the largest logits in descending order; scale and soft-capping keep the order of the products."""

@@ -81,7 +81,7 @@ class Tally:
             found: Statistics of its N tokens on the host, by how many probabilities their ``topk_entropy`` covers.
             codes: Shape ``(N,)``, noise code of each token.
         """
-        wide = {k: stats.map(lambda x: x if x.dtype == torch.bool else x.double()) for k, stats in found.items()}
+        wide = {k: stats.map(lambda x: x.double() if x.is_floating_point() else x) for k, stats in found.items()}
         stats = next(iter(wide.values()))
         if not len(stats.log_prob):
             return

@@ -55,7 +55,8 @@ SCALARS = {
     "gradient": {"p0_10", "p10_50", "p50_90", "p90_100"},
 }
 NOISE_SCALARS = {"gate/clean", "gate/noisy", "nll/clean", "nll/noisy", "noise/auroc_gate", "noise/auroc_prob",
-                 "noise/gradient_share", "noise/memorised", "gate/locked_clean"}  # fmt: skip
+                 "noise/gradient_share", "noise/memorised", "noise/recovered",
+                 "gate/locked_clean"}  # fmt: skip
 HISTOGRAMS = {"gate/hist", "focus/hist", "prob/hist", "gradient/hist", "entropy/hist", "entropy/renyi2_hist",
               "collision/hist"}  # fmt: skip
 
@@ -181,13 +182,15 @@ class Tokens:
 
     def __init__(self, pretrained: str, batches: Sequence[dict[str, Any]]) -> None:
         self.model = AutoModelForCausalLM.from_pretrained(pretrained, dtype=torch.float64).eval()
-        logits, targets, codes = [], [], []
+        logits, targets, codes, clean = [], [], [], []
         for batch in batches:
             out = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
             keep = batch["labels"][:, 1:] != -100
             logits.append(out[keep])
             targets.append(batch["labels"][:, 1:][keep])
             codes.append(batch["noise_code"][:, 1:][keep])
+            clean.append(batch["clean_labels"][:, 1:][keep])
+        self.clean = torch.cat(clean)
         self.logits, self.targets, self.codes = torch.cat(logits), torch.cat(targets), torch.cat(codes)
         pi = torch.softmax(self.logits, dim=-1)
         self.p = pi.gather(-1, self.targets.unsqueeze(-1)).squeeze(-1)
@@ -230,6 +233,7 @@ def expected_scalars(tokens: Tokens) -> dict[str, float]:
         "nll/noisy": nll[noisy].mean(),
         "noise/gradient_share": effort[noisy].sum() / effort.sum(),
         "noise/memorised": (tokens.logits.argmax(-1) == tokens.targets)[noisy].double().mean(),
+        "noise/recovered": (tokens.logits.argmax(-1) == tokens.clean)[noisy].double().mean(),
     }
     for name, low, high in (("p0_10", 0, 0.1), ("p10_50", 0.1, 0.5), ("p50_90", 0.5, 0.9), ("p90_100", 0.9, 1.1)):
         values[f"gradient/{name}"] = effort[(p >= low) & (p < high)].sum() / effort.sum()

@@ -96,7 +96,7 @@ def charts_of(found: layout_pb2.Layout) -> dict[str, list[str]]:
 def test_every_chart_of_the_layout_finds_its_lines_in_the_run(run: Path) -> None:
     found = events(run)
     charts = charts_of(layout(found))
-    assert len(charts) == 14
+    assert len(charts) == 15
     for title, patterns in charts.items():
         for pattern in patterns:
             # TensorBoard matches from the start of a tag.
@@ -253,6 +253,7 @@ def test_a_csv_logger_gets_the_same_numbers(run: Path, tmp_path: Path) -> None:
         "gradient/p0_10",
         "counterfactual/Likelihood/gate",
         "noise/memorised",
+        "noise/recovered",
         "val/nll",
     ):
         values = [float(row[tag]) for row in rows if row.get(tag)]

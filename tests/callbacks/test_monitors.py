@@ -19,8 +19,8 @@ VOCABULARY = 40
 COUNTS = (17, 0, 301, 182)
 
 
-def micro_batches() -> list[tuple[TokenStats, torch.Tensor]]:
-    """Statistics from flat to concentrated predictions, and which tokens are noisy."""
+def micro_batches() -> list[tuple[TokenStats, torch.Tensor, torch.Tensor]]:
+    """Statistics from flat to concentrated predictions, which tokens are noisy, and what their clean labels are."""
     generator = torch.Generator().manual_seed(5)
     found = []
     for count in COUNTS:
@@ -30,7 +30,10 @@ def micro_batches() -> list[tuple[TokenStats, torch.Tensor]]:
         other = torch.randint(0, VOCABULARY, (count,), generator=generator)
         targets = torch.where(torch.rand(count, generator=generator) < 0.6, guess, other)
         noisy = (torch.rand(count, generator=generator) < 0.3).long()
-        found.append((token_stats(logits, targets), noisy))
+        # Of noisy tokens: the first choice, the second, or nobody knows.
+        clean = logits.topk(2, dim=-1).indices.gather(-1, torch.randint(2, (count, 1), generator=generator)).squeeze(-1)
+        clean = torch.where(torch.rand(count, generator=generator) < 0.7, clean, -100)
+        found.append((token_stats(logits, targets), noisy, torch.where(noisy > 0, clean, targets)))
     return found
 
 
@@ -42,6 +45,8 @@ class Columns:
         stats = [np.concatenate([part[0][i].numpy() for part in parts]) for i in range(4)]
         log_p, self.c, self.h = (column.astype(np.float64) for column in stats[:3])
         self.correct, self.noisy = stats[3], np.concatenate([part[1].numpy() for part in parts]) > 0
+        self.first = np.concatenate([part[0].arg_max.numpy() for part in parts])
+        self.clean = np.concatenate([part[2].numpy() for part in parts])
         self.log_p, self.p = log_p, np.exp(log_p)
         self.gate = np.exp(self.c * log_p)  # of DEFT
         self.mass = self.gate * (1 - self.p)
@@ -71,8 +76,8 @@ def watch(monitor: TokenMonitor, objective: Objective, monkeypatch: pytest.Monke
     monkeypatch.setattr(monitor, "write_figure", lambda _, tag, draw: run.grids.append((tag, draw())))
     monitor.setup(run, run, "fit")
     packed = monitor.open(run, run)
-    for stats, noisy in micro_batches():
-        monitor.observe(packed, run, stats, noisy)
+    for stats, noisy, clean in micro_batches():
+        monitor.observe(packed, run, stats, noisy, clean)
     monitor.report(run, run, packed.rows())
     return run
 
@@ -171,6 +176,29 @@ def test_memorised_is_the_share_of_noisy_labels_that_are_the_first_choice(monkey
     assert run.scalars["gate/noisy"] == pytest.approx(tokens.gate[tokens.noisy].mean(), rel=1e-6)
     spent = tokens.mass[tokens.noisy].sum() / tokens.mass.sum()
     assert run.scalars["noise/gradient_share"] == pytest.approx(spent, rel=1e-5)
+
+
+def test_recovered_is_the_share_of_noisy_labels_seen_through_of_those_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    run, tokens = watch(NoiseMonitor(), DEFT(), monkeypatch), Columns()
+    known = tokens.noisy & (tokens.clean != -100)
+    share = (tokens.first == tokens.clean)[known].mean()
+    assert 0.3 < share < 0.7 and 60 < known.sum() < tokens.noisy.sum()
+    assert run.scalars["noise/recovered"] == pytest.approx(share, rel=1e-12)
+    assert share != tokens.correct[tokens.noisy].mean()
+
+
+@pytest.mark.parametrize("lacking", ["clean labels", "arg-max", "known ones"])
+def test_without_clean_labels_nothing_is_said_of_recovery(lacking: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_all = micro_batches()
+    without = {
+        "clean labels": [(stats, noisy, None) for stats, noisy, _ in with_all],
+        "arg-max": [(stats._replace(arg_max=None), noisy, clean) for stats, noisy, clean in with_all],
+        "known ones": [(s, noisy, torch.where(noisy > 0, -100, clean)) for s, noisy, clean in with_all],
+    }
+    whole = watch(NoiseMonitor(), DEFT(), monkeypatch).scalars
+    monkeypatch.setattr(f"{__name__}.micro_batches", lambda: without[lacking])
+    found = watch(NoiseMonitor(), DEFT(), monkeypatch).scalars
+    assert found == {tag: value for tag, value in whole.items() if tag != "noise/recovered"} != whole
 
 
 def test_a_step_without_tokens_has_no_quantiles_or_shares(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -272,19 +272,25 @@ def trainer(folder: Path, steps: int, **options: Any) -> Trainer:
 
 
 @torch.no_grad()
-def by_hand(module: SFTModule, examples: dict[str, Part], *, corrupted: bool) -> tuple[float, float]:
-    """NLL and share of first choices in float64, an example at a time, over the corrupted tokens or over all."""
+def by_hand(module: SFTModule, examples: dict[str, Part], *, corrupted: bool) -> tuple[float, float, float | None]:
+    """NLL, and shares of labels and of known clean labels that are the first choice, in float64, one by one.
+
+    Over the corrupted tokens or over all.
+    """
     model = module.model.double().eval()
-    nll, right, count = 0.0, 0, 0
+    nll, right, count, through, known = 0.0, 0, 0, 0, 0
     for part in examples.values():
         logits = model(input_ids=torch.tensor([part["input_ids"]]), use_cache=False).logits[0]
-        for at, (label, code) in enumerate(zip(part["labels"], part["noise_code"], strict=True)):
-            if label == -100 or (corrupted and not code):
+        for at, label in enumerate(part["labels"]):
+            if label == -100 or (corrupted and not part["noise_code"][at]):
                 continue
             nll -= float(logits[at - 1].log_softmax(-1)[label])
-            right += int(logits[at - 1].argmax()) == label
+            first, clean = int(logits[at - 1].argmax()), part["clean_labels"][at]
+            right += first == label
             count += 1
-    return nll / count, right / count
+            through += first == clean
+            known += clean != -100
+    return nll / count, right / count, through / known if known else None
 
 
 @every_mode
@@ -294,12 +300,13 @@ def test_a_run_logs_what_a_float64_forward_gives(tmp_path: Path, mode: dict[str,
     run.fit(module, data)
     found = {name: float(value) for name, value in run.callback_metrics.items()}
     clean, noisy = (parts(loader) for loader in data.val_dataloader())
-    nll, accuracy = by_hand(module, clean, corrupted=False)
+    nll, accuracy, _ = by_hand(module, clean, corrupted=False)
     assert found["val/nll"] == pytest.approx(nll, rel=1e-5)
     assert found["val/token_accuracy"] == pytest.approx(accuracy, abs=1e-6)
-    nll, accuracy = by_hand(module, noisy, corrupted=True)
+    nll, accuracy, recovered = by_hand(module, noisy, corrupted=True)
     assert found["val_noisy/nll"] == pytest.approx(nll, rel=1e-5)
     assert found["val_noisy/reproduced"] == pytest.approx(accuracy, abs=1e-6)
+    assert found.get("val_noisy/recovered") == (None if recovered is None else pytest.approx(recovered, abs=1e-6))
     assert abs(found["val_noisy/nll"] - found["val/nll"]) > 0.05  # they are not about the same tokens
 
 
@@ -332,6 +339,7 @@ def test_what_a_model_has_memorised_shows(tmp_path: Path) -> None:
     assert run.callback_metrics["val_noisy/reproduced"] < 0.1 and run.callback_metrics["val_noisy/nll"] > 4
     run.fit(module, data)
     assert run.callback_metrics["val_noisy/reproduced"] > 0.97 and run.callback_metrics["val_noisy/nll"] < 0.1
+    assert run.callback_metrics["val_noisy/recovered"] < 0.03
 
 
 def test_a_module_can_be_validated_before_it_is_trained(tmp_path: Path) -> None:
@@ -353,3 +361,4 @@ def test_a_model_that_only_knows_the_truth_reproduces_no_error(tmp_path: Path) -
     run.validate(module, noisy, verbose=False)
     found = run.callback_metrics
     assert found["val_noisy/reproduced"] < 0.05 and found["val_noisy/nll"] > 4
+    assert found["val_noisy/recovered"] > 0.95

@@ -134,7 +134,7 @@ def test_only_log_prob_is_differentiable_and_its_gradient_passes_gradcheck() -> 
     logits, targets = random_tokens((3, 2), 6, seed=2)
     logits.requires_grad_()
     stats = token_stats(logits, targets, topk=3)
-    assert [field is not None and field.requires_grad for field in stats] == [True, False, False, False, False]
+    assert [field is not None and field.requires_grad for field in stats] == [True, False, False, False, False, False]
     assert torch.autograd.gradcheck(lambda z: token_stats(z, targets, topk=3).log_prob, (logits,))
 
 
@@ -159,6 +159,26 @@ def test_topk_entropy_is_that_of_the_renormalised_largest_probabilities(vocab: i
     found = token_stats(logits, targets, topk=topk).topk_entropy
     assert found is not None
     torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_arg_max_is_the_first_choice_whatever_the_target(dtype: torch.dtype) -> None:
+    logits = torch.tensor([[[0.0, 3.0, 1.0], [2.0, -1.0, 0.5]], [[-9.0, -8.0, -7.0], [1.0, 4.0, 4.5]]], dtype=dtype)
+    targets = torch.tensor([[1, 1], [0, -100]])
+    stats = token_stats(logits.requires_grad_(), targets)
+    assert stats.arg_max is not None and stats.arg_max.dtype == torch.int64
+    assert stats.arg_max.tolist() == [[1, 0], [2, 0]] and stats.correct.tolist() == [[True, False], [False, False]]
+
+
+def test_statistics_made_by_hand_may_leave_out_the_last_fields() -> None:
+    log_prob, correct = torch.tensor([-1.0, -2.0]), torch.tensor([True, False])
+    four = TokenStats(log_prob, log_prob.exp(), -log_prob, correct)
+    five = TokenStats(log_prob, log_prob.exp(), -log_prob, correct, -log_prob / 2)
+    assert four[4:] == (None, None) and five.arg_max is None
+    for stats, there in ((four, 4), (five, 5)):
+        picked = stats.select(torch.tensor([1])).detach()
+        assert [field is not None for field in picked] == [place < there for place in range(6)]
+        assert picked.log_prob.tolist() == [-2.0] and picked.correct.tolist() == [False]
 
 
 def test_topk_entropy_is_absent_unless_asked_for() -> None:

@@ -90,6 +90,7 @@ def stats_from_logits(logits: Tensor, targets: Tensor, topk: int) -> TokenStats:
         torch.special.entr(pi).sum(-1),
         logits.detach().argmax(-1) == targets,
         torch.special.entr(largest / largest.sum(-1, keepdim=True)).sum(-1) if topk else None,
+        logits.detach().argmax(-1),
     )
 
 
@@ -128,7 +129,7 @@ def dtype_of_loss(dtype: torch.dtype) -> torch.dtype:
 
 
 def to_dtype(stats: TokenStats, dtype: torch.dtype) -> TokenStats:
-    return stats.map(lambda field: field if field.dtype == torch.bool else field.to(dtype))
+    return stats.map(lambda field: field.to(dtype) if field.is_floating_point() else field)
 
 
 def distance(found: Tensor | None, wanted: Tensor | None) -> float:
