@@ -13,6 +13,11 @@ def main() -> None:
     if sys.argv[1:] in (["--version"], ["-V"]):  # before torch and Lightning are imported: it takes no time
         print(f"deft_lightning {__version__}")
         return
+    if sys.argv[1:2] == ["score"]:  # neither does grading need them
+        from deft_lightning.evaluation.score import main as score
+
+        score(sys.argv[2:])
+        return
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenizers deadlock in forked loader processes
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning calls the deprecated names
     from deft_lightning.cli import run
