@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import os
 import subprocess
@@ -57,19 +58,23 @@ class Algebra:
 
     def _ask(self, *question: Any) -> Any:
         with self._lock:
-            for _ in range(2):  # a worker that ended between questions is no answer
-                worker = self._started()
-                assert worker.stdin is not None and worker.stdout is not None
-                try:
-                    worker.stdin.write(json.dumps(question) + "\n")
-                    worker.stdin.flush()
-                except OSError:
-                    self._stop()
-                    continue
-                if line := worker.stdout.readline():
-                    return json.loads(line)
-                self._stop()
-                break
+            try:
+                for _ in range(2):  # a worker that ended between questions is no answer
+                    worker = self._started()
+                    assert worker.stdin is not None and worker.stdout is not None
+                    try:
+                        worker.stdin.write(json.dumps(question) + "\n")
+                        worker.stdin.flush()
+                    except OSError:
+                        self._stop()
+                        continue
+                    if line := worker.stdout.readline():
+                        return json.loads(line)
+                    break
+            except BaseException:
+                self._stop()  # its answer, if it comes, must not be taken for that to the next question
+                raise
+            self._stop()
             self.given_up += 1
         warnings.warn(
             f"the grader gave up on {str(question[-2 if question[0] == 'same' else -1])[:60]!r} after {self.seconds} s"
@@ -96,7 +101,11 @@ class Algebra:
     def _stop(self) -> None:
         if self._worker is not None:
             self._worker.kill()
-            self._worker.communicate()
+            self._worker.wait()
+            for pipe in (self._worker.stdin, self._worker.stdout):
+                with contextlib.suppress(OSError):  # a question that was not taken
+                    assert pipe is not None
+                    pipe.close()
             self._worker = None
 
     def _forget(self) -> None:

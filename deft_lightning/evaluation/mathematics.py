@@ -80,7 +80,10 @@ def _form(said: str) -> str:
     number = plain(said)
     if number is not None:
         return str(number.value)
-    return (algebra().form(said) if len(said) <= LONGEST else None) or words(said)
+    text = words(said)
+    if len(text) > 1 and text.isalpha():
+        return text
+    return (algebra().form(said) if len(said) <= LONGEST else None) or text
 
 
 def _tolerance(record: Record) -> float:
