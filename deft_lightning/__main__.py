@@ -4,8 +4,16 @@ from __future__ import annotations
 
 import os
 import sys
+from importlib import import_module
 
 from deft_lightning._version import __version__
+
+# Verbs that are not Lightning's and have a command line of their own.
+ALONE = {
+    "figures": "deft_lightning.figures.command",
+    "score": "deft_lightning.evaluation.score",
+    "study": "deft_lightning.study.__main__",
+}
 
 
 def main() -> None:
@@ -13,15 +21,8 @@ def main() -> None:
     if sys.argv[1:] in (["--version"], ["-V"]):  # before torch and Lightning are imported: it takes no time
         print(f"deft_lightning {__version__}")
         return
-    if sys.argv[1:2] == ["figures"]:  # likewise
-        from deft_lightning.figures.command import main as figures
-
-        figures(sys.argv[2:])
-        return
-    if sys.argv[1:2] == ["study"]:
-        from deft_lightning.study.__main__ import main as study
-
-        study(sys.argv[2:])
+    if sys.argv[1:2] and sys.argv[1] in ALONE:  # likewise: no model is needed, or not yet
+        import_module(ALONE[sys.argv[1]]).main(sys.argv[2:])
         return
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenizers deadlock in forked loader processes
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning calls the deprecated names

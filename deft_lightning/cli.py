@@ -26,6 +26,7 @@ from deft_lightning.callbacks import (
 )
 from deft_lightning.data import InstructionDataModule, known_noise
 from deft_lightning.errors import UserError
+from deft_lightning.evaluation import BENCHMARKS
 from deft_lightning.messages import one_line
 from deft_lightning.models import load_checkpoint, tokenizer_from_checkpoint
 from deft_lightning.module import SFTModule
@@ -52,8 +53,11 @@ def _choices() -> str:
         "Strategies (--trainer.strategy): auto (one device), ddp (one process a device), fsdp2 (sharded). "
         "Sources (--data.source): .jsonl, .json, .csv, .tsv, .parquet, .arrow (also .gz, .zst), a folder or pattern of"
         " them, a hub id, reasoning_gym:<task>; several with --data.source '{a.jsonl: 1, b.jsonl: 0.5}'. "
+        f"Benchmarks (--data.benchmarks, for test and predict): {', '.join(BENCHMARKS)}. "
         "Details of a class: --model.objective.help NAME, --data.noise.ops.help NAME. "
-        "Figures of runs, probes and objectives: python -m deft_lightning figures --help."
+        "What predict wrote is graded later by: score FILE [--benchmark NAME] [--output FILE]. "
+        "Figures of runs, probes and objectives: python -m deft_lightning figures --help. "
+        "Objectives compared over regimes of prior and noise: python -m deft_lightning study --help."
     )
 
 
@@ -62,7 +66,7 @@ class AfterFit:
     """What follows training.
 
     Args:
-        test: Generate for the held-out examples and report exact match.
+        test: Generate for the held-out examples and report exact match, or run the benchmarks that the data names.
         export: Write a Hugging Face folder, `export` in the run's log folder.
     """
 
@@ -182,6 +186,8 @@ class DeftCLI(LightningCLI):
             if data.tokenizer_name is None and self.model.pretrained is None:
                 # It was built from the training rows, which may have changed since.
                 data.use_tokenizer(tokenizer_from_checkpoint(checkpoint))
+        if subcommand == "test" and self.datamodule.benchmarks:
+            kwargs["verbose"] = False  # Lightning's table would say everything once for each loader
         if path is None and subcommand in ("validate", "test", "predict", "probe") and self.model.pretrained is None:
             rank_zero_warn(f"{subcommand} of random weights: set --ckpt_path FILE or last, or --model.pretrained")
         return kwargs
@@ -201,7 +207,7 @@ class DeftCLI(LightningCLI):
             output = next(path for name in names if not (path := Path(folder) / name).exists())
             self.trainer.export(self.model, output=str(output), datamodule=self.datamodule)
         if wanted.test:
-            self.trainer.test(self.model, datamodule=self.datamodule)
+            self.trainer.test(self.model, datamodule=self.datamodule, verbose=not self.datamodule.benchmarks)
 
 
 def _as_list(callbacks: Any) -> list[Any]:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import DDPStrategy
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
@@ -16,9 +15,9 @@ from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MeanMetric
 
 from deft_lightning.errors import UserError
-from deft_lightning.evaluation import Completion, Generation, complete, exact_match
+from deft_lightning.evaluation import Completion, Generation, Tested, complete
 from deft_lightning.functional import TokenStats, token_stats
-from deft_lightning.metrics import ExactMatch, TokenMeter
+from deft_lightning.metrics import TokenMeter
 from deft_lightning.models import (
     HeadSeam,
     LoRA,
@@ -72,7 +71,7 @@ class _Watch(NamedTuple):
         return -stats.log_prob
 
 
-class SFTModule(LightningModule):
+class SFTModule(Tested):
     """Supervised fine-tuning of a Hugging Face causal language model with any token objective.
 
     The gradient of an optimizer step is that of the mean loss over all its supervised tokens: all micro-batches, all
@@ -145,8 +144,8 @@ class SFTModule(LightningModule):
         self._about: dict[str, Any] | None = None
         # In a plain dict, so that casting the module to bfloat16 leaves their float64 sums alone.
         self._meters = {
-            "train": TokenMeter(), "val": TokenMeter(), "val_noisy": TokenMeter(), "test": ExactMatch(),
-            "recovered": TokenMeter(), "router": MeanMetric(),
+            "train": TokenMeter(), "val": TokenMeter(), "val_noisy": TokenMeter(), "recovered": TokenMeter(),
+            "router": MeanMetric(),
         }  # fmt: skip
 
     # ---------------------------------------------------------------- the model
@@ -492,26 +491,6 @@ class SFTModule(LightningModule):
         found = complete(self.model, self.tokenizer, batch, self.generation, stops, together=together)
         return [] if batch.get("filler") else found
 
-    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Generate and compare with the gold responses."""
-        for samples, gold in zip(self.generate(batch), batch["gold"], strict=not batch.get("filler")):
-            self._meters["test"].update([exact_match(s.text, gold) for s in samples], [s.truncated for s in samples])
-
-    def on_test_epoch_end(self) -> None:
-        """Log exact match with its standard error over examples."""
-        for name, value in self._meters["test"].compute().items():
-            self.log(f"test/{name}", value.float(), sync_dist=True)
-        self._meters["test"].reset()
-
-    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
-        """Return one record a prompt: id, prompt, completions, gold."""
-        made = self.generate(batch)
-        columns = zip(batch["example_id"], batch["prompt"], made, batch["gold"], strict=not batch.get("filler"))
-        return [
-            {"id": id, "prompt": prompt, "completions": [s.text for s in samples], "gold": gold}
-            for id, prompt, samples, gold in columns
-        ]
-
     # ---------------------------------------------------------------- state
 
     def _meters_to_device(self) -> None:
@@ -525,10 +504,6 @@ class SFTModule(LightningModule):
             self._steps = self._planned_steps(repr(self.objective))
 
     def on_validation_start(self) -> None:
-        """Put the sums where the tokens are."""
-        self._meters_to_device()
-
-    def on_test_start(self) -> None:
         """Put the sums where the tokens are."""
         self._meters_to_device()
 

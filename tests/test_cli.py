@@ -107,7 +107,7 @@ def test_test_and_predict_from_the_last_checkpoint(
     cli("predict", *TINY, *root, "--ckpt_path", "last", "--predictions.output", str(tmp_path / "p.jsonl"))
     rows = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
     assert len(rows) == 8
-    assert all(set(row) == {"id", "prompt", "completions", "gold"} for row in rows)
+    assert all(set(row) == {"id", "prompt", "completions", "gold", "truncated"} for row in rows)
     assert all(row["prompt"].startswith("<|user|>") and len(row["completions"]) == 1 for row in rows)
 
 

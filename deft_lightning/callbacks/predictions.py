@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 
 
 class PredictionWriter(BasePredictionWriter):
-    """Writes one line a prompt: `id`, `prompt`, `completions`, `gold`.
+    """Writes one line a prompt: `id`, `prompt`, `completions`, `gold`, `truncated`; of benchmarks what grading needs.
 
     Args:
         output: File; default: `predictions.jsonl` in the run's log folder.
@@ -27,15 +28,16 @@ class PredictionWriter(BasePredictionWriter):
     def _target(self, trainer: Trainer) -> Path:
         return Path(self.output or Path(trainer.log_dir or trainer.default_root_dir) / "predictions.jsonl")
 
-    def _part(self, trainer: Trainer, rank: int) -> Path:
+    def _parts(self, trainer: Trainer, rank: int) -> list[Path]:
+        """What a rank writes, one part for each loader."""
         target = self._target(trainer)
-        return target.with_name(f".{target.name}.{rank}")
+        return [target.with_name(f".{target.name}.{i}.{rank}") for i in range(len(trainer.num_predict_batches))]
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start this rank's part afresh."""
-        part = self._part(trainer, trainer.global_rank)
-        part.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text("")
+        """Start this rank's parts afresh."""
+        for part in self._parts(trainer, trainer.global_rank):
+            part.parent.mkdir(parents=True, exist_ok=True)
+            part.write_text("")
 
     def write_on_batch_end(
         self,
@@ -48,7 +50,7 @@ class PredictionWriter(BasePredictionWriter):
         dataloader_idx: int,
     ) -> None:
         """Append a batch to this rank's part."""
-        with self._part(trainer, trainer.global_rank).open("a", encoding="utf-8") as file:
+        with self._parts(trainer, trainer.global_rank)[dataloader_idx].open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in prediction)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -57,15 +59,15 @@ class PredictionWriter(BasePredictionWriter):
         if not trainer.is_global_zero:
             return
         target = self._target(trainer)
-        parts = [self._part(trainer, rank) for rank in range(trainer.world_size)]
-        lines = [part.read_text(encoding="utf-8").split("\n")[:-1] for part in parts]
+        parts = [self._parts(trainer, rank) for rank in range(trainer.world_size)]
         merged = target.with_name(f".{target.name}.all")
-        # Rank r holds every world-th example from r: taking one from each in turn restores the order.
-        longest = max(map(len, lines))
-        merged.write_text(
-            "".join(rows[i] + "\n" for i in range(longest) for rows in lines if i < len(rows)), encoding="utf-8"
-        )
+        with merged.open("w", encoding="utf-8") as file:
+            for of_loader in zip(*parts, strict=True):
+                lines = [part.read_text(encoding="utf-8").split("\n")[:-1] for part in of_loader]
+                # Rank r holds every world-th example from r: one from each in turn restores the order.
+                for i in range(max(map(len, lines))):
+                    file.writelines(rows[i] + "\n" for rows in lines if i < len(rows))
         merged.replace(target)
-        for part in parts:
+        for part in itertools.chain.from_iterable(parts):
             part.unlink()
         rank_zero_info(f"predictions: {target}")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -56,12 +56,21 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Prompt:
-    """One example to generate for: the tokens before the last assistant turn, and that turn if it is known."""
+    """One example to generate for: the tokens before the last assistant turn, and that turn if it is known.
+
+    Attributes:
+        id: Example id.
+        input_ids: Tokens.
+        text: The same as text.
+        gold: The right answer.
+        record: What else a benchmark's grader needs, such as options.
+    """
 
     id: str
     input_ids: list[int]
     text: str
     gold: str | None
+    record: Mapping[str, Any] = field(default_factory=dict)
 
 
 def _pad(rows: Sequence[Ints], length: int, value: int, dtype: torch.dtype) -> torch.Tensor:
@@ -135,7 +144,8 @@ class TrainCollator:
 class PromptCollator:
     """Left-pad prompts, so that generation continues each one at the same place.
 
-    The batch has ``input_ids``, ``attention_mask`` ``(B, T)``, and the lists ``example_id``, ``prompt``, ``gold``.
+    The batch has ``input_ids``, ``attention_mask`` ``(B, T)``, and the lists ``example_id``, ``prompt``, ``gold``,
+    ``record``.
     """
 
     pad_id: int
@@ -151,4 +161,5 @@ class PromptCollator:
             "example_id": [prompt.id for prompt in prompts],
             "prompt": [prompt.text for prompt in prompts],
             "gold": [prompt.gold for prompt in prompts],
+            "record": [prompt.record for prompt in prompts],
         }

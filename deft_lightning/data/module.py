@@ -17,9 +17,10 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 
 from deft_lightning._version import __version__
+from deft_lightning.data.benchmarks import Benchmarks, chosen, read_benchmark
 from deft_lightning.data.build import BAD_ROWS, Recipe, Source, build, read_examples, title, unique_ids
 from deft_lightning.data.cache import DONE, cache_root, cached, source_identity
-from deft_lightning.data.collate import IGNORE, Prepared, PromptCollator, TrainCollator
+from deft_lightning.data.collate import IGNORE, Prepared, Prompt, PromptCollator, TrainCollator
 from deft_lightning.data.flags import flags
 from deft_lightning.data.noise import Noise, TokenNoise
 from deft_lightning.data.order import Batches, EvenLoader, ResumableLoader, Rows, ShardedSampler
@@ -34,6 +35,7 @@ from deft_lightning.data.tables import Tokens
 from deft_lightning.data.template import end_of_turn, markers, set_template, template_text
 from deft_lightning.data.tokenizer import load_tokenizer
 from deft_lightning.errors import UserError, did_you_mean
+from deft_lightning.evaluation.benchmarks import TestSet
 from deft_lightning.hashing import key
 
 SHOWN = 1200  # letters of an example in the log
@@ -55,6 +57,9 @@ class InstructionDataModule(LightningDataModule):
         validation_source: Validation rows; default: held out of `source`.
         validation_fraction: Share held out of `source` by a hash of each example, in [0, 1); duplicates stay together.
         test_source: Rows for `test` and `predict`; default: the validation rows.
+        benchmarks: Benchmarks for `test` and `predict` in their place: names, or where the rows of each are, for
+            example `--data.benchmarks '{math500: math500.jsonl, gsm8k: gsm8k.jsonl}'`. docs/evaluation.md lists them.
+        benchmark_instruction: Stands behind the questions of benchmarks in place of their own; empty for none.
         on_bad_row: Stop at a row that cannot be used, or skip it; skipped rows are counted and the first is shown.
         tokenizer: Hub id or folder; default: the one of `model.pretrained`, else one built from the training rows.
         tokenizer_size: Vocabulary of a tokenizer that is built; at most 262 means one token a byte.
@@ -88,6 +93,8 @@ class InstructionDataModule(LightningDataModule):
         validation_source: Source | None = None,
         validation_fraction: float = 0.05,
         test_source: str | None = None,
+        benchmarks: Benchmarks | None = None,
+        benchmark_instruction: str | None = None,
         on_bad_row: Literal["error", "skip"] = "error",
         tokenizer: str | None = None,
         tokenizer_size: int = 4096,
@@ -145,6 +152,10 @@ class InstructionDataModule(LightningDataModule):
         self.subset, self.split, self.on_bad_row = subset, split, on_bad_row
         self.validation_source, self.validation_fraction = validation_source, validation_fraction
         self.test_source = test_source
+        self.benchmarks, self.benchmark_instruction = chosen(benchmarks), benchmark_instruction
+        if self.benchmarks and test_source is not None:
+            raise UserError("--data.test_source and --data.benchmarks exclude each other: leave one of them out")
+        self.test_sets: list[TestSet] = []
         self.tokenizer_name, self.tokenizer_size, self.chat_template = tokenizer, tokenizer_size, chat_template
         self.max_length, self.batch_size, self.eval_batch_size = max_length, batch_size, eval_batch_size or batch_size
         self.num_workers, self.seed, self.noise = num_workers, seed, noise
@@ -216,15 +227,21 @@ class InstructionDataModule(LightningDataModule):
     def prepare_data(self) -> None:
         """Read, split, corrupt, tokenise and truncate, once a node; nothing if an earlier run has done so."""
         self._settle_tokenizer()
-        self._folder()
+        if self.source is not None or not self._tested_apart:
+            self._folder()
 
     def setup(self, stage: str | None = None) -> None:
         """Open what was prepared, the same on every rank. Needed once; later calls do nothing."""
         self._settle_tokenizer()
-        if stage in ("test", "predict") and self.test_source is not None:
+        if stage in ("test", "predict") and self._tested_apart:
             return
         if not self._rows:
             self._open(self._folder(), quiet=stage in ("test", "predict"))
+
+    @property
+    def _tested_apart(self) -> bool:
+        """Whether `test` and `predict` need no training rows."""
+        return self.test_source is not None or bool(self.benchmarks)
 
     def _open(self, folder: Path, quiet: bool) -> None:
         meta = json.loads((folder / DONE).read_text(encoding="utf-8"))
@@ -443,7 +460,19 @@ class InstructionDataModule(LightningDataModule):
             return None
         return Rows(train.examples, [[at] for at in found], self.noise, train.words)
 
-    def _prompt_loader(self, need_response: bool) -> DataLoader[Any]:
+    def _prompt_loaders(self, need_response: bool) -> list[DataLoader[Any]]:
+        if self.benchmarks:
+            found = [
+                read_benchmark(benchmark, source, self.tokenizer, self.benchmark_instruction)
+                for benchmark, source in self.benchmarks
+            ]
+        else:
+            found = [(TestSet(), self._prompts(need_response))]
+        self.test_sets = [replace(tests, longest=max(len(p.input_ids) for p in ready)) for tests, ready in found]
+        collate = PromptCollator(self.tokenizer.pad_token_id)
+        return [self._loader(ready, collate, self.eval_batch_size, train=False) for _, ready in found]
+
+    def _prompts(self, need_response: bool) -> list[Prompt]:
         if self.test_source is not None:
             rows: Sequence[Example] = self._read(self.test_source, need_response)
         else:
@@ -456,8 +485,7 @@ class InstructionDataModule(LightningDataModule):
             )
         if need_response and any(prompt.gold is None for prompt in ready):
             raise UserError("test needs a response in every row (--data.test_source); predict does not")
-        collate = PromptCollator(self.tokenizer.pad_token_id)
-        return self._loader(ready, collate, self.eval_batch_size, train=False)
+        return ready
 
     def _read(self, source: str, need_response: bool) -> list[Example]:
         recipe, bad = replace(self._recipe(source), source=source), BadRows()
@@ -469,13 +497,15 @@ class InstructionDataModule(LightningDataModule):
         renamed = unique_ids(lambda: (row.id for row in rows), lambda at: rows[at].digest)
         return [replace(row, id=renamed[at]) if at in renamed else row for at, row in enumerate(rows)]
 
-    def test_dataloader(self) -> DataLoader[Any]:
-        """Return left-padded prompts with their gold responses."""
-        return self._prompt_loader(need_response=True)
+    def test_dataloader(self) -> list[DataLoader[Any]] | DataLoader[Any]:
+        """Return left-padded prompts with their gold responses; one loader for each benchmark, if any are named."""
+        loaders = self._prompt_loaders(need_response=True)
+        return loaders if self.benchmarks else loaders[0]
 
-    def predict_dataloader(self) -> DataLoader[Any]:
-        """Return left-padded prompts; rows without a response are welcome."""
-        return self._prompt_loader(need_response=False)
+    def predict_dataloader(self) -> list[DataLoader[Any]] | DataLoader[Any]:
+        """Return left-padded prompts; rows without a response are welcome, but for those of benchmarks."""
+        loaders = self._prompt_loaders(need_response=False)
+        return loaders if self.benchmarks else loaders[0]
 
 
 def _tokenizer_identity(tokenizer: Any) -> str:

@@ -1,6 +1,68 @@
-"""Generation and graders of what was generated."""
+"""Generation, graders of what was generated, and benchmarks.
 
-from deft_lightning.evaluation.exact_match import exact_match
-from deft_lightning.evaluation.generate import Completion, Generation, complete
+Names load on first use: grading, unlike generation, needs no torch.
+"""
 
-__all__ = ["Completion", "Generation", "complete", "exact_match"]
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from deft_lightning.evaluation.base import Grade, Grader, known_graders
+    from deft_lightning.evaluation.benchmarks import BENCHMARKS, Benchmark, TestSet, find_benchmark
+    from deft_lightning.evaluation.choice import Choice
+    from deft_lightning.evaluation.exact import ExactMatch, exact_match
+    from deft_lightning.evaluation.figfont import FigFont, jaro_winkler
+    from deft_lightning.evaluation.generate import Completion, Generation, complete
+    from deft_lightning.evaluation.mathematics import Math
+    from deft_lightning.evaluation.testing import Tested
+
+_HOMES = {
+    "BENCHMARKS": "benchmarks",
+    "Benchmark": "benchmarks",
+    "Choice": "choice",
+    "Completion": "generate",
+    "ExactMatch": "exact",
+    "FigFont": "figfont",
+    "Generation": "generate",
+    "Grade": "base",
+    "Grader": "base",
+    "Math": "mathematics",
+    "TestSet": "benchmarks",
+    "Tested": "testing",
+    "complete": "generate",
+    "exact_match": "exact",
+    "find_benchmark": "benchmarks",
+    "jaro_winkler": "figfont",
+    "known_graders": "base",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])
+
+
+__all__ = [
+    "BENCHMARKS",
+    "Benchmark",
+    "Choice",
+    "Completion",
+    "ExactMatch",
+    "FigFont",
+    "Generation",
+    "Grade",
+    "Grader",
+    "Math",
+    "TestSet",
+    "Tested",
+    "complete",
+    "exact_match",
+    "find_benchmark",
+    "jaro_winkler",
+    "known_graders",
+]

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from deft_lightning.errors import UserError
-from deft_lightning.hashing import key
+from deft_lightning.evaluation.sampling import KeyedGumbel
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,8 @@ class Generation:
         temperature: 0 is greedy; above, tokens are sampled.
         top_p: Sample from the smallest set of tokens with this probability mass, in (0, 1].
         samples: Completions per prompt; more than one needs a temperature.
-        seed: Seed of the sampling, together with the example ids of a batch.
+        seed: Seed of the sampling. What is drawn depends on it, the example id, the number of the sample and the place
+            of the token alone: not on the batch, its order, or the ranks.
     """
 
     max_new_tokens: int = 256
@@ -72,29 +73,56 @@ def complete(
     Returns:
         For each of the B prompts its samples.
     """
-    options: dict[str, Any] = {**NEUTRAL, "do_sample": False}
-    if settings.temperature:
-        options |= {"do_sample": True, "temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0}
-        torch.manual_seed(key(settings.seed, *batch["example_id"]) >> 65)
-    prompt = batch["input_ids"].shape[1]
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or prompt + 2**31
-    if prompt >= positions:
-        raise UserError(f"a prompt of {prompt} tokens fills the model's {positions} positions (--data.test_source)")
+    input_ids, mask, n = batch["input_ids"], batch["attention_mask"], settings.samples
+    prompt = input_ids.shape[1]
+    positions = room(model, prompt)
     out = model.generate(
-        input_ids=batch["input_ids"],
-        attention_mask=batch["attention_mask"],
+        input_ids=input_ids.repeat_interleave(n, 0),
+        attention_mask=mask.repeat_interleave(n, 0),
         # Past its positions a model has no embedding; what is cut there counts as truncated.
         max_new_tokens=min(settings.max_new_tokens, positions - prompt),
-        num_return_sequences=settings.samples,
+        do_sample=False,  # sampling is an arg-max of noisy scores
+        logits_processor=_sampling(batch["example_id"], settings, prompt, input_ids.device),
         eos_token_id=list(stops),
         pad_token_id=tokenizer.pad_token_id,
         use_cache=True,
         synced_gpus=together,
-        **options,
+        **NEUTRAL,
     )
     done: list[Completion] = []
     for row in out[:, prompt:].tolist():
         end = next((i for i, token in enumerate(row) if token in stops), None)
         done.append(Completion(tokenizer.decode(row[:end], skip_special_tokens=True), end is None))
-    n = settings.samples
     return [done[i : i + n] for i in range(0, len(done), n)]
+
+
+def room(model: Any, prompt: int, named: str = "") -> int:
+    """Return how many tokens the model has positions for.
+
+    Args:
+        model: A Hugging Face model.
+        prompt: Tokens of the longest prompt.
+        named: Benchmark it belongs to, for the message.
+
+    Raises:
+        UserError: The prompt leaves no position to write at.
+    """
+    positions = int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or prompt + 2**31)
+    if prompt >= positions:
+        option = f"the rows of {named} in --data.benchmarks" if named else "--data.test_source"
+        raise UserError(f"a prompt of {prompt} tokens fills the model's {positions} positions ({option})")
+    return positions
+
+
+def _sampling(ids: Sequence[str], settings: Generation, prompt: int, device: Any) -> list[Any]:
+    """Return what turns the scores of a greedy search into draws; nothing at a temperature of 0."""
+    if not settings.temperature:
+        return []
+    from transformers import TemperatureLogitsWarper, TopPLogitsWarper
+
+    numbers = range(settings.samples)
+    rows, samples = [id for id in ids for _ in numbers], [n for _ in ids for n in numbers]
+    warpers = [TemperatureLogitsWarper(float(settings.temperature))]
+    if settings.top_p < 1:
+        warpers.append(TopPLogitsWarper(settings.top_p))
+    return [*warpers, KeyedGumbel(rows, samples, settings.seed, prompt, device)]

@@ -1,8 +1,8 @@
 """Metrics whose sums are exact over ranks: torchmetrics with packed states."""
 
 from deft_lightning.metrics.auroc import binned_auroc, exact_auroc, spread
-from deft_lightning.metrics.exact_match import ExactMatch
+from deft_lightning.metrics.example_sums import ExampleSums
 from deft_lightning.metrics.histogram import Histogram, PackedHistogram
 from deft_lightning.metrics.tokens import TokenMeter
 
-__all__ = ["ExactMatch", "Histogram", "PackedHistogram", "TokenMeter", "binned_auroc", "exact_auroc", "spread"]
+__all__ = ["ExampleSums", "Histogram", "PackedHistogram", "TokenMeter", "binned_auroc", "exact_auroc", "spread"]

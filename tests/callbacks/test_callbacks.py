@@ -473,7 +473,7 @@ def test_predictions_are_one_json_line_a_prompt_in_the_order_of_the_file(pretrai
         {"id": f"t{i}", "question": q, "answer": f"gold {i}"} for i, q in enumerate(["abc", "d", "ef", "g\nh", "ü"])
     ]
     found, trainer = predict(tmp_path, pretrained, rows)
-    assert [list(record) for record in found] == [["id", "prompt", "completions", "gold"]] * 5
+    assert [list(record) for record in found] == [["id", "prompt", "completions", "gold", "truncated"]] * 5
     assert [record["id"] for record in found] == [row["id"] for row in rows]
     assert [record["gold"] for record in found] == [row["answer"] for row in rows]
     model, tokenizer = (

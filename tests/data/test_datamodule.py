@@ -326,7 +326,7 @@ def test_prompts_are_padded_on_the_left_and_bring_their_gold(tmp_path: Path, sta
     loader = data.test_dataloader() if stage == "test" else data.predict_dataloader()
     seen, padded = [], 0
     for batch in loader:
-        assert set(batch) == {"input_ids", "attention_mask", "example_id", "prompt", "gold"}
+        assert set(batch) == {"input_ids", "attention_mask", "example_id", "prompt", "gold", "record"}
         ids, mask = batch["input_ids"], batch["attention_mask"]
         assert ids.dtype == mask.dtype == torch.int64 and ids.shape == mask.shape
         assert mask.tolist() == [[0] * (ids.shape[1] - n) + [1] * n for n in mask.sum(1).tolist()]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from deft_lightning.functional import TokenStats
-from deft_lightning.metrics import ExactMatch, Histogram, PackedHistogram, TokenMeter, binned_auroc, spread
+from deft_lightning.metrics import ExampleSums, Histogram, PackedHistogram, TokenMeter, binned_auroc, spread
 
 quick = settings(deadline=None, max_examples=60, derandomize=True)
 UNIT = ((0.0, 1.0),)
@@ -269,54 +269,42 @@ def test_spread_sends_certainty_to_zero_impossibility_to_one_and_keeps_ranks() -
     assert (found[1:].diff() > 0).all()
 
 
-# --- ExactMatch -----------------------------------------------------------------------------------------------------
+# --- ExampleSums ----------------------------------------------------------------------------------------------------
 
 
-def test_exact_match_averages_samples_within_and_then_over_examples() -> None:
-    metric = ExactMatch()
-    outcomes = [([True, False], [False, True]), ([True, True], [False, False]), ([False, False], [True, True])]
-    for matches, truncated in outcomes:
-        metric.update(matches, truncated)
-    scores = np.array([0.5, 1.0, 0.0])
-    found = metric.compute()
-    assert found["exact_match"].item() == pytest.approx(scores.mean())
-    assert found["exact_match_se"].item() == pytest.approx(scores.std(ddof=1) / math.sqrt(3))
-    assert found["truncated"].item() == pytest.approx((0.5 + 0.0 + 1.0) / 3)
-    assert found["examples"].item() == 3
+def test_example_sums_count_add_and_square_by_group() -> None:
+    metric = ExampleSums(2, 3)
+    for group, values in [(0, [0.5, 1.0, 0.0]), (1, [1.0, 0.25, 0.0]), (0, [1.0, 0.0, 0.5])]:
+        metric.update(group, values)
+    assert metric.compute().tolist() == [
+        [[2, 1.5, 1.25], [2, 1.0, 1.0], [2, 0.5, 0.25]],
+        [[1, 1.0, 1.0], [1, 0.25, 0.0625], [1, 0.0, 0.0]],
+    ]
+    assert metric.compute().dtype == torch.float64
 
 
-@pytest.mark.parametrize("outcomes", [[], [True]])
-def test_exact_match_of_none_or_one_example_has_no_error(outcomes: list[bool]) -> None:
-    metric = ExactMatch()
-    for outcome in outcomes:
-        metric.update([outcome], [False])
-    found = {name: value.item() for name, value in metric.compute().items()}
-    score = float(any(outcomes))
-    expected = {"exact_match": score, "exact_match_se": 0.0, "truncated": 0.0, "examples": float(len(outcomes))}
-    assert found == expected
+shares = st.lists(st.sampled_from([0.0, 0.25, 0.5, 1.0]), min_size=2, max_size=2)
 
 
-@given(st.lists(st.lists(st.booleans(), min_size=1, max_size=3), min_size=1, max_size=12), st.integers(0, 12))
+@given(st.lists(st.tuples(st.integers(0, 2), shares), max_size=12), st.integers(0, 12))
 @quick
-def test_merging_two_exact_matches_equals_one_over_the_concatenation(examples: list[list[bool]], cut: int) -> None:
-    whole, first, second = ExactMatch(), ExactMatch(), ExactMatch()
-    for i, matches in enumerate(examples):
+def test_merging_example_sums_equals_one_over_the_concatenation(
+    examples: list[tuple[int, list[float]]], cut: int
+) -> None:
+    whole, first, second = ExampleSums(3, 2), ExampleSums(3, 2), ExampleSums(3, 2)
+    for i, (group, values) in enumerate(examples):
         for metric in (whole, first if i < cut else second):
-            metric.update(matches, [not match for match in matches])
+            metric.update(group, values)
     first.merge_state(second)
-    for name, value in whole.compute().items():
-        torch.testing.assert_close(first.compute()[name], value, rtol=0, atol=1e-7, msg=name)
-    scores = np.array([np.mean(matches) for matches in examples])
-    assert whole.compute()["exact_match"].item() == pytest.approx(scores.mean())
-    if len(scores) > 1:
-        error = scores.std(ddof=1) / math.sqrt(len(scores))
-        assert whole.compute()["exact_match_se"].item() == pytest.approx(error, abs=1e-7)
+    assert torch.equal(first.compute(), whole.compute())
+    counts = [sum(group == g for group, _ in examples) for g in range(3)]
+    assert whole.compute()[:, 0, 0].tolist() == counts
 
 
-def test_exact_match_starts_afresh_after_reset() -> None:
-    metric = ExactMatch()
-    metric.update([False], [True])
+def test_example_sums_start_afresh_after_reset() -> None:
+    metric = ExampleSums(1, 1)
+    metric.update(0, [1.0])
     metric.compute()
     metric.reset()
-    metric.update([True], [False])
-    assert metric.compute()["exact_match"] == 1.0 and metric.compute()["examples"] == 1.0
+    metric.update(0, [0.5])
+    assert metric.compute().tolist() == [[[1.0, 0.5, 0.25]]]

@@ -1,0 +1,94 @@
+r"""Final answers of mathematics: plain numbers and words at once, all else by math-verify in a process of its own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import ClassVar, Literal, get_args
+
+from deft_lightning.errors import UserError
+from deft_lightning.evaluation.algebra import algebra
+from deft_lightning.evaluation.base import Grader, Record
+from deft_lightning.evaluation.extract import LONGEST, boxed, hashed, last_number
+from deft_lightning.evaluation.plain import plain, same_number, same_words, words
+
+Rule = Literal["boxed", "hashes", "last_number"]
+RULES: dict[str, Callable[[str], str | None]] = {"boxed": boxed, "hashes": hashed, "last_number": last_number}
+
+
+@dataclass(frozen=True)
+class Math(Grader):
+    r"""Grade the final answer of a solution: ``correct`` is 1 where it equals the gold answer.
+
+    Two plain numbers are compared as exact fractions (:func:`~deft_lightning.evaluation.plain.same_number`), words as
+    text, everything else by math-verify. A gold row's ``error`` (OlympiadBench) is an absolute tolerance of numbers.
+    Answers that are the same vote together: numbers by their value, expressions by what they parse to.
+
+    Args:
+        rules: Where the answer is sought; the first rule that finds one decides. ``boxed``: in the last
+            ``\boxed{}``, and only there; ``hashes``: behind the last ``####``; ``last_number``: the last number.
+    """
+
+    rules: tuple[Rule, ...] = ("boxed",)
+    names: ClassVar[tuple[str, ...]] = ("correct",)
+
+    def __post_init__(self) -> None:
+        """Refuse rules that there are not."""
+        if not self.rules or set(self.rules) - set(get_args(Rule)):
+            raise UserError(f"Math: rules are some of {', '.join(get_args(Rule))}, not {self.rules!r}")
+
+    def answer(self, completion: str) -> str | None:
+        """Return the final answer as it is written; None where there is none."""
+        return next((found for rule in self.rules if (found := RULES[rule](completion)) is not None), None)
+
+    def __call__(self, completion: str, gold: str, record: Record) -> dict[str, float]:
+        """Return ``correct``."""
+        said = self.answer(completion)
+        return {"correct": float(said is not None and same_answer(gold, said, _tolerance(record)))}
+
+    def vote(self, completion: str, record: Record) -> str | None:
+        """Return the answer in a form that is the same for answers that are the same."""
+        said = self.answer(completion)
+        return None if said is None else _form(said)
+
+
+@lru_cache(maxsize=10_000)
+def same_answer(gold: str, said: str, tolerance: float = 0.0) -> bool:
+    """Whether an answer equals the gold one.
+
+    Args:
+        gold: The right answer, in LaTeX or plain, with or without dollar signs.
+        said: The model's; more than 500 letters are no answer.
+        tolerance: Absolute difference that numbers may have.
+    """
+    if len(said) > LONGEST:
+        return False
+    right, number = plain(gold), plain(said)
+    if right is not None and number is not None:
+        return same_number(right, number, tolerance)
+    if same_words(gold, said):
+        return True
+    # math-verify rounds to decimals, by which 1e-9 would equal 1e-8.
+    small = 0 if right is None or not right.value else max(0, -math.floor(math.log10(abs(right.value))))
+    return algebra().same(gold.replace("$", ""), said, 6 + small)
+
+
+@lru_cache(maxsize=10_000)
+def _form(said: str) -> str:
+    number = plain(said)
+    if number is not None:
+        return str(number.value)
+    text = words(said)
+    if len(text) > 1 and text.isalpha():
+        return text
+    return (algebra().form(said) if len(said) <= LONGEST else None) or text
+
+
+def _tolerance(record: Record) -> float:
+    try:
+        found = float(str(record.get("error") or 0))
+    except ValueError:  # OlympiadBench leaves the field empty, or has one for each of several answers
+        return 0.0
+    return found if 0 <= found < math.inf else 0.0
