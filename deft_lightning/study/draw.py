@@ -11,7 +11,7 @@ from typing import Any
 
 from deft_lightning.figures import comparison_bars, focus_trajectories, gradient_scatter
 from deft_lightning.objectives import DEFT, NLL, Cayley, Likelihood
-from deft_lightning.study.cells import start
+from deft_lightning.study.cells import start, start_from
 from deft_lightning.study.plan import Study
 from deft_lightning.study.tables import short
 
@@ -38,7 +38,7 @@ def draw(study: Study, report: Mapping[str, Any], results: Mapping[str, Mapping[
             continue
         label = f"{cell.regime}, noise {cell.noise:g}"
         runs.setdefault(label, []).append(root / "runs" / cell.label)
-        if cell.seed == 0:
+        if cell.seed == 0 and start_from(cell, root) is not None:  # random weights are one point
             looked.append(cell)
     if not runs:
         return
