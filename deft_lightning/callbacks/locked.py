@@ -11,7 +11,9 @@ from torch import Tensor
 from deft_lightning.functional import TokenStats
 
 CONCENTRATED = 0.5  # collision probability from which a prediction is sure: one token has at least half of it
-SHUT = 0.1  # gate below which a token trains less than a tenth of what it would under NLL
+SHUT = 0.1 * (
+    1 - 1e-5
+)  # gate below which a token trains less than a tenth of what it would under NLL, but for rounding
 
 WINDOW = 10  # logged steps that are looked back on
 SHARE = 0.1  # of locked tokens, below which nothing is said: among labels of any kind some are odd

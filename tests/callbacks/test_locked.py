@@ -14,7 +14,7 @@ from test_monitors import Columns, watch
 from deft_lightning.callbacks import GateMonitor
 from deft_lightning.callbacks.locked import LockWatch, locked
 from deft_lightning.functional import token_stats
-from deft_lightning.objectives import DEFT, NLL, Likelihood, Objective, Rescaled, Training
+from deft_lightning.objectives import DEFT, NLL, Floored, Likelihood, Objective, Rescaled, Training
 
 # --- which tokens ---------------------------------------------------------------------------------------------------
 
@@ -38,6 +38,16 @@ from deft_lightning.objectives import DEFT, NLL, Likelihood, Objective, Rescaled
 def test_locked_is_sure_and_wrong_and_shut(pi: list[float], label: int, objective: Objective, wanted: bool) -> None:
     stats = token_stats(torch.tensor([pi], dtype=torch.float64).log(), torch.tensor([label]))
     assert locked(stats, objective.gate(stats)).tolist() == [wanted]
+
+
+def test_a_floor_of_a_tenth_locks_nothing_whatever_the_rounding() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = 8 * torch.randn(5000, 30, generator=generator)
+    stats = token_stats(logits, torch.randint(0, 30, (5000,), generator=generator))
+    assert locked(stats, DEFT().gate(stats)).sum() > 2000
+    gate = Floored(floor=0.1).gate(stats)
+    assert (gate < 0.1).any(), "some are just below"
+    assert not locked(stats, gate).any()
 
 
 def test_shares_of_locked_tokens_of_all_and_of_the_clean_labels(monkeypatch: pytest.MonkeyPatch) -> None:
