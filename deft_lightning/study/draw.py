@@ -9,7 +9,10 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from deft_lightning.figures import comparison_bars, focus_trajectories, gradient_scatter
+from deft_lightning.figures.style import dress, line, panels, save, styled
 from deft_lightning.objectives import DEFT, NLL, Cayley, Likelihood
 from deft_lightning.study.cells import start, start_from
 from deft_lightning.study.plan import Study
@@ -20,7 +23,7 @@ EXAMPLES = 200
 
 
 def draw(study: Study, report: Mapping[str, Any], results: Mapping[str, Mapping[str, Any]], root: Path) -> None:
-    """Write `bars`, `focus` and `gradients` as PNG and SVG."""
+    """Write `bars`, `locked`, `focus` and `gradients-REGIME` as PNG and SVG."""
     headline = [tuple(place) for place in report["headline"]]
     if not headline:
         return
@@ -30,7 +33,9 @@ def draw(study: Study, report: Mapping[str, Any], results: Mapping[str, Mapping[
             group = f"{row['regime']}\nnoise {row['noise']:g}"
             table.setdefault(group, {})[short(row["objective"])] = row["values"]
     ordered = {f"{regime}\nnoise {noise:g}": table[f"{regime}\nnoise {noise:g}"] for regime, noise in headline}
-    comparison_bars(ordered, root / "bars", value="exact match")
+    judged = {regime.judge for regime in study.regimes.values()}
+    comparison_bars(ordered, root / "bars", value="exact match" if judged == {"exact_match"} else "minus the NLL")
+    _locked(study, results, headline, root / "locked")
     runs: dict[str, list[Path]] = {}
     looked = []
     for cell in study.shared():
@@ -51,3 +56,32 @@ def draw(study: Study, report: Mapping[str, Any], results: Mapping[str, Mapping[
             with redirect_stdout(StringIO()):
                 trainer.probe(module, data, examples=EXAMPLES, output=str(folder))
         gradient_scatter(folder, SEEN, root / f"gradients-{cell.regime}")
+
+
+@styled
+def _locked(study: Study, results: Mapping[str, Mapping[str, Any]], headline: list[Any], output: Path) -> None:
+    """Draw the share of locked tokens with clean labels over training: mean over seeds, within their range."""
+    shown = [objective for objective in (NLL(), DEFT(), *study.remedies) if objective in study.everything]
+    figure, axes = panels(len(headline), 3.0, 2.7, sharey=True)
+    for panel, (regime, noise) in zip(axes, headline, strict=True):
+        for index, objective in enumerate(shown):
+            curves = [
+                results[cell.id]["curves"]
+                for cell in study.shared()
+                if (cell.regime, cell.noise, cell.objective) == (regime, noise, objective)
+            ]
+            found = [curve.get("gate/locked_clean") or curve.get("gate/locked") for curve in curves]
+            rows = [row for row in found if row and row[0] == found[0][0]]
+            if not rows:
+                continue
+            steps, values = rows[0][0], np.array([row[1] for row in rows])
+            panel.plot(steps, values.mean(0), **line(index), label=short(repr(objective)))
+            panel.fill_between(steps, values.min(0), values.max(0), color=line(index)["color"], alpha=0.15, linewidth=0)
+        dress(panel, f"{regime}, noise {noise:g}", "optimizer step", "locked tokens")
+        panel.label_outer(remove_inner_ticks=False)
+        panel.set_xlabel("optimizer step")
+        panel.set_ylim(bottom=0)
+    handles = axes[0].get_legend_handles_labels()
+    if handles[0]:
+        figure.legend(*handles, loc="outside lower center", ncols=2)
+    save(figure, output)
