@@ -80,7 +80,7 @@ def _locked(study: Study, results: Mapping[str, Mapping[str, Any]], headline: li
         dress(panel, f"{regime}, noise {noise:g}", "optimizer step", "locked tokens")
         panel.label_outer(remove_inner_ticks=False)
         panel.set_xlabel("optimizer step")
-        panel.set_ylim(bottom=0)
+    axes[0].set_ylim(bottom=0)  # of all, once they share their limits
     handles = axes[0].get_legend_handles_labels()
     if handles[0]:
         figure.legend(*handles, loc="outside lower center", ncols=2)
