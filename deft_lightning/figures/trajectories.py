@@ -85,6 +85,8 @@ def focus_trajectories(
 ) -> list[Path]:
     """Draw mean focus alpha (solid) and mean target probability p (dashed) over training, a panel for each run.
 
+    The numbers beside the lines are their means over the last tenth of the run: a single step is noisy.
+
     Args:
         runs: Folders with TensorBoard event files, by label; several of one label, such as seeds, are drawn as their
             mean within the range from lowest to highest. Without labels, the ends of their paths.
@@ -165,8 +167,8 @@ def _draw(axes: Any, curve: Curve, style: dict[str, Any]) -> None:
 
 
 def _mark_ends(axes: Any, pair: Sequence[Curve]) -> None:
-    """Write the last value of each line beside it, moved apart where they would overlap."""
-    ends = [float(curve.mean[-1]) for curve in pair]
+    """Write beside each line its mean over the last tenth of the run, moved apart where they would overlap."""
+    ends = [float(curve.mean[curve.at >= 0.9 * curve.at[-1]].mean()) for curve in pair]
     # Within the panel: beyond its corners they would stand beside the title of the next one.
     low, high = max(min(ends), LOWEST), min(max(ends), HIGHEST)
     if high - low < APART:

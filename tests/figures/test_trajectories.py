@@ -14,6 +14,7 @@ from deft_lightning.errors import UserError
 from deft_lightning.figures import focus_trajectories, read_run, run_figure
 from deft_lightning.figures.runs import find_run, labels
 
+LATE = {"focus/mean": [0.5] * 17 + [0.3, 0.2, 0.4], "prob/mean": [0.5] * 17 + [0.9, 0.85, 0.8]}
 RISING = {"focus/mean": [0.1, 0.4, 0.7, 0.8], "prob/mean": [0.05, 0.2, 0.4, 0.6]}
 STRONG = {"focus/mean": [0.8, 0.85, 0.9, 0.93], "prob/mean": [0.7, 0.75, 0.8, 0.83]}
 
@@ -53,6 +54,8 @@ def test_each_run_is_a_panel_with_its_own_lines(
         assert alpha.get_linestyle() == "-" and p.get_linestyle() == "--" and axes.get_ylim() == (0, 1.02)
         assert alpha.get_xdata().tolist() == [0, 10, 20, 30]
     assert {"weak", "strong", "focus alpha", "target probability p", "0.80", "0.60", "0.93", "0.83"} <= set(texts(svg))
+    _, svg = focus_trajectories([log("late", LATE, range(1, 21))], tmp_path / "late")
+    assert {"0.30", "0.85"} <= set(texts(svg)), "means from step 18 of 20 on"
     assert drawn[1].axes[0].get_lines()[0].get_xdata().tolist() == pytest.approx([0, 1 / 3, 2 / 3, 1])
 
 
