@@ -169,7 +169,9 @@ def test_a_prompt_that_fills_the_model_is_refused_before_anything_is_generated(p
     rows = [{"question": "short", "answer": "1"}] * 3 + [{"question": "long" * 60, "answer": "1"}]
     chosen = {"gsm8k": write(tmp_path / "rows.jsonl", rows)}
     for verb in (test, predict):
-        with pytest.raises(UserError, match=r"fills the model's 160 positions .the rows of gsm8k in --data.benchmarks"):
+        with pytest.raises(
+            UserError, match=r"fills the model's 160 positions \(the rows of gsm8k in --data\.benchmarks"
+        ):
             verb(tmp_path, pretrained, chosen, 1)
     assert not (tmp_path / "predictions.jsonl").exists()
 
@@ -184,9 +186,9 @@ def test_held_out_rows_are_graded_by_exact_match_as_before(pretrained: str, tmp_
     writer = PredictionWriter(str(path))
     trainer(tmp_path, writer).predict(module(pretrained), data(), return_predictions=False)
     said = lines(path)
-    write(
-        tmp_path / "rows.jsonl", [{**r, "answer": s["completions"][0] or "?"} for r, s in zip(rows, said, strict=True)]
-    )
+    for row, made in zip(rows, said, strict=True):
+        row["answer"] = made["completions"][0] or "?"
+    write(tmp_path / "rows.jsonl", rows)
     runner = trainer(tmp_path)
     runner.test(module(pretrained), data(), verbose=False)
     right = sum(bool(row["completions"][0].strip()) for row in said) / len(said)
