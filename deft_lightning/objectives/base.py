@@ -167,6 +167,27 @@ class DeformedLog(Objective):
         return deformed_log(stats.log_prob, alpha)
 
 
+class Wrapper(Objective):
+    """An objective over another one, its ``base``: needs what that needs, and has the focus index that it has."""
+
+    base: Objective
+
+    @property
+    def topk(self) -> int:
+        """What the base needs."""
+        return int(self.base.topk)
+
+    @property
+    def needs_batch(self) -> bool:
+        """Whether the base looks at the batch."""
+        return bool(self.base.needs_batch)
+
+    @property
+    def deformed(self) -> DeformedLog | None:
+        """What the base is."""
+        return self.base.deformed
+
+
 def known_objectives() -> dict[str, type[Objective]]:
     """Return every concrete objective imported so far by name, a user's own included."""
     found: dict[str, type[Objective]] = {}

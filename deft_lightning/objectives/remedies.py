@@ -9,7 +9,7 @@ from torch import Tensor
 
 from deft_lightning.errors import UserError
 from deft_lightning.functional import TokenStats
-from deft_lightning.objectives.base import DeformedLog, Objective, Training
+from deft_lightning.objectives.base import DeformedLog, Objective, Training, Wrapper
 from deft_lightning.objectives.deformed import DEFT, NLL
 
 ROUNDING = 1e-9  # of a sum of shares; less than any optimizer step
@@ -92,7 +92,7 @@ class Schedule(Objective):
 
 
 @dataclass(frozen=True, repr=False)
-class Floored(Objective):
+class Floored(Wrapper):
     """An objective whose gate does not shut, ``base - sg(max(f - g, 0)) log p``: gate ``max(g, f)``.
 
     ``g`` is the gate of the base. The value is that of the base plus, where its gate is below the floor, the missing
@@ -124,24 +124,9 @@ class Floored(Objective):
             object.__setattr__(self, "left", 0.0)
 
     @property
-    def topk(self) -> int:
-        """What the base needs."""
-        return int(self.base.topk)
-
-    @property
-    def needs_batch(self) -> bool:
-        """Whether the base looks at the batch."""
-        return bool(self.base.needs_batch)
-
-    @property
     def scheduled(self) -> bool:
         """Whether the floor, or the base, changes over a run."""
         return self.decay == "linear" or self.base.scheduled
-
-    @property
-    def deformed(self) -> DeformedLog | None:
-        """What the base is."""
-        return self.base.deformed
 
     def at(self, training: Training) -> Objective:
         """Return it with the floor of this point of the run."""

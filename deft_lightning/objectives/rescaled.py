@@ -8,12 +8,12 @@ from torch import Tensor
 
 from deft_lightning.errors import UserError
 from deft_lightning.functional import TokenStats
-from deft_lightning.objectives.base import DeformedLog, Objective, Tracked, Training
+from deft_lightning.objectives.base import Objective, Tracked, Training, Wrapper
 from deft_lightning.objectives.deformed import DEFT
 
 
 @dataclass(frozen=True, repr=False)
-class Rescaled(Objective):
+class Rescaled(Wrapper):
     """An objective over its running mean gate, ``base / max(mean g, 0.01)``: loss and gate times one number a step.
 
     A gate below 1 makes gradients smaller, by a factor that changes as the model learns. With gates of mean 1 they are
@@ -46,24 +46,9 @@ class Rescaled(Objective):
             raise UserError(f"Rescaled: base {self.base!r} is rescaled already")
 
     @property
-    def topk(self) -> int:
-        """What the base needs."""
-        return int(self.base.topk)
-
-    @property
-    def needs_batch(self) -> bool:
-        """Whether the base looks at the batch."""
-        return bool(self.base.needs_batch)
-
-    @property
     def tracks(self) -> Tracked:
         """The base, as it is in force."""
         return Tracked(self.base, self.decay)
-
-    @property
-    def deformed(self) -> DeformedLog | None:
-        """What the base is."""
-        return self.base.deformed
 
     def at(self, training: Training) -> Objective:
         """Return it with the scale of this point of the run."""
