@@ -52,7 +52,8 @@ class GateMonitor(TokenMonitor):
     Args:
         histograms: Write the histograms and the occupancy too.
         bins: Bins of a histogram over [0, 1].
-        others: Objectives to compare with, for example `[NLL, Likelihood]`.
+        others: Objectives to compare with, for example `[NLL, Likelihood]`; one that depends on the course of training
+            is what it ends as.
 
     Raises:
         UserError: Two of `others` are the same, or one needs statistics that the objective in use does not ask for.
