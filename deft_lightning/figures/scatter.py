@@ -17,6 +17,7 @@ from deft_lightning.functional import TokenStats
 from deft_lightning.objectives import Objective
 
 MOST = 2000  # points of a panel: beyond, they cover each other
+KINDS = (("o", 9, "clean label"), ("^", 16, "noisy label"))
 
 
 def gradient_norm(stats: TokenStats, objective: Objective) -> Tensor:
@@ -56,6 +57,7 @@ def gradient_scatter(
         The files.
     """
     from matplotlib.colors import Normalize
+    from matplotlib.lines import Line2D
 
     if not objectives:
         raise UserError("a scatter needs at least one objective")
@@ -74,12 +76,12 @@ def gradient_scatter(
     scale = Normalize(0, usual if cut else top or 1.0)
     figure, axes = panels(len(objectives), 2.7, 2.7, sharex=True, sharey=True)
     for panel, objective, values in zip(axes, objectives, shades, strict=True):
-        for which, marker, size, name in ((~noisy, "o", 9, "clean label"), (noisy, "^", 16, "noisy label")):
+        for which, (marker, size, _) in zip((~noisy, noisy), KINDS, strict=True):
             if not which.any():
                 continue
             points = panel.scatter(
                 p[which], entropy[which], c=values[which], s=size, marker=marker, norm=scale, cmap=SHADES,
-                linewidths=0.25, edgecolors="#555555", label=name, rasterized=True, clip_on=False, zorder=3,
+                linewidths=0.25, edgecolors="#555555", rasterized=True, clip_on=False, zorder=3,
             )  # fmt: skip
         dress(panel, label(objective), "target probability p", "entropy H (nats)")
         panel.label_outer()
@@ -88,7 +90,12 @@ def gradient_scatter(
     extend = "max" if cut else "neither"
     figure.colorbar(points, ax=axes, label="gradient at the logits (norm)", extend=extend, pad=0.02)
     if noisy.any() and not noisy.all():
-        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, handlelength=1)
+        # Of no shade: that of their first point would seem to mean something.
+        keys = [
+            Line2D([], [], marker=marker, linestyle="", color="#888888", markersize=5, label=name)
+            for marker, _, name in KINDS
+        ]
+        figure.legend(handles=keys, loc="outside lower center", ncols=2, handlelength=1)
     return save(figure, output)
 
 
