@@ -175,6 +175,18 @@ def predicted(root: Path, world: int, rows: str = "test") -> Found:
     return {"path": str(path), "metrics": found}
 
 
+def benchmarked(root: Path, world: int) -> Found:
+    """Three benchmarks with odd numbers of rows, sampled."""
+    path = root / f"benchmarks-{world}.jsonl"
+    module = make_module(root, generation=Generation(max_new_tokens=5, samples=3, temperature=1.0))
+    rows = {name: str(root / f"{name}.jsonl") for name in ("figfont", "medical", "gsm8k")}
+    loaded = data(root, world, benchmarks=rows)
+    trainer = make_trainer(root, world, PredictionWriter(str(path)))
+    trainer.predict(module, loaded, return_predictions=False)
+    trainer.test(module, loaded, verbose=False)
+    return {"path": str(path), "metrics": {name: float(v) for name, v in trainer.callback_metrics.items()}}
+
+
 def packed(root: Path, world: int) -> Found:
     """Rows of several examples; which ones share a row does not depend on the ranks."""
     module = make_module(root)
@@ -349,6 +361,7 @@ SCENARIOS: dict[str, Callable[[Path, int], Found]] = {
     "watched": watched,
     "validated": validated,
     "predicted": predicted,
+    "benchmarked": benchmarked,
     "separators predicted": lambda root, world: predicted(root, world, "separators"),
 }
 

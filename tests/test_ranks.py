@@ -21,11 +21,13 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from deft_lightning import Trainer
 from deft_lightning.data.tokenizer import build_tokenizer
+from deft_lightning.evaluation.score import score
 
 SECONDS = 150.0
 ANSWERS = ["2", "red, green and blue", "Hello! How are you?", "y", "c a t", "no", "one two three four five", "!!"]
 HELD_OUT = ["something long, much longer than the rest", "4", "x y z", "no", "yes, it is"]
 PROMPTS = ["abc", "d\ne", "f", "gh", "i"]
+LETTERS = 'The quick brown fox jumps over 13 lazy dogs, 24 of 57; 689 & 0: "nothing"!'
 # JSON leaves these characters as they are, and some readers take them for line ends.
 SEPARATORS = ["abc", "d\u2028e", "f\u0085", "gh\u2029", "i"]
 
@@ -53,6 +55,15 @@ def prepare(root: Path) -> None:
         "val": [{"id": f"v{i}", "question": f"v{i}", "answer": a} for i, a in enumerate(HELD_OUT)],
         "test": [{"id": f"t{i}", "question": q, "answer": f"gold {i}"} for i, q in enumerate(PROMPTS)],
         "separators": [{"id": f"t{i}", "question": q, "answer": f"gold {i}"} for i, q in enumerate(SEPARATORS)],
+    }
+    options = {"A": "red", "B": "blue"}
+    rows |= {
+        "figfont": [{"id": f"f{i}", "question": q, "answer": LETTERS} for i, q in enumerate(PROMPTS)],
+        "medical": [
+            {"id": f"m{i}", "question": f"{i}?", "options": options, "answer": "AB"[i % 2], "source": f"s{i % 2}"}
+            for i in range(3)
+        ],
+        "gsm8k": [{"question": q, "answer": "1"} for q in (*PROMPTS, "j", "k")],
     }
     for name, content in rows.items():
         (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
@@ -327,6 +338,23 @@ def test_predictions_of_both_ranks_merge_into_one_file_in_order(name: str, runs:
     assert [record["gold"] for record in found] == [f"gold {i}" for i in range(len(PROMPTS))]
     assert found == records(runs.single[name]["path"])
     assert not list(runs.root.glob(".predictions*")), "no part is left behind"
+
+
+def test_benchmarks_are_the_same_for_two_ranks_and_one(runs: Runs) -> None:
+    expected = runs.single["benchmarked"]
+    for rank in runs.ranks:
+        assert rank["benchmarked"]["metrics"] == pytest.approx(expected["metrics"], rel=1e-6)
+    found = records(runs.ranks[0]["benchmarked"]["path"])
+    assert found == records(expected["path"]) and len({text for r in found for text in r["completions"]}) > 15
+    metrics = expected["metrics"]
+    assert [metrics[f"test/{name}/examples"] for name in ("figfont", "medical", "gsm8k")] == [5, 3, 7]
+    assert metrics["test/figfont/jaro_winkler"] > 0 and {"test/medical/macro", "test/gsm8k/maj@3"} <= set(metrics)
+    later = {
+        f"test/{name}/{figure}": value
+        for name, figures in score(Path(runs.ranks[0]["benchmarked"]["path"])).items()
+        for figure, value in figures.items()
+    }
+    assert metrics == pytest.approx(later, rel=1e-6)
 
 
 def test_a_test_run_counts_every_one_of_an_odd_number_of_examples_once(runs: Runs) -> None:

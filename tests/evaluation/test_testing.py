@@ -1,0 +1,197 @@
+"""`test` and `predict` on benchmarks with a real model: same figures whatever the batch, and later from the file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from deft_lightning import InstructionDataModule, SFTModule, Trainer
+from deft_lightning.callbacks import PredictionWriter
+from deft_lightning.data.tokenizer import build_tokenizer
+from deft_lightning.errors import UserError
+from deft_lightning.evaluation import Generation
+from deft_lightning.evaluation.score import score
+
+AB = {"A": "red", "B": "blue"}
+WORDS = ["abc", "d", "a longer one", "ef", "12345", "g\nh", "xyz"]
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory: pytest.TempPathFactory) -> str:
+    tokenizer = build_tokenizer(["hello"], 0)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=160, initializer_range=0.2, bos_token_id=None, pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("pretrained")
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def trainer(folder: Path, *callbacks: Any) -> Trainer:
+    return Trainer(
+        accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, default_root_dir=str(folder), callbacks=list(callbacks),
+    )  # fmt: skip
+
+
+def module(pretrained: str, **generation: Any) -> SFTModule:
+    return SFTModule(pretrained=pretrained, generation=Generation(**{"max_new_tokens": 6, **generation}))
+
+
+def predict(folder: Path, pretrained: str, benchmarks: Any, size: int = 3, **generation: Any) -> Path:
+    path = folder / "predictions.jsonl"
+    data = InstructionDataModule(benchmarks=benchmarks, eval_batch_size=size)
+    trainer(folder, PredictionWriter(str(path))).predict(
+        module(pretrained, **generation), data, return_predictions=False
+    )
+    return path
+
+
+def test(folder: Path, pretrained: str, benchmarks: Any, size: int = 3, **generation: Any) -> dict[str, float]:
+    data, runner = InstructionDataModule(benchmarks=benchmarks, eval_batch_size=size), trainer(folder)
+    runner.test(module(pretrained, **generation), data, verbose=False)
+    return {name: float(value) for name, value in runner.callback_metrics.items()}
+
+
+test.__test__ = False  # type: ignore[attr-defined]
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
+@pytest.fixture
+def benchmarks(tmp_path: Path, pretrained: str) -> dict[str, str]:
+    """Three benchmarks of which the model, which says the same every time, gets some right."""
+    words = [{"id": f"w{i}", "question": word, "answer": "?"} for i, word in enumerate(WORDS)]
+    first = predict(tmp_path, pretrained, {"figfont": write(tmp_path / "w.jsonl", words)}, samples=4, temperature=1.0)
+    for i, (row, made) in enumerate(zip(words, lines(first), strict=True)):
+        if i % 2:
+            row["answer"] = next((text for text in made["completions"] if text.strip()), "?")
+    medical = [
+        {"id": i, "question": word, "options": AB, "answer": "AB"[i % 2], "source": ("one", "two")[i // 3 % 2]}
+        for i, word in enumerate(WORDS[:5])
+    ]
+    return {
+        "figfont": write(tmp_path / "words.jsonl", words),
+        "medical": write(tmp_path / "medical.jsonl", medical),
+        "gsm8k": write(tmp_path / "gsm8k.jsonl", [{"question": w, "answer": "#### 1"} for w in WORDS]),
+    }
+
+
+SAMPLED = {"samples": 4, "temperature": 1.0}
+
+
+@pytest.mark.parametrize("generation", [{}, SAMPLED], ids=["greedy", "sampled"])
+def test_predictions_scored_later_give_the_figures_of_the_run(
+    generation: dict[str, Any], benchmarks: dict[str, str], pretrained: str, tmp_path: Path
+) -> None:
+    live = test(tmp_path, pretrained, benchmarks, **generation)
+    found = score(predict(tmp_path, pretrained, benchmarks, **generation))
+    later = {f"test/{name}/{figure}": value for name, figures in found.items() for figure, value in figures.items()}
+    assert live == pytest.approx(later, rel=1e-6)
+    n = generation.get("samples", 1)
+    assert {"test/gsm8k/avg@4", "test/gsm8k/pass@4", "test/gsm8k/maj@4_se"} <= set(live) or n == 1
+    assert [live[f"test/{name}/examples"] for name in benchmarks] == [7, 5, 7]
+    assert 0 < live["test/figfont/jaro_winkler"] < 1 and live["test/figfont/jaro_winkler_se"] > 0
+    assert 0 < live["test/medical/compat"] < 1 and "test/medical/macro" in live and "test/medical/source/two" in live
+    if n > 1:
+        assert 0 < live["test/figfont/exact_match"] < live["test/figfont/pass@4"] < 1
+
+
+def test_predictions_hold_what_grading_needs_in_the_order_of_the_files(
+    benchmarks: dict[str, str], pretrained: str, tmp_path: Path
+) -> None:
+    found = lines(predict(tmp_path, pretrained, benchmarks, size=2, **SAMPLED))
+    assert [row["benchmark"] for row in found] == ["figfont"] * 7 + ["medical"] * 5 + ["gsm8k"] * 7
+    assert [row["id"] for row in found[:12]] == [f"w{i}" for i in range(7)] + ["0", "1", "2", "3", "4"]
+    for row in found:
+        assert len(row["completions"]) == len(row["truncated"]) == 4
+        assert ("record" in row) == (row["benchmark"] == "medical")
+    assert found[8]["record"] == {"options": AB, "source": "one"} and found[8]["gold"] == "B"
+    assert not list(tmp_path.glob(".predictions*")), "no part is left behind"
+
+
+@pytest.mark.parametrize("generation", [{}, SAMPLED], ids=["greedy", "sampled"])
+def test_neither_batch_size_nor_order_nor_company_changes_a_completion(
+    generation: dict[str, Any], benchmarks: dict[str, str], pretrained: str, tmp_path: Path
+) -> None:
+    def completions(chosen: dict[str, str], size: int) -> dict[tuple[str, str], Any]:
+        found = lines(predict(tmp_path, pretrained, chosen, size, **generation))
+        return {(row["benchmark"], row["id"]): (row["completions"], row["truncated"]) for row in found}
+
+    whole = completions(benchmarks, 7)
+    assert len(whole) == 19
+    for size in (1, 4):
+        assert completions(benchmarks, size) == whole
+    reversed_rows = Path(benchmarks["figfont"]).read_text().splitlines()[::-1]
+    (tmp_path / "reversed.jsonl").write_text("\n".join(reversed_rows) + "\n")
+    alone = completions({"figfont": str(tmp_path / "reversed.jsonl")}, 3)
+    assert alone == {key: value for key, value in whole.items() if key[0] == "figfont"}
+
+
+def test_one_table_says_it_all(
+    benchmarks: dict[str, str], pretrained: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    live = test(tmp_path, pretrained, benchmarks)
+    shown = [line.split() for line in capsys.readouterr().out.splitlines() if line.strip()]
+    assert shown[0] == ["benchmark", "examples", "figure", "value", "error"]
+    assert [line[0] for line in shown if len(line) == 5 and line[1].isdigit()] == list(benchmarks)
+    (compat,) = [line for line in shown if line[0] == "compat"]
+    assert compat[1:] == [f"{live['test/medical/compat']:.4f}", f"{live['test/medical/compat_se']:.4f}"]
+
+
+def test_a_limit_of_batches_tests_the_first_ones(benchmarks: dict[str, str], pretrained: str, tmp_path: Path) -> None:
+    data = InstructionDataModule(benchmarks=benchmarks, eval_batch_size=2)
+    runner = Trainer(
+        accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, default_root_dir=str(tmp_path), limit_test_batches=1,
+    )  # fmt: skip
+    runner.test(module(pretrained), data, verbose=False)
+    assert [float(runner.callback_metrics[f"test/{name}/examples"]) for name in benchmarks] == [2, 2, 2]
+
+
+def test_a_prompt_that_fills_the_model_is_refused_before_anything_is_generated(pretrained: str, tmp_path: Path) -> None:
+    rows = [{"question": "short", "answer": "1"}] * 3 + [{"question": "long" * 60, "answer": "1"}]
+    chosen = {"gsm8k": write(tmp_path / "rows.jsonl", rows)}
+    for verb in (test, predict):
+        with pytest.raises(
+            UserError, match=r"fills the model's 160 positions \(the rows of gsm8k in --data\.benchmarks"
+        ):
+            verb(tmp_path, pretrained, chosen, 1)
+    assert not (tmp_path / "predictions.jsonl").exists()
+
+
+def test_held_out_rows_are_graded_by_exact_match_as_before(pretrained: str, tmp_path: Path) -> None:
+    rows = [{"id": f"t{i}", "question": word, "answer": "?"} for i, word in enumerate(WORDS)]
+    source, path = write(tmp_path / "rows.jsonl", rows), tmp_path / "p.jsonl"
+
+    def data() -> InstructionDataModule:
+        return InstructionDataModule(test_source=source, eval_batch_size=3)
+
+    writer = PredictionWriter(str(path))
+    trainer(tmp_path, writer).predict(module(pretrained), data(), return_predictions=False)
+    said = lines(path)
+    for row, made in zip(rows, said, strict=True):
+        row["answer"] = made["completions"][0] or "?"
+    write(tmp_path / "rows.jsonl", rows)
+    runner = trainer(tmp_path)
+    runner.test(module(pretrained), data(), verbose=False)
+    right = sum(bool(row["completions"][0].strip()) for row in said) / len(said)
+    found = {name: float(value) for name, value in runner.callback_metrics.items()}
+    assert set(found) == {"test/exact_match", "test/exact_match_se", "test/truncated", "test/examples"}
+    assert found["test/exact_match"] == pytest.approx(right) and found["test/examples"] == len(WORDS)
