@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from given_tokens import statistics_of
 from lightning.pytorch import Callback
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -34,6 +35,7 @@ from deft_lightning.data.noise import Noise, TokenReplace
 from deft_lightning.data.order import ShardedSampler
 from deft_lightning.errors import UserError
 from deft_lightning.evaluation import Generation
+from deft_lightning.functional import TokenStats
 from deft_lightning.models import LoRA
 from deft_lightning.objectives import DEFT, NLL, Likelihood, Objective, Rescaled, Schedule, Tsallis
 
@@ -184,6 +186,35 @@ def watched(root: Path, world: int) -> Found:
     trainer.fit(module, data(root, world))
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     return {"metrics": metrics, "log_dir": trainer.log_dir, "weights": weights(module)}
+
+
+class Given(SFTModule):
+    """Trains as ever; the tokens its monitors see are those of :func:`statistics_of`."""
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
+        counts = (batch["labels"][:, 1:] != -100).sum(1).tolist()
+        rows = [statistics_of(id, count) for id, count in zip(batch["example_id"], counts, strict=True)]
+        stats, noise, clean = (list(column) for column in zip(*rows, strict=True))
+        assert all(part.topk_entropy is None for part in stats)
+        fields = (None if part[0] is None else torch.cat(part) for part in zip(*stats, strict=True))
+        given = {"stats": TokenStats(*fields), "noise_code": torch.cat(noise), "clean_labels": torch.cat(clean)}
+        return {**super().training_step(batch, batch_idx), **given}
+
+
+def given(root: Path, world: int) -> Found:
+    """Two optimizer steps of two micro-batches, watched; the last micro-batch has fewer tokens on one rank."""
+    torch.manual_seed(0)
+    module = Given(pretrained=str(root / "pretrained"), optimizer=adam, scheduler=constant)
+    monitors = [GateMonitor(others=[NLL(), Tsallis(0.5)]), EntropyMonitor(), NoiseMonitor(), Dashboard()]
+    options = {"accumulate_grad_batches": 2, "logger": None}
+    trainer = make_trainer(root / f"given{world}", world, *monitors, **options)
+    rank = int(os.environ.get("LOCAL_RANK", 0)) if world > 1 else 0
+    examples = [prepared(i, 0 if i == 30 else 20 + 7 * (i % 6)) for i in range(32)]
+    sampler = ShardedSampler(len(examples), rank=rank, world=world, seed=3, shuffle=False, even=True)
+    loader = DataLoader(examples, 8 // world, sampler=sampler, collate_fn=TrainCollator(0))  # type: ignore[arg-type]
+    trainer.fit(module, loader)
+    steps = [[(e.id, int((e.labels[1:] != -100).sum())) for e in examples[i : i + 16]] for i in (0, 16)]
+    return {"log_dir": trainer.log_dir, "seen": steps}
 
 
 def validated(root: Path, world: int) -> Found:
@@ -396,6 +427,7 @@ SCENARIOS: dict[str, Callable[[Path, int], Found]] = {
     "raised": raised,
     "stopped": stopped,
     "watched": watched,
+    "given": given,
     "validated": validated,
     "predicted": predicted,
     "benchmarked": benchmarked,

@@ -13,8 +13,10 @@ import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
+from given_tokens import Tokens
 from ranks_worker import SCENARIOS, run_to
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -271,7 +273,7 @@ def test_a_running_module_is_exported_whole(runs: Runs) -> None:
 
 
 def events(folder: str) -> EventAccumulator:
-    return EventAccumulator(folder, size_guidance={"scalars": 0, "histograms": 0}).Reload()
+    return EventAccumulator(folder, size_guidance={"scalars": 0, "histograms": 0, "images": 0}).Reload()
 
 
 def test_scalars_are_those_of_one_process(runs: Runs) -> None:
@@ -306,6 +308,57 @@ def test_histograms_count_the_tokens_of_both_ranks(runs: Runs) -> None:
                 continue
             assert (b.num, b.bucket_limit, b.bucket) == (a.num, a.bucket_limit, a.bucket), (tag, found.step)
             assert b.sum == pytest.approx(a.sum, rel=1e-5)
+
+
+def test_one_process_and_two_ranks_write_what_numpy_finds_in_all_tokens_of_a_step(runs: Runs) -> None:
+    for found in (runs.single["given"], runs.ranks[0]["given"]):
+        written = events(found["log_dir"])
+        for at, step in enumerate(found["seen"]):
+            tokens = Tokens(step)
+            assert 500 < len(tokens.p) < 700
+            for tag, (values, top) in tokens.quantities().items():
+                row = written.Histograms(tag)[at].histogram_value
+                counts, edges = np.histogram(values, 50, (0, top))
+                bins = dict(zip(np.round(row.bucket_limit, 6), row.bucket, strict=True))
+                assert [bins.get(round(float(right), 6), 0) for right in edges[1:]] == counts.tolist(), (tag, at)
+                sums = (values.sum(), np.square(values).sum())
+                assert (row.num, row.sum, row.sum_squares) == pytest.approx((len(values), *sums), rel=1e-6), (tag, at)
+            for tag, value in tokens.scalars().items():
+                assert written.Scalars(tag)[at].value == pytest.approx(value, rel=1e-6), (tag, at)
+
+
+def test_two_ranks_write_the_very_numbers_and_pictures_of_one_process(runs: Runs) -> None:
+    single, double = (events(found["given"]["log_dir"]) for found in (runs.single, runs.ranks[0]))
+    assert single.Tags()["images"] == double.Tags()["images"] == ["objective/gate", "occupancy/p_alpha"]
+    for tag in ("objective/gate", "occupancy/p_alpha"):
+        pairs = list(zip(single.Images(tag), double.Images(tag), strict=True))
+        assert len(pairs) == (1 if tag == "objective/gate" else 2)
+        assert all(a.encoded_image_string == b.encoded_image_string for a, b in pairs), tag
+    for tag in single.Tags()["histograms"]:
+        for a, b in zip(single.Histograms(tag), double.Histograms(tag), strict=True):
+            one, two = a.histogram_value, b.histogram_value
+            if tag == "gradient/hist":  # its counts are sums of floats, which have no order of their own
+                assert (two.num, two.bucket) == (pytest.approx(one.num), pytest.approx(one.bucket)), tag
+                continue
+            assert (two.num, two.bucket_limit, two.bucket) == (one.num, one.bucket_limit, one.bucket), tag
+    rooms = (
+        "gate/",
+        "prob/",
+        "focus/",
+        "entropy/",
+        "renyi2/",
+        "collision/",
+        "gradient/",
+        "counterfactual/",
+        "noise/",
+        "nll/",
+    )
+    tags = [tag for tag in single.Tags()["scalars"] if tag.startswith(rooms)]
+    assert len(tags) > 30 and tags == [tag for tag in double.Tags()["scalars"] if tag.startswith(rooms)]
+    for tag in tags:
+        exact = "auroc" in tag or tag.split("/")[1][:1] == "q"
+        for a, b in zip(single.Scalars(tag), double.Scalars(tag), strict=True):
+            assert b.value == (a.value if exact else pytest.approx(a.value, rel=1e-6)), tag
 
 
 def test_both_ranks_know_the_same_metrics(runs: Runs) -> None:

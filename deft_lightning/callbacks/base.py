@@ -6,25 +6,29 @@ import importlib.util
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from deft_lightning.errors import UserError
 from deft_lightning.functional import TokenStats
-from deft_lightning.metrics import Histogram, PackedHistogram
+from deft_lightning.metrics import Histogram, PackedHistogram, Quantiles
+
+PERCENT = (10, 50, 90)  # the quantiles that are told
 
 
 class TokenMonitor(Callback):
     """Watches the tokens of logged optimizer steps, all micro-batches and ranks of them.
 
     Nothing is computed on other steps. A subclass names its quantities, adds values in :meth:`observe` and writes them
-    in :meth:`report`; syncing is one all-reduce for all of them.
+    in :meth:`report`; syncing is one all-reduce for all of them, and four small ones where there are quantiles.
     """
 
     def __init__(self, bins: int = 50) -> None:
         if bins < 1:
             raise UserError(f"{type(self).__name__}: bins must be at least 1, got {bins}")
         self.packed: PackedHistogram | None = None
+        self.quantiles = Quantiles([percent / 100 for percent in PERCENT])
         self.reports = 0
 
     def open(self, trainer: Trainer, module: Any) -> PackedHistogram:
@@ -64,6 +68,7 @@ class TokenMonitor(Callback):
             self.packed.reset()
             self.reports += 1
             self.report(trainer, pl_module, rows)
+            self.quantiles.reset()
 
     def write_scalars(self, trainer: Trainer, values: dict[str, float]) -> None:
         """Write values of this step alone, on rank zero; Lightning's ``log`` would repeat them on steps without any."""
@@ -71,6 +76,12 @@ class TokenMonitor(Callback):
             return
         for logger in trainer.loggers:
             logger.log_metrics(values, step=optimizer_step(trainer))
+
+    def write_quantiles(self, trainer: Trainer, *names: str) -> None:
+        """Write `name/q10`, `name/q50`, `name/q90` of the quantities of `quantiles`; nothing without tokens."""
+        found = zip(names, self.quantiles.compute(), strict=True)
+        values = {f"{name}/q{percent}": v for name, row in found for percent, v in zip(PERCENT, row, strict=False)}
+        self.write_scalars(trainer, values)
 
     def write_histogram(self, trainer: Trainer, tag: str, row: Histogram) -> None:
         """Write one histogram to every TensorBoard logger; on rank zero alone."""
@@ -88,12 +99,18 @@ class TokenMonitor(Callback):
         if self.reports & (self.reports - 1) or not has_matplotlib():
             return
         for writer in writers(trainer):
-            writer.add_figure(tag, draw(), global_step=optimizer_step(trainer))
+            add_figure(writer, tag, draw(), optimizer_step(trainer))
 
 
-def quantiles(name: str, row: Histogram) -> dict[str, float]:
-    """Return `name/q10`, `name/q50`, `name/q90` from a histogram, to the width of a bin; nothing without values."""
-    return {f"{name}/q{percent}": row.quantile(percent / 100) for percent in (10, 50, 90)} if row.total else {}
+def add_figure(writer: Any, tag: str, figure: Any, step: int) -> None:
+    """Write a figure as an image, without pyplot, which ``SummaryWriter.add_figure`` imports."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    writer.add_image(tag, np.asarray(canvas.buffer_rgba())[..., :3], step, dataformats="HWC")
+    # Figure and canvas are a cycle: until it is collected, the pixels would add to the peak of the steps that follow.
+    del canvas.renderer
 
 
 def writers(trainer: Trainer) -> list[Any]:

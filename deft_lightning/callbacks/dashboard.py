@@ -6,7 +6,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from deft_lightning.callbacks.base import has_matplotlib, optimizer_step, writers
+from deft_lightning.callbacks.base import add_figure, has_matplotlib, optimizer_step, writers
 from deft_lightning.callbacks.drawings import gate_curve
 from deft_lightning.callbacks.marked import marked
 from deft_lightning.errors import UserError
@@ -63,7 +63,7 @@ class Dashboard(Callback):
         self.drawn = objective
         if self.curve and has_matplotlib():
             for writer in writers(trainer):
-                writer.add_figure("objective/gate", gate_curve(objective), global_step=optimizer_step(trainer))
+                add_figure(writer, "objective/gate", gate_curve(objective), optimizer_step(trainer))
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from typing import TYPE_CHECKING
 
@@ -36,12 +37,21 @@ def occupancy(counts: list[list[float]]) -> Figure:
     from matplotlib.colors import LogNorm
 
     figure, (axes,) = panels(1, 5.0, 3.4)
+    # In a place that is given: to be laid out takes as long as all else, and 1.5 MiB.
+    figure.set_layout_engine("none")
+    axes.set_position((0.12, 0.15, 0.68, 0.74))
     dress(axes, "Tokens by probability and focus", "target probability p", "focus alpha")
     axes.grid(False)
     table = torch.tensor(counts)
     # Cells without tokens stay white.
     shown = torch.where(table > 0, table, torch.nan).numpy()
-    scale = LogNorm(1, max(2.0, float(table.max())))
+    most = max(2.0, float(table.max()))
+    scale = LogNorm(1, most)
     image = axes.imshow(shown, origin="lower", extent=(0, 1, 0, 1), aspect="auto", cmap="Greys", norm=scale)
-    figure.colorbar(image, label="tokens")
+    # Ticks by hand: 40 small ones and powers as formulas took half of the time.
+    bar = figure.colorbar(image, cax=figure.add_axes((0.83, 0.15, 0.03, 0.74)))
+    bar.ax.set_title("tokens", fontsize=10, loc="left")
+    bar.set_ticks([10.0**power for power in range(int(math.log10(most)) + 1)], minor=False)
+    bar.ax.yaxis.set_major_formatter("{x:g}")
+    bar.minorticks_off()
     return figure

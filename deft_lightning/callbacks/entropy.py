@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 
-from deft_lightning.callbacks.base import TokenMonitor, quantiles
+from deft_lightning.callbacks.base import TokenMonitor
 from deft_lightning.functional import TokenStats
 from deft_lightning.metrics import Histogram, PackedHistogram
 
@@ -15,9 +15,9 @@ from deft_lightning.metrics import Histogram, PackedHistogram
 class EntropyMonitor(TokenMonitor):
     """Logs `entropy/shannon` (H), `entropy/renyi2` (H2 = -ln C), both in nats, and `collision/mean` (C = sum pi^2).
 
-    `entropy/q10`, `entropy/q50` and `entropy/q90` are quantiles of H, read from its histogram: off by less than a bin,
-    `ln V / bins`. Histograms: `entropy/hist` (H) and `entropy/renyi2_hist` (H2) over `[0, ln V]`, `collision/hist` (C)
-    over `[0, 1]`.
+    `entropy/q10`, `entropy/q50` and `entropy/q90` are exact quantiles of H, `renyi2/` likewise of H2, `collision/` of
+    C. Histograms: `entropy/hist` (H) and `entropy/renyi2_hist` (H2) over `[0, ln V]`, `collision/hist` (C) over
+    `[0, 1]`.
 
     Args:
         histograms: Write the histograms too.
@@ -40,6 +40,7 @@ class EntropyMonitor(TokenMonitor):
         packed.update(0, stats.entropy)
         packed.update(1, -stats.collision.log())
         packed.update(2, stats.collision)
+        self.quantiles.update(stats.entropy, -stats.collision.log(), stats.collision)
 
     def report(self, trainer: Trainer, module: Any, rows: list[Histogram]) -> None:
         """Write means, quantiles and histograms."""
@@ -47,7 +48,7 @@ class EntropyMonitor(TokenMonitor):
         module.log("entropy/shannon", shannon.mean)
         module.log("entropy/renyi2", renyi2.mean)
         module.log("collision/mean", collision.mean)
-        self.write_scalars(trainer, quantiles("entropy", shannon))
+        self.write_quantiles(trainer, "entropy", "renyi2", "collision")
         if self.histograms:
             self.write_histogram(trainer, "entropy/hist", shannon)
             self.write_histogram(trainer, "entropy/renyi2_hist", renyi2)

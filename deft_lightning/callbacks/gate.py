@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 
-from deft_lightning.callbacks.base import TokenMonitor, quantiles
+from deft_lightning.callbacks.base import TokenMonitor
 from deft_lightning.callbacks.drawings import occupancy
 from deft_lightning.callbacks.locked import LockWatch, locked
 from deft_lightning.errors import UserError
@@ -19,7 +19,7 @@ from deft_lightning.objectives import Objective
 
 BANDS = 10  # of alpha, in the occupancy
 FIXED = 6  # rows before those of other objectives
-PERCENT = (0, 10, 50, 90, 100)  # ranges of p whose share of the gradient is told
+RANGES = (0, 10, 50, 90, 100)  # in percent, ranges of p whose share of the gradient is told
 
 
 class GateMonitor(TokenMonitor):
@@ -29,8 +29,8 @@ class GateMonitor(TokenMonitor):
     effective sample size `(sum g)^2 / (n sum g^2)`, in (0, 1]. Focus is written for the deformed-log family, which has
     one.
 
-    Quantiles `gate/q10`, `gate/q50`, `gate/q90`, and `prob/` likewise, are read from the histograms: off by less than a
-    bin, `1 / bins`. Values above 1, which only some objectives reach, count in the last bin; means are exact.
+    Quantiles `gate/q10`, `gate/q50`, `gate/q90`, and `prob/` and `focus/` likewise, are exact, as means are. In
+    histograms, values above 1, which only some objectives reach, count in the last bin.
 
     `gradient/p0_10`, `gradient/p10_50`, `gradient/p50_90`, `gradient/p90_100` are the shares of the summed
     `gate * (1 - p)` that tokens with p in [0, 0.1), [0.1, 0.5), [0.5, 0.9), [0.9, 1] have; exact when `bins` is a
@@ -109,6 +109,9 @@ class GateMonitor(TokenMonitor):
                 focus = acting.deformed.focus(stats)
             packed.update(row, focus)
             packed.update_bands(row + 1, BANDS, prob, by=focus)
+            self.quantiles.update(gate, prob, focus)
+        else:
+            self.quantiles.update(gate, prob)
 
     def report(self, trainer: Trainer, module: Any, rows: list[Histogram]) -> None:
         """Write means, quantiles, shares and histograms."""
@@ -121,13 +124,14 @@ class GateMonitor(TokenMonitor):
         module.log("prob/mean", prob.mean)
         if focus:
             module.log("focus/mean", focus[0].mean)
-        values = {**quantiles("gate", gate), **quantiles("prob", prob)}
+        self.write_quantiles(trainer, "gate", "prob", *(["focus"] if focus else []))
+        values = {}
         if 0 < shut_clean.total < shut.total:
             values["gate/locked_clean"] = shut_clean.mean
         if shut_clean.total:
             self.lock.see(shut_clean.mean, prob_clean.mean, repr(module.objective))
         if gradient.total:
-            for low, high in pairwise(PERCENT):
+            for low, high in pairwise(RANGES):
                 values[f"gradient/p{low}_{high}"] = gradient.share_below(high / 100) - gradient.share_below(low / 100)
         for name, row in zip(self.others, others, strict=True):
             values[f"counterfactual/{name}/gate"] = row.mean

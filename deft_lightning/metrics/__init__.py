@@ -3,6 +3,16 @@
 from deft_lightning.metrics.auroc import binned_auroc, exact_auroc, spread
 from deft_lightning.metrics.example_sums import ExampleSums
 from deft_lightning.metrics.histogram import Histogram, PackedHistogram
+from deft_lightning.metrics.quantiles import Quantiles
 from deft_lightning.metrics.tokens import TokenMeter
 
-__all__ = ["ExampleSums", "Histogram", "PackedHistogram", "TokenMeter", "binned_auroc", "exact_auroc", "spread"]
+__all__ = [
+    "ExampleSums",
+    "Histogram",
+    "PackedHistogram",
+    "Quantiles",
+    "TokenMeter",
+    "binned_auroc",
+    "exact_auroc",
+    "spread",
+]

@@ -51,22 +51,6 @@ class Histogram:
             below += count * (0.0 if inside < 1e-9 else 1.0 if inside > 1 - 1e-9 else inside)
         return below / self.total if self.total else 0.0
 
-    def quantile(self, q: float) -> float:
-        """Value below which a share ``q`` of the values lies, to the width of one bin; 0 without any.
-
-        It lies in the bin that holds the value of rank ``q * total``, linearly within it, so it is off by less than the
-        range over the number of bins (0.02 for 50 bins over ``[0, 1]``). Values outside the range count as its ends.
-
-        Args:
-            q: In ``(0, 1]``.
-        """
-        below, rank = 0.0, q * self.total
-        for count, left, right in zip(self.counts, self.edges, self.edges[1:], strict=False):
-            if count and below + count >= rank * (1 - 1e-12):
-                return left + (right - left) * min(1.0, (rank - below) / count)
-            below += count
-        return 0.0
-
     def raw(self) -> dict[str, Any]:
         """Return the keyword arguments of ``SummaryWriter.add_histogram_raw``."""
         filled = [i for i, count in enumerate(self.counts) if count]

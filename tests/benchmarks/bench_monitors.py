@@ -4,15 +4,15 @@
 
 Time: one run, whose monitors look at every second window of ten steps, the default logging interval. Each window is
 compared with the one before it, so that a machine whose speed drifts treats both alike; the median of the ratios is
-told, and beside it, free of the noise of the steps, the share of a window spent inside the monitors. The first four
-windows, in which matplotlib is imported and two figures are drawn, are told apart. Memory: whole processes with
-monitors, without, and with monitors that draw nothing, in turn; the median of the ratios.
+told, and beside it, free of the noise of the steps, the share of a window spent inside the monitors: of the clock, and
+of the time of the processor, which others who use the machine disturb less. Windows in which a figure is drawn (the
+first, second, fourth and eighth watched one) are told apart. Memory: whole processes with monitors, without, and with
+monitors that draw nothing, in turn; the median of the ratios.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import os
 import resource
@@ -30,6 +30,7 @@ EVERY = 10  # --trainer.log_every_n_steps
 
 def child(mode: str, windows: int, vocabulary: int, tokens: int, width: int) -> None:
     """Train with monitors: ``alternate`` (in every second window), ``on``, ``scalars`` (drawing nothing) or ``off``."""
+    import numpy as np
     import torch
     from lightning.pytorch import Callback
     from torch.utils.data import DataLoader
@@ -39,17 +40,20 @@ def child(mode: str, windows: int, vocabulary: int, tokens: int, width: int) -> 
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    inside, ends = 0.0, [0.0]
-    spent: list[float] = []
+    inside, ends = np.zeros(2), [np.zeros(2)]
+    spent: list[Any] = []
+
+    def now() -> Any:
+        return np.array([time.perf_counter(), time.process_time()])
 
     def timed(cls: Any, **options: Any) -> Any:
         class Timed(cls):  # type: ignore[misc]
             def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
                 nonlocal inside
                 if mode != "alternate" or len(ends) % 2 == 0:
-                    start = time.perf_counter()
+                    start = now()
                     super().on_train_batch_end(trainer, *args)
-                    inside += time.perf_counter() - start
+                    inside = inside + now() - start
 
         return Timed(**options)
 
@@ -57,14 +61,14 @@ def child(mode: str, windows: int, vocabulary: int, tokens: int, width: int) -> 
         """The last of the callbacks, so that a window ends after what the monitors did in its last step."""
 
         def on_train_start(self, *args: Any) -> None:
-            ends[0] = time.perf_counter()
+            ends[0] = now()
 
         def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
             nonlocal inside
             if trainer.global_step % EVERY == 0:
-                ends.append(time.perf_counter())
+                ends.append(now())
                 spent.append(inside)
-                inside = 0.0
+                inside = np.zeros(2)
 
     monitors: list[Any] = []
     if mode != "off":
@@ -72,7 +76,9 @@ def child(mode: str, windows: int, vocabulary: int, tokens: int, width: int) -> 
         monitors = [timed(GateMonitor, **drawn), timed(EntropyMonitor), timed(NoiseMonitor)]
         monitors += [Dashboard()] if mode != "scalars" else []
     ids = torch.randint(vocabulary, (4, tokens // 4 + 1))
-    batch = {"input_ids": ids, "labels": ids, "noise_code": (torch.rand(ids.shape) < 0.2).to(torch.int8)}
+    noise, other = (torch.rand(ids.shape) < 0.2).to(torch.int8), torch.randint(vocabulary, ids.shape)
+    labels = torch.where(noise > 0, other, ids)
+    batch = {"input_ids": ids, "labels": labels, "clean_labels": ids, "noise_code": noise}
     shape = {
         "model_type": "llama", "vocab_size": vocabulary, "hidden_size": width, "intermediate_size": 2 * width,
         "num_hidden_layers": 2, "num_attention_heads": 2, "tie_word_embeddings": True,
@@ -85,9 +91,10 @@ def child(mode: str, windows: int, vocabulary: int, tokens: int, width: int) -> 
         )  # fmt: skip
         batches = DataLoader([batch] * (windows * EVERY), batch_size=None)  # type: ignore[arg-type]
         trainer.fit(SFTModule(architecture=shape), batches)
-    seconds = [end - start for start, end in itertools.pairwise(ends)]
+    found = {"": np.diff(np.array(ends), axis=0), "_inside": np.array(spent)}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-    print(json.dumps({"seconds": seconds, "inside": spent, "peak_MiB": peak}))
+    times = {f"{clock}{of}": found[of][:, i].tolist() for i, clock in enumerate(("wall", "cpu")) for of in found}
+    print(json.dumps({**times, "peak_MiB": peak}))
 
 
 def run(mode: str, windows: int, args: argparse.Namespace) -> dict[str, Any]:
@@ -117,21 +124,26 @@ def main() -> None:
         child(args.child, args.windows, args.vocabulary, args.tokens, args.width)
         return
     found = run("alternate", args.windows, args)
-    seconds, inside = found["seconds"], found["inside"]
-    # Windows 1, 3, 5 ... are watched; 1 and 3 draw and import.
-    later = range(5, len(seconds), 2)
+    watched = range(1, len(found["wall"]), 2)
+    drawn = [window for count, window in enumerate(watched, start=1) if not count & (count - 1)]
+    plain = [window for window in watched if window not in drawn]
+    shares = {clock: [i / w for i, w in zip(found[f"{clock}_inside"], found[clock], strict=True)]
+              for clock in ("wall", "cpu")}  # fmt: skip
     peaks = [{mode: run(mode, 2, args)["peak_MiB"] for mode in ("off", "scalars", "on")} for _ in range(args.rounds)]
     result = {
         "tokens": args.tokens, "vocabulary": args.vocabulary, "width": args.width, "cores": os.cpu_count(),
-        "step_s": statistics.median(seconds) / EVERY,
-        "time_ratio": statistics.median(seconds[i] / seconds[i - 1] for i in later),
-        "share_inside": statistics.median(inside[i] / seconds[i] for i in later),
-        "share_inside_largest": max(inside[i] / seconds[i] for i in later),
-        "inside_ms_a_logged_step": 1e3 * statistics.median(inside[i] for i in later),
-        "first_logged_step_s": inside[1],
+        "step_s": {clock: statistics.median(found[clock]) / EVERY for clock in shares},
+        "time_ratio": {clock: statistics.median(found[clock][i] / found[clock][i - 1] for i in plain)
+                       for clock in shares},
+        "share_inside": {clock: statistics.median(share[i] for i in plain) for clock, share in shares.items()},
+        "share_inside_with_a_figure": {clock: max(share[i] for i in drawn) for clock, share in shares.items()},
+        "inside_cpu_ms": {
+            "without a figure": 1e3 * statistics.median(found["cpu_inside"][i] for i in plain),
+            "with a figure": [1e3 * found["cpu_inside"][i] for i in drawn],
+        },
         "peak_MiB": {mode: statistics.median(row[mode] for row in peaks) for mode in peaks[0]},
         "peak_ratio": {mode: statistics.median(row[mode] / row["off"] for row in peaks) for mode in ("scalars", "on")},
-        "windows": {"seconds": seconds, "inside": inside}, "peaks": peaks,
+        "windows": {name: value for name, value in found.items() if name != "peak_MiB"}, "peaks": peaks,
     }  # fmt: skip
     print(json.dumps({name: value for name, value in result.items() if name not in ("windows", "peaks")}, indent=2))
     if args.output:

@@ -48,10 +48,11 @@ SCALARS = {
     "train": {"loss", "nll", "ppl", "token_accuracy", "tokens", "grad_norm"},
     "val": {"loss", "nll", "ppl", "token_accuracy"},
     "gate": {"mean", "ess", "locked", "q10", "q50", "q90"},
-    "focus": {"mean"},
+    "focus": {"mean", "q10", "q50", "q90"},
     "prob": {"mean", "q10", "q50", "q90"},
     "entropy": {"shannon", "renyi2", "q10", "q50", "q90"},
-    "collision": {"mean"},
+    "renyi2": {"q10", "q50", "q90"},
+    "collision": {"mean", "q10", "q50", "q90"},
     "gradient": {"p0_10", "p10_50", "p50_90", "p90_100"},
 }
 NOISE_SCALARS = {"gate/clean", "gate/noisy", "nll/clean", "nll/noisy", "noise/auroc_gate", "noise/auroc_prob",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -13,7 +14,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from deft_lightning.functional import TokenStats
-from deft_lightning.metrics import ExampleSums, Histogram, PackedHistogram, TokenMeter, binned_auroc, spread
+from deft_lightning.metrics import (
+    ExampleSums,
+    Histogram,
+    PackedHistogram,
+    Quantiles,
+    TokenMeter,
+    binned_auroc,
+    spread,
+)
 
 quick = settings(deadline=None, max_examples=60, derandomize=True)
 UNIT = ((0.0, 1.0),)
@@ -308,3 +317,56 @@ def test_example_sums_start_afresh_after_reset() -> None:
     metric.reset()
     metric.update(0, [0.5])
     assert metric.compute().tolist() == [[[1.0, 0.5, 0.25]]]
+
+
+# --- Quantiles ------------------------------------------------------------------------------------------------------
+
+
+def smallest(values: np.ndarray, share: Fraction) -> float:
+    """The ceil(q n)-th smallest value, without rounding."""
+    return float(np.sort(values)[max(0, math.ceil(share * len(values)) - 1)])
+
+
+SHARES = [Fraction(1, 100), Fraction(1, 10), Fraction(1, 3), Fraction(1, 2), Fraction(9, 10), Fraction(1)]
+
+
+@pytest.mark.parametrize("n", [1, 2, 9, 10, 30, 1001, 20_000])
+def test_quantiles_are_values_that_occur_to_the_last_bit(n: int) -> None:
+    generator = np.random.default_rng(n)
+    columns = [
+        generator.random(n), generator.exponential(7, n), np.exp(-generator.exponential(60, n)),
+        1 - np.exp(-generator.exponential(20, n)), generator.integers(0, 3, n) / 2,
+    ]  # fmt: skip
+    values = np.stack(columns).astype(np.float32)
+    quantiles = Quantiles([float(share) for share in SHARES])
+    for part in np.array_split(values, 3, axis=1):
+        quantiles.update(*torch.from_numpy(part))
+    assert quantiles.compute() == [[smallest(row, share) for share in SHARES] for row in values]
+    if n == 1001:
+        for row, found in zip(values, quantiles.compute(), strict=True):
+            assert found == np.quantile(row, [float(share) for share in SHARES], method="inverted_cdf").tolist()
+
+
+@given(st.lists(st.floats(0, width=32) | st.sampled_from([0.0, 1.0]), min_size=1, max_size=40), st.integers(0, 40))
+@quick
+def test_quantiles_of_any_values_in_any_parts(values: list[float], cut: int) -> None:
+    quantiles = Quantiles([float(share) for share in SHARES])
+    for part in (values[:cut], values[cut:]):
+        quantiles.update(torch.tensor(part), -torch.tensor(part))
+    wanted = [smallest(np.array(values), share) for share in SHARES]
+    assert quantiles.compute() == [wanted, [0.0] * len(SHARES)], "what is below zero counts as zero"
+
+
+def test_quantiles_without_values_are_none_and_reset_forgets() -> None:
+    quantiles = Quantiles()
+    quantiles.update(torch.tensor([3.0, 4.0]), torch.tensor([1.0, 2.0]))
+    assert quantiles.compute() == [[3.0, 3.0, 4.0], [1.0, 1.0, 2.0]]
+    quantiles.reset()
+    quantiles.update(torch.empty(0), torch.empty(0))
+    assert quantiles.compute() == [[], []]
+
+
+def test_what_is_not_a_number_counts_as_infinite() -> None:
+    quantiles = Quantiles()
+    quantiles.update(torch.tensor([math.nan, 1.0, 2.0, 3.0, -math.nan, math.inf]))
+    assert quantiles.compute() == [[1.0, 3.0, math.inf]]
