@@ -25,7 +25,7 @@ from deft_lightning import Trainer
 from deft_lightning.data.tokenizer import build_tokenizer
 from deft_lightning.evaluation.score import score
 
-SECONDS = 150.0
+SECONDS = 600  # many times what they take on a quiet machine
 ANSWERS = ["2", "red, green and blue", "Hello! How are you?", "y", "c a t", "no", "one two three four five", "!!"]
 HELD_OUT = ["something long, much longer than the rest", "4", "x y z", "no", "yes, it is"]
 PROMPTS = ["abc", "d\ne", "f", "gh", "i"]
