@@ -111,6 +111,39 @@ def test_test_and_predict_from_the_last_checkpoint(
     assert all(row["prompt"].startswith("<|user|>") and len(row["completions"]) == 1 for row in rows)
 
 
+def test_benchmarks_of_a_checkpoint_are_tested_predicted_and_scored_alike(
+    fitted: Path, cli: Cli, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = "".join(json.dumps({"question": word, "answer": word[::-1]}) + "\n" for word in ("abc", "drow", "on", "e"))
+    (tmp_path / "rows.jsonl").write_text(rows)
+    chosen = ["--data.benchmarks", f"{{figfont: {tmp_path / 'rows.jsonl'}, gsm8k: {tmp_path / 'rows.jsonl'}}}"]
+    common = [*TINY, "--trainer.default_root_dir", str(fitted), "--ckpt_path", "last", *chosen]
+    cli("test", *common)
+    live = capsys.readouterr().out
+    assert "Test metric" not in live, "one table, not one for each loader"
+    cli("predict", *common, "--predictions.output", str(tmp_path / "p.jsonl"))
+    capsys.readouterr()
+    monkeypatched = pytest.MonkeyPatch()
+    monkeypatched.setattr("sys.argv", ["deft_lightning", "score", str(tmp_path / "p.jsonl")])
+    main()
+    monkeypatched.undo()
+    later = capsys.readouterr().out
+
+    def table(text: str) -> list[list[str]]:
+        found = [line.split() for line in text[text.index("benchmark  ") :].splitlines()]
+        return [line for line in found if line and not line[0].startswith("Testing")]
+
+    assert table(live) == table(later) and len(table(live)) == 7
+
+
+def test_an_unknown_benchmark_is_one_line(cli: Cli, capsys: pytest.CaptureFixture[str]) -> None:
+    for value in ("gsm8", "[gsm8]", "{gsm8: rows.jsonl}"):
+        with pytest.raises(SystemExit) as stop:
+            cli("test", *TINY, "--data.benchmarks", value)
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert stop.value.code == 2 and "no benchmark 'gsm8'. Did you mean gsm8k?" in error
+
+
 def test_predict_samples_several_completions_and_repeats_itself(fitted: Path, cli: Cli, tmp_path: Path) -> None:
     files = []
     for name in ("a", "b"):

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parents[1] / "evaluation")]
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "evaluation"))
 
 import torch
 from by_hand import DIFFERENT, SAME
@@ -31,9 +32,9 @@ from deft_lightning.evaluation.benchmarks import final_answer
 from deft_lightning.evaluation.sampling import gumbel
 
 
-def timed(work: Callable[[], Any]) -> tuple[Any, float]:
+def timed(work: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
     start = time.perf_counter()
-    return work(), time.perf_counter() - start
+    return work(*arguments), time.perf_counter() - start
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
@@ -62,8 +63,9 @@ def agreement(data: Path) -> dict[str, Any]:
     found = {}
     for name, graded in sets.items():
         grader = BENCHMARKS[name if name in BENCHMARKS else "math500"].grader
-        verdicts, seconds = timed(lambda: [grader(one.completion, one.gold, {})["correct"] == 1 for one in graded])
-        agree = sum(verdict == one.right for verdict, one in zip(verdicts, graded, strict=True))
+        arguments = [one.completion for one in graded], [one.gold for one in graded], [{}] * len(graded)
+        scores, seconds = timed(lambda *lists: list(map(*lists)), grader, *arguments)
+        agree = sum((score["correct"] == 1) == one.right for score, one in zip(scores, graded, strict=True))
         found[name] = {
             "graded": len(graded),
             "right by label": sum(one.right for one in graded),
@@ -81,8 +83,8 @@ def hangs() -> dict[str, float]:
     for answer in ("9^{9^{9^{9}}}", r"\sum_{k=1}^{10^{12}} k!", "(x+1)^{100000}"):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            found[answer] = timed(lambda: made.same("5", answer))[1]
-        found[f"{answer}, next"] = timed(lambda: made.same("x+1", "1+x"))[1]
+            found[answer] = timed(made.same, "5", answer)[1]
+        found[f"{answer}, next"] = timed(made.same, "x+1", "1+x")[1]
     made.close()
     return found
 
@@ -106,7 +108,7 @@ def flips(folder: str, data: Path, count: int, new_tokens: int) -> dict[str, Any
                 made = [complete(model, tokenizer, collate(part), settings, [tokenizer.eos_token_id]) for part in parts]
                 return [samples[0].text for part in made for samples in part]
 
-            (alone, slow), (together, fast) = timed(lambda: texts(1)), timed(lambda: texts(16))
+            (alone, slow), (together, fast) = timed(texts, 1), timed(texts, 16)
             changed = sum(a != b for a, b in zip(alone, together, strict=True))
             found[f"{str(dtype).removeprefix('torch.')}, temperature {temperature:g}"] = {
                 "completions": count, "changed": changed, "seconds, batch 1": slow, "seconds, batch 16": fast,
@@ -120,7 +122,7 @@ def noise() -> dict[str, float]:
     for size in (32_000, 151_936):
         keys = torch.arange(8)
         gumbel(keys, 0, size)
-        found[f"vocabulary {size}"] = min(timed(lambda: gumbel(keys, 1, size))[1] for _ in range(10)) * 1000 / len(keys)
+        found[f"vocabulary {size}"] = min(timed(gumbel, keys, 1, size)[1] for _ in range(10)) * 1000 / len(keys)
     return found
 
 
@@ -129,20 +131,22 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--model", required=True)
     parser.add_argument("--prompts", type=int, default=128)
-    parser.add_argument("--new_tokens", type=int, default=64)
+    parser.add_argument("--new_tokens", type=int, default=48)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    found = {
-        "agreement": agreement(options.data),
-        "seconds until the grader gives up": hangs(),
-        "sampling noise, ms a row and token": noise(),
-        "batch 16 against batch 1": flips(options.model, options.data, options.prompts, options.new_tokens),
+    found: dict[str, Any] = {}
+    parts: dict[str, Callable[[], Any]] = {
+        "agreement": lambda: agreement(options.data),
+        "seconds until the grader gives up": hangs,
+        "sampling noise, ms a row and token": noise,
+        "batch 16 against batch 1": lambda: flips(options.model, options.data, options.prompts, options.new_tokens),
     }
-    text = json.dumps(found, indent=1) + "\n"
-    print(text)
+    for name, part in parts.items():
+        found[name] = part()
+        print(json.dumps({name: found[name]}, indent=1), flush=True)
     if options.output:
-        options.output.write_text(text, encoding="utf-8")
+        options.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
