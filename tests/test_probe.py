@@ -75,6 +75,13 @@ def source(tmp_path: Path) -> str:
     )
 
 
+@pytest.fixture
+def ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compare this package's objectives alone: those of other tests are in the class tree too."""
+    known = {name: cls for name, cls in known_objectives().items() if cls.__module__.startswith("deft_lightning.")}
+    monkeypatch.setattr("deft_lightning.probe.tally.known_objectives", lambda: known)
+
+
 def probed(
     root: Path, pretrained: str, source: str, data: dict[str, Any] | None = None, **options: Any
 ) -> tuple[dict[str, Any], InstructionDataModule]:
@@ -296,11 +303,8 @@ def test_files_are_complete(pretrained: str, source: str, tmp_path: Path) -> Non
 
 
 def test_one_objective_without_bound_does_not_flatten_the_figure(
-    pretrained: str, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pretrained: str, source: str, tmp_path: Path, ours: None
 ) -> None:
-    # Those of other tests are in the class tree too, and some have no bound.
-    ours = {n: cls for n, cls in known_objectives().items() if cls.__module__.startswith("deft_lightning.")}
-    monkeypatch.setattr("deft_lightning.probe.tally.known_objectives", lambda: ours)
     wild, _ = probed(tmp_path, pretrained, source, objective=Tsallis(q=3.0))
     plain, _ = probed(tmp_path, pretrained, source)
     assert wild["objectives"][0]["gate"] > 100
@@ -343,7 +347,9 @@ def test_other_precisions_say_nearly_the_same(precision: str, pretrained: str, s
 
 
 @pytest.mark.parametrize("chosen", [DEFT(), EAFT(k=5)], ids=repr)
-def test_tokens_are_those_of_a_dense_softmax(chosen: Objective, pretrained: str, source: str, tmp_path: Path) -> None:
+def test_tokens_are_those_of_a_dense_softmax(
+    chosen: Objective, pretrained: str, source: str, tmp_path: Path, ours: None
+) -> None:
     noise = Noise(ops=[TokenReplace(rate=0.4)])
     report, data = probed(tmp_path, pretrained, source, {"noise": noise}, objective=chosen, output=str(tmp_path / "o"))
     truth, found = dense(pretrained, data), TokenSample.load(tmp_path / "o")

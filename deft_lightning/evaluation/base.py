@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
+
+from deft_lightning.registry import concrete
 
 Record = Mapping[str, Any]
 
@@ -55,11 +56,4 @@ class Grader(ABC):
 
 def known_graders() -> dict[str, type[Grader]]:
     """Return every concrete grader imported so far by name, a user's own included."""
-    found: dict[str, type[Grader]] = {}
-    todo: list[type[Grader]] = [Grader]  # type: ignore[type-abstract]
-    while todo:
-        cls = todo.pop()
-        todo.extend(cls.__subclasses__())
-        if not inspect.isabstract(cls):
-            found.setdefault(cls.__name__, cls)
-    return dict(sorted(found.items()))
+    return concrete(Grader)  # type: ignore[type-abstract]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import inspect
 from abc import ABC, abstractmethod
 from typing import Any, NamedTuple, Self, final
 
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from deft_lightning.errors import UserError
 from deft_lightning.functional import TokenStats, deformed_log
+from deft_lightning.registry import concrete
 
 SMALLEST_GATE = 0.01  # a mean gate below counts as this much: an objective is scaled up by at most 100
 
@@ -190,11 +190,4 @@ class Wrapper(Objective):
 
 def known_objectives() -> dict[str, type[Objective]]:
     """Return every concrete objective imported so far by name, a user's own included."""
-    found: dict[str, type[Objective]] = {}
-    todo: list[type[Objective]] = [Objective]  # type: ignore[type-abstract]
-    while todo:
-        cls = todo.pop()
-        todo.extend(cls.__subclasses__())
-        if not inspect.isabstract(cls):
-            found.setdefault(cls.__name__, cls)
-    return dict(sorted(found.items()))
+    return concrete(Objective)  # type: ignore[type-abstract]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
@@ -14,6 +13,7 @@ from deft_lightning.data.noise.edits import Edit
 from deft_lightning.data.noise.vocabulary import Ids, Vocabulary
 from deft_lightning.errors import UserError
 from deft_lightning.hashing import uniform
+from deft_lightning.registry import concrete
 
 
 class NoiseOp(ABC):
@@ -159,11 +159,4 @@ class Noise:
 
 def known_noise() -> dict[str, type[NoiseOp]]:
     """Return every concrete operation imported so far by name."""
-    found: dict[str, type[NoiseOp]] = {}
-    todo: list[type[NoiseOp]] = [NoiseOp]
-    while todo:
-        cls = todo.pop()
-        todo.extend(cls.__subclasses__())
-        if not inspect.isabstract(cls) and cls not in (NoiseOp, ResponseNoise, ExampleNoise, TokenNoise):
-            found.setdefault(cls.__name__, cls)
-    return dict(sorted(found.items()))
+    return concrete(NoiseOp, NoiseOp, ResponseNoise, ExampleNoise, TokenNoise)
