@@ -40,6 +40,8 @@ def one_line(message: str, options: Iterable[str] = ()) -> str:
     families: dict[str, Mapping[str, type]] = {
         "model.objective": known_objectives(),
         "data.noise.ops": known_noise(),
+        "objectives": known_objectives(),
+        "remedies": known_objectives(),
         "model.optimizer": _classes(torch.optim),
         "model.scheduler": {"CosineWithWarmup": CosineWithWarmup, **_classes(torch.optim.lr_scheduler)},
     }

@@ -49,7 +49,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
         root = Path(options.output)
         report = run_study(study.smoke() if options.smoke else study, root, options.workers)
-    except UserError as error:
+    except (UserError, OSError) as error:  # OSError: a full disk, a folder not to write to
         sys.stderr.write(f"error: {error}\n")
         sys.exit(2)
     except KeyboardInterrupt:

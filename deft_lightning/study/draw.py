@@ -16,7 +16,7 @@ from deft_lightning.figures.style import dress, line, panels, save, styled
 from deft_lightning.objectives import DEFT, NLL, Cayley, Likelihood
 from deft_lightning.study.cells import start, start_from
 from deft_lightning.study.plan import Study
-from deft_lightning.study.tables import short
+from deft_lightning.study.tables import JUDGED, short
 
 SEEN = (NLL(), Likelihood(), Cayley(), DEFT())
 EXAMPLES = 200
@@ -33,8 +33,9 @@ def draw(study: Study, report: Mapping[str, Any], results: Mapping[str, Mapping[
             group = f"{row['regime']}\nnoise {row['noise']:g}"
             table.setdefault(group, {})[short(row["objective"])] = row["values"]
     ordered = {f"{regime}\nnoise {noise:g}": table[f"{regime}\nnoise {noise:g}"] for regime, noise in headline}
-    judged = {regime.judge for regime in study.regimes.values()}
-    comparison_bars(ordered, root / "bars", value="exact match" if judged == {"exact_match"} else "minus the NLL")
+    if study.judge == "nll":  # what is kept is larger where it is better
+        ordered = {group: {name: [-v for v in row] for name, row in found.items()} for group, found in ordered.items()}
+    comparison_bars(ordered, root / "bars", value=JUDGED[study.judge])
     _locked(study, results, headline, root / "locked")
     runs: dict[str, list[Path]] = {}
     looked = []

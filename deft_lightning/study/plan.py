@@ -136,9 +136,11 @@ class Cell:
         """Hash of everything but the name of the regime and what else is tried there.
 
         Settings at their defaults are left out: an option that is new tomorrow leaves today's results where they are.
+        Without noise its operation does not matter.
         """
         given = {name: value for name, value in asdict(self.setting).items() if value != DEFAULTS[name]}
-        setting = {name: value for name, value in given.items() if name not in ("rate", "rates", "noise", "headline")}
+        beside = {"rate", "rates", "noise", "headline", *(() if self.noise else ("op",))}
+        setting = {name: value for name, value in given.items() if name not in beside}
         return digest(
             [__version__, setting, repr(self.objective), self.noise, self.rate, self.seed, self.architecture,
              self.rows, self.held_out]
@@ -187,9 +189,16 @@ class Study:
         _positive("study", seeds=self.seeds, rows=self.rows, held_out=self.held_out)
         if not self.regimes or not self.objectives:
             raise UserError("a study needs at least one regime and one objective")
+        if len(judges := {regime.judge for regime in self.regimes.values()}) > 1:
+            raise UserError(f"study: judge must be one for all regimes, not {' and '.join(sorted(judges))}")
         names = [repr(objective) for objective in self.everything]
         if twice := {name for name in names if names.count(name) > 1}:
             raise UserError(f"study: {', '.join(sorted(twice))} is there twice")
+
+    @property
+    def judge(self) -> str:
+        """What all cells are judged by."""
+        return next(iter(self.regimes.values())).judge
 
     @property
     def everything(self) -> list[Objective]:

@@ -11,7 +11,7 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait as wait_for
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from tqdm import tqdm
 
@@ -76,12 +76,17 @@ class Pool:
                 " again with fewer --workers"
             ) from None
 
-    def close(self) -> None:
-        """End the processes; what they have in hand is left."""
+    def __enter__(self) -> Self:
+        """Return the pool; its processes start with the first cell."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, where: object) -> None:
+        """End the processes; after an error what they have in hand is left."""
         self._bar.close()
-        for process in list((self._pool._processes or {}).values()):
-            process.terminate()
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        if kind is not None:
+            for process in list((self._pool._processes or {}).values()):
+                process.terminate()
+        self._pool.shutdown(wait=kind is None, cancel_futures=True)
 
 
 def _begin() -> None:

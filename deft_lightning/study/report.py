@@ -98,7 +98,7 @@ def summary(study: Study, results: Results) -> dict[str, Any]:
     for place in headline:  # a regime with one candidate has nothing to choose
         tuned.setdefault(place, shared[place])
     report: dict[str, Any] = {
-        "objectives": plain, "remedies": [name for name in names if name not in plain],
+        "judge": study.judge, "objectives": plain, "remedies": [name for name in names if name not in plain],
         "headline": [list(place) for place in headline],
         "grid": [
             {"regime": regime, "noise": noise, "objective": name, **_spread(list(found.values()))}
@@ -113,7 +113,7 @@ def summary(study: Study, results: Results) -> dict[str, Any]:
     report["ends"] = ends(study, results)
     for kind, values in (("shared", shared), ("tuned", tuned)):
         among = names if kind == "shared" else plain
-        rows = worst_regime(values, headline, among) if headline else []
+        rows = worst_regime(values, headline, among) if headline and (rates or kind == "shared") else []
         report[f"ranking_{kind}"] = rows
         report[f"margins_{kind}"] = margins([row for row in rows if row["objective"] in plain])
     return report

@@ -33,8 +33,7 @@ def run_study(study: Study, root: Path, workers: int) -> dict[str, Any]:
         for part in (regime, regime.base):
             if part is not None:
                 task_files(part.source, study.rows, study.held_out, root, regime.split_by)
-    pool = Pool(workers, root)
-    try:
+    with Pool(workers, root) as pool:
         first = {name: next(cell for cell in study.shared() if cell.regime == name) for name in study.regimes}
         bases = {folder: cell for cell in first.values() if (folder := work.base_folder(cell, root)) is not None}
         missing = [cell for folder, cell in bases.items() if not (folder / "base.json").exists()]
@@ -43,8 +42,6 @@ def run_study(study: Study, root: Path, workers: int) -> dict[str, Any]:
         _run(pool, "choosing rates", study.tuning(), root)
         rates = chosen_rates(study, _results(study.tuning(), root))
         _run(pool, "tuned rates", study.tuned(rates), root)
-    finally:
-        pool.close()
     everything = [*study.shared(), *study.tuning(), *study.tuned(rates)]
     results = _results(everything, root)
     report = summary(study, results)

@@ -7,6 +7,12 @@ from typing import Any
 
 from deft_lightning.study.report import ENDS
 
+JUDGED = {
+    "exact_match": "exact match",
+    "nll": "plain NLL of held-out answers in nats a token (less is better)",
+}
+SIGN = {"exact_match": 1, "nll": -1}  # a report keeps minus the NLL: larger is better
+
 
 def text(report: Mapping[str, Any]) -> str:
     """Return a report as Markdown."""
@@ -14,7 +20,7 @@ def text(report: Mapping[str, Any]) -> str:
     for kind, about in (("shared", "one learning rate for all"), ("tuned", "a learning rate tuned for each")):
         if rows := report[f"ranking_{kind}"]:
             parts.append(_ranking(report, rows, about))
-            parts.append(_margins(report[f"margins_{kind}"]))
+            parts.append(_margins(report, report[f"margins_{kind}"]))
     places = dict.fromkeys((row["regime"], row["noise"]) for row in report["grid"])
     for regime in dict.fromkeys(place[0] for place in places):
         parts.append(_table(report, regime, [noise for name, noise in places if name == regime]))
@@ -26,25 +32,28 @@ def text(report: Mapping[str, Any]) -> str:
 def _ranking(report: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], about: str) -> str:
     places = [f"{regime}, noise {noise:g}" for regime, noise in report["headline"]]
     lines = [
-        f"### Worst regime, {about}", "", "Exact match, median over seeds.", "",
+        f"### Worst regime, {about}", "", f"{judged(report)}, median over seeds.", "",
         f"| objective | {' | '.join(places)} | worst | regret | worst, seed by seed |",
         "|---" * (len(places) + 4) + "|",
     ]  # fmt: skip
+    sign = SIGN[report["judge"]]
     for row in rows:
-        medians = " | ".join(f"{value:.3f}" for value in row["medians"])
-        seeds = " ".join(f"{value:.2f}" for value in row["worst_seeds"])
+        medians = " | ".join(f"{sign * value:.3f}" for value in row["medians"])
+        seeds = " ".join(f"{sign * value:.2f}" for value in row["worst_seeds"])
         star = " (remedy)" if row["objective"] in report["remedies"] else ""
         lines.append(
-            f"| {short(row['objective'])}{star} | {medians} | {row['worst']:.3f} | {row['regret']:.3f} | {seeds} |"
+            f"| {short(row['objective'])}{star} | {medians} | {sign * row['worst']:.3f} | {row['regret']:.3f} |"
+            f" {seeds} |"
         )
     return "\n".join(lines)
 
 
-def _margins(rows: Sequence[Mapping[str, Any]]) -> str:
+def _margins(report: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
     if not rows:
         return ""
     lines = [
-        "DEFT's worst regime minus another's: of the medians; then seed by seed, median and range.", "",
+        "By how much DEFT's worst regime is better than another's: of the medians; seed by seed, median and range.",
+        "",
         "| against | margin | seed by seed |", "|---|---|---|",
     ]  # fmt: skip
     for row in rows:
@@ -56,14 +65,15 @@ def _margins(rows: Sequence[Mapping[str, Any]]) -> str:
 def _table(report: Mapping[str, Any], regime: str, noises: Sequence[float]) -> str:
     lines = [
         f"### {regime}: all noise rates, one learning rate", "",
-        "Exact match, mean ± standard error over seeds.", "",
+        f"{judged(report)}, mean ± standard error over seeds.", "",
         "| objective | " + " | ".join(f"noise {noise:g}" for noise in noises) + " |", "|---" * (len(noises) + 1) + "|",
     ]  # fmt: skip
     found = {(row["objective"], row["noise"]): row for row in report["grid"] if row["regime"] == regime}
+    sign = SIGN[report["judge"]]
     for name in [*report["objectives"], *report["remedies"]]:
         cells = [found.get((name, noise)) for noise in noises]
         if any(cells):
-            lines.append(f"| {short(name)} | " + " | ".join(_cell(cell) for cell in cells) + " |")
+            lines.append(f"| {short(name)} | " + " | ".join(_cell(cell, sign) for cell in cells) + " |")
     return "\n".join(lines)
 
 
@@ -84,7 +94,7 @@ def _ends(report: Mapping[str, Any], regime: str, noise: float) -> str:
 
 
 def _rates(report: Mapping[str, Any]) -> str:
-    if not report["headline"]:
+    if not report["ranking_tuned"]:
         return ""
     places = [tuple(place) for place in report["headline"]]
     lines = [
@@ -98,10 +108,15 @@ def _rates(report: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _cell(row: Mapping[str, Any] | None) -> str:
+def judged(report: Mapping[str, Any]) -> str:
+    """Return what the values of a report are, as the start of a sentence."""
+    return JUDGED[report["judge"]][0].upper() + JUDGED[report["judge"]][1:]
+
+
+def _cell(row: Mapping[str, Any] | None, sign: int) -> str:
     if row is None:
         return "-"
-    return f"{row['mean']:.3f}" + ("" if row["se"] is None else f" ± {row['se']:.3f}")
+    return f"{sign * row['mean']:.3f}" + ("" if row["se"] is None else f" ± {row['se']:.3f}")
 
 
 def short(name: str) -> str:

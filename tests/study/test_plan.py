@@ -58,6 +58,21 @@ def test_a_result_is_found_again_only_for_the_same_cell(change: dict[str, Any]) 
     assert replace(cell, setting=replace(cell.setting, rates=[1.0], headline=[])).id == cell.id
 
 
+def test_clean_cells_are_shared_by_regimes_that_differ_in_their_noise_alone() -> None:
+    ids = []
+    for noise in (0.0, 0.4):
+        for op in ("TokenReplace", "AnswerCorrupt"):
+            regime = Regime(WORDS, 6, 4e-3, noise=[0.0, 0.4], op=op)
+            ids.append(Study({op: regime}, ARCHITECTURE).cell(op, NLL(), noise, 4e-3, 0).id)
+    assert ids[0] == ids[1] and len(set(ids)) == 3
+
+
+def test_regimes_are_judged_alike() -> None:
+    regimes = {"a": Regime(WORDS, 6, 4e-3, judge="nll"), "b": Regime(WORDS, 6, 4e-3)}
+    with pytest.raises(UserError, match="judge must be one for all regimes"):
+        Study(regimes, ARCHITECTURE)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -19,10 +19,10 @@ VALUES = {
 }  # fmt: skip
 
 
-def made_up() -> tuple[Study, dict[str, dict[str, Any]]]:
+def made_up(**setting: Any) -> tuple[Study, dict[str, dict[str, Any]]]:
     regimes = {
-        "strong": Regime("a", 5, 1e-3, rates=[1e-2, 1e-4], noise=[0.6], headline=[0.6]),
-        "weak": Regime("a", 6, 1e-3, noise=[0.0], headline=[0.0]),
+        "strong": Regime("a", 5, 1e-3, **{"rates": [1e-2, 1e-4], **setting}, noise=[0.6], headline=[0.6]),
+        "weak": Regime("a", 6, 1e-3, noise=[0.0], headline=[0.0], **setting),
     }
     study = Study(regimes, {}, objectives=[NLL(), Likelihood(), DEFT()], headline_seeds=3)
     results = {}
@@ -81,12 +81,22 @@ def test_the_text_has_every_table_and_every_seed() -> None:
 
 
 def test_nll_is_better_when_it_is_smaller() -> None:
-    study, results = made_up()
+    study, results = made_up(judge="nll")
     for result in results.values():
         for split, found in result.items():
             result[split] = {"nll": 1 - found["exact_match"], "token_accuracy": 0.5}
-    rows = summary(study, results)["ranking_shared"]
-    assert [row["objective"] for row in rows] == ["DEFT()", "NLL()", "Likelihood()"]
+    report = summary(study, results)
+    assert [row["objective"] for row in report["ranking_shared"]] == ["DEFT()", "NLL()", "Likelihood()"]
+    said = text(report)
+    assert "Plain NLL of held-out answers in nats a token (less is better), median over seeds." in said
+    assert "| DEFT | 0.100 | 0.300 | 0.300 | 0.200 | 0.10 0.90 0.30 |" in said  # regret is positive whatever is judged
+    assert "| NLL | 0.600 ± 0.058 |" in said and "xact match" not in said and "-0.4" not in said
+
+
+def test_where_nothing_was_tuned_there_are_no_tuned_tables() -> None:
+    study, results = made_up(rates=[])
+    said = text(summary(study, results))
+    assert "tuned" not in said and "chosen on the validation split" not in said and "one learning rate for all" in said
 
 
 def test_an_objective_that_is_not_there_has_no_margins() -> None:

@@ -101,7 +101,7 @@ def test_a_study_killed_at_any_moment_ends_with_the_same_table(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--objectives", "[NLL, NNL]"], "NNL"),
+        (["--objectives", "[NLL, NNL]"], "--objectives NNL is unknown. Did you mean NLL?"),
         (["--workers", "0"], "--workers must be at least 1"),
         (["--held_out", "100000"], "too few to hold out"),
         (["--sseds", "2"], "Did you mean --seeds"),
