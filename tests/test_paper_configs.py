@@ -8,12 +8,7 @@ import io
 import itertools
 import json
 import math
-import os
-import signal
-import socket
-import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,6 +31,7 @@ from paper_worker import (
     row,
     tokenizer_of,
 )
+from start_ranks import run_ranks
 
 from deft_lightning import InstructionDataModule
 from deft_lightning.__main__ import main
@@ -45,7 +41,6 @@ from deft_lightning.data.template import chatml
 from deft_lightning.evaluation import find_benchmark
 
 ROOT = Path(__file__).resolve().parents[1]
-SECONDS = 450.0  # half a minute on two idle cores; the ranks of a pair wait for each other
 sys.path.insert(0, str(ROOT / "tests" / "benchmarks"))
 
 HUB = {
@@ -163,24 +158,6 @@ def test_a_file_states_nothing_but_departures_from_the_defaults(config: Path) ->
 RANKS = [(1, 0), (2, 0), (2, 1)]  # how many work together, and which of them
 
 
-def start(root: Path, world: int, rank: int, port: int) -> subprocess.Popen[bytes]:
-    environment = {
-        **{name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "TORCHELASTIC_"))},
-        "LOCAL_RANK": str(rank),
-        "NODE_RANK": "0",
-        "WORLD_SIZE": str(world),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "GLOO_SOCKET_IFNAME": "lo",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
-    }
-    with (root / f"{world}-{rank}.log").open("wb") as log:
-        return subprocess.Popen(
-            [sys.executable, str(ROOT / "tests" / "paper_worker.py"), str(root)], env=environment, cwd=root,
-            stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
-
-
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("paper")
@@ -191,27 +168,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def found(root: Path) -> dict[str, list[dict[str, Any]]]:
     """What each rank found in every file, run once: a rank takes longer to start than to train."""
-    ports = {}
-    for world in (1, 2):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            ports[world] = int(probe.getsockname()[1])
-    processes = [start(root, world, rank, ports[world]) for world, rank in RANKS]
-    deadline = time.monotonic() + SECONDS
-    try:
-        while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
-            if any(process.poll() for process in processes):
-                break  # one has failed, and another may wait for it
-            time.sleep(0.05)
-        codes = [process.poll() for process in processes]
-    finally:
-        for process in processes:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-    if codes != [0, 0, 0]:
-        logs = [f"--- {w}-{r}\n{(root / f'{w}-{r}.log').read_text(errors='replace')[-3000:]}" for w, r in RANKS]
-        pytest.fail("\n".join([f"ranks ended with {codes}", *logs]), pytrace=False)
+    run_ranks(ROOT / "tests" / "paper_worker.py", root, worlds=[1, 2])
     results = [json.loads((root / f"{world}-{rank}.json").read_text()) for world, rank in RANKS]
     return {config.stem: [result[config.stem] for result in results if config.stem in result] for config in CONFIGS}
 

@@ -3,12 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
 import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +12,7 @@ import pytest
 import torch
 from given_tokens import Tokens
 from ranks_worker import SCENARIOS, run_to
+from start_ranks import run_ranks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -25,7 +20,6 @@ from deft_lightning import Trainer
 from deft_lightning.data.tokenizer import build_tokenizer
 from deft_lightning.evaluation.score import score
 
-SECONDS = 600  # many times what they take on a quiet machine
 ANSWERS = ["2", "red, green and blue", "Hello! How are you?", "y", "c a t", "no", "one two three four five", "!!"]
 HELD_OUT = ["something long, much longer than the rest", "4", "x y z", "no", "yes, it is"]
 PROMPTS = ["abc", "d\ne", "f", "gh", "i"]
@@ -71,62 +65,14 @@ def prepare(root: Path) -> None:
         (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def start(root: Path, rank: int, port: int, strategy: str) -> subprocess.Popen[bytes]:
-    here = Path(__file__).parent
-    environment = {
-        **{name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "TORCHELASTIC_"))},
-        "LOCAL_RANK": str(rank),
-        "NODE_RANK": "0",
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "GLOO_SOCKET_IFNAME": "lo",
-        "OMP_NUM_THREADS": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "PYTHONPATH": os.pathsep.join([str(here.parent), *filter(None, [os.environ.get("PYTHONPATH")])]),
-    }
-    with (root / f"rank{rank}.log").open("wb") as log:
-        return subprocess.Popen(
-            [sys.executable, str(here / "ranks_worker.py"), str(root), strategy], env=environment, cwd=root, stdout=log,
-            stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
-
-
-def run_ranks(root: Path, strategy: str) -> list[dict[str, Any]]:
-    """Start both ranks, wait, and kill whatever is left of them."""
-    port = free_port()
-    processes = [start(root, rank, port, strategy) for rank in range(2)]
-    deadline = time.monotonic() + SECONDS
-    try:
-        while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
-            if any(process.poll() for process in processes):
-                break  # one has failed, and the other waits for it
-            time.sleep(0.05)
-        codes = [process.poll() for process in processes]
-    finally:
-        for process in processes:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-    if codes != [0, 0]:
-        logs = [(root / f"rank{rank}.log").read_text(errors="replace")[-3000:] for rank in range(2)]
-        pytest.fail(f"ranks ended with {codes}\n--- rank 0\n{logs[0]}\n--- rank 1\n{logs[1]}", pytrace=False)
-    return [torch.load(root / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
-
-
 @pytest.fixture(scope="module", params=["ddp", "fsdp2"])
 def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """All scenarios, run once: the start of a rank costs more than what it does."""
     root = tmp_path_factory.mktemp(request.param)
     prepare(root)
     single = {name: scenario(root, 1) for name, scenario in SCENARIOS.items()}
-    return Runs(root, run_ranks(root, request.param), single)
+    run_ranks(Path(__file__).with_name("ranks_worker.py"), root, request.param)
+    return Runs(root, [torch.load(root / f"rank{rank}.pt", weights_only=True) for rank in range(2)], single)
 
 
 def assert_same_weights(runs: Runs, name: str, tolerance: float = 1e-5) -> None:

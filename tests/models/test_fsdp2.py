@@ -2,71 +2,26 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from fsdp2_worker import CASES, WORLD, Case, half, make
+from start_ranks import run_ranks
 from tiny import VOCAB, assert_same_gradients, deft_by_hand, gradients
 from torch import Tensor
 
-SECONDS = 150.0
 Ranks = list[dict[str, dict[str, Any]]]
 EXACT = [name for name, case in CASES.items() if not case.bf16]
 ROUNDED = [name for name, case in CASES.items() if case.bf16]
-
-
-def start(root: Path, rank: int, port: int) -> subprocess.Popen[bytes]:
-    here = Path(__file__).parent
-    environment = {
-        **{name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "TORCHELASTIC_"))},
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(WORLD),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "GLOO_SOCKET_IFNAME": "lo",
-        "OMP_NUM_THREADS": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "PYTHONPATH": os.pathsep.join([str(here.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]),
-    }
-    with (root / f"rank{rank}.log").open("wb") as log:
-        return subprocess.Popen(
-            [sys.executable, str(here / "fsdp2_worker.py"), str(root)], env=environment, cwd=root, stdout=log,
-            stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
     """What every scenario gave on both ranks, run once: a rank that hangs is killed and shown, not waited for."""
     root = tmp_path_factory.mktemp("fsdp2")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
-    processes = [start(root, rank, port) for rank in range(WORLD)]
-    deadline = time.monotonic() + SECONDS
-    try:
-        while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
-            if any(process.poll() for process in processes):
-                break  # one has failed, and the other waits for it
-            time.sleep(0.05)
-        codes = [process.poll() for process in processes]
-    finally:
-        for process in processes:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-    if codes != [0] * WORLD:
-        logs = [(root / f"rank{rank}.log").read_text(errors="replace")[-3000:] for rank in range(WORLD)]
-        pytest.fail(f"ranks ended with {codes}\n--- rank 0\n{logs[0]}\n--- rank 1\n{logs[1]}", pytrace=False)
+    run_ranks(Path(__file__).with_name("fsdp2_worker.py"), root, worlds=[WORLD])
     return [torch.load(root / f"rank{rank}.pt", weights_only=True) for rank in range(WORLD)]
 
 

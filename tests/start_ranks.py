@@ -1,0 +1,84 @@
+"""Ranks as real processes: started together, waited for, and shown and killed when one fails or hangs."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SECONDS = 600.0  # many times what they take on a quiet machine
+
+
+def run_ranks(script: Path, root: Path, *arguments: str, worlds: Sequence[int] = (2,)) -> None:
+    """Run ``script ROOT ARGUMENTS`` in every rank of every world at once; fail the test if one fails.
+
+    Args:
+        script: What each rank runs, with RANK, LOCAL_RANK, WORLD_SIZE and MASTER_* set.
+        root: Folder to run in; output goes to ``WORLD-RANK.log`` there.
+        arguments: Of the script, after the folder.
+        worlds: Sizes of the groups to start, each on a port of its own.
+    """
+    names = [(world, rank) for world in worlds for rank in range(world)]
+    ports = dict(zip(worlds, free_ports(len(worlds)), strict=True))
+    processes = [_start(script, root, arguments, world, rank, ports[world]) for world, rank in names]
+    deadline = time.monotonic() + SECONDS
+    try:
+        while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
+            if any(process.poll() for process in processes):
+                break  # one has failed, and another may wait for it
+            time.sleep(0.05)
+        codes = [process.poll() for process in processes]
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+    if any(code != 0 for code in codes):
+        logs = [
+            f"--- rank {rank} of {world}\n{(root / f'{world}-{rank}.log').read_text(errors='replace')[-3000:]}"
+            for world, rank in names
+        ]
+        pytest.fail("\n".join([f"ranks ended with {codes}", *logs]), pytrace=False)
+
+
+def free_ports(count: int) -> list[int]:
+    """Return ports that were free a moment ago, all different."""
+    probes = [socket.socket() for _ in range(count)]
+    try:
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [int(probe.getsockname()[1]) for probe in probes]
+    finally:
+        for probe in probes:
+            probe.close()
+
+
+def _start(
+    script: Path, root: Path, arguments: Sequence[str], world: int, rank: int, port: int
+) -> subprocess.Popen[bytes]:
+    environment = {
+        **{name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "TORCHELASTIC_"))},
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "NODE_RANK": "0",
+        "WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "GLOO_SOCKET_IFNAME": "lo",
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
+    }
+    with (root / f"{world}-{rank}.log").open("wb") as log:
+        return subprocess.Popen(
+            [sys.executable, str(script), str(root), *arguments], env=environment, cwd=root, stdout=log,
+            stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
