@@ -289,7 +289,7 @@ def test_jaro_winkler_by_hand(a: str, b: str, expected: float) -> None:
         ("WORD", 1, 1, 1.0),
         (" WORD\n", 1, 1, 1.0),
         ("word", 0, 1, 1.0),
-        # W, O and R are within two places of their like, D is three away: (3/7 + 3/4 + 1) / 3 = 61/84, one letter first.
+        # W, O, R are within two places of their like, D is three away: (3/7 + 3/4 + 1) / 3 = 61/84, one letter first.
         ("W O R D", 0, 1, 61 / 84 + 0.1 * (23 / 84)),
         ("WORDS", 0, 0, 14 / 15 + 0.4 * (1 / 15)),
         ("word.", 0, 0, 14 / 15 + 0.4 * (1 / 15)),
