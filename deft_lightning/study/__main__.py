@@ -29,10 +29,20 @@ def read_options(args: Sequence[str]) -> tuple[Study, Namespace]:
     )
     parser.add_argument("--config", action="config", help="A study, for example configs/study/regimes.yaml.")
     parser.add_class_arguments(Study)
-    parser.add_argument("--output", type=str, default="logs/study", help="Folder of the study.")
+    parser.add_argument(
+        "--output",
+        type=str | None,
+        default=None,
+        help="Folder; default: logs/study, with --smoke logs/smoke.",
+    )
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="Processes, each on one thread.")
-    parser.add_argument("--smoke", type=bool, default=False, help="The same kinds of runs in minutes, to try it out.")
+    parser.add_argument(
+        "--smoke", type=bool, nargs="?", const=True, default=False,
+        help="The same kinds of runs in minutes, to try it out.",
+    )  # fmt: skip
     options = parser.parse_args(list(args))
+    if options.output is None:
+        options.output = "logs/smoke" if options.smoke else "logs/study"
     if options.workers < 1:
         raise UserError(f"--workers must be at least 1, got {options.workers}")
     made = parser.instantiate_classes(options)

@@ -93,7 +93,10 @@ def test_settings_that_mean_nothing_are_one_line(settings: dict[str, Any], messa
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "study").glob("*.yaml")), ids=lambda path: path.stem)
 def test_config_is_a_study(path: Path) -> None:
     study, options = read_options(["--config", str(path), "--seeds", "4"])
-    assert study.seeds == 4 and options.output == "logs/study"
+    assert study.seeds == 4 and options.output == "logs/study" and not options.smoke
+    _, options = read_options(["--config", str(path), "--smoke"])
+    assert options.smoke and options.output == "logs/smoke"  # what it writes takes the place of no full report
+    assert read_options(["--config", str(path), "--smoke", "--output", "here"])[1].output == "here"
     assert all(regime.headline for regime in study.regimes.values())
     few = study.smoke()
     assert few.regimes.keys() == study.regimes.keys() and len(list(few.shared())) <= 30
