@@ -15,6 +15,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.strategies import SingleDeviceStrategy
+from tiny_llama import save_tiny_llama
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
@@ -22,7 +23,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from deft_lightning import InstructionDataModule, SFTModule, Trainer
 from deft_lightning.callbacks import Checkpoint
 from deft_lightning.data.collate import Prepared, TrainCollator
-from deft_lightning.data.tokenizer import build_tokenizer
 from deft_lightning.errors import UserError
 from deft_lightning.evaluation import Generation
 from deft_lightning.functional import TokenStats
@@ -53,17 +53,7 @@ def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> str:
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A folder with a tiny random Llama and a byte tokenizer."""
-    folder = tmp_path_factory.mktemp("pretrained")
-    tokenizer = build_tokenizer(["hello"], 0)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=128, initializer_range=0.3, bos_token_id=None, pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
+    return save_tiny_llama(tmp_path_factory.mktemp("pretrained"), 0.3)
 
 
 @pytest.fixture

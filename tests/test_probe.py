@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.image import imread
+from tiny_llama import save_tiny_llama
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM
 
 from deft_lightning import InstructionDataModule, SFTModule, Trainer
 from deft_lightning.__main__ import main
 from deft_lightning.data.noise import Noise, ResponseSwap, TokenReplace
-from deft_lightning.data.tokenizer import build_tokenizer
 from deft_lightning.errors import UserError
 from deft_lightning.figures import TokenSample
 from deft_lightning.functional import TokenStats
@@ -55,17 +55,7 @@ def rows(path: Path, *found: dict[str, Any]) -> str:
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A folder with a tiny random Llama, sure of itself here and there, and a byte tokenizer."""
-    folder = tmp_path_factory.mktemp("pretrained")
-    tokenizer = build_tokenizer(["hello"], 0)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=128, initializer_range=0.6, bos_token_id=None, pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
+    return save_tiny_llama(tmp_path_factory.mktemp("pretrained"), 0.6)
 
 
 @pytest.fixture

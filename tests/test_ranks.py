@@ -14,10 +14,10 @@ from given_tokens import Tokens
 from ranks_worker import SCENARIOS, run_to
 from start_ranks import run_ranks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import AutoModelForCausalLM, LlamaConfig
+from tiny_llama import save_tiny_llama
+from transformers import AutoModelForCausalLM
 
 from deft_lightning import Trainer
-from deft_lightning.data.tokenizer import build_tokenizer
 from deft_lightning.evaluation.score import score
 
 ANSWERS = ["2", "red, green and blue", "Hello! How are you?", "y", "c a t", "no", "one two three four five", "!!"]
@@ -37,15 +37,7 @@ class Runs(NamedTuple):
 
 
 def prepare(root: Path) -> None:
-    tokenizer = build_tokenizer(["hello"], 0)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
-        max_position_embeddings=128, initializer_range=0.3, bos_token_id=None, pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
-    AutoModelForCausalLM.from_config(config).save_pretrained(root / "pretrained")
-    tokenizer.save_pretrained(root / "pretrained")
+    save_tiny_llama(root / "pretrained", 0.3, num_hidden_layers=1)
     rows = {
         "train": [{"id": f"r{i}", "question": f"q{i}", "answer": a} for i, a in enumerate(ANSWERS * 2)],
         "val": [{"id": f"v{i}", "question": f"v{i}", "answer": a} for i, a in enumerate(HELD_OUT)],

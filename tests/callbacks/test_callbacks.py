@@ -15,8 +15,9 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_llama import save_tiny_llama
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from deft_lightning import InstructionDataModule, SFTModule, Trainer
 from deft_lightning.callbacks import (
@@ -30,7 +31,6 @@ from deft_lightning.callbacks import (
     progress,
 )
 from deft_lightning.data.noise import Noise, TokenReplace
-from deft_lightning.data.tokenizer import build_tokenizer
 from deft_lightning.errors import UserError
 from deft_lightning.evaluation import Generation
 from deft_lightning.objectives import DEFT, DFT, Likelihood, Objective, Tsallis
@@ -74,17 +74,7 @@ def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> str:
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A folder with a tiny random Llama and a byte tokenizer."""
-    folder = tmp_path_factory.mktemp("pretrained")
-    tokenizer = build_tokenizer(["hello"], 0)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
-        max_position_embeddings=128, initializer_range=0.5, bos_token_id=None, pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
+    return save_tiny_llama(tmp_path_factory.mktemp("pretrained"), 0.5, num_hidden_layers=1)
 
 
 def still(parameters: Any) -> torch.optim.Optimizer:

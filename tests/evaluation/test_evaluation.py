@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from tiny_llama import tiny_llama
 
 from deft_lightning.data.collate import Prompt, PromptCollator
-from deft_lightning.data.tokenizer import build_tokenizer
 from deft_lightning.errors import UserError
 from deft_lightning.evaluation import Generation, complete, exact_match
 
@@ -63,19 +62,18 @@ def test_generation_takes_the_ends_of_its_ranges() -> None:
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    return build_tokenizer(["hello"], 0)
+def tiny() -> tuple[Any, Any]:
+    return tiny_llama(0.4, seed=3, hidden_size=32, intermediate_size=48, num_attention_heads=4)
 
 
 @pytest.fixture(scope="module")
-def model(tokenizer: Any) -> Any:
-    torch.manual_seed(3)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=128, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
-        initializer_range=0.4,
-    )  # fmt: skip
-    return AutoModelForCausalLM.from_config(config).eval()
+def tokenizer(tiny: tuple[Any, Any]) -> Any:
+    return tiny[1]
+
+
+@pytest.fixture(scope="module")
+def model(tiny: tuple[Any, Any]) -> Any:
+    return tiny[0].eval()
 
 
 def batch_of(tokenizer: Any, texts: Sequence[str]) -> dict[str, Any]:

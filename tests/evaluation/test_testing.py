@@ -7,12 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from tiny_llama import save_tiny_llama
 
 from deft_lightning import InstructionDataModule, SFTModule, Trainer
 from deft_lightning.callbacks import PredictionWriter
-from deft_lightning.data.tokenizer import build_tokenizer
 from deft_lightning.errors import UserError
 from deft_lightning.evaluation import Generation
 from deft_lightning.evaluation.score import score
@@ -23,17 +21,10 @@ WORDS = ["abc", "d", "a longer one", "ef", "12345", "g\nh", "xyz"]
 
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory: pytest.TempPathFactory) -> str:
-    tokenizer = build_tokenizer(["hello"], 0)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=160, initializer_range=0.2, bos_token_id=None, pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+    return save_tiny_llama(
+        tmp_path_factory.mktemp("pretrained"), 0.2, hidden_size=32, intermediate_size=48, num_attention_heads=4,
+        max_position_embeddings=160,
     )  # fmt: skip
-    folder = tmp_path_factory.mktemp("pretrained")
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> str:
