@@ -8,7 +8,6 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from lightning.pytorch.strategies import DDPStrategy
-from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -45,19 +44,13 @@ from deft_lightning.objectives import DEFT, Objective, Training
 from deft_lightning.ops import Backend
 from deft_lightning.optim import CosineWithWarmup, adamw
 from deft_lightning.step import (
-    PATIENCE,
+    IGNORE,
     RunningMean,
-    SkippedStep,
     StepTotals,
-    local,
-    parameters_of,
     ranks,
-    reseed,
-    what_went_wrong,
-    whole,
 )
+from deft_lightning.stepping import Stepping
 
-IGNORE = -100
 OptimizerCallable = Callable[[Iterable[Any]], Optimizer]
 SchedulerCallable = Callable[[Optimizer], LRScheduler]
 
@@ -71,7 +64,7 @@ class _Watch(NamedTuple):
         return -stats.log_prob
 
 
-class SFTModule(Tested):
+class SFTModule(Stepping, Tested):
     """Supervised fine-tuning of a Hugging Face causal language model with any token objective.
 
     The gradient of an optimizer step is that of the mean loss over all its supervised tokens: all micro-batches, all
@@ -130,17 +123,9 @@ class SFTModule(Tested):
         self.lora, self.dtype_name, self.attention = lora, dtype, attention
         self.gradient_checkpointing, self.generation = gradient_checkpointing, generation
         self.model: Any = None
-        self._seen_before = 0
-        self._seen: Tensor | None = None
         self._seam: HeadSeam | None = None
         self._router: float | None = None
         self._checked = False
-        self._totals = StepTotals()
-        self._training, self._steps, self._gates = Training(), 0, RunningMean()
-        self.stop_asked = self.stop_agreed = False
-        self.skipped = self._skipped_in_a_row = 0
-        self._grad_norm: Tensor | None = None
-        self._rate = 0.0
         self._about: dict[str, Any] | None = None
         # In a plain dict, so that casting the module to bfloat16 leaves their float64 sums alone.
         self._meters = {
@@ -311,102 +296,7 @@ class SFTModule(Tested):
             self._meters["recovered"].update(zero, found)
         return {"stats": stats}
 
-    # ---------------------------------------------------------------- one optimizer step
-
-    def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Count the supervised tokens of the optimizer step, micro-batch by micro-batch; the first settles `acting`."""
-        if self._totals.tokens is None:
-            progress = min(self.trainer.global_step / self._steps, 1.0) if self.objective.scheduled else 1.0
-            self._training = Training(progress, self._gates.mean)
-        self._totals.count((batch["labels"][:, 1:] != IGNORE).sum())
-        reseed(self.current_epoch, batch_idx, self.global_rank)
-
-    def optimizer_step(
-        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
-    ) -> None:
-        """Divide the summed gradients by the supervised tokens of the whole step, then step.
-
-        Lightning has divided by ``accumulate_grad_batches`` and DDP or FSDP by the number of ranks; both are
-        multiplied back, so a short last window or a rank without supervised tokens weighs what it should.
-        """
-        assert optimizer_closure is not None
-
-        def closure() -> Any:
-            result = optimizer_closure()
-            tokens = self._totals.reduce(self.stop_asked)
-            scale = ranks() * self.trainer.accumulate_grad_batches / tokens.clamp_min(1).float()
-            grads = local(p.grad for p in parameters_of(optimizer) if p.grad is not None)
-            if grads:  # before clipping, loss-scale removal and the logged norm
-                torch._foreach_mul_(grads, scale)
-            return result
-
-        self._rate = float(optimizer.param_groups[0]["lr"])  # of this step; the schedule moves on before it is logged
-        try:
-            super().optimizer_step(epoch, batch_idx, optimizer, closure)
-        except SkippedStep:
-            self.skipped += 1
-            self._skipped_in_a_row += 1
-        else:
-            self._skipped_in_a_row = 0
-            assert self._totals.summed is not None
-            tokens = self._totals.summed[0].long()
-            self._seen = tokens if self._seen is None else self._seen + tokens
-            self._remember_gates()
-        assert self._totals.summed is not None
-        self.stop_agreed = bool(self._totals.summed[2] > 0)
-        self._totals = StepTotals()
-
-    def _remember_gates(self) -> None:
-        """Add the mean gate of the step, if the objective wants it, to the running one."""
-        tracked = self.acting.tracks
-        if tracked is None:
-            return
-        assert self._totals.summed is not None
-        tokens, *_, gates = self._totals.summed.tolist()
-        if math.isfinite(gates):  # in float16 the loss scaler has left the step out
-            self._gates.add(gates, tokens, tracked.decay)
-
-    def _refuse_nonfinite(self, norm: Tensor) -> None:
-        """Stop or skip a step whose loss or gradient is not finite, before it reaches the weights."""
-        if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
-            return  # float16: the loss scaler leaves such steps out, and lowers its scale
-        assert self._totals.summed is not None
-        # Waits for the device, once an optimizer step: nothing may reach the optimizer unseen.
-        if bool(torch.isfinite(norm) & (self._totals.summed[1] == 0)):
-            return
-        problem = what_went_wrong(self._totals, self.model, self.trainer.global_step + 1)
-        if self.on_nonfinite == "raise":
-            raise UserError(
-                f"{problem}; nothing was changed by it: lower --model.optimizer.lr, look at the examples, or leave"
-                " such steps out with --model.on_nonfinite skip"
-            )
-        if self._skipped_in_a_row + 1 >= PATIENCE:
-            raise UserError(f"{problem}; {PATIENCE} steps in a row were skipped: lower --model.optimizer.lr")
-        rank_zero_warn(f"{problem}; skipped")
-        raise SkippedStep
-
-    @property
-    def tokens_seen(self) -> int:
-        """Supervised tokens trained on so far, on all ranks."""
-        return self._seen_before + (0 if self._seen is None else int(self._seen))
-
-    def configure_gradient_clipping(
-        self,
-        optimizer: Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        """Clip, and keep the norm before clipping: computed once for both."""
-        parameters = [p for p in parameters_of(optimizer) if p.grad is not None]
-        clip = 0.0 if gradient_clip_val is None else gradient_clip_val  # 0 and below are off, as in Lightning
-        if clip > 0 and gradient_clip_algorithm in (None, "norm"):
-            self._grad_norm = whole(torch.nn.utils.clip_grad_norm_(parameters, clip))
-            self._refuse_nonfinite(self._grad_norm)
-            return
-        self._grad_norm = whole(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
-        self._refuse_nonfinite(self._grad_norm)
-        if clip > 0:
-            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+    # ---------------------------------------------------------------- what is logged
 
     def on_train_batch_end(self, outputs: Any, batch: dict[str, Any], batch_idx: int) -> None:
         """Log the exact token-weighted means since the last logged step, on every rank alike."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from deft_lightning.hashing import key
 
 NAMED = 5  # how many examples, and how many parameters, a message names
+IGNORE = -100  # label of a token that is not supervised
 PATIENCE = 20  # steps in a row that may be skipped
 
 

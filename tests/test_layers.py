@@ -14,7 +14,7 @@ LEVEL = {
     "_version": 0, "errors": 0, "hashing": 0, "registry": 0, "functional": 0,
     "objectives": 1, "ops": 1, "metrics": 1, "optim": 1,
     "models": 2, "figures": 2, "evaluation": 2, "integrations": 2,
-    "step": 1,
+    "step": 1, "stepping": 2,
     "data": 3,  # it reads the rows of benchmarks, which evaluation describes
     "module": 4, "callbacks": 4, "strategy": 4, "probe": 4,
     "trainer": 5, "messages": 5, "cli": 6, "study": 7, "__main__": 8,
