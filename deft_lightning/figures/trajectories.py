@@ -27,7 +27,7 @@ from deft_lightning.figures.style import (
 PAIR = (("focus/mean", "focus alpha"), ("prob/mean", "target probability p"))
 APART, LOWEST, HIGHEST = 0.1, 0.03, 0.96  # labels at the ends of lines, in units of the axis
 FEW = 12  # points of a line that are marked: a single one would not be seen
-Run = str | Path
+Run = str | Path | Scalars
 Progress = Literal["steps", "share"]
 
 
@@ -41,7 +41,7 @@ class Curve(NamedTuple):
 
 
 @styled
-def run_figure(run: Run, output: Output) -> list[Path]:
+def run_figure(run: str | Path, output: Output) -> list[Path]:
     """Draw what a run did: plain NLL, the focus trajectory, and the gate on clean and noisy labels.
 
     Args:
@@ -77,7 +77,7 @@ def run_figure(run: Run, output: Output) -> list[Path]:
 
 @styled
 def focus_trajectories(
-    runs: Mapping[str, Run | Sequence[Run]] | Sequence[Run],
+    runs: Mapping[str, Run | Sequence[Run]] | Sequence[str | Path],
     output: Output,
     *,
     progress: Progress = "steps",
@@ -88,8 +88,9 @@ def focus_trajectories(
     The numbers beside the lines are their means over the last tenth of the run: a single step is noisy.
 
     Args:
-        runs: Folders with TensorBoard event files, by label; several of one label, such as seeds, are drawn as their
-            mean within the range from lowest to highest. Without labels, the ends of their paths.
+        runs: Folders with TensorBoard event files, or what :func:`read_run` makes of one, by label; several of one
+            label, such as seeds, are drawn as their mean within the range from lowest to highest. Without labels, the
+            ends of their paths.
         output: File or files.
         progress: Training to the right in optimizer steps, or as the share of each run that is done.
         together: One panel for all, told apart by colour and marker.
@@ -101,7 +102,7 @@ def focus_trajectories(
         UserError: No run there, or one whose objective has no focus index.
     """
     named: dict[str, list[Run]] = (
-        {name: [run] if isinstance(run, (str, Path)) else list(run) for name, run in runs.items()}
+        {name: [run] if isinstance(run, (str, Path, dict)) else list(run) for name, run in runs.items()}
         if isinstance(runs, Mapping)
         else {label: [run] for label, run in zip(labels(runs), runs, strict=True)}
     )
@@ -143,10 +144,10 @@ def _curves(runs: Sequence[Run], progress: Progress) -> list[Curve]:
     """Return focus and probability of runs that belong together, over the steps that all of them have."""
     found: list[list[tuple[NDArray[np.float64], NDArray[np.float64]]]] = [[] for _ in PAIR]
     for run in runs:
-        scalars: Scalars = read_run(run)
-        last = max(max(scalar(run, tag, scalars)[0]) for tag, _ in PAIR)
+        scalars, name = (run, "the run") if isinstance(run, dict) else (read_run(run), run)
+        last = max(max(scalar(name, tag, scalars)[0]) for tag, _ in PAIR)
         for rows, (tag, _) in zip(found, PAIR, strict=True):
-            steps, values = (np.asarray(part, dtype=np.float64) for part in scalar(run, tag, scalars))
+            steps, values = (np.asarray(part, dtype=np.float64) for part in scalar(name, tag, scalars))
             rows.append((steps / (last or 1) if progress == "share" else steps, values))
     result = []
     for rows in found:
@@ -154,7 +155,8 @@ def _curves(runs: Sequence[Run], progress: Progress) -> list[Curve]:
         grid = np.unique(np.concatenate([at for at, _ in rows]))
         grid = grid[(grid >= low) & (grid <= high)]
         if not len(grid):
-            raise UserError(f"{', '.join(map(str, runs))}: have no training steps in common")
+            names = ", ".join("a run" if isinstance(run, dict) else str(run) for run in runs)
+            raise UserError(f"{names}: have no training steps in common")
         values = np.stack([np.interp(grid, at, value) for at, value in rows])
         result.append(Curve(grid, values.mean(0), values.min(0), values.max(0)))
     return result

@@ -33,7 +33,7 @@ def read_options(args: Sequence[str]) -> tuple[Study, Namespace]:
         "--output",
         type=str | None,
         default=None,
-        help="Folder; default: logs/study, with --smoke logs/smoke.",
+        help="Folder; default: logs/study/CONFIG, with --smoke logs/smoke/CONFIG.",
     )
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="Processes, each on one thread.")
     parser.add_argument(
@@ -42,7 +42,8 @@ def read_options(args: Sequence[str]) -> tuple[Study, Namespace]:
     )  # fmt: skip
     options = parser.parse_args(list(args))
     if options.output is None:
-        options.output = "logs/smoke" if options.smoke else "logs/study"
+        named = Path(str(options.config[-1])).stem if options.config else ""
+        options.output = str(Path("logs") / ("smoke" if options.smoke else "study") / named)
     if options.workers < 1:
         raise UserError(f"--workers must be at least 1, got {options.workers}")
     made = parser.instantiate_classes(options)

@@ -46,7 +46,11 @@ def base_folder(cell: Cell, root: Path) -> Path | None:
     base = cell.setting.base
     if base is None:
         return None
-    about = [vars(base), cell.architecture, cell.setting.tokenizer_size, cell.rows, cell.held_out]
+    setting = cell.setting
+    about = [
+        __version__, vars(base), cell.seed, cell.architecture, cell.rows, cell.held_out, cell.files,
+        setting.tokenizer_size, setting.max_length, setting.max_new_tokens, setting.split_by, setting.judge,
+    ]  # fmt: skip
     return root / "bases" / digest(about)
 
 
@@ -62,17 +66,16 @@ def train_base(cell: Cell, root: Path) -> dict[str, Any]:
     assert target is not None and isinstance(base, Base)
     if not (target / "base.json").exists():
         _quiet()
-        seed_everything(base.seed, verbose=False)
+        seed_everything(cell.seed, verbose=False)
         task = task_files(base.source, cell.rows, cell.held_out, root, cell.setting.split_by)
-        data = _data(cell, root, task.train, task.validation, base.batch_size, base.seed, 0.0, None)
+        data = _data(cell, root, task.train, task.validation, base.batch_size, cell.seed, 0.0, None)
         module = _module(cell, NLL(), base.rate, None)
         trainer = _trainer(base.steps, root, None)
         trainer.fit(module, datamodule=data)
         with complete_folder(target) as folder:
             trainer.export(module, output=str(folder / "model"), datamodule=data)
-            write_json(
-                folder / "base.json", {"source": base.source, **_score(cell, root, trainer, module, data, task.test)}
-            )
+            found = _score(cell, root, trainer, module, data, task.test, None)
+            write_json(folder / "base.json", {"source": base.source, "seed": cell.seed, **found})
     return {"base": target.name}
 
 
@@ -89,14 +92,14 @@ def run_cell(cell: Cell, root: Path) -> dict[str, Any]:
     model = start_from(cell, root)
     data = _data(cell, root, task.train, task.validation, cell.setting.batch_size, cell.seed, cell.noise, model)
     module = _module(cell, cell.objective, cell.rate, model)
-    folder = root / "runs" / cell.label
+    folder = root / "runs" / cell.folder
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
     trainer = _trainer(cell.setting.steps, root, folder)
     trainer.fit(module, datamodule=data)
     result: dict[str, Any] = {
-        "version": __version__, "id": cell.id, "regime": cell.regime, "objective": repr(cell.objective),
+        "version": __version__, "id": cell.id, "objective": repr(cell.objective),
         "noise": cell.noise, "rate": cell.rate, "seed": cell.seed, "steps": cell.setting.steps,
-        cell.split: _score(cell, root, trainer, module, data, getattr(task, cell.split)),
+        cell.split: _score(cell, root, trainer, module, data, getattr(task, cell.split), model),
     }  # fmt: skip
     for logger in trainer.loggers:
         logger.finalize("success")
@@ -148,13 +151,22 @@ def _trainer(steps: int, root: Path, folder: Path | None) -> Trainer:
 
 
 def _score(
-    cell: Cell, root: Path, trainer: Trainer, module: SFTModule, data: InstructionDataModule, rows: Path
+    cell: Cell,
+    root: Path,
+    trainer: Trainer,
+    module: SFTModule,
+    data: InstructionDataModule,
+    rows: Path,
+    model: str | None,
 ) -> dict[str, float]:
     """Return exact match of greedy answers, or the plain NLL of the answers that are there."""
     if cell.setting.judge == "nll":
-        clean = _data(cell, root, rows, rows, cell.setting.batch_size, cell.seed, 0.0, start_from(cell, root))
-        trainer.validate(module, datamodule=clean, verbose=False)
-        return {name: float(trainer.callback_metrics[f"val/{name}"]) for name in ("nll", "token_accuracy")}
+        clean = _data(cell, root, rows, rows, cell.setting.batch_size, cell.seed, 0.0, model)
+        if model is None:
+            clean.use_tokenizer(data.tokenizer)  # not one that is built from the rows it is judged on
+        judge = _trainer(1, root, None)  # the run's own would log the result as one more step of its validation
+        judge.validate(module, datamodule=clean, verbose=False)
+        return {name: float(judge.callback_metrics[f"val/{name}"]) for name in ("nll", "token_accuracy")}
     data.test_source = str(rows)
     trainer.test(module, datamodule=data, verbose=False)
     return {name: float(trainer.callback_metrics[f"test/{name}"]) for name in ("exact_match", "truncated")}

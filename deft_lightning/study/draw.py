@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 
 from deft_lightning.figures import comparison_bars, focus_trajectories, gradient_scatter
+from deft_lightning.figures.runs import Scalars
 from deft_lightning.figures.style import dress, line, panels, save, styled
 from deft_lightning.objectives import DEFT, NLL, Cayley, Likelihood
 from deft_lightning.study.cells import start, start_from
-from deft_lightning.study.plan import Study
+from deft_lightning.study.plan import Study, file_name
 from deft_lightning.study.tables import JUDGED, short
 
 SEEN = (NLL(), Likelihood(), Cayley(), DEFT())
@@ -23,7 +24,7 @@ EXAMPLES = 200
 
 
 def draw(study: Study, report: Mapping[str, Any], results: Mapping[str, Mapping[str, Any]], root: Path) -> None:
-    """Write `bars`, `locked`, `focus` and `gradients-REGIME` as PNG and SVG."""
+    """Write `bars`, `locked`, `focus` and `gradients-REGIME-NOISE` as PNG and SVG."""
     headline = [tuple(place) for place in report["headline"]]
     if not headline:
         return
@@ -37,26 +38,26 @@ def draw(study: Study, report: Mapping[str, Any], results: Mapping[str, Mapping[
         ordered = {group: {name: [-v for v in row] for name, row in found.items()} for group, found in ordered.items()}
     comparison_bars(ordered, root / "bars", value=JUDGED[study.judge])
     _locked(study, results, headline, root / "locked")
-    runs: dict[str, list[Path]] = {}
+    runs: dict[str, list[Scalars]] = {}
     looked = []
     for cell in study.shared():
         if (cell.regime, cell.noise) not in headline or cell.objective != DEFT():
             continue
         label = f"{cell.regime}, noise {cell.noise:g}"
-        runs.setdefault(label, []).append(root / "runs" / cell.label)
+        runs.setdefault(label, []).append(results[cell.id]["curves"])
         if cell.seed == 0 and start_from(cell, root) is not None:  # random weights are one point
             looked.append(cell)
     if not runs:
         return
     focus_trajectories(runs, root / "focus", progress="share")
     for cell in looked:
-        folder = root / "probes" / cell.label
+        folder = root / "probes" / cell.folder
         if not (folder / "tokens.npz").exists():
             module, data, trainer = start(cell, root)
             logging.getLogger("lightning_utilities.core.rank_zero").setLevel(logging.ERROR)
             with redirect_stdout(StringIO()):
                 trainer.probe(module, data, examples=EXAMPLES, output=str(folder))
-        gradient_scatter(folder, SEEN, root / f"gradients-{cell.regime}")
+        gradient_scatter(folder, SEEN, root / f"gradients-{file_name(cell.regime)}-noise{cell.noise:g}")
 
 
 @styled

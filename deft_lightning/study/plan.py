@@ -6,10 +6,12 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import lru_cache
 from typing import Any, Literal
 
 from deft_lightning._version import __version__
 from deft_lightning.data import known_noise
+from deft_lightning.data.cache import source_identity
 from deft_lightning.errors import UserError, did_you_mean
 from deft_lightning.objectives import DEFT, DFT, EAFT, NLL, Cayley, Likelihood, Objective, Tsallis
 
@@ -20,21 +22,19 @@ SMOKE = {"steps": 12, "rows": 320, "held_out": 32}
 
 @dataclass(frozen=True)
 class Base:
-    """The model a regime starts from: trained with NLL on clean rows.
+    """The model a regime starts from: trained with NLL on clean rows, one for each seed of the cells.
 
     Args:
         source: Its rows, as for `--data.source`.
         steps: Optimizer steps.
         rate: Learning rate.
         batch_size: Examples a step.
-        seed: Of weights and order.
     """
 
     source: str
     steps: int
     rate: float = 4e-3
     batch_size: int = 32
-    seed: int = 0
 
     def __post_init__(self) -> None:
         """Refuse numbers that mean nothing."""
@@ -90,6 +90,10 @@ class Regime:
             raise UserError(f"regime: split_by must be prompt or answer, not {self.split_by!r}")
         if self.op not in known_noise():
             raise UserError(f"regime: op {self.op!r} is unknown.{did_you_mean(self.op, known_noise())}")
+        for rate in self.rates:
+            _positive("regime", rates=rate)
+        if not self.noise:
+            raise UserError("regime: noise must hold at least one rate; 0 is none")
         for rate in self.noise:
             if not 0 <= rate < 1:
                 raise UserError(f"noise must be in [0, 1), got {rate}")
@@ -119,6 +123,7 @@ class Cell:
         architecture: Options of the model.
         rows: Training examples.
         held_out: Validation examples, and test examples.
+        files: Hash of the files that it reads; empty where it reads none.
     """
 
     regime: str
@@ -130,6 +135,7 @@ class Cell:
     architecture: dict[str, Any]
     rows: int
     held_out: int
+    files: str = ""
 
     @property
     def id(self) -> str:
@@ -143,7 +149,7 @@ class Cell:
         setting = {name: value for name, value in given.items() if name not in beside}
         return digest(
             [__version__, setting, repr(self.objective), self.noise, self.rate, self.seed, self.architecture,
-             self.rows, self.held_out]
+             self.rows, self.held_out, *([self.files] if self.files else [])]
         )  # fmt: skip
 
     @property
@@ -152,10 +158,15 @@ class Cell:
         return "validation" if self.seed >= TUNING else "test"
 
     @property
+    def folder(self) -> str:
+        """Name of the folder of its run: readable, and without that of the regime, which other cells may share."""
+        name = file_name(repr(self.objective).replace("()", ""))
+        return f"noise{self.noise:g}-{name}-lr{self.rate:g}-seed{self.seed}-{self.id}"
+
+    @property
     def label(self) -> str:
-        """Readable, and a name of a folder."""
-        name = "".join(c if c.isalnum() or c in ".-" else "_" for c in repr(self.objective).replace("()", ""))
-        return f"{self.regime}-noise{self.noise:g}-{name.strip('_')}-lr{self.rate:g}-seed{self.seed}-{self.id[:6]}"
+        """What it is called in messages."""
+        return f"{self.regime}-{self.folder}"
 
 
 @dataclass(frozen=True)
@@ -186,12 +197,19 @@ class Study:
 
     def __post_init__(self) -> None:
         """Refuse a study of nothing, and the same objective twice."""
-        _positive("study", seeds=self.seeds, rows=self.rows, held_out=self.held_out)
+        _positive(
+            "study", seeds=self.seeds, headline_seeds=self.headline_seeds, tuning_seeds=self.tuning_seeds,
+            rows=self.rows, held_out=self.held_out,
+        )  # fmt: skip
         if not self.regimes or not self.objectives:
             raise UserError("a study needs at least one regime and one objective")
         if len(judges := {regime.judge for regime in self.regimes.values()}) > 1:
             raise UserError(f"study: judge must be one for all regimes, not {' and '.join(sorted(judges))}")
         names = [repr(objective) for objective in self.everything]
+        for objective in self.everything:
+            cls = type(objective)
+            if "__init__" in vars(cls) and "__dataclass_params__" not in vars(cls):
+                raise UserError(f"study: {cls.__name__} must be a frozen dataclass: results are kept by its settings")
         if twice := {name for name in names if names.count(name) > 1}:
             raise UserError(f"study: {', '.join(sorted(twice))} is there twice")
 
@@ -209,23 +227,25 @@ class Study:
         """Return the same study in minutes: all its kinds of cells, too short to mean anything."""
         regimes = {
             name: replace(
-                regime, steps=SMOKE["steps"], rates=regime.rates[:1], noise=sorted({0.0, *regime.headline[:1]}),
-                headline=regime.headline[:1], batch_size=8,
-                base=None if regime.base is None else replace(regime.base, steps=SMOKE["steps"], batch_size=8),
+                regime, steps=min(SMOKE["steps"], regime.steps), rates=regime.rates[:1],
+                noise=sorted({0.0, *regime.headline[:1]}), headline=regime.headline[:1], batch_size=8,
+                base=None if regime.base is None
+                else replace(regime.base, steps=min(SMOKE["steps"], regime.base.steps), batch_size=8),
             )
             for name, regime in self.regimes.items()
         }  # fmt: skip
         few = [self.objectives[0], self.objectives[-1]] if len(self.objectives) > 1 else self.objectives
         return replace(
             self, regimes=regimes, objectives=few, remedies=self.remedies[:1], seeds=1, headline_seeds=2,
-            rows=SMOKE["rows"], held_out=SMOKE["held_out"],
+            rows=min(SMOKE["rows"], self.rows), held_out=min(SMOKE["held_out"], self.held_out),
         )  # fmt: skip
 
     def cell(self, regime: str, objective: Objective, noise: float, rate: float, seed: int) -> Cell:
         """Return a cell."""
-        return Cell(
-            regime, self.regimes[regime], objective, noise, rate, seed, self.architecture, self.rows, self.held_out
-        )
+        setting = self.regimes[regime]
+        base = "" if setting.base is None else setting.base.source
+        files = files_of(setting.source, base, setting.pretrained or "")
+        return Cell(regime, setting, objective, noise, rate, seed, self.architecture, self.rows, self.held_out, files)
 
     def shared(self) -> Iterator[Cell]:
         """Yield the grid at the learning rate that all share, headline cells first."""
@@ -258,6 +278,18 @@ class Study:
                     for seed in range(self.headline_seeds) if rate is not None else ():
                         assert rate is not None
                         yield self.cell(name, objective, noise, rate, seed)
+
+
+@lru_cache
+def files_of(*sources: str) -> str:
+    """Return a hash of the content of the files that sources name; empty where there are none: a hub id, a task."""
+    found = [source_identity(source) if source else "" for source in sources]
+    return digest(found) if any(found) else ""
+
+
+def file_name(text: str) -> str:
+    """Return a text as a name of a file or folder."""
+    return "".join(c if c.isalnum() or c in ".-" else "_" for c in text).strip("_")
 
 
 def digest(value: Any) -> str:

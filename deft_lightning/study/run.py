@@ -34,8 +34,10 @@ def run_study(study: Study, root: Path, workers: int) -> dict[str, Any]:
             if part is not None:
                 task_files(part.source, study.rows, study.held_out, root, regime.split_by)
     with Pool(workers, root) as pool:
-        first = {name: next(cell for cell in study.shared() if cell.regime == name) for name in study.regimes}
-        bases = {folder: cell for cell in first.values() if (folder := work.base_folder(cell, root)) is not None}
+        bases: dict[Path, Cell] = {}
+        for cell in (*study.shared(), *study.tuning()):
+            if (folder := work.base_folder(cell, root)) is not None:
+                bases.setdefault(folder, cell)
         missing = [cell for folder, cell in bases.items() if not (folder / "base.json").exists()]
         pool.run("bases", work.train_base, missing, lambda cell: cell.setting.base.steps if cell.setting.base else 0)
         _run(pool, "shared rate", study.shared(), root)
@@ -45,10 +47,10 @@ def run_study(study: Study, root: Path, workers: int) -> dict[str, Any]:
     everything = [*study.shared(), *study.tuning(), *study.tuned(rates)]
     results = _results(everything, root)
     report = summary(study, results)
-    report["bases"] = {
-        name: json.loads((folder / "base.json").read_text(encoding="utf-8"))
-        for name, cell in first.items() if (folder := work.base_folder(cell, root)) is not None
-    }  # fmt: skip
+    report["bases"] = [
+        {"regime": cell.regime, **json.loads((folder / "base.json").read_text(encoding="utf-8"))}
+        for folder, cell in bases.items()
+    ]
     write_json(root / "report.json", report)
     (root / "report.md").write_text(text(report), encoding="utf-8")
     draw(study, report, results, root)

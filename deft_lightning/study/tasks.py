@@ -11,7 +11,7 @@ from deft_lightning.data.sources import read
 from deft_lightning.errors import UserError
 from deft_lightning.hashing import uniform
 from deft_lightning.study.files import complete_folder
-from deft_lightning.study.plan import digest
+from deft_lightning.study.plan import digest, files_of
 
 
 class Task(NamedTuple):
@@ -35,9 +35,10 @@ def task_files(
         split_by: What is held out: a prompt, or an answer with all prompts that ask for it.
 
     Raises:
-        UserError: There are too few different prompts.
+        UserError: There are too few different prompts, or rows of another form.
     """
-    folder = root / "data" / digest([source, rows, held_out, *([split_by] if split_by != "prompt" else [])])
+    about = [source, rows, held_out, *([split_by] if split_by != "prompt" else []), *filter(None, [files_of(source)])]
+    folder = root / "data" / digest(about)
     found = Task(*(folder / f"{name}.jsonl" for name in Task._fields))
     if folder.is_dir():
         return found
@@ -46,8 +47,8 @@ def task_files(
     for where, record in read(source):
         format = format or detect_format(record, where, {})
         example = normalise(record, where, format, {})
-        if example.response is None or not example.prompt:
-            raise UserError(f"{where}: a study needs rows with a prompt and an answer")
+        if example.response is None or len(example.prompt) != 1:
+            raise UserError(f"{where}: a study needs rows of one question and one answer, without a system turn")
         pairs.setdefault(str(example.prompt[-1]["content"]), example.response)
     units: dict[str, list[str]] = {}
     for prompt, answer in pairs.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,8 @@ from deft_lightning.errors import UserError
 from deft_lightning.objectives import DEFT, NLL, Likelihood
 from deft_lightning.study import Base, Regime, Study
 from deft_lightning.study.__main__ import read_options
+from deft_lightning.study.cells import base_folder
+from deft_lightning.study.plan import files_of
 from deft_lightning.study.tasks import task_files
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -83,6 +86,8 @@ def test_regimes_are_judged_alike() -> None:
         ({"judge": "bleu"}, "judge must be"),
         ({"split_by": "row"}, "split_by must be"),
         ({"base": Base(WORDS, 3), "pretrained": "x"}, "leave one out"),
+        ({"noise": []}, "at least one rate"),
+        ({"rates": [1e-3, 0.0]}, "rates must be above 0"),
     ],
 )
 def test_settings_that_mean_nothing_are_one_line(settings: dict[str, Any], message: str) -> None:
@@ -93,9 +98,10 @@ def test_settings_that_mean_nothing_are_one_line(settings: dict[str, Any], messa
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "study").glob("*.yaml")), ids=lambda path: path.stem)
 def test_config_is_a_study(path: Path) -> None:
     study, options = read_options(["--config", str(path), "--seeds", "4"])
-    assert study.seeds == 4 and options.output == "logs/study" and not options.smoke
+    # Each has a folder of its own: what it writes takes the place of no other report.
+    assert study.seeds == 4 and options.output == f"logs/study/{path.stem}" and not options.smoke
     _, options = read_options(["--config", str(path), "--smoke"])
-    assert options.smoke and options.output == "logs/smoke"  # what it writes takes the place of no full report
+    assert options.smoke and options.output == f"logs/smoke/{path.stem}"
     assert read_options(["--config", str(path), "--smoke", "--output", "here"])[1].output == "here"
     assert all(regime.headline for regime in study.regimes.values())
     few = study.smoke()
@@ -108,6 +114,56 @@ def test_the_default_study_is_the_one_that_is_reported() -> None:
     assert all(regime.noise == [0.0, 0.2, 0.4, 0.6] for regime in study.regimes.values())
     assert (study.seeds, study.headline_seeds, len(study.objectives)) == (3, 5, 8)
     assert len({regime.source for regime in study.regimes.values()}) == 1  # only the prior differs
+
+
+def test_a_smaller_study_stays_as_small_in_its_smoke_form() -> None:
+    small = study(rows=60, held_out=10).smoke()
+    assert (small.rows, small.held_out) == (60, 10) and small.regimes["weak"].steps == 6
+
+
+@pytest.mark.parametrize("name", ["seeds", "headline_seeds", "tuning_seeds"])
+def test_a_study_without_seeds_is_refused_before_it_runs(name: str) -> None:
+    with pytest.raises(UserError, match=f"study: {name} must be above 0"):
+        study(**{name: 0})
+
+
+def test_an_objective_whose_settings_cannot_be_told_is_refused() -> None:
+    class Mine(NLL):
+        def __init__(self, tau: float) -> None:
+            object.__setattr__(self, "tau", tau)
+
+    with pytest.raises(UserError, match="Mine must be a frozen dataclass"):
+        study(objectives=[Mine(0.5)])
+    del Mine
+    gc.collect()  # the class tree is the registry: other tests walk it
+
+
+def test_a_result_is_not_found_again_once_a_file_has_changed(tmp_path: Path) -> None:
+    def ids() -> set[str]:
+        files_of.cache_clear()  # what another process would see
+        regime = Regime(str(rows), 5, 1e-3, base=Base(str(before), 5), noise=[0.0], headline=[0.0])
+        return {cell.id for cell in Study({"a": regime}, ARCHITECTURE, seeds=1, headline_seeds=1).shared()}
+
+    rows, before = tmp_path / "rows.jsonl", tmp_path / "before.jsonl"
+    rows.write_text('{"prompt": "a", "completion": "b"}\n')
+    before.write_text('{"prompt": "c", "completion": "d"}\n')
+    first = ids()
+    assert ids() == first and first
+    rows.write_text('{"prompt": "a", "completion": "c"}\n')
+    second = ids()
+    assert not second & first
+    before.write_text('{"prompt": "c", "completion": "e"}\n')
+    assert not ids() & second
+
+
+def test_every_seed_has_a_base_of_its_own(tmp_path: Path) -> None:
+    plan = study()
+    cells = [cell for cell in (*plan.shared(), *plan.tuning()) if cell.regime == "strong"]
+    folders = {cell.seed: base_folder(cell, tmp_path) for cell in cells}
+    assert len(set(folders.values())) == len(folders) == 4  # three seeds, and that of tuning
+    assert all(base_folder(cell, tmp_path) == folders[cell.seed] for cell in cells)
+    changed = replace(cells[0], setting=replace(cells[0].setting, split_by="answer"))
+    assert base_folder(changed, tmp_path) not in folders.values()  # its training rows are others
 
 
 def test_the_same_objective_twice_is_refused() -> None:
@@ -137,6 +193,23 @@ def test_rows_split_by_answer_share_no_answer(tmp_path: Path) -> None:
     assert [len(part) for part in parts] == [60, 10, 10]
     answers = [{row["completion"] for row in part} for part in parts]
     assert not answers[0] & answers[1] and not answers[0] & answers[2] and not answers[1] & answers[2]
+
+
+def test_rows_that_have_changed_are_split_anew(tmp_path: Path) -> None:
+    source = tmp_path / "rows.jsonl"
+    for word in ("old", "new"):
+        files_of.cache_clear()
+        source.write_text("".join(f'{{"prompt": "{i}", "completion": "{word}"}}\n' for i in range(40)))
+        found = task_files(str(source), 10, 5, tmp_path)
+        assert word in found.train.read_text()
+
+
+def test_a_conversation_of_several_turns_is_refused(tmp_path: Path) -> None:
+    source = tmp_path / "rows.jsonl"
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}] * 2
+    source.write_text(json.dumps({"messages": turns}) + "\n")
+    with pytest.raises(UserError, match="row 1: a study needs rows of one question and one answer"):
+        task_files(str(source), 10, 5, tmp_path)
 
 
 def test_too_few_rows_are_one_line(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -112,3 +113,28 @@ def test_mistakes_are_one_line(options: list[str], message: str, tmp_path: Path)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 2 and not out
     assert message in err.splitlines()[-1] and "Traceback" not in err
+
+
+def test_nll_is_judged_under_the_tokenizer_of_the_model(tmp_path: Path) -> None:
+    """From random weights and after a base, with a vocabulary that is built from the training rows."""
+    judged = "tokenizer_size: 300, judge: nll"
+    config = CONFIG.replace("headline: [0.5]", "headline: [0.0]").replace("weak: {", f"weak: {{{judged}, ")
+    config = config.replace("steps: 7, rate: 4.0e-3", "steps: 80, rate: 1.0e-2")  # until tokens are not all alike
+    config = config.replace("rates: [3.0e-3]", "rates: []\n    " + judged.replace(", ", "\n    "))
+    (tmp_path / "study.yaml").write_text(config, encoding="utf-8")
+    command = [sys.executable, "-m", "deft_lightning", "study", "--config", str(tmp_path / "study.yaml")]
+    done = subprocess.run(
+        [*command, "--output", str(tmp_path / "out"), "--workers", "2", "--headline_seeds", "1"], capture_output=True,
+        text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=400,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "Plain NLL of held-out answers" in done.stdout and "tuned" not in done.stdout
+    results = [json.loads(path.read_text()) for path in (tmp_path / "out" / "cells").glob("*.json")]
+    assert len(results) == 6
+    for result in results:
+        # The validation rows are others of the same kind; under another vocabulary the test rows are nonsense.
+        steps, validation = result["curves"]["val/nll"]
+        assert result["test"]["nll"] == pytest.approx(validation[-1], rel=0.06)
+        assert steps[-1] < result["steps"]  # what it is judged by is no further step of its validation
+    (base,) = (tmp_path / "out" / "bases").glob("*/base.json")
+    assert json.loads(base.read_text())["nll"] < math.log(300)
