@@ -373,12 +373,12 @@ class SFTModule(Stepping, Tested):
 
     # ---------------------------------------------------------------- generation
 
-    def generate(self, batch: dict[str, Any]) -> list[list[Completion]]:
+    def generate(self, batch: dict[str, Any], longest: int = 0) -> list[list[Completion]]:
         """Complete the left-padded prompts of a batch; one list of samples for each, none for a filler."""
         if self.tokenizer is None or self._datamodule is None:
             raise UserError("generation needs the data module's tokenizer")
         stops, together = self._datamodule.stop_token_ids, ranks() > 1 and is_sharded(self.model)
-        found = complete(self.model, self.tokenizer, batch, self.generation, stops, together=together)
+        found = complete(self.model, self.tokenizer, batch, self.generation, stops, longest=longest, together=together)
         return [] if batch.get("filler") else found
 
     # ---------------------------------------------------------------- state

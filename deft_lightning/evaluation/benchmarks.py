@@ -3,7 +3,7 @@ r"""Benchmarks as values: which columns a row has, what is asked, and who grades
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from types import MappingProxyType
 from typing import Any
@@ -53,6 +53,7 @@ class Benchmark:
         gold: Turns the gold column's value into the right answer; of its own output it makes the same.
         options: Labels of a multiple choice that is the same in every row.
         between: Stands between context and question.
+        path: Where it was imported from, if somebody named it by that; what `predict` writes names it likewise.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Benchmark:
     gold: Callable[[Any], str] = as_text
     options: tuple[str, ...] = ()
     between: str = "\n\n"
+    path: str = ""
 
     def prompt(self, question: str, context: str, options: Mapping[str, str], instruction: str | None) -> str:
         """Return what the user's turn says; options are listed where their labels do not say them."""
@@ -140,8 +142,12 @@ BENCHMARKS: Mapping[str, Benchmark] = MappingProxyType(
 )  # fmt: skip
 
 
-def find_benchmark(name: str) -> Benchmark:
+def find_benchmark(name: str, option: str = "--data.benchmarks") -> Benchmark:
     """Return a benchmark by its name, or a user's own by the path of the object, ``my_package.module.MINE``.
+
+    Args:
+        name: The name or the path.
+        option: Who gave it, for the message.
 
     Raises:
         UserError: There is none.
@@ -153,12 +159,12 @@ def find_benchmark(name: str) -> Benchmark:
         try:
             found = getattr(import_module(module), attribute)
         except (ImportError, AttributeError, ValueError) as error:
-            raise UserError(f"--data.benchmarks: {name} cannot be imported ({error})") from None
+            raise UserError(f"{option}: {name} cannot be imported ({error})") from None
         if not isinstance(found, Benchmark):
-            raise UserError(f"--data.benchmarks: {name} is no Benchmark of deft_lightning.evaluation")
-        return found
+            raise UserError(f"{option}: {name} is no Benchmark of deft_lightning.evaluation")
+        return replace(found, path=name)
     raise UserError(
-        f"--data.benchmarks: no benchmark {name!r}.{did_you_mean(name, BENCHMARKS)} Known: {', '.join(BENCHMARKS)}, or"
+        f"{option}: no benchmark {name!r}.{did_you_mean(name, BENCHMARKS)} Known: {', '.join(BENCHMARKS)}, or"
         " the path of a Benchmark of your own"
     )
 

@@ -81,6 +81,8 @@ def nearest(completion: str, options: Mapping[str, str]) -> str | None:
 
 def label_of(answer: Any, options: Mapping[str, str]) -> str | None:
     """Return the label that a row's answer means: a label, a number counted from 0, or an option's text."""
+    if isinstance(answer, int) and str(answer) in options:  # labels that are numbers
+        return str(answer)
     if isinstance(answer, int) and not isinstance(answer, bool):
         return list(options)[answer] if 0 <= answer < len(options) else None
     text = str(answer).strip()

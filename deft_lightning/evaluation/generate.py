@@ -58,6 +58,7 @@ def complete(
     settings: Generation,
     stops: Sequence[int],
     *,
+    longest: int = 0,
     together: bool = False,
 ) -> list[list[Completion]]:
     """Complete left-padded prompts with a Hugging Face model in eval mode.
@@ -68,6 +69,8 @@ def complete(
         batch: ``input_ids``, ``attention_mask`` of shape ``(B, T)``, left-padded, and ``example_id``.
         settings: Length, temperature and number of samples.
         stops: Tokens that end a completion.
+        longest: Tokens of the longest prompt of all batches. Where the model runs out of positions, completions of all
+            of them end where that one's has to: no text depends on what shares its batch.
         together: Go on until every rank is done: sharded weights are gathered by all ranks at once.
 
     Returns:
@@ -75,12 +78,12 @@ def complete(
     """
     input_ids, mask, n = batch["input_ids"], batch["attention_mask"], settings.samples
     prompt = input_ids.shape[1]
-    positions = room(model, prompt)
+    left = room(model, max(prompt, longest)) - max(prompt, longest)
     out = model.generate(
         input_ids=input_ids.repeat_interleave(n, 0),
         attention_mask=mask.repeat_interleave(n, 0),
         # Past its positions a model has no embedding; what is cut there counts as truncated.
-        max_new_tokens=min(settings.max_new_tokens, positions - prompt),
+        max_new_tokens=min(settings.max_new_tokens, left),
         do_sample=False,  # sampling is an arg-max of noisy scores
         logits_processor=_sampling(batch["example_id"], settings, prompt, input_ids.device),
         eos_token_id=list(stops),

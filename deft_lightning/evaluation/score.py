@@ -104,7 +104,13 @@ def score(path: Path, benchmark: str | None = None) -> dict[str, dict[str, float
         groups.setdefault(name, []).append(row)
     if not groups:
         raise UserError(f"{path}: is empty")
-    return {name: _figures(find_benchmark(name) if name else HELD_OUT, rows) for name, rows in groups.items()}
+    return {name: _figures(_benchmark(name, benchmark, rows), rows) for name, rows in groups.items()}
+
+
+def _benchmark(name: str, asked: str | None, rows: Sequence[Prediction]) -> Benchmark:
+    if not name:
+        return HELD_OUT
+    return find_benchmark(name, "--benchmark" if asked else f"{rows[0].where}, field 'benchmark'")
 
 
 def _figures(benchmark: Benchmark, rows: Sequence[Prediction]) -> dict[str, float]:

@@ -6,6 +6,7 @@ from abc import abstractmethod
 from typing import Any
 
 from lightning.pytorch import LightningModule
+from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from deft_lightning.errors import UserError
 from deft_lightning.evaluation.aggregate import figure_names, figures, summary, table
@@ -26,8 +27,8 @@ class Tested(LightningModule):
     model: Any
 
     @abstractmethod
-    def generate(self, batch: dict[str, Any]) -> list[list[Completion]]:
-        """Return the samples of each prompt of a batch; nothing for a filler."""
+    def generate(self, batch: dict[str, Any], longest: int = 0) -> list[list[Completion]]:
+        """Return the samples of each prompt of a batch; nothing for a filler. No prompt is longer than the longest."""
 
     def _test_sets(self) -> list[TestSet]:
         """What each loader's prompts belong to."""
@@ -38,9 +39,15 @@ class Tested(LightningModule):
         return found
 
     def _check_prompts(self) -> None:
-        """Refuse now what would stop the run at its longest prompt."""
+        """Refuse now what would stop the run at its longest prompt; say where the model has no room for its answer."""
         for tests in self._test_sets():
-            room(self.model, tests.longest, tests.benchmark.name)
+            left = room(self.model, tests.longest, tests.benchmark.name) - tests.longest
+            if left < (wanted := self.generation.max_new_tokens):
+                rank_zero_warn(
+                    f"{tests.benchmark.name or 'test'}: completions end after {left} tokens, not {wanted}"
+                    f" (--model.generation.max_new_tokens): the longest prompt, of {tests.longest} tokens, leaves the"
+                    " model no more positions"
+                )
 
     def on_predict_start(self) -> None:
         """Check the prompts."""
@@ -59,7 +66,7 @@ class Tested(LightningModule):
         """Generate and grade."""
         tests, sums = self._test_sets()[dataloader_idx], self._sums[dataloader_idx]
         grader, votes = tests.benchmark.grader, self.generation.samples > 1
-        rows = zip(self.generate(batch), batch["gold"], batch["record"], strict=not batch.get("filler"))
+        rows = zip(self.generate(batch, tests.longest), batch["gold"], batch["record"], strict=not batch.get("filler"))
         for samples, gold, record in rows:
             grades = [grader.grade(s.text, gold, record, s.truncated, votes) for s in samples]
             sums.update(tests.place(record), figures(grader, grades))
@@ -77,12 +84,15 @@ class Tested(LightningModule):
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
         """Return one record a prompt: what grading it later needs."""
-        benchmark = self._test_sets()[dataloader_idx].benchmark
+        tests = self._test_sets()[dataloader_idx]
+        named = tests.benchmark.path or tests.benchmark.name
         names = ("example_id", "prompt", "gold", "record")
-        rows = zip(self.generate(batch), *(batch[name] for name in names), strict=not batch.get("filler"))
+        rows = zip(
+            self.generate(batch, tests.longest), *(batch[name] for name in names), strict=not batch.get("filler")
+        )
         records = []
         for samples, id, prompt, gold, record in rows:
-            found: dict[str, Any] = {"benchmark": benchmark.name} if benchmark.name else {}
+            found: dict[str, Any] = {"benchmark": named} if named else {}
             found |= {"id": id, "prompt": prompt, "completions": [s.text for s in samples], "gold": gold}
             found |= {"truncated": [s.truncated for s in samples]}
             records.append({**found, "record": record} if record else found)

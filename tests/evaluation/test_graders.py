@@ -256,6 +256,11 @@ def test_a_rows_answer_is_a_label_a_number_or_a_text(answer: Any, label: str | N
     assert label_of(answer, CITIES) == label
 
 
+def test_a_number_that_is_a_label_is_no_position() -> None:
+    options = {"1": "red", "2": "green"}
+    assert [label_of(answer, options) for answer in (1, 2, "2", "green", 0)] == ["1", "2", "2", "2", "1"]
+
+
 # --- FigFont ---------------------------------------------------------------------------------------------------------
 
 

@@ -97,7 +97,7 @@ def model(tiny: tuple[Any, Any]) -> Any:
 
 
 def completions(
-    model: Any, tokenizer: Any, texts: Sequence[str], size: int, **settings: Any
+    model: Any, tokenizer: Any, texts: Sequence[str], size: int, longest: int = 0, **settings: Any
 ) -> dict[str, list[tuple[str, bool]]]:
     """Samples by prompt, generated in batches of a size."""
     generation = Generation(**{"max_new_tokens": 12, "temperature": 1.0, "samples": 3, **settings})
@@ -105,9 +105,8 @@ def completions(
     for start in range(0, len(texts), size):
         part = texts[start : start + size]
         rows = [Prompt(f"id-{t}", tokenizer(t).input_ids, t, None) for t in part]
-        made = complete(
-            model, tokenizer, PromptCollator(tokenizer.pad_token_id)(rows), generation, [tokenizer.eos_token_id]
-        )
+        batch = PromptCollator(tokenizer.pad_token_id)(rows)
+        made = complete(model, tokenizer, batch, generation, [tokenizer.eos_token_id], longest=longest)
         found |= dict(zip(part, made, strict=True))
     return found
 
@@ -119,6 +118,16 @@ def test_completions_depend_on_neither_batch_size_nor_order(model: Any, tokenize
     for texts in (PROMPTS, PROMPTS[::-1], PROMPTS[2:] + PROMPTS[:2]):
         for size in (1, 2, 4):
             assert completions(model, tokenizer, texts, size, **settings) == whole
+
+
+def test_where_positions_run_out_completions_do_not_depend_on_their_batch(model: Any, tokenizer: Any) -> None:
+    texts = ["ab", "x" * 100, "12345678"]  # of 128 positions
+    longest = max(len(tokenizer(text).input_ids) for text in texts)
+    found = [completions(model, tokenizer, texts, size, max_new_tokens=60, longest=longest) for size in (1, 2, 3)]
+    assert found[0] == found[1] == found[2]
+    assert any(cut for samples in found[0].values() for _, cut in samples)
+    alone = completions(model, tokenizer, texts[:1], 1, max_new_tokens=60)["ab"]
+    assert any(len(text) > len(short) for (text, _), (short, _) in zip(alone, found[0]["ab"], strict=True))
 
 
 def test_more_samples_keep_the_first_ones(model: Any, tokenizer: Any) -> None:

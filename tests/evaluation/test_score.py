@@ -135,7 +135,7 @@ def test_the_verb_prints_a_table_and_writes_the_tags_of_test(
         (["{path}", "--bench", "x"], "error: score: unrecognized arguments: --bench x"),
         ([], "error: score: the following arguments are required: predictions"),
         (["missing.jsonl"], "error: missing.jsonl: cannot be read (No such file or directory)"),
-        (["{path}", "--benchmark", "math50"], "error: --data.benchmarks: no benchmark 'math50'. Did you mean math500"),
+        (["{path}", "--benchmark", "math50"], "error: --benchmark: no benchmark 'math50'. Did you mean math500"),
         (["{path}", "--output", "/nowhere/at/all.json"], "No such file or directory"),
     ],
 )

@@ -12,7 +12,7 @@ from tiny_llama import save_tiny_llama
 from deft_lightning import InstructionDataModule, SFTModule, Trainer
 from deft_lightning.callbacks import PredictionWriter
 from deft_lightning.errors import UserError
-from deft_lightning.evaluation import Generation
+from deft_lightning.evaluation import Benchmark, ExactMatch, Generation
 from deft_lightning.evaluation.score import score
 
 AB = {"A": "red", "B": "blue"}
@@ -82,6 +82,27 @@ def benchmarks(tmp_path: Path, pretrained: str) -> dict[str, str]:
         "medical": write(tmp_path / "medical.jsonl", medical),
         "gsm8k": write(tmp_path / "gsm8k.jsonl", [{"question": w, "answer": "#### 1"} for w in WORDS]),
     }
+
+
+MINE = Benchmark("mine", ExactMatch(), {"question": ("q",), "gold": ("a",)})
+
+
+def test_predictions_of_a_benchmark_of_ones_own_are_scored_as_they_are(pretrained: str, tmp_path: Path) -> None:
+    benchmarks = {
+        f"{__name__}.MINE": write(tmp_path / "mine.jsonl", [{"q": word, "a": "x"} for word in WORDS]),
+        "gsm8k": write(tmp_path / "gsm8k.jsonl", [{"question": w, "answer": "#### 1"} for w in WORDS]),
+    }
+    live, file = test(tmp_path, pretrained, benchmarks), predict(tmp_path, pretrained, benchmarks)
+    found = score(file)
+    assert list(found) == [f"{__name__}.MINE", "gsm8k"]
+    assert {f"test/mine/{figure}": value for figure, value in found[f"{__name__}.MINE"].items()}.items() <= live.items()
+
+
+def test_a_prompt_that_leaves_little_room_is_warned_of(pretrained: str, tmp_path: Path) -> None:
+    rows = [{"question": word, "answer": "1"} for word in ("a", "b" * 110)]
+    with pytest.warns(UserWarning, match=r"gsm8k: completions end after \d+ tokens, not 90") as told:
+        test(tmp_path, pretrained, {"gsm8k": write(tmp_path / "g.jsonl", rows)}, max_new_tokens=90)
+    assert len([w for w in told if "completions end" in str(w.message)]) == 1
 
 
 SAMPLED = {"samples": 4, "temperature": 1.0}
