@@ -13,7 +13,7 @@ import numpy as np
 
 from deft_lightning.figures import comparison_bars, focus_trajectories, gradient_scatter
 from deft_lightning.figures.runs import Scalars
-from deft_lightning.figures.style import dress, line, panels, save, styled
+from deft_lightning.figures.style import dress, legend_beside, line, panels, save, styled
 from deft_lightning.objectives import DEFT, NLL, Cayley, Likelihood
 from deft_lightning.study.cells import start, start_from
 from deft_lightning.study.plan import Study, file_name
@@ -84,6 +84,8 @@ def _locked(study: Study, results: Mapping[str, Mapping[str, Any]], headline: li
         panel.set_xlabel("optimizer step")
     axes[0].set_ylim(bottom=0)  # of all, once they share their limits
     handles = axes[0].get_legend_handles_labels()
-    if handles[0]:
+    if handles[0] and len(headline) == 1:
+        legend_beside(figure, axes[0])
+    elif handles[0]:
         figure.legend(*handles, loc="outside lower center", ncols=2)
     save(figure, output)
