@@ -97,22 +97,18 @@ def summary(study: Study, results: Results) -> dict[str, Any]:
     tuned = grid(study.tuned(rates), results)
     for place in headline:  # a regime with one candidate has nothing to choose
         tuned.setdefault(place, shared[place])
-    order = list(study.regimes)
-
-    def place(item: tuple[Place, Any]) -> tuple[int, float]:
-        return order.index(item[0][0]), item[0][1]
-
+    places = [(name, noise) for name, regime in study.regimes.items() for noise in regime.noise]
     report: dict[str, Any] = {
         "judge": study.judge, "objectives": plain, "remedies": [name for name in names if name not in plain],
         "headline": [list(place) for place in headline],
         "grid": [
             {"regime": regime, "noise": noise, "objective": name, **_spread(list(found.values()))}
-            for (regime, noise), row in sorted(shared.items(), key=place) for name, found in row.items()
+            for regime, noise in places for name, found in shared[regime, noise].items()
         ],
         "tuned": [
             {"regime": regime, "noise": noise, "objective": name,
              "rate": rates.get((regime, noise, name), study.regimes[regime].rate), **_spread(list(found.values()))}
-            for (regime, noise), row in sorted(tuned.items(), key=place) for name, found in row.items()
+            for regime, noise in headline for name, found in tuned[regime, noise].items()
         ],
     }  # fmt: skip
     report["ends"] = ends(study, results)
