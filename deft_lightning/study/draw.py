@@ -87,5 +87,5 @@ def _locked(study: Study, results: Mapping[str, Mapping[str, Any]], headline: li
     if handles[0] and len(headline) == 1:
         legend_beside(figure, axes[0])
     elif handles[0]:
-        figure.legend(*handles, loc="outside lower center", ncols=2)
+        figure.legend(*handles, loc="outside lower center", ncols=min(len(headline) - 1, 2))
     save(figure, output)
