@@ -18,6 +18,7 @@ from deft_lightning._version import __version__
 from deft_lightning.callbacks import EntropyMonitor, GateMonitor, NoiseMonitor
 from deft_lightning.data import InstructionDataModule, known_noise
 from deft_lightning.data.noise import Noise
+from deft_lightning.errors import UserError
 from deft_lightning.evaluation import Generation
 from deft_lightning.figures import read_run
 from deft_lightning.module import SFTModule
@@ -96,6 +97,10 @@ def run_cell(cell: Cell, root: Path) -> dict[str, Any]:
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
     trainer = _trainer(cell.setting.steps, root, folder)
     trainer.fit(module, datamodule=data)
+    if trainer.global_step != cell.setting.steps:
+        raise UserError(
+            f"the run ended after {trainer.global_step} of {cell.setting.steps} steps; start the study again"
+        )
     result: dict[str, Any] = {
         "version": __version__, "id": cell.id, "objective": repr(cell.objective),
         "noise": cell.noise, "rate": cell.rate, "seed": cell.seed, "steps": cell.setting.steps,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable
@@ -16,7 +18,7 @@ from typing import Any, Self
 from tqdm import tqdm
 
 from deft_lightning.errors import UserError
-from deft_lightning.study.plan import Cell
+from deft_lightning.study.plan import DEFAULTS, Cell
 
 Work = Callable[[Cell, Path], dict[str, Any]]
 
@@ -69,7 +71,8 @@ class Pool:
         try:
             future.result()
         except UserError as error:
-            raise UserError(f"{cell.label}: {error}") from None
+            told = re.sub(rf"--(?:data|model)\.({'|'.join(DEFAULTS)})\b", r"\1 of the regime:", str(error))
+            raise UserError(f"{cell.label}: {told}") from None
         except BrokenProcessPool:
             raise UserError(
                 f"{cell.label}: a worker was killed, perhaps for want of memory; the finished runs are kept, start"
@@ -81,19 +84,27 @@ class Pool:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: object, where: object) -> None:
-        """End the processes; after an error what they have in hand is left."""
-        self._bar.close()
-        if kind is not None:
-            for process in list((self._pool._processes or {}).values()):
-                process.terminate()
-        self._pool.shutdown(wait=kind is None, cancel_futures=True)
+        """End the processes; after an error what they have in hand is left: results are written whole or not at all."""
+        main = threading.current_thread() is threading.main_thread()
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN) if main else None  # an impatient Ctrl-C would leave them
+        try:
+            if kind is not None:
+                for process in list((self._pool._processes or {}).values()):
+                    process.kill()  # Lightning would catch a SIGTERM
+            self._pool.shutdown(cancel_futures=True)
+            self._bar.close()
+        finally:
+            if main:
+                signal.signal(signal.SIGINT, before)
 
 
 def _begin() -> None:
     """Make a process one thread, and end it when the study is gone, however that ended."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the study ends its processes
     import torch
 
     torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a process that is ended would leave behind
     parent = multiprocessing.parent_process()
     if parent is not None:
         threading.Thread(target=_follow, args=(parent.sentinel,), daemon=True).start()

@@ -67,6 +67,14 @@ def workers_of(pid: int) -> set[int]:
     return {int(line) for line in found.split()}
 
 
+def gone(processes: set[int]) -> bool:
+    """Whether processes end within a while."""
+    deadline = time.monotonic() + 30
+    while any(Path(f"/proc/{process}").exists() for process in processes) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return not any(Path(f"/proc/{process}").exists() for process in processes)
+
+
 @pytest.mark.slow
 def test_a_study_killed_at_any_moment_ends_with_the_same_table(tmp_path: Path) -> None:
     out = finish(start(tmp_path / "whole"))
@@ -85,11 +93,7 @@ def test_a_study_killed_at_any_moment_ends_with_the_same_table(tmp_path: Path) -
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
         process.communicate()
-        # Workers of a study that is gone go too.
-        deadline = time.monotonic() + 30
-        while any(Path(f"/proc/{child}").exists() for child in children) and time.monotonic() < deadline:
-            time.sleep(0.1)
-        assert not any(Path(f"/proc/{child}").exists() for child in children)
+        assert gone(children)  # workers of a study that is gone go too
     done = {path: path.stat().st_mtime_ns for path in (killed / "cells").glob("*.json")}
     assert len(done) >= 5
     finish(start(killed))
@@ -97,6 +101,25 @@ def test_a_study_killed_at_any_moment_ends_with_the_same_table(tmp_path: Path) -
     assert (killed / "report.md").read_bytes() == (tmp_path / "whole" / "report.md").read_bytes()
     assert all(path.stat().st_mtime_ns == when for path, when in done.items())  # nothing was run twice
     assert not [path for path in killed.rglob(".*") if path.suffix not in (".lock", "")]
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_ctrl_c_ends_a_study_and_its_processes(times: int, tmp_path: Path) -> None:
+    """A terminal sends it to all processes of the group, and an impatient user twice."""
+    process = start(tmp_path / "out", "--headline_seeds", "40")
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline and not list((tmp_path / "out" / "cells").glob("*.json")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    children = workers_of(process.pid)
+    for _ in range(times):
+        os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err[-2000:]
+    assert "stopped; the finished runs are kept" in err.splitlines()[-1] and "Traceback" not in err
+    assert len(children) >= 2 and gone(children)
+    for path in (tmp_path / "out" / "cells").glob("*.json"):
+        assert json.loads(path.read_text())["test"]
 
 
 @pytest.mark.parametrize(
