@@ -48,6 +48,8 @@ def start(folder: Path, *more: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [*command, "--workers", "2", *more], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)}, start_new_session=True,
+        # What a shell starts in the background ignores SIGINT, and so would all that the tests start.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
 
 
