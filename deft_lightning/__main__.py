@@ -7,6 +7,7 @@ import sys
 from importlib import import_module
 
 from deft_lightning._version import __version__
+from deft_lightning.terminal import guarded
 
 # Verbs that are not Lightning's and have a command line of their own.
 ALONE = {
@@ -21,14 +22,15 @@ def main() -> None:
     if sys.argv[1:] in (["--version"], ["-V"]):  # before torch and Lightning are imported: it takes no time
         print(f"deft_lightning {__version__}")
         return
-    if sys.argv[1:2] and sys.argv[1] in ALONE:  # likewise: no model is needed, or not yet
-        import_module(ALONE[sys.argv[1]]).main(sys.argv[2:])
-        return
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenizers deadlock in forked loader processes
-    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning calls the deprecated names
-    from deft_lightning.cli import run
+    with guarded():
+        if sys.argv[1:2] and sys.argv[1] in ALONE:  # likewise: no model is needed, or not yet
+            import_module(ALONE[sys.argv[1]]).main(sys.argv[2:])
+            return
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenizers deadlock in forked loader processes
+        os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning calls the deprecated names
+        from deft_lightning.cli import run
 
-    run()
+        run()
 
 
 if __name__ == "__main__":

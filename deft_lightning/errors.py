@@ -5,12 +5,18 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from deft_lightning.terminal import visible
+
 
 class UserError(ValueError):
-    """A mistake in options, files or data, told in one line; the command line prints it without a traceback."""
+    """A mistake in options, files or data, told in one line; the command line prints it without a traceback.
+
+    Texts of strangers in the message (rows, names of files, errors of templates) are shown by
+    :func:`~deft_lightning.terminal.visible`.
+    """
 
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(str(message).split()))
+        super().__init__(visible(" ".join(str(message).split())))
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -1,17 +1,17 @@
 """Hugging Face causal language models: build, load, adapt, read the head, export."""
 
 from deft_lightning.models.build import check_fits, check_pretrained, compile_body, from_architecture, load_pretrained
-from deft_lightning.models.checks import check_causal, check_head, check_packing
-from deft_lightning.models.export import (
+from deft_lightning.models.checkpoint import (
     check_state,
     describe,
     is_complete,
     load_checkpoint,
     model_from_checkpoint,
-    save_hugging_face,
     tokenizer_from_checkpoint,
     vocabulary_digest,
 )
+from deft_lightning.models.checks import check_causal, check_head, check_packing
+from deft_lightning.models.export import save_hugging_face
 from deft_lightning.models.fused import FusedOutput, fused_forward
 from deft_lightning.models.head import HeadSeam, base_causal_lm, find_head, router_loss_factor
 from deft_lightning.models.lora import LoRA, add_adapters

@@ -1,0 +1,127 @@
+"""Files and folders that are there whole or not at all, and the removal of what a killed process left half-written.
+
+What is being written has the name ``.<target>.<machine>.<process>-<start of the process>``: whoever writes beside it
+later can tell whether its writer still lives.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+ELSEWHERE = 86_400  # seconds without a change after which another machine's unfinished work is taken for abandoned
+MARK = re.compile(r"\..+\.(?P<machine>[^.]*)\.(?P<process>\d+)-(?P<start>\d+)")
+
+
+def _machine() -> str:
+    return re.sub(r"[^\w-]", "_", platform.node())  # a dot would end it
+
+
+def _started(process: int) -> int:
+    """When a process began, in ticks since the machine did; 0 where there is no such process, or nobody can say."""
+    try:
+        with open(f"/proc/{process}/stat", encoding="utf-8", errors="replace") as file:
+            return int(file.read().rpartition(")")[2].split()[19])
+    except (OSError, ValueError, IndexError):
+        return 0
+
+
+def partial_name(target: Path) -> Path:
+    """Return the name under which this process writes what shall become ``target``."""
+    # A name may have 255 bytes at most, and the target's may need them all.
+    stem = target.name.encode()[:150].decode(errors="ignore")
+    return target.with_name(f".{stem}.{_machine()}.{os.getpid()}-{_started(os.getpid())}")
+
+
+def is_partial(path: Path) -> bool:
+    """Whether a name is one of :func:`partial_name`."""
+    return MARK.fullmatch(path.name) is not None
+
+
+def sweep(folder: Path) -> list[Path]:
+    """Remove what processes that are no more have left half-written in a folder.
+
+    Of another machine, whose processes cannot be seen, only what nobody has touched for a day.
+
+    Returns:
+        What was removed.
+    """
+    removed = []
+    for path in folder.iterdir() if folder.is_dir() else ():
+        found = MARK.fullmatch(path.name)
+        if found is not None and _abandoned(path, found):
+            remove(path)
+            removed.append(path)
+    return removed
+
+
+def _abandoned(path: Path, found: re.Match[str]) -> bool:
+    if found["machine"] != _machine():
+        with suppress(OSError):
+            newest = max(part.stat().st_mtime for part in (path, *path.rglob("*")))
+            return time.time() - newest > ELSEWHERE
+        return False
+    process, start = int(found["process"]), int(found["start"])
+    if start:
+        return _started(process) != start
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    return False
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link, or a folder with all that is in it, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_file(target: Path, *, sync: bool = False) -> Iterator[Path]:
+    """Give a file to write, which takes the place of ``target`` at the end of the block; after an error nothing does.
+
+    Args:
+        target: Name it gets; its folder is made if it is not there, and swept.
+        sync: Wait until the content is on the disk, so that a loss of power leaves the old file or the new one.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    sweep(target.parent)
+    partial = partial_name(target)
+    try:
+        yield partial
+        if sync:
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """Give an empty folder to fill, which gets the name ``target`` at the end of the block; after an error it is gone.
+
+    Args:
+        target: Name it gets. An empty folder of that name makes room; one that is not empty is an ``OSError``.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    sweep(target.parent)
+    partial = partial_name(target)
+    remove(partial)
+    partial.mkdir()
+    try:
+        yield partial
+        partial.rename(target)
+    finally:
+        remove(partial)

@@ -1,0 +1,84 @@
+"""Text of strangers on the user's terminal: whatever would steer it or turn letters round is shown escaped.
+
+:func:`visible` is the one rule. Messages, previews, pages and TensorBoard text pass through it where they are made;
+:func:`guarded` puts it around the standard streams of the command line, for whatever else is printed, by libraries too.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TextIO
+
+# C0 and C1 controls but tab and line feed, delete; marks that change the direction of text, line and paragraph
+# separators; interlinear and tag characters, which no font shows; half surrogates, which no stream can write.
+HIDDEN = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u206f\ufeff\ufff9-\ufffb"
+    "\ud800-\udfff\U000e0000-\U000e007f]"
+)
+# What tqdm writes between bars, always alone: line feeds and "cursor up".
+BARS = re.compile(r"\n*(?:\x1b\[A)*")
+
+
+def visible(text: str) -> str:
+    r"""Return text in which every character that steers a terminal, or hides, is written as Python would.
+
+    ``\x1b[2J`` becomes the six letters ``\x1b[2J``; tabs and line feeds stay, and so does everything that can be seen.
+    """
+    return HIDDEN.sub(_escaped, text)
+
+
+def _escaped(found: re.Match[str]) -> str:
+    code = ord(found[0])
+    if found[0] == "\r":
+        return "\\r"
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+class GuardedStream:
+    """A text stream that writes :func:`visible` text; all else is the stream's own.
+
+    Carriage returns before a text, and tqdm's own steps between bars, pass: progress bars go on to work.
+
+    Args:
+        stream: Where to write.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write text; return its length."""
+        if HIDDEN.search(text) is not None and not BARS.fullmatch(text):
+            body = text.lstrip("\r")
+            text_out = "\r" * (len(text) - len(body)) + visible(body.replace("\r\n", "\n"))
+        else:
+            text_out = text
+        self._stream.write(text_out)
+        return len(text)
+
+    def writelines(self, lines: Any) -> None:
+        """Write several texts."""
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        """Return the stream's own attribute."""
+        return getattr(self._stream, name)
+
+
+@contextmanager
+def guarded() -> Iterator[None]:
+    """Guard standard output and error until the end of the block."""
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (_guard(stream) for stream in before)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
+
+
+def _guard(stream: Any) -> Any:
+    return stream if stream is None or isinstance(stream, GuardedStream) else GuardedStream(stream)
