@@ -50,6 +50,7 @@ from deft_lightning.step import (
     ranks,
 )
 from deft_lightning.stepping import Stepping
+from deft_lightning.trust import check_attention
 
 OptimizerCallable = Callable[[Iterable[Any]], Optimizer]
 SchedulerCallable = Callable[[Optimizer], LRScheduler]
@@ -85,6 +86,7 @@ class SFTModule(Stepping, Tested):
         compile: Compile the layers of the body with torch.compile; the head stays as it is.
         on_nonfinite: What is done when a loss or gradient is not finite: `raise` stops, `skip` leaves the step out.
         generation: How `test` and `predict` generate.
+        trust_remote_code: Run code that the folder or hub id of the model or the tokenizer brings along.
 
     Raises:
         UserError: Neither `pretrained` nor `architecture`, or a combination that would not train what was asked for.
@@ -106,6 +108,7 @@ class SFTModule(Stepping, Tested):
         compile: bool = False,
         on_nonfinite: Literal["raise", "skip"] = "raise",
         generation: Generation = Generation(),  # noqa: B008 - frozen
+        trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
         if head not in ("fused", "dense"):
@@ -115,8 +118,10 @@ class SFTModule(Stepping, Tested):
         if on_nonfinite not in ("raise", "skip"):
             raise UserError(f"--model.on_nonfinite must be raise or skip, not {on_nonfinite!r}")
         self.on_nonfinite = on_nonfinite
+        self.trust_remote_code = trust_remote_code
+        check_attention(attention, trust_remote_code, "--model.attention")
         if pretrained is not None:
-            check_pretrained(pretrained)
+            check_pretrained(pretrained, trust_remote_code, attention)
         self.objective, self.pretrained, self.architecture = objective, pretrained, architecture
         self.optimizer_callable, self.scheduler_callable = optimizer, scheduler
         self.head, self.head_backend, self.compile_layers = head, head_backend, compile
@@ -183,7 +188,7 @@ class SFTModule(Stepping, Tested):
     def _build(self) -> Any:
         """Build or load the model, in train mode; on the meta device its weights hold nothing."""
         if self.pretrained is not None:
-            model = load_pretrained(self.pretrained, self.dtype_name, self.attention)
+            model = load_pretrained(self.pretrained, self.dtype_name, self.attention, self.trust_remote_code)
         elif self.architecture is not None:
             model = from_architecture(self.architecture, self.tokenizer, self.dtype_name, self.attention)
         else:

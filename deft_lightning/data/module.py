@@ -186,7 +186,8 @@ class InstructionDataModule(Loaders):
         self._settled = name
         self._rows, self._held_out = {}, ()  # what was prepared for another model is of another vocabulary
         if name is not None:
-            self.tokenizer, self._built = load_tokenizer(name), False
+            trust = getattr(model, "trust_remote_code", False)
+            self.tokenizer, self._built = load_tokenizer(name, trust), False
             set_template(self.tokenizer, self.chat_template)
             return
         folder = self._folder()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from deft_lightning.errors import UserError
+from deft_lightning.trust import check_tokenizer
 
 PAD, END = "<|pad|>", "<|end|>"
 ROLE_TOKENS = ("<|system|>", "<|user|>", "<|assistant|>", "<|tool|>")
@@ -47,20 +48,26 @@ def build_tokenizer(texts: Iterable[str], size: int) -> Any:
     return fast
 
 
-def load_tokenizer(name: str) -> Any:
+def load_tokenizer(name: str, trust: bool = False) -> Any:
     """Load a tokenizer by hub id or folder; give it a padding token if it has none.
 
+    Args:
+        name: Hub id or folder.
+        trust: Code of the tokenizer's own may run.
+
     Raises:
-        UserError: It does not exist, or has no end-of-sequence token to stop generation at.
+        UserError: It does not exist, wants to run code, or has no end-of-sequence token to stop generation at.
     """
     from transformers import AutoTokenizer
 
     folder = Path(name).expanduser()
     if not folder.is_dir() and name.startswith((".", "/", "~")):
         raise UserError(f"{name}: no such folder (--data.tokenizer, or --model.pretrained which it follows)")
+    check_tokenizer(name, trust)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder) if folder.is_dir() else name)
-    except (OSError, ValueError) as error:
+        # Never None: transformers asks on standard input then.
+        tokenizer = AutoTokenizer.from_pretrained(str(folder) if folder.is_dir() else name, trust_remote_code=trust)
+    except Exception as error:  # the tokenizers library raises Exception itself; a malformed config, any kind
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{name}: cannot load its tokenizer: {reason} (--data.tokenizer)") from None
     if not tokenizer.is_fast:

@@ -12,44 +12,62 @@ from torch import nn
 
 from deft_lightning.errors import UserError, did_you_mean
 from deft_lightning.models.shard import layers_of
+from deft_lightning.trust import check_model, check_tokenizer
 
 Dtype = Literal["float32", "bfloat16"]
 
 
-def check_pretrained(name: str) -> str:
-    """Return the folder or hub id to load; refuse a path that does not exist before anything else is done."""
+def check_pretrained(name: str, trust: bool = False, attention: str | None = None) -> str:
+    """Return the folder or hub id to load; refuse what cannot or must not be loaded before anything else is done.
+
+    Args:
+        name: Folder or hub id; of a hub id nothing is fetched here.
+        trust: Code of the model's own may run.
+        attention: What was asked for in place of the attention that the model's config names.
+
+    Raises:
+        UserError: The path does not exist, is no model, or wants to run code.
+    """
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
+            if (path / "adapter_config.json").is_file():
+                check_model(name, trust)
             raise UserError(
                 f"{name}: has no config.json, so it is not a Hugging Face model folder (--model.pretrained)"
             )
+        check_model(name, trust, attention)
+        check_tokenizer(name, trust)
         return str(path)
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or not name.strip():
         raise UserError(f"{name}: no such model folder (--model.pretrained)")
     return name
 
 
-def load_pretrained(name: str, dtype: Dtype, attention: str | None = None) -> Any:
+def load_pretrained(name: str, dtype: Dtype, attention: str | None = None, trust: bool = False) -> Any:
     """Load a causal language model from a folder or the hub in train mode; under the meta device, its shapes alone.
 
     Args:
         name: Folder or hub id.
         dtype: Dtype of the weights.
         attention: transformers' ``attn_implementation``; None lets it choose.
+        trust: Code of the model's own may run.
     """
-    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    source = check_pretrained(name)
+    source = check_pretrained(name, trust, attention)
+    check_model(source, trust, attention)
     options: dict[str, Any] = {"attn_implementation": attention} if attention else {}
-    options["dtype"] = getattr(torch, dtype)
+    # Never None: transformers asks on standard input then.
+    options |= {"dtype": getattr(torch, dtype), "trust_remote_code": trust}
     try:
         if torch.get_default_device().type == "meta":
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source), **options)
+            model = AutoModelForCausalLM.from_config(
+                AutoConfig.from_pretrained(source, trust_remote_code=trust), **options
+            )
         else:
             model = AutoModelForCausalLM.from_pretrained(source, **options)
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # configs validate themselves, and weights unpickle, with many kinds of exception
         reason = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{name}: cannot load the model: {reason} (--model.pretrained)") from None
     return ready(model)
@@ -97,7 +115,7 @@ def from_architecture(
     try:
         config = AutoConfig.for_model(kind, **options)
         extra: dict[str, Any] = {"attn_implementation": attention} if attention else {}
-        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), **extra)
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), trust_remote_code=False, **extra)
     except Exception as error:  # configs validate themselves with many kinds of exception
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"--model.architecture: {kind} cannot be built from these options: {reason}") from None

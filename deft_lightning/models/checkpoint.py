@@ -118,7 +118,9 @@ def model_from_checkpoint(checkpoint: dict[str, Any]) -> tuple[Any, Any | None, 
     about = checkpoint[KEY]
     settings = json.loads(about["config"])
     config = AutoConfig.for_model(settings["model_type"]).from_dict(settings)
-    model = ready(AutoModelForCausalLM.from_config(config, dtype=getattr(torch, about["dtype"])))
+    model = ready(
+        AutoModelForCausalLM.from_config(config, dtype=getattr(torch, about["dtype"]), trust_remote_code=False)
+    )
     model.generation_config = GenerationConfig.from_dict(json.loads(about["generation_config"]))
     if about["lora"] is not None:
         model = add_adapters(model, LoRA(**about["lora"]))
@@ -138,4 +140,4 @@ def tokenizer_from_checkpoint(checkpoint: dict[str, Any]) -> Any | None:
         for name, text in files.items():
             (Path(folder) / name).parent.mkdir(parents=True, exist_ok=True)
             (Path(folder) / name).write_text(text, encoding="utf-8")
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
