@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
@@ -24,6 +25,7 @@ from deft_lightning.callbacks import (
     PredictionWriter,
     SFTProgressBar,
 )
+from deft_lightning.config_files import MODE, bounded
 from deft_lightning.data import InstructionDataModule, known_noise
 from deft_lightning.errors import UserError
 from deft_lightning.evaluation import BENCHMARKS
@@ -80,8 +82,21 @@ class DeftParser(LightningArgumentParser):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs.setdefault("allow_abbrev", False)  # an abbreviation that is unique today is ambiguous tomorrow
         kwargs.setdefault("prog", "python -m deft_lightning")
+        kwargs.setdefault("parser_mode", MODE)
         kwargs["description"] = f"{kwargs.get('description') or ''} {_choices()}".strip()
         super().__init__(*args, **kwargs)
+
+    def parse_args(self, *args: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
+        """Parse a command line; files that it names are bounded, and no key in them is lost."""
+        try:
+            with bounded():
+                found = super().parse_args(*args, **kwargs)
+        except ImportError as error:  # of what opens an address such as s3://
+            raise UserError(f"{error} (named by an option or a configuration)") from None
+        for group in self.groups or {}:
+            if group in found and not isinstance(found[group], Namespace):
+                raise UserError(f"{group}: expected options below it, as NAME: VALUE, not {found[group]!r}")
+        return found
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print one line and exit with status 2."""

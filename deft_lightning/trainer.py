@@ -42,7 +42,7 @@ class Trainer(LightningTrainer):
         if kwargs.get("logger") in (None, True):
             kwargs["logger"] = TensorBoardLogger(kwargs.get("default_root_dir") or ".", name="")
         if kwargs.get("max_epochs") is None and not args:
-            limited = kwargs.get("max_steps", -1) not in (None, -1) or kwargs.get("max_time") is not None
+            limited = kwargs.get("max_steps") not in (None, -1) or kwargs.get("max_time") is not None
             kwargs["max_epochs"] = -1 if limited else 1
         plugins = kwargs.get("plugins") or []
         plugins = list(plugins) if isinstance(plugins, (list, tuple)) else [plugins]

@@ -17,7 +17,7 @@ LEVEL = {
     "step": 1, "stepping": 2,
     "data": 3,  # it reads the rows of benchmarks, which evaluation describes
     "module": 4, "callbacks": 4, "strategy": 4, "probe": 4,
-    "trainer": 5, "messages": 5, "cli": 6, "study": 7, "__main__": 8,
+    "config_files": 1, "trainer": 5, "messages": 5, "cli": 6, "study": 7, "__main__": 8,
 }  # fmt: skip
 FORBIDDEN = {
     ("data", "objectives"), ("data", "models"), ("data", "figures"), ("objectives", "ops"), ("ops", "objectives"),
