@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 ELSEWHERE = 86_400  # seconds without a change after which another machine's unfinished work is taken for abandoned
+OLD = ".replaced"  # ends the name of what makes room for a folder that is complete
 MARK = re.compile(r"\..+\.(?P<machine>[^.]*)\.(?P<process>\d+)-(?P<start>\d+)")
 
 
@@ -44,6 +45,16 @@ def is_partial(path: Path) -> bool:
     return MARK.fullmatch(path.name) is not None
 
 
+def replace_folder(partial: Path, target: Path) -> None:
+    """Let a complete folder take the place of another one; :func:`sweep` mends what is killed between the two steps."""
+    old = target.with_name(f".{target.name}{OLD}")
+    if target.exists():
+        remove(old)
+        target.rename(old)
+    partial.rename(target)
+    remove(old)
+
+
 def sweep(folder: Path) -> list[Path]:
     """Remove what processes that are no more have left half-written in a folder.
 
@@ -58,6 +69,13 @@ def sweep(folder: Path) -> list[Path]:
         if found is not None and _abandoned(path, found):
             remove(path)
             removed.append(path)
+        elif path.name.startswith(".") and path.name.endswith(OLD):
+            target = path.with_name(path.name.removeprefix(".").removesuffix(OLD))
+            if target.exists():
+                remove(path)
+                removed.append(path)
+            else:  # killed between two renames: the one before is the newest that is whole
+                path.rename(target)
     return removed
 
 

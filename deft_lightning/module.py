@@ -39,7 +39,7 @@ from deft_lightning.models import (
     router_loss_factor,
     vocabulary_digest,
 )
-from deft_lightning.models.checkpoint import KEY
+from deft_lightning.models.contents import KEY
 from deft_lightning.objectives import DEFT, Objective, Training
 from deft_lightning.ops import Backend
 from deft_lightning.optim import CosineWithWarmup, adamw

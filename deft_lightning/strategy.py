@@ -3,31 +3,48 @@
 from __future__ import annotations
 
 import errno
-import os
-import platform
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
+    get_model_state_dict,
     get_optimizer_state_dict,
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.checkpoint.state_dict_loader import load as load_shares
 
+from deft_lightning.atomic import partial_name, replace_folder, sweep, whole_file
 from deft_lightning.errors import UserError
-from deft_lightning.models import check_state
+from deft_lightning.models import check_shapes, check_state, load_checkpoint, read_checkpoint
+from deft_lightning.models.contents import KEY, problem
+from deft_lightning.models.seal import SealingFile, file_digest, write_digests
+from deft_lightning.models.shares import (
+    METADATA,
+    SHARED,
+    WEIGHTS,
+    SharePlanner,
+    ShareReader,
+    innermost,
+    read_metadata,
+)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes under another name, then renames: a save that is cut short leaves the previous checkpoint as it was."""
+    """Writes under another name, then renames: a save that is cut short leaves the previous checkpoint as it was.
+
+    A digest of every byte is written with it, and compared before it is used; nothing in a checkpoint is executed.
+    """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         """Save to a local file.
@@ -39,42 +56,47 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         target = Path(path)
-        partial = _partial(target)
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            _sweep(target.parent)
-            with partial.open("wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(target)
+            with whole_file(target, sync=True) as partial, partial.open("w+b") as file:
+                sealing = SealingFile(file)
+                torch.save(checkpoint, cast(IO[bytes], sealing))
+                sealing.seal()
         except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
             raise UserError(_why(target, error)) from None
-        finally:
-            partial.unlink(missing_ok=True)
+
+    def load_checkpoint(
+        self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Load a local file whose every byte is as it was written; tensors and plain values alone.
+
+        Args:
+            path: The file.
+            map_location: Of files at another address; those on this machine are mapped into its memory.
+            weights_only: False is refused: it would run code that the file names.
+
+        Raises:
+            UserError: It is missing, damaged, malformed, or asks for code to be run.
+        """
+        if weights_only is False:
+            raise UserError(
+                f"{path}: weights_only=False runs code that a checkpoint names; for one of your own that needs it, give"
+                " the trainer plugins=[TorchCheckpointIO()]"
+            )
+        if "://" in str(path):
+            return super().load_checkpoint(path, map_location, weights_only=True)
+        checkpoint = read_checkpoint(path)
+        if KEY in checkpoint and (why := problem(checkpoint)):
+            raise UserError(f"{path}: {why} (--ckpt_path)")
+        return checkpoint
 
 
-def _partial(target: Path) -> Path:
-    """Return a name for what is being written: that of the target, this machine and this process."""
-    return target.with_name(f".{target.name}.{platform.node()}.{os.getpid()}")
-
-
-def _sweep(folder: Path) -> None:
-    """Remove what processes of this machine that are no more have left half-written."""
-    for path in folder.glob(f".*.{platform.node()}.*"):
-        number = path.name.rpartition(".")[2]
-        if number.isdigit() and not _alive(int(number)):
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-
-
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+def _about_shares(folder: Path) -> dict[str, Any]:
+    """Read what is neither weights nor optimizer of a folder, once the folder is verified."""
+    checkpoint = read_checkpoint(folder)
+    # The weights are read by all ranks together; here it only has to be a checkpoint of this package.
+    if why := problem({**checkpoint, "state_dict": {"": torch.empty(0)}}):
+        raise UserError(f"{folder}: {why} (--ckpt_path)")
+    return checkpoint
 
 
 def _why(target: Path, error: Exception) -> str:
@@ -159,8 +181,8 @@ class FSDP2Strategy(ModelParallelStrategy):
         """
         path = Path(self.broadcast(checkpoint_path))
         if path.is_dir():
-            return super().load_checkpoint(path, weights_only)
-        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=weights_only)
+            return self._load_shares(path)
+        checkpoint = self._agreed(lambda: load_checkpoint(path))
         weights, states = checkpoint.pop("state_dict"), checkpoint.get("optimizer_states", [])
         check_state(self._module.model, weights)
         first = self.is_global_zero
@@ -176,6 +198,44 @@ class FSDP2Strategy(ModelParallelStrategy):
             }
             set_optimizer_state_dict(self._module, optimizer, named if first else {}, options=options)
         return checkpoint
+
+    def _agreed(self, read: Callable[[], Any]) -> Any:
+        """Read on every rank; where one cannot, none goes on."""
+        problem, found = None, None
+        try:
+            found = read()
+        except UserError as error:
+            problem = str(error)
+        if self._any(problem is not None):
+            raise UserError(problem or "another rank cannot read the checkpoint (--ckpt_path)")
+        return found
+
+    def _load_shares(self, folder: Path) -> dict[str, Any]:
+        """Load this rank's part of what many ranks have written, be they as many as now or not."""
+        checkpoint: dict[str, Any] = self._agreed(lambda: _about_shares(folder))
+        entries = self._agreed(lambda: read_metadata(folder)).state_dict_metadata
+        weights: dict[str, Any] = get_model_state_dict(self._module)
+        own = {f"{WEIGHTS}{name}": tuple(value.shape) for name, value in weights.items()}
+        theirs = {
+            name: tuple(entry.size)
+            for name, entry in entries.items()
+            if name.startswith(WEIGHTS) and isinstance(entry, TensorStorageMetadata)
+        }
+        check_shapes(own, theirs, WEIGHTS)
+        self._read({"state_dict": weights}, folder)
+        self._module.load_state_dict(weights)
+        options = StateDictOptions(cpu_offload=True)
+        for number, optimizer in enumerate(self.optimizers):
+            named = {f"optimizer_{number}": get_optimizer_state_dict(self._module, optimizer)}
+            self._read(named, folder)
+            set_optimizer_state_dict(self._module, optimizer, named[f"optimizer_{number}"], options=options)
+        return checkpoint
+
+    def _read(self, state: dict[str, Any], folder: Path) -> None:
+        try:
+            load_shares(state, storage_reader=ShareReader(folder), planner=SharePlanner())
+        except (Exception, CheckpointException) as error:  # torch raises on every rank what happened on one
+            raise UserError(f"{folder}: cannot be loaded: {innermost(error)} (--ckpt_path)") from None
 
     @property
     def _module(self) -> Any:
@@ -194,25 +254,31 @@ class FSDP2Strategy(ModelParallelStrategy):
             super().save_checkpoint(checkpoint, filepath, storage_options)
             return
         target = Path(self.broadcast(filepath))
-        partial = Path(self.broadcast(str(_partial(target))))
+        partial = Path(self.broadcast(str(partial_name(target))))
         if self.is_global_zero:
-            _sweep(target.parent)
+            sweep(target.parent)
         problem: str | None = None
+        digests: dict[str, str] = {}
         try:
             super().save_checkpoint(checkpoint, partial, storage_options)
+            digests = {file.name: file_digest(file) for file in self._written(partial)}
         except Exception as error:
             problem = _why(target, error)
         if self._any(problem is not None):
             if self.is_global_zero:
                 shutil.rmtree(partial, ignore_errors=True)
             raise UserError(problem or f"{target}: another rank could not save its share; earlier ones are intact")
+        everywhere: list[Any] = [None] * self.world_size
+        dist.all_gather_object(everywhere, digests)
         if self.is_global_zero:
-            old = target.with_name(f".{target.name}.old")
-            if target.exists():
-                target.rename(old)
-            partial.rename(target)
-            shutil.rmtree(old, ignore_errors=True)
+            write_digests(partial, {name: digest for own in everywhere for name, digest in own.items()})
+            replace_folder(partial, target)
         self.barrier()
+
+    def _written(self, folder: Path) -> list[Path]:
+        """Files of a folder of shares that this rank has written."""
+        own = list(folder.glob(f"__{self.global_rank}_*"))
+        return [*own, folder / METADATA, folder / SHARED] if self.is_global_zero else own
 
     def _any(self, here: bool) -> bool:
         found = torch.tensor(int(here), device=self.root_device)

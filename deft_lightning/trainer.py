@@ -23,7 +23,7 @@ from deft_lightning.models import (
     model_from_checkpoint,
     save_hugging_face,
 )
-from deft_lightning.models.checkpoint import KEY
+from deft_lightning.models.contents import KEY
 from deft_lightning.probe import probe_data, writable, write
 from deft_lightning.strategy import AtomicCheckpointIO
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import subprocess
 import sys
 import textwrap
@@ -15,6 +14,7 @@ import torch
 from kill_runs import kill_and_go_on
 
 from deft_lightning import Trainer
+from deft_lightning.atomic import partial_name
 from deft_lightning.callbacks.checkpoint import newest_checkpoint
 from deft_lightning.errors import UserError
 from deft_lightning.strategy import AtomicCheckpointIO, FSDP2Strategy
@@ -29,13 +29,19 @@ def test_a_save_replaces_what_was_there_and_leaves_nothing_else(tmp_path: Path) 
 
 
 def test_what_a_dead_process_left_is_removed_and_what_others_write_is_not(tmp_path: Path) -> None:
-    dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
-    names = [f".a.ckpt.{platform.node()}.{int(dead.stdout)}", f".b.ckpt.elsewhere.{int(dead.stdout)}",
-             f".c.ckpt.{platform.node()}.{os.getppid()}"]  # fmt: skip
-    for name in names:
-        (tmp_path / name).touch()
-    AtomicCheckpointIO().save_checkpoint({}, tmp_path / "d.ckpt")
-    assert {path.name for path in tmp_path.iterdir()} == {*names[1:], "d.ckpt"}
+    script = f"""
+        from pathlib import Path
+        from deft_lightning.atomic import partial_name
+        for name in ("a.ckpt", "b.ckpt"):  # a file, and a folder of shares
+            partial = partial_name(Path({str(tmp_path)!r}) / name)
+            partial.write_text("half") if name == "a.ckpt" else (partial.mkdir(), (partial / "x").touch())
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True)
+    assert len(list(tmp_path.iterdir())) == 2
+    mine, other = partial_name(tmp_path / "c.ckpt"), tmp_path / ".d.ckpt.elsewhere.1-2"
+    mine.touch(), other.touch()
+    AtomicCheckpointIO().save_checkpoint({}, tmp_path / "e.ckpt")
+    assert {path.name for path in tmp_path.iterdir()} == {mine.name, other.name, "e.ckpt"}
 
 
 class Stubborn:

@@ -2,11 +2,13 @@
 
 from deft_lightning.models.build import check_fits, check_pretrained, compile_body, from_architecture, load_pretrained
 from deft_lightning.models.checkpoint import (
+    check_shapes,
     check_state,
     describe,
     is_complete,
     load_checkpoint,
     model_from_checkpoint,
+    read_checkpoint,
     tokenizer_from_checkpoint,
     vocabulary_digest,
 )
@@ -29,6 +31,7 @@ __all__ = [
     "check_head",
     "check_packing",
     "check_pretrained",
+    "check_shapes",
     "check_state",
     "compile_body",
     "describe",
@@ -42,6 +45,7 @@ __all__ = [
     "load_checkpoint",
     "load_pretrained",
     "model_from_checkpoint",
+    "read_checkpoint",
     "router_loss_factor",
     "save_hugging_face",
     "tokenizer_from_checkpoint",

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import json
-import pickle
+import re
 import tempfile
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.utilities import rank_zero  # noqa: F401 - sets the rank, without which nothing is told
+from lightning_utilities.core.rank_zero import rank_zero_info
 
 from deft_lightning.errors import UserError
 from deft_lightning.hashing import key
 from deft_lightning.models.build import ready
+from deft_lightning.models.contents import KEY, is_inside, problem
 from deft_lightning.models.head import base_causal_lm
 from deft_lightning.models.lora import LoRA, add_adapters
+from deft_lightning.models.seal import DIGESTS, Damaged, check_folder, check_sealed, has_end
+from deft_lightning.models.shares import METADATA, SHARED, read_weights
 
-KEY = "deft_lightning"
 SHARDED = "meta.pt"  # in a folder of shares, what is neither weights nor optimizer; the name is Lightning's
+
+Shape = tuple[int, ...]
 
 
 def vocabulary_digest(tokenizer: Any) -> str:
@@ -35,11 +41,24 @@ def check_state(model: Any, state: dict[str, Any]) -> None:
         UserError: A weight is missing, too many, or of another shape; the message names one.
     """
     own = {f"model.{name}": tuple(value.shape) for name, value in model.state_dict().items()}
-    theirs = {name: tuple(value.shape) for name, value in state.items() if name.startswith("model.")}
+    check_shapes(own, {name: tuple(value.shape) for name, value in state.items() if name.startswith("model.")})
+
+
+def check_shapes(own: Mapping[str, Shape], theirs: Mapping[str, Shape], prefix: str = "") -> None:
+    """Refuse weights of other names or shapes than a model's own.
+
+    Args:
+        own: Shape of each weight of the model.
+        theirs: Shape of each weight of the checkpoint.
+        prefix: What names begin with, left out of the message.
+
+    Raises:
+        UserError: They differ; the message names one.
+    """
     wrong = sorted(name for name in own.keys() | theirs.keys() if own.get(name) != theirs.get(name))
     if wrong:
         raise UserError(
-            f"--ckpt_path: the checkpoint is of another model, for example {wrong[0]} has shape"
+            f"--ckpt_path: the checkpoint is of another model, for example {wrong[0].removeprefix(prefix)} has shape"
             f" {theirs.get(wrong[0])} in it and {own.get(wrong[0])} here (--model.architecture, --model.pretrained,"
             " --model.lora)"
         )
@@ -66,78 +85,138 @@ def describe(model: Any, tokenizer: Any | None, lora: LoRA | None, stop_token_id
     }
 
 
-def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint of this package: a file, or a folder of the shares of many ranks.
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint file, or of a folder of shares what is neither weights nor optimizer; verify every byte first.
 
-    Of a folder everything but the optimizer's state is read, in this process alone.
+    Nothing in it is executed: it is read with ``weights_only``, which makes tensors and plain values alone.
+
+    Args:
+        path: A file or folder on this machine.
 
     Raises:
-        UserError: It does not exist, is incomplete, or was written by something else.
+        UserError: It does not exist, is incomplete, has changed since it was written, or holds other objects.
     """
     source = Path(path)
     if not source.exists():
         raise UserError(f"{path}: no such checkpoint (--ckpt_path)")
     if not is_complete(source):
         raise UserError(f"{path}: is not a complete checkpoint (--ckpt_path)")
+    verify(source)
+    file = source / SHARED if source.is_dir() else source
     try:
-        checkpoint = torch.load(
-            source / SHARDED if source.is_dir() else source, map_location="cpu", weights_only=True, mmap=True
-        )
-        if source.is_dir() and isinstance(checkpoint, dict):
-            checkpoint = {**checkpoint, "state_dict": _shared_out(source)}
-    except (RuntimeError, pickle.UnpicklingError):  # another archive, or objects of another program
-        checkpoint = None
-    if not isinstance(checkpoint, dict) or KEY not in checkpoint or "state_dict" not in checkpoint:
+        _check_members(file)
+        found: Any = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # another archive, or objects of another program: the unpickler fails in any way
+        if named := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            what = f"it holds {named[1]}, which is no plain value"
+            raise UserError(f"{path}: is refused: {what}, and loading it would run code (--ckpt_path)") from None
+        raise UserError(f"{path}: is not a checkpoint of SFTModule (--ckpt_path)") from None
+    if not isinstance(found, dict):
         raise UserError(f"{path}: is not a checkpoint of SFTModule (--ckpt_path)")
-    return dict(checkpoint)
+    return found
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint of this package: a file, or a folder of the shares of many ranks.
+
+    Of a folder everything but the optimizer's state is read, in this process alone.
+
+    Raises:
+        UserError: As for :func:`read_checkpoint`; or it was written by something else, or is malformed.
+    """
+    checkpoint, source = read_checkpoint(path), Path(path)
+    if source.is_dir() and KEY in checkpoint:
+        checkpoint = {**checkpoint, "state_dict": read_weights(source)}
+    if why := problem(checkpoint):
+        raise UserError(f"{path}: {why} (--ckpt_path)")
+    return checkpoint
+
+
+def verify(path: Path) -> None:
+    """Compare a checkpoint with the digests it was written with.
+
+    Raises:
+        UserError: It has changed since; names the file, and the member of it that is damaged.
+    """
+    try:
+        if not path.is_dir():
+            check_sealed(path)
+        elif not check_folder(path):
+            rank_zero_info(f"{path}: has no {DIGESTS}, so that its shares cannot be verified")
+    except Damaged as error:
+        raise UserError(f"{path}: is damaged: {error}; use another checkpoint (--ckpt_path)") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}) (--ckpt_path)") from None
+
+
+def _check_members(path: Path) -> None:
+    """Refuse compressed members: ``torch.save`` writes none, and a small file could unpack to any size."""
+    with zipfile.ZipFile(path) as archive:
+        if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+            raise ValueError("compressed")
 
 
 def is_complete(path: Path) -> bool:
     """Whether a path is a checkpoint that was written to its end: a file, or a folder of shares."""
     if path.is_dir():
-        return (path / ".metadata").is_file() and (path / SHARDED).is_file()
-    return path.is_file() and zipfile.is_zipfile(path)
-
-
-def _shared_out(folder: Path) -> dict[str, Any]:
-    """Read the weights that many ranks have written, without a process group."""
-    from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
-    from torch.distributed.checkpoint.filesystem import FileSystemReader
-    from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
-
-    state: dict[str, Any] = {}
-    planner = _EmptyStateDictLoadPlanner(keys={"state_dict"})
-    _load_state_dict(state, storage_reader=FileSystemReader(folder), planner=planner, no_dist=True)
-    return dict(state["state_dict"])
+        return (path / METADATA).is_file() and (path / SHARED).is_file()
+    return path.is_file() and has_end(path)
 
 
 def model_from_checkpoint(checkpoint: dict[str, Any]) -> tuple[Any, Any | None, list[int]]:
-    """Rebuild model, tokenizer and stop tokens from a checkpoint alone."""
+    """Rebuild model, tokenizer and stop tokens from a checkpoint alone.
+
+    Args:
+        checkpoint: As :func:`load_checkpoint` returns it.
+
+    Raises:
+        UserError: Its model cannot be built, or its weights are of another one.
+    """
+    about = checkpoint[KEY]
+    try:
+        model = _network(about)
+        state = {k.removeprefix("model."): v for k, v in checkpoint["state_dict"].items() if k.startswith("model.")}
+        check_state(model, checkpoint["state_dict"])
+        model.load_state_dict(state)
+    except UserError:
+        raise
+    except Exception as error:  # configs and layers refuse what they do not like with any kind of exception
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"--ckpt_path: the checkpoint's model cannot be built: {reason}") from None
+    return model, tokenizer_from_checkpoint(checkpoint), list(about["stop_token_ids"])
+
+
+def _network(about: dict[str, Any]) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-    about = checkpoint[KEY]
     settings = json.loads(about["config"])
     config = AutoConfig.for_model(settings["model_type"]).from_dict(settings)
     model = ready(
         AutoModelForCausalLM.from_config(config, dtype=getattr(torch, about["dtype"]), trust_remote_code=False)
     )
     model.generation_config = GenerationConfig.from_dict(json.loads(about["generation_config"]))
-    if about["lora"] is not None:
-        model = add_adapters(model, LoRA(**about["lora"]))
-    state = {k.removeprefix("model."): v for k, v in checkpoint["state_dict"].items() if k.startswith("model.")}
-    model.load_state_dict(state)
-    return model, tokenizer_from_checkpoint(checkpoint), list(about["stop_token_ids"])
+    return model if about["lora"] is None else add_adapters(model, LoRA(**about["lora"]))
 
 
 def tokenizer_from_checkpoint(checkpoint: dict[str, Any]) -> Any | None:
-    """Return the tokenizer a checkpoint was trained with, or None if it had none."""
+    """Return the tokenizer a checkpoint was trained with, or None if it had none.
+
+    Raises:
+        UserError: A file of it would be written outside of the folder it is read from, or it cannot be loaded.
+    """
     from transformers import AutoTokenizer
 
     files = checkpoint[KEY]["tokenizer"]
     if not files:
         return None
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(prefix="deft_lightning-") as folder:
         for name, text in files.items():
+            if not is_inside(name):  # whoever has read the checkpoint: nothing is ever written elsewhere
+                raise UserError(f"--ckpt_path: the checkpoint names a file of its tokenizer {str(name)[:200]!r}")
             (Path(folder) / name).parent.mkdir(parents=True, exist_ok=True)
             (Path(folder) / name).write_text(text, encoding="utf-8")
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        try:
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        except Exception as error:  # tokenizers raise a bare Exception for broken files
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise UserError(f"--ckpt_path: the checkpoint's tokenizer cannot be loaded: {reason}") from None

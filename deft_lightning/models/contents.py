@@ -1,0 +1,126 @@
+"""What a checkpoint of this package must hold, checked before any of it is used."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from pathlib import PurePosixPath
+from typing import Any
+
+from torch import Tensor
+
+from deft_lightning.models.lora import LoRA
+
+KEY = "deft_lightning"
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_. +-]*")
+
+
+def is_inside(name: Any) -> bool:
+    """Whether a name is that of a file in a folder or its subfolders, on every system, and leads nowhere else."""
+    if not isinstance(name, str) or len(name) > 200 or "\\" in name or ":" in name:
+        return False
+    parts = name.split("/")
+    return len(parts) <= 3 and str(PurePosixPath(name)) == name and all(PART.fullmatch(part) for part in parts)
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _maybe(test: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: value is None or test(value)
+
+
+def _numbers(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(n, int | float) and math.isfinite(n) for n in value)
+
+
+def _settings(value: Any) -> bool:
+    """A config as JSON text."""
+    if not isinstance(value, str):
+        return False
+    try:
+        return isinstance(json.loads(value), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _model(value: Any) -> bool:
+    return _settings(value) and isinstance(json.loads(value).get("model_type"), str)
+
+
+def _lora(value: Any) -> bool:
+    known = {field.name for field in fields(LoRA)}
+    return isinstance(value, dict) and value.keys() <= known
+
+
+def _files(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
+
+
+def _tensors(value: Any) -> bool:
+    named = isinstance(value, Mapping) and bool(value)
+    return named and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items())
+
+
+def _listed(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(entry, dict) for entry in value)
+
+
+# What export and every resume read; whether it has to be there.
+OWN: dict[str, tuple[Callable[[Any], bool], bool]] = {
+    "config": (_model, True),
+    "generation_config": (_settings, True),
+    "dtype": (lambda value: value in DTYPES, True),
+    "lora": (_maybe(_lora), True),
+    "tokenizer": (_files, True),
+    "vocabulary": (_maybe(_text), False),
+    "stop_token_ids": (lambda value: isinstance(value, list) and all(map(_whole, value)), True),
+    "objective": (_text, False),
+    "tokens_seen": (_whole, False),
+    "training": (lambda value: _numbers(value) and len(value) <= 8, False),
+    "gates": (lambda value: _numbers(value) and len(value) == 2, False),
+}
+# What Lightning reads.
+LIGHTNING: dict[str, Callable[[Any], bool]] = {
+    "epoch": _whole,
+    "global_step": _whole,
+    "pytorch-lightning_version": lambda value: _text(value) and re.fullmatch(r"\d+(\.\w+)*", value) is not None,
+    "optimizer_states": _listed,
+    "lr_schedulers": _listed,
+    "loops": lambda value: isinstance(value, dict),
+    "callbacks": lambda value: isinstance(value, dict),
+}
+
+
+def problem(checkpoint: Any) -> str:
+    """Return what is wrong with a checkpoint, nothing if it can be used.
+
+    Args:
+        checkpoint: What was read from a file, plain values and tensors.
+    """
+    if not isinstance(checkpoint, dict) or KEY not in checkpoint or "state_dict" not in checkpoint:
+        return "is not a checkpoint of SFTModule"
+    about = checkpoint[KEY]
+    if not isinstance(about, dict):
+        return f"is malformed: {KEY!r} is no object"
+    for name, (test, needed) in OWN.items():
+        if (needed and name not in about) or (name in about and not test(about[name])):
+            return f"is malformed: '{KEY}.{name}' is {'missing' if name not in about else 'not what it should be'}"
+    for name in about["tokenizer"]:
+        if not is_inside(name):
+            return f"is refused: it names a file of its tokenizer {str(name)[:200]!r}, which leads out of its folder"
+    if not _tensors(checkpoint["state_dict"]):
+        return "is malformed: 'state_dict' is no object of tensors"
+    for name, test in LIGHTNING.items():
+        if name in checkpoint and not test(checkpoint[name]):
+            return f"is malformed: {name!r} is not what it should be"
+    return ""
