@@ -30,9 +30,10 @@ from deft_lightning.data import InstructionDataModule, known_noise
 from deft_lightning.errors import UserError
 from deft_lightning.evaluation import BENCHMARKS
 from deft_lightning.messages import one_line
-from deft_lightning.models import load_checkpoint, tokenizer_from_checkpoint
+from deft_lightning.models import tokenizer_from_checkpoint
 from deft_lightning.module import SFTModule
 from deft_lightning.objectives import known_objectives
+from deft_lightning.resume import refuse, run_folder
 from deft_lightning.trainer import Trainer
 
 TRAINER_DEFAULTS: dict[str, Any] = {
@@ -117,6 +118,7 @@ class DeftCLI(LightningCLI):
     trainer: Trainer
 
     def __init__(self, args: ArgsType = None) -> None:
+        self._given = sys.argv[1:] if args is None else args if isinstance(args, list) else []
         super().__init__(
             SFTModule,
             InstructionDataModule,
@@ -192,11 +194,10 @@ class DeftCLI(LightningCLI):
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
         path = kwargs.get("ckpt_path")
-        if path == "last":
-            kwargs["ckpt_path"] = path = str(self.trainer.last_checkpoint())
-            rank_zero_info(f"--ckpt_path last: {path}")
+        if path is not None:
+            kwargs["ckpt_path"] = path = self._settle_checkpoint(subcommand, path)
         if path is not None and subcommand != "export":
-            checkpoint = load_checkpoint(path)
+            checkpoint = self.trainer.read_checkpoint(path)
             data = self.datamodule
             if data.tokenizer_name is None and self.model.pretrained is None:
                 # It was built from the training rows, which may have changed since.
@@ -206,6 +207,25 @@ class DeftCLI(LightningCLI):
         if path is None and subcommand in ("validate", "test", "predict", "probe") and self.model.pretrained is None:
             rank_zero_warn(f"{subcommand} of random weights: set --ckpt_path FILE or last, or --model.pretrained")
         return kwargs
+
+    def _settle_checkpoint(self, subcommand: str, path: str) -> str:
+        """Return the file that is meant, and write it into the run's config, which so repeats the run."""
+        config = self.config[subcommand]
+        written = [folder for file in config.get("config") or [] if (folder := run_folder(str(file))) is not None]
+        if path == "last":
+            path = str(self.trainer.last_checkpoint(written[-1] if written else None))
+        elif (
+            written and subcommand != "fit" and not any(arg.startswith("--ckpt_path") for arg in map(str, self._given))
+        ):
+            rank_zero_warn(
+                f"{subcommand} of {path}, from which the run in {written[-1]} was resumed; set --ckpt_path last for its"
+                " own newest checkpoint"
+            )
+        if "://" not in path:
+            config.ckpt_path = str(Path(path).resolve())
+        if subcommand == "fit":
+            refuse(path, self.trainer, self.model)
+        return path
 
     def after_fit(self) -> None:
         """Test and export what was trained, unless training was cut short."""

@@ -7,11 +7,11 @@ from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch import Trainer as LightningTrainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.io import CheckpointIO
 from lightning_utilities.core.rank_zero import rank_zero_info
 
-from deft_lightning.callbacks import newest_checkpoint
 from deft_lightning.data.build import title
 from deft_lightning.data.preview import page
 from deft_lightning.errors import UserError
@@ -25,6 +25,7 @@ from deft_lightning.models import (
 )
 from deft_lightning.models.contents import KEY
 from deft_lightning.probe import probe_data, writable, write
+from deft_lightning.resume import Restoring, last_checkpoint
 from deft_lightning.strategy import AtomicCheckpointIO
 
 
@@ -49,6 +50,8 @@ class Trainer(LightningTrainer):
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             kwargs["plugins"] = [*plugins, AtomicCheckpointIO()]
         super().__init__(*args, **kwargs)
+        self._checkpoint_connector = Restoring(self)
+        self._older: tuple[str, Path] | None = None  # a checkpoint that `last` has meant, and the one before it
 
     def export(
         self,
@@ -62,8 +65,8 @@ class Trainer(LightningTrainer):
 
         Args:
             model: A module whose model is exported when no checkpoint is given.
-            ckpt_path: Checkpoint file, or `last` for the newest complete one under `trainer.default_root_dir`. It holds
-                all that is needed: neither data nor configuration is read.
+            ckpt_path: Checkpoint file, or `last` for the newest of the newest run under `trainer.default_root_dir`. It
+                holds all that is needed: neither data nor configuration is read.
             output: Folder to create.
             merge: Merge LoRA adapters into the weights; otherwise only the adapters are written.
             datamodule: Gives the tokenizer when no checkpoint is given.
@@ -74,9 +77,7 @@ class Trainer(LightningTrainer):
         if output is None:
             raise UserError("export: set --output DIR")
         if ckpt_path is not None:
-            if ckpt_path == "last":
-                ckpt_path = str(self.last_checkpoint())
-            network, tokenizer, stops = model_from_checkpoint(load_checkpoint(ckpt_path))
+            network, tokenizer, stops = model_from_checkpoint(self.read_checkpoint(ckpt_path))
         elif getattr(model, "model", None) is not None:
             network = self._whole(model)
             tokenizer, stops = (datamodule.tokenizer, datamodule.stop_token_ids) if datamodule else (None, [])  # type: ignore[attr-defined]
@@ -158,7 +159,7 @@ class Trainer(LightningTrainer):
             output: Folder for the report; default: `probe` under `trainer.default_root_dir`.
             audit: File for every example as a line of JSON, ranked by confident conflict.
             truth: Column of the rows that is true where a row is wrong; the audit is scored against it.
-            ckpt_path: Checkpoint, or `last` for the newest complete one under `trainer.default_root_dir`.
+            ckpt_path: Checkpoint, or `last` for the newest of the newest run under `trainer.default_root_dir`.
 
         Returns:
             The report, as in `probe.json`.
@@ -192,20 +193,55 @@ class Trainer(LightningTrainer):
         with self.precision_plugin.module_init_context():
             module.configure_model()
         if ckpt_path is not None:
-            checkpoint = load_checkpoint(self.last_checkpoint() if ckpt_path == "last" else ckpt_path)
+            checkpoint = self.read_checkpoint(ckpt_path)
             module.on_load_checkpoint(checkpoint)
             module.load_state_dict(checkpoint["state_dict"])
         self.precision_plugin.convert_module(module).to(self.strategy.root_device)
 
-    def last_checkpoint(self) -> Path:
-        """Return the newest complete checkpoint under ``default_root_dir``.
+    def read_checkpoint(self, ckpt_path: str) -> dict[str, Any]:
+        """Read a checkpoint of this package, `last` included; a newest one that is damaged names the one before it.
 
         Raises:
-            UserError: There is none.
+            UserError: It cannot be read.
         """
-        found = newest_checkpoint(self.default_root_dir)
+        path = str(self.last_checkpoint()) if ckpt_path == "last" else ckpt_path
+        try:
+            return load_checkpoint(path)
+        except UserError as error:
+            if self._older is None or self._older[0] != path:
+                raise
+            raise UserError(f"{error}; the newest before it: --ckpt_path {self._older[1]}") from None
+
+    def last_checkpoint(self, run: Path | None = None) -> Path:
+        """Return the newest checkpoint of the newest run under ``default_root_dir``, and say which it is.
+
+        That is the highest ``version_N`` and in it the highest step, whatever the dates of the files; checkpoints in
+        folders of their own (``--checkpoint.dirpath``) are found too, and those this trainer has written itself win.
+
+        Args:
+            run: Folder of a run: then the newest of that run, or of a run that goes back to it.
+
+        Raises:
+            UserError: There is none, or the newest is damaged; nothing older is taken in its place.
+        """
+        savers = [saver for saver in self.checkpoint_callbacks if isinstance(saver, ModelCheckpoint)]
+        own = [
+            Path(saver.last_model_path or saver.best_model_path).resolve() for saver in savers if saver.best_model_path
+        ]
+        if run is None and own and own[0].exists():
+            return own[0]
+        folders = [self.default_root_dir, *(saver.dirpath for saver in savers if saver.dirpath)]
+        roots = dict.fromkeys(Path(folder) for folder in folders if "://" not in str(folder))
+        if run is not None:
+            roots[run] = None
+        found = last_checkpoint(roots, run)
         if found is None:
-            raise UserError(
-                f"--ckpt_path last: no checkpoint under {self.default_root_dir} (--trainer.default_root_dir)"
+            where = (
+                f"of {run} (--config)"
+                if run is not None
+                else f"under {self.default_root_dir} (--trainer.default_root_dir)"
             )
-        return found
+            raise UserError(f"--ckpt_path last: no checkpoint {where}")
+        self._older = None if found.older is None else (str(found.path), found.older)
+        rank_zero_info(f"--ckpt_path last: {'; '.join([str(found.path), *found.said])}")
+        return found.path

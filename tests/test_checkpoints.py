@@ -15,8 +15,8 @@ from kill_runs import kill_and_go_on
 
 from deft_lightning import Trainer
 from deft_lightning.atomic import partial_name
-from deft_lightning.callbacks.checkpoint import newest_checkpoint
 from deft_lightning.errors import UserError
+from deft_lightning.resume import newest_checkpoint
 from deft_lightning.strategy import AtomicCheckpointIO, FSDP2Strategy
 
 
@@ -96,18 +96,20 @@ def test_the_trainer_saves_that_way_unless_told_otherwise() -> None:
     assert Trainer(**options, plugins=[own]).strategy.checkpoint_io is own
 
 
-def test_the_newest_complete_checkpoint_may_be_a_folder_of_shares(tmp_path: Path) -> None:
+def test_the_newest_checkpoint_may_be_a_folder_of_shares_and_must_be_complete(tmp_path: Path) -> None:
     file, folder, half = (tmp_path / name for name in ("a.ckpt", "b.ckpt", "c.ckpt"))
-    torch.save({}, file)
-    os.utime(file, (1, 1))
+    torch.save({"deft_lightning": {}, "global_step": 1}, file)
     assert newest_checkpoint(tmp_path) == file
     folder.mkdir()
     (folder / ".metadata").touch()
-    torch.save({}, folder / "meta.pt")
+    torch.save({"deft_lightning": {}, "global_step": 2}, folder / "meta.pt")
+    os.utime(folder, (1, 1))
     assert newest_checkpoint(tmp_path) == folder
-    half.mkdir()
     (tmp_path / ".d.ckpt").mkdir()
-    assert newest_checkpoint(tmp_path) == folder, "what is not complete does not count"
+    assert newest_checkpoint(tmp_path) == folder, "what is being written does not count"
+    half.mkdir()
+    with pytest.raises(UserError, match=rf"{half} is the newest, and cannot be read.*before it: --ckpt_path {folder}"):
+        newest_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize("options", [{"tensor_parallel_size": 2}, {"data_parallel_size": 2}])

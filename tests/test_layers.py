@@ -16,6 +16,7 @@ LEVEL = {
     "models": 2, "figures": 2, "evaluation": 2, "integrations": 2,
     "step": 1, "stepping": 2,
     "data": 3,  # it reads the rows of benchmarks, which evaluation describes
+    "resume": 3.5,  # it compares data; the trainer resumes with it
     "module": 4, "callbacks": 4, "strategy": 4, "probe": 4,
     "config_files": 1, "trainer": 5, "messages": 5, "cli": 6, "study": 7, "__main__": 8,
 }  # fmt: skip

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-
-from deft_lightning.models import is_complete
 
 
 class Checkpoint(ModelCheckpoint):
@@ -68,11 +65,3 @@ class Checkpoint(ModelCheckpoint):
         """Save the final state if no validation or epoch end has."""
         self._save_final(trainer)
         super().on_train_end(trainer, pl_module)
-
-
-def newest_checkpoint(root: str | Path) -> Path | None:
-    """Return the newest complete checkpoint under a folder, or None."""
-    # A link may point to a file that is gone.
-    found = [path for path in Path(root).rglob("*.ckpt") if path.exists() and not path.name.startswith(".")]
-    newest_first = sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
-    return next((path for path in newest_first if is_complete(path)), None)

@@ -400,29 +400,36 @@ def test_a_monitored_checkpoint_keeps_the_best_and_the_last(pretrained: str, tmp
     assert found == {"step=1.ckpt": 1}, "training lowers the NLL, so the first is the highest"
 
 
-def archive(path: Path, age: float) -> Path:
+def archive(path: Path, age: float, **inside: Any) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({"weights": torch.arange(1000)}, path)
+    torch.save({"weights": torch.arange(1000), "deft_lightning": {}, **inside}, path)
     os.utime(path, (1e9 - age, 1e9 - age))
     return path
 
 
-def test_the_newest_checkpoint_is_found_at_any_depth_whatever_its_name(tmp_path: Path) -> None:
-    archive(tmp_path / "version_9" / "step=90.ckpt", age=20)
-    newest = archive(tmp_path / "version_1" / "checkpoints" / "a.ckpt", age=5)
-    archive(tmp_path / "z.ckpt", age=10)
-    archive(tmp_path / "newer.pt", age=0)
+def test_the_newest_checkpoint_is_that_of_the_newest_run_at_any_depth_whatever_its_date(tmp_path: Path) -> None:
+    archive(tmp_path / "a" / "version_1" / "checkpoints" / "step=9.ckpt", age=0)
+    archive(tmp_path / "a" / "version_10" / "step=90.ckpt", age=30)
+    newest = archive(tmp_path / "a" / "version_10" / "step=100.ckpt", age=40)
+    archive(tmp_path / "a" / "version_9" / "step=200.ckpt", age=-5)
+    archive(tmp_path / "newer.pt", age=-10)
     assert newest_checkpoint(tmp_path) == newest
     assert newest_checkpoint(str(tmp_path)) == newest
+    loose = archive(tmp_path / "b" / "z.ckpt", age=10)
+    assert newest_checkpoint(tmp_path) == loose, "no number orders it, so its date does"
 
 
-def test_a_truncated_checkpoint_is_skipped(tmp_path: Path) -> None:
-    good = archive(tmp_path / "good.ckpt", age=10)
+def test_a_truncated_checkpoint_is_never_passed_over_in_silence(tmp_path: Path) -> None:
+    good = archive(tmp_path / "good.ckpt", age=10, global_step=5)
     for name, share in (("half.ckpt", 0.5), ("nearly.ckpt", 0.999), ("empty.ckpt", 0.0)):
         bad = archive(tmp_path / name, age=0)
         content = bad.read_bytes()
         bad.write_bytes(content[: int(share * len(content))])
-    assert newest_checkpoint(tmp_path) == good
+        with pytest.raises(UserError, match=rf"{bad} is the newest, and cannot be read.*--ckpt_path {good}"):
+            newest_checkpoint(tmp_path)
+        os.utime(bad, (1e8, 1e8))
+        assert newest_checkpoint(tmp_path) == good, "an older one is no loss"
+        bad.unlink()
 
 
 def test_a_link_to_a_checkpoint_that_is_gone_is_skipped(tmp_path: Path) -> None:
@@ -431,13 +438,16 @@ def test_a_link_to_a_checkpoint_that_is_gone_is_skipped(tmp_path: Path) -> None:
     assert newest_checkpoint(tmp_path) == good
 
 
-def test_without_a_complete_checkpoint_there_is_none(tmp_path: Path) -> None:
+def test_without_a_checkpoint_of_ours_there_is_none(tmp_path: Path) -> None:
     assert newest_checkpoint(tmp_path) is None
     assert newest_checkpoint(tmp_path / "missing") is None
-    (tmp_path / "a.ckpt").write_text("no archive")
+    torch.save({"weights": 1}, tmp_path / "theirs.ckpt")
     assert newest_checkpoint(tmp_path) is None
     with pytest.raises(UserError, match=r"--ckpt_path last: no checkpoint under .* \(--trainer\.default_root_dir\)"):
         make_trainer(tmp_path).last_checkpoint()
+    (tmp_path / "a.ckpt").write_text("no archive")
+    with pytest.raises(UserError, match=r"a\.ckpt is the newest, and cannot be read"):
+        newest_checkpoint(tmp_path)
 
 
 # --- predictions ----------------------------------------------------------------------------------------------------
