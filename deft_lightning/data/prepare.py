@@ -9,6 +9,7 @@ from typing import Any, Literal, cast
 import numpy as np
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
+from deft_lightning.data.bounds import TemplateCost
 from deft_lightning.data.collate import IGNORE, Prepared, Prompt
 from deft_lightning.data.lazy import Lazy, Made
 from deft_lightning.data.noise import Noise, ResponseNoise, TokenNoise
@@ -249,7 +250,7 @@ def tokenise(
         else:
             encoded = _given_tokens(example, size) if example.tokens else next(texts)
         if isinstance(encoded, UserError):
-            if refused is None:
+            if refused is None or isinstance(encoded, TemplateCost):
                 raise encoded
             refused.append(encoded)
             continue

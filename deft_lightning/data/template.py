@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from deft_lightning.data.bounds import LETTERS, TEMPLATE, TemplateCost, bounded, check_length
 from deft_lightning.data.noise.edits import Mark
 from deft_lightning.data.records import Example, Message, Tool
 from deft_lightning.data.rows import RowError
@@ -64,6 +65,20 @@ def set_template(tokenizer: Any, choice: str | None) -> None:
         tokenizer.chat_template = chatml(tokenizer)
     else:
         tokenizer.chat_template = template_text(choice)
+        tokenizer.template_origin = f"that of --data.chat_template{'' if '{' in choice else f' {choice}'}"
+    templates = tokenizer.chat_template
+    for text in templates.values() if isinstance(templates, dict) else [templates]:
+        if len(text) > TEMPLATE:
+            raise UserError(f"the chat template has {len(text):,} letters; it is {origin(tokenizer)}")
+
+
+def origin(tokenizer: Any) -> str:
+    """Return where a tokenizer's chat template comes from, for messages."""
+    found = getattr(tokenizer, "template_origin", None)
+    if found is not None:
+        return str(found)
+    name = str(tokenizer.name_or_path)
+    return f"the tokenizer's own{f' of {name}' if name else ''}; another is chosen with --data.chat_template"
 
 
 def template_text(choice: str) -> str:
@@ -104,7 +119,10 @@ def end_of_turn(tokenizer: Any) -> int | None:
     """Return the token that the template writes after what the assistant says; None if it is an ordinary one."""
     conversation = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "zqz"}]
     try:
-        text = render(tokenizer, conversation, prompt=False)
+        with bounded(origin(tokenizer)):
+            text = render(tokenizer, conversation, prompt=False)
+    except TemplateCost:
+        raise
     except Exception:  # a template may insist on more, such as a system message
         return None
     after = tokenizer(text.rpartition("zqz")[2], add_special_tokens=False).input_ids[:1]
@@ -118,7 +136,13 @@ def render(tokenizer: Any, messages: Sequence[Message], *, prompt: bool, tools: 
         [list(messages)], tokenize=False, add_generation_prompt=prompt, tools=list(tools) if tools else None
     )
     assert isinstance(text, str)
+    _check_length(text, messages, tools)
     return text
+
+
+def _check_length(text: str, messages: Sequence[Message], tools: Sequence[Tool] | None) -> None:
+    if len(text) > LETTERS:
+        check_length(text, len(json.dumps([list(messages), list(tools or ())], default=str)))
 
 
 def _template(tokenizer: Any, tools: Sequence[Tool] | None) -> str:
@@ -146,20 +170,21 @@ def encode_many(tokenizer: Any, examples: Sequence[Example]) -> list[Encoded | U
     """Tokenise examples as :func:`encode` does, in one call of the tokenizer; a refused one gives its error."""
     found: list[Encoded | UserError | tuple[str, list[Span], bool]] = []
     tags: dict[bool, bool] = {}  # whether the template has tags, with tools and without
-    for example in examples:
-        if example.text is not None:
-            ids = tokenizer(example.text).input_ids
-            ids = ids if ids[-1:] == [tokenizer.eos_token_id] else [*ids, tokenizer.eos_token_id]
-            found.append(Encoded(np.array(ids, dtype=np.int64), np.zeros(len(ids), dtype=np.int64)))
-            continue
-        try:
-            spans = _spans(tokenizer, list(example.messages or ()), example.where, example.tools)
-            tools = bool(example.tools)
-            if tools not in tags:
-                tags[tools] = TAG.search(_template(tokenizer, example.tools)) is not None
-            found.append((*spans, tags[tools]))
-        except UserError as error:
-            found.append(error)
+    plain = {at: _text(tokenizer, example.text) for at, example in enumerate(examples) if example.text is not None}
+    with bounded(origin(tokenizer)) as clock:
+        for at, example in enumerate(examples):
+            if at in plain:
+                found.append(plain[at])
+                continue
+            clock.next(example.where)
+            try:
+                spans = _spans(tokenizer, list(example.messages or ()), example.where, example.tools)
+                tools = bool(example.tools)
+                if tools not in tags:
+                    tags[tools] = TAG.search(_template(tokenizer, example.tools)) is not None
+                found.append((*spans, tags[tools]))
+            except UserError as error:
+                found.append(error)
     texts = [item[0] for item in found if not isinstance(item, Encoded | UserError)]
     encodings = iter(_encodings(tokenizer, texts))
     ends = frozenset(markers(tokenizer).tolist())
@@ -167,6 +192,12 @@ def encode_many(tokenizer: Any, examples: Sequence[Example]) -> list[Encoded | U
         item if isinstance(item, Encoded | UserError) else _turns(tokenizer, *item, next(encodings), ends)
         for item in found
     ]
+
+
+def _text(tokenizer: Any, text: str) -> Encoded:
+    ids = tokenizer(text).input_ids
+    ids = ids if ids[-1:] == [tokenizer.eos_token_id] else [*ids, tokenizer.eos_token_id]
+    return Encoded(np.array(ids, dtype=np.int64), np.zeros(len(ids), dtype=np.int64))
 
 
 def _encodings(tokenizer: Any, texts: list[str]) -> list[Any]:
@@ -211,7 +242,8 @@ class _Laid(NamedTuple):
 
 def _lay_out(tokenizer: Any, example: Example) -> _Laid:
     messages = list(example.messages or ())
-    text, spans = _spans(tokenizer, messages, example.where, example.tools)
+    with bounded(origin(tokenizer), example.where):
+        text, spans = _spans(tokenizer, messages, example.where, example.tools)
     ids, starts, ends = _tokens(tokenizer, text, [start for start, _, _ in spans])
     marks = np.isin(ids, markers(tokenizer))
     tagged = TAG.search(_template(tokenizer, example.tools)) is not None
@@ -285,14 +317,17 @@ def _places(laid: _Laid, content: str, turn: int) -> Ints | None:
 def encode_prompt(tokenizer: Any, example: Example) -> tuple[str, list[int]]:
     """Return what generation starts from: the prefix of the tokens that :func:`encode` would give."""
     messages = list(example.prompt)
-    try:
-        text = render(tokenizer, messages, prompt=True, tools=example.tools)
-    except Exception as error:
-        raise _refusal(example.where, f"refuses it: {error}") from None
-    _check_tools(text, example.tools, example.where)
     cuts = []
-    if any(message["role"] == "assistant" for message in messages):
-        cuts = [start for start, _, _ in _spans(tokenizer, messages, example.where, example.tools)[1]]
+    with bounded(origin(tokenizer), example.where):
+        try:
+            text = render(tokenizer, messages, prompt=True, tools=example.tools)
+        except MemoryError:
+            raise
+        except Exception as error:
+            raise _refusal(example.where, f"refuses it: {error}") from None
+        _check_tools(text, example.tools, example.where)
+        if any(message["role"] == "assistant" for message in messages):
+            cuts = [start for start, _, _ in _spans(tokenizer, messages, example.where, example.tools)[1]]
     return text, _tokens(tokenizer, text, cuts)[0].tolist()
 
 
@@ -322,7 +357,7 @@ def _spans(
     try:
         tagged = TAG.search(_template(tokenizer, tools)) is not None
         text, spans = (_tagged_spans if tagged else _prefix_spans)(tokenizer, messages, where, tools)
-    except UserError:
+    except (UserError, MemoryError):
         raise
     except Exception as error:  # Jinja raises many kinds, raise_exception() of the template among them
         raise _refusal(where, f"refuses it: {error}") from None
@@ -390,6 +425,7 @@ def _tagged_spans(
         conversations=[messages], tools=list(tools) if tools else None, chat_template=_template(tokenizer, tools),
         return_assistant_tokens_mask=True, add_generation_prompt=False, **tokenizer.special_tokens_map,
     )  # fmt: skip
+    _check_length(rendered[0], messages, tools)
     text, turns = rendered[0], [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     spans: list[Span] = []
     runs = [(start, end) for start, end in generated[0] if end > start]
