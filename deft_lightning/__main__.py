@@ -7,6 +7,7 @@ import sys
 from importlib import import_module
 
 from deft_lightning._version import __version__
+from deft_lightning.crash import ended
 from deft_lightning.terminal import guarded
 
 # Verbs that are not Lightning's and have a command line of their own.
@@ -22,7 +23,7 @@ def main() -> None:
     if sys.argv[1:] in (["--version"], ["-V"]):  # before torch and Lightning are imported: it takes no time
         print(f"deft_lightning {__version__}")
         return
-    with guarded():
+    with guarded(), ended():
         if sys.argv[1:2] and sys.argv[1] in ALONE:  # likewise: no model is needed, or not yet
             import_module(ALONE[sys.argv[1]]).main(sys.argv[2:])
             return

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 import sys
 import warnings
-from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any, NoReturn
 
 from jsonargparse import Namespace
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
+from deft_lightning.after_fit import AfterFit, log_folder, run_after_fit, saved
 from deft_lightning.callbacks import (
     Checkpoint,
     Dashboard,
@@ -23,9 +21,11 @@ from deft_lightning.callbacks import (
     GracefulStop,
     NoiseMonitor,
     PredictionWriter,
+    RankWatch,
     SFTProgressBar,
 )
 from deft_lightning.config_files import MODE, bounded
+from deft_lightning.crash import RUN, mistakes
 from deft_lightning.data import InstructionDataModule, known_noise
 from deft_lightning.errors import UserError
 from deft_lightning.evaluation import BENCHMARKS
@@ -62,19 +62,6 @@ def _choices() -> str:
         "Figures of runs, probes and objectives: python -m deft_lightning figures --help. "
         "Objectives compared over regimes of prior and noise: python -m deft_lightning study --help."
     )
-
-
-@dataclass(frozen=True)
-class AfterFit:
-    """What follows training.
-
-    Args:
-        test: Generate for the held-out examples and report exact match, or run the benchmarks that the data names.
-        export: Write a Hugging Face folder, `export` in the run's log folder.
-    """
-
-    test: bool = False
-    export: bool = True
 
 
 class DeftParser(LightningArgumentParser):
@@ -185,7 +172,7 @@ class DeftCLI(LightningCLI):
         if isinstance(strategy, str) and not strategy.startswith(("auto", "ddp", "fsdp2")):
             raise UserError(f"--trainer.strategy {strategy} is not supported: use auto, ddp, or fsdp2 (sharded)")
         self.stop = GracefulStop()
-        config.callbacks = [*_as_list(config.get("callbacks")), self.stop]
+        config.callbacks = [*_as_list(config.get("callbacks")), self.stop, RankWatch()]
         try:
             return super().instantiate_trainer(**kwargs)
         except (ValueError, TypeError) as error:  # Lightning checks its own options with both
@@ -227,6 +214,16 @@ class DeftCLI(LightningCLI):
             refuse(path, self.trainer, self.model)
         return path
 
+    def before_instantiate_classes(self) -> None:
+        """Keep the configuration for a report of what goes wrong from here on."""
+        RUN.config = partial(self.parser.dump, self.config, skip_none=False)
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        RUN.folders = [partial(log_folder, self.trainer), partial(getattr, self.trainer, "default_root_dir")]
+        if subcommand == "fit":
+            RUN.saved = partial(saved, self.trainer)
+        super()._run_subcommand(subcommand)
+
     def after_fit(self) -> None:
         """Test and export what was trained, unless training was cut short."""
         if self.stop.stopped:
@@ -235,14 +232,7 @@ class DeftCLI(LightningCLI):
         if self.trainer.interrupted or self._get(self.config_init, "trainer").get("fast_dev_run"):
             return
         wanted = self._get(self.config_init, "after_fit")
-        folder = self.trainer.log_dir
-        if wanted.export and folder is not None:
-            # Without a logger, runs share a folder: an earlier export is not overwritten, and not a reason to fail.
-            names = itertools.chain(["export"], (f"export-{i}" for i in itertools.count(1)))
-            output = next(path for name in names if not (path := Path(folder) / name).exists())
-            self.trainer.export(self.model, output=str(output), datamodule=self.datamodule)
-        if wanted.test:
-            self.trainer.test(self.model, datamodule=self.datamodule, verbose=not self.datamodule.benchmarks)
+        run_after_fit(self.trainer, self.model, self.datamodule, export=wanted.export, test=wanted.test)
 
 
 def _as_list(callbacks: Any) -> list[Any]:
@@ -256,8 +246,5 @@ def run(args: ArgsType = None) -> None:
     warnings.filterwarnings("ignore", message=".*treespec.*")
     # Every run has a folder of its own, so a resumed one always checkpoints to another.
     warnings.filterwarnings("ignore", message="The dirpath has changed from.*")
-    try:
+    with mistakes():
         DeftCLI(args)
-    except (UserError, MisconfigurationException, OSError) as error:  # OSError: a full disk, a folder not to write to
-        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
-        sys.exit(2)

@@ -15,6 +15,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from deft_lightning.data.build import title
 from deft_lightning.data.preview import page
 from deft_lightning.errors import UserError
+from deft_lightning.logs import lasting
 from deft_lightning.models import (
     describe,
     gathered,
@@ -52,6 +53,8 @@ class Trainer(LightningTrainer):
         super().__init__(*args, **kwargs)
         self._checkpoint_connector = Restoring(self)
         self._older: tuple[str, Path] | None = None  # a checkpoint that `last` has meant, and the one before it
+        for logger in self.loggers:
+            lasting(logger)
 
     def export(
         self,

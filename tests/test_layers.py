@@ -11,14 +11,15 @@ PACKAGE = Path(__file__).resolve().parents[1] / "deft_lightning"
 
 # Lower rooms first. A room may import any room of a lower level, and nothing else of the package.
 LEVEL = {
-    "_version": 0, "terminal": -1, "atomic": -1, "errors": 0, "trust": 1, "hashing": 0, "registry": 0, "functional": 0,
+    "_version": 0, "terminal": -1, "atomic": -1, "ranks": 0, "errors": 0, "trust": 1, "crash": 1, "logs": 0,
+    "hashing": 0, "registry": 0, "functional": 0,
     "objectives": 1, "ops": 1, "metrics": 1, "optim": 1,
     "models": 2, "figures": 2, "evaluation": 2, "integrations": 2,
     "step": 1, "stepping": 2,
     "data": 3,  # it reads the rows of benchmarks, which evaluation describes
     "resume": 3.5,  # it compares data; the trainer resumes with it
     "module": 4, "callbacks": 4, "strategy": 4, "probe": 4,
-    "config_files": 1, "trainer": 5, "messages": 5, "cli": 6, "study": 7, "__main__": 8,
+    "config_files": 1, "trainer": 5, "messages": 5, "after_fit": 6, "cli": 7, "study": 8, "__main__": 9,
 }  # fmt: skip
 FORBIDDEN = {
     ("data", "objectives"), ("data", "models"), ("data", "figures"), ("objectives", "ops"), ("ops", "objectives"),

@@ -8,6 +8,7 @@ from deft_lightning.callbacks.gate import GateMonitor
 from deft_lightning.callbacks.noise import NoiseMonitor
 from deft_lightning.callbacks.predictions import PredictionWriter
 from deft_lightning.callbacks.progress import SFTProgressBar
+from deft_lightning.callbacks.ranks import RankWatch
 from deft_lightning.callbacks.stop import GracefulStop
 from deft_lightning.resume import newest_checkpoint
 
@@ -19,6 +20,7 @@ __all__ = [
     "GracefulStop",
     "NoiseMonitor",
     "PredictionWriter",
+    "RankWatch",
     "SFTProgressBar",
     "TokenMonitor",
     "newest_checkpoint",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -49,6 +50,12 @@ class Checkpoint(ModelCheckpoint):
         if self.monitor is None:
             self._save_topk_checkpoint(trainer, candidates)
         self._save_last_checkpoint(trainer, candidates)
+
+    def _save_last_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Any]) -> None:
+        """Link to the newest checkpoint; if somebody has removed it, to one that is saved now."""
+        if self.save_last == "link" and self._last_checkpoint_saved and not Path(self._last_checkpoint_saved).exists():
+            self._save_topk_checkpoint(trainer, monitor_candidates)
+        super()._save_last_checkpoint(trainer, monitor_candidates)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
