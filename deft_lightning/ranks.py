@@ -32,7 +32,7 @@ class Ranks:
         self.world = int(os.environ.get("WORLD_SIZE", 1))
         self.children: list[Any] = []
         self.watching = threading.Event()
-        self._told = threading.Lock()
+        self._telling = threading.Lock()
         self._election: socket.socket | None = None
 
     @property
@@ -77,11 +77,18 @@ class Ranks:
             gone = os.getppid() != PARENT if self.started_by_first else self.lost() is not None
             if gone:
                 time.sleep(GRACE)
-                if self.watching.is_set() and self.may_tell(lost=True):
-                    sys.stderr.write(f"error: {visible(self.line())}\n")
-                    sys.stderr.flush()
-                self.end()
-                os._exit(2)  # the main thread waits for a process that will never answer
+                with self._telling:
+                    self._end_for_good()
+
+    def _end_for_good(self) -> None:
+        """End a process whose main thread waits for another that will never answer."""
+        if not self.watching.is_set():
+            return
+        if self._first_to_tell(lost=True):
+            sys.stderr.write(f"error: {visible(self.line())}\n")
+            sys.stderr.flush()
+        self.end()
+        os._exit(2)
 
     def line(self) -> str:
         """Say which rank was lost."""
@@ -99,8 +106,11 @@ class Ranks:
         Args:
             lost: Whether all that it knows is that another rank is gone.
         """
-        if not self._told.acquire(blocking=False):
-            return False
+        with self._telling:
+            self.rest()  # from here on the watching thread says nothing
+        return self._first_to_tell(lost)
+
+    def _first_to_tell(self, lost: bool) -> bool:
         if self.children:
             found = self._settled() if lost else None
             # A rank that has ended by itself has told its own error.
