@@ -6,6 +6,7 @@ import argparse
 import sys
 import warnings
 from functools import partial
+from pathlib import Path
 from typing import Any, NoReturn
 
 from jsonargparse import Namespace
