@@ -182,6 +182,8 @@ class DeftCLI(LightningCLI):
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
         path = kwargs.get("ckpt_path")
+        if subcommand == "fit" and self.config.fit.get("weights_only", False) is None:
+            del self.config.fit["weights_only"]  # the other verbs read the config of a run too, and do not know it
         if path is not None:
             kwargs["ckpt_path"] = path = self._settle_checkpoint(subcommand, path)
         if path is not None and subcommand != "export":
