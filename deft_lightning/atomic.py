@@ -55,20 +55,26 @@ def replace_folder(partial: Path, target: Path) -> None:
     remove(old)
 
 
-def sweep(folder: Path) -> list[Path]:
+def sweep(folder: Path, pattern: str = "*") -> list[Path]:
     """Remove what processes that are no more have left half-written in a folder.
 
     Of another machine, whose processes cannot be seen, only what nobody has touched for a day.
+
+    Args:
+        folder: Where to look, not below.
+        pattern: Names to look at, in a folder that belongs to others too.
 
     Returns:
         What was removed.
     """
     removed = []
-    for path in folder.iterdir() if folder.is_dir() else ():
+    for path in folder.glob(pattern) if folder.is_dir() else ():
         found = MARK.fullmatch(path.name)
         if found is not None and _abandoned(path, found):
-            remove(path)
-            removed.append(path)
+            with suppress(OSError):  # somebody else's
+                remove(path)
+            if not path.exists():
+                removed.append(path)
         elif path.name.startswith(".") and path.name.endswith(OLD):
             target = path.with_name(path.name.removeprefix(".").removesuffix(OLD))
             if target.exists():

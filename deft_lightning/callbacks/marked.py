@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from deft_lightning.terminal import visible
+
 IGNORE = -100
 # TensorBoard's Markdown knows no colours, and coloured characters need a font that not every machine has.
 LEVELS = ((0.1, "█"), (0.5, "▓"), (0.9, "▒"), (float("inf"), "░"))
@@ -67,9 +69,9 @@ def level(gate: float) -> str:
 
 
 def code_span(text: str) -> str:
-    """Return text as Markdown code, whatever it holds: nothing in it is markup, and it stays on its line."""
+    """Return text as Markdown code, whatever it holds: nothing in it is markup or hidden, and it stays on its line."""
     # A line break would end the paragraph, and with it the span.
-    flat = re.sub(r"\r\n|[\n\r\v\f\x85\u2028\u2029]", "↵", text)
+    flat = visible(re.sub(r"\r\n|[\n\r\v\f\x85\u2028\u2029]", "↵", text))
     # Blanks at the ends of a span are not shown, and would join two words.
     start, end = len(flat) - len(flat.lstrip(" ")), len(flat.rstrip(" "))
     flat = "␣" * start + flat[start:end] + "␣" * (len(flat) - max(start, end))

@@ -5,12 +5,10 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import multiprocessing
 import os
 import sys
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,8 +29,10 @@ from deft_lightning.data.sources import read_many
 from deft_lightning.data.tables import ROWS, TOKENS, Rows, Writer, record_batch, row_of
 from deft_lightning.data.template import Ints
 from deft_lightning.data.tokenizer import build_tokenizer
+from deft_lightning.data.workers import in_order
 from deft_lightning.errors import UserError
 from deft_lightning.hashing import uniform
+from deft_lightning.terminal import visible
 
 CHUNK = 500  # examples a job of a worker
 SHOWN = 32  # tokens beyond a cut that are kept, for people to look at
@@ -84,7 +84,7 @@ def read_examples(
 
 def title(source: Source | None) -> str:
     """Return the name of a source, or of several, for messages."""
-    return source if isinstance(source, str) else ", ".join(source or ())
+    return visible(source if isinstance(source, str) else ", ".join(source or ()))
 
 
 def _spool(source: Source, recipe: Recipe, path: Path, bad: BadRows) -> Rows:
@@ -326,7 +326,7 @@ def _work(start: int, changed: Changed) -> Encoded:
 
 
 def _run(encoder: Encoder, changed: Changed, workers: int) -> Iterator[Encoded]:
-    """Encode all examples in order; at most two jobs a worker are under way, so that memory holds no more."""
+    """Encode all examples in order."""
     jobs = (
         (start, {at: changed[at] for at in range(start, start + CHUNK) if at in changed})
         for start in range(0, len(encoder.examples), CHUNK)
@@ -337,12 +337,7 @@ def _run(encoder: Encoder, changed: Changed, workers: int) -> Iterator[Encoded]:
     # A fork starts at once; after CUDA it is not allowed. Threads of the tokenizer do not survive it.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     method = "spawn" if sys.platform != "linux" or torch.cuda.is_initialized() else "fork"
-    with ProcessPoolExecutor(workers, multiprocessing.get_context(method), _start, (encoder,)) as pool:
-        waiting: deque[Future[Encoded]] = deque(pool.submit(_work, *job) for job in itertools.islice(jobs, 2 * workers))
-        while waiting:
-            result = waiting.popleft().result()
-            waiting.extend(pool.submit(_work, *job) for job in itertools.islice(jobs, 1))
-            yield result
+    yield from in_order(_work, jobs, workers, method, _start, (encoder,))
 
 
 def _prepare(

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from deft_lightning.data.rows import Located, RowError, check_names
+from deft_lightning.data.expansion import dictionary_size, expanded, fitting
+from deft_lightning.data.rows import LONGEST, Located, RowError, check_names, too_long
 from deft_lightning.errors import UserError
 
 BATCH = 1000  # rows turned into objects together
+EXPANDED = 1 << 29  # bytes that the values of a parquet file which are stored once may take in a batch
 
 
 def read_parquet(path: Path) -> Located:
@@ -21,7 +23,8 @@ def read_parquet(path: Path) -> Located:
             file = pq.ParquetFile(source)
         except Exception as error:  # Arrow has a dozen kinds
             raise UserError(f"{path}: is not a parquet file ({error})") from None
-        yield from _batches(path, file.schema_arrow.names, lambda: file.iter_batches(batch_size=BATCH))
+        rows = max(1, min(BATCH, EXPANDED // max(1, dictionary_size(path, file.metadata))))
+        yield from _batches(path, file.schema_arrow.names, lambda: file.iter_batches(batch_size=rows))
 
 
 def read_arrow(path: Path) -> Located:
@@ -54,19 +57,33 @@ def _batches(path: Path, names: list[str], batches: Callable[[], Iterable[Any]])
             return
         except Exception as error:  # damaged pages and buffers
             raise UserError(f"{path}, after row {number}: cannot be read ({error})") from None
-        try:
-            records: list[Any] = batch.to_pylist()
-        except Exception:  # a value that Python has no object for: find its row
-            records = [_single(path, number + 1 + i, batch.slice(i, 1)) for i in range(batch.num_rows)]
-        for record in records:
+        for record in _records(path, number, batch):
             number += 1
             if not isinstance(record, RowError):
                 record = {name: without_fill(value) for name, value in record.items()}
             yield f"{path}, row {number}", record
 
 
+def _records(path: Path, before: int, batch: Any) -> Iterator[Any]:
+    try:
+        batch.validate(full=True)  # an offset that is wrong would be followed to anywhere in memory
+    except Exception:
+        pieces: Iterator[Any] = (batch.slice(i, 1) for i in range(batch.num_rows))
+    else:
+        pieces = fitting(batch)
+    for piece in pieces:
+        try:
+            yield from piece.to_pylist() if piece.num_rows > 1 else [_single(path, before + 1, piece)]
+        except Exception:  # a value that Python has no object for: find its row
+            yield from (_single(path, before + 1 + i, piece.slice(i, 1)) for i in range(piece.num_rows))
+        before += piece.num_rows
+
+
 def _single(path: Path, number: int, row: Any) -> Any:
     try:
+        row.validate(full=True)
+        if expanded(row) > LONGEST:
+            return too_long(f"{path}, row {number}")
         return row.to_pylist()[0]
     except Exception as error:  # text that is not UTF-8, dates out of range
         return RowError(f"{path}, row {number}", f"cannot be read ({error})", kind="not readable")

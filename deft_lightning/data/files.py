@@ -1,7 +1,9 @@
 """Rows out of files, one at a time and each with its place: JSON, CSV, parquet and arrow, plain or compressed.
 
 A row that cannot be read stands in the stream as the :class:`RowError` that says why; what spoils the rest of a file is
-raised. Memory holds a few rows and one batch, however long the file, but for a ``.json`` file that is no list.
+raised. Memory holds a few rows and one batch, however long the file, but for a ``.json`` file that is no list. A row of
+more than :data:`~deft_lightning.data.rows.LONGEST` characters is one that cannot be read: what is compressed may be any
+number of times as long as its file.
 
 Row N is the N-th line of JSON lines, blank ones counted, so that an editor finds it; the N-th record below the header
 of CSV and TSV, where a record may span lines and blank lines are none; the N-th row of all others.
@@ -12,14 +14,14 @@ from __future__ import annotations
 import csv
 import gzip
 import io
+import stat
 import zlib
-from collections.abc import Iterable
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, Self, cast
 
 from deft_lightning.data.columnar import read_arrow, read_parquet
-from deft_lightning.data.json_rows import read_lines, read_list
-from deft_lightning.data.rows import Located, RowError, check_names, is_text
+from deft_lightning.data.json_rows import read_lines, read_list, rest_of_line
+from deft_lightning.data.rows import LONGEST, Located, RowError, check_names, is_text, too_long
 from deft_lightning.errors import UserError
 
 TEXT = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
@@ -41,12 +43,16 @@ def read_file(path: Path) -> Located:
         UserError: The file is of no known type, cannot be read, or is broken beyond a single row.
     """
     kind = suffix(path)
-    if not kind:
-        raise UserError(
-            f"{path}: unknown file type {path.suffix!r}; known: {', '.join([*TEXT, *BINARY])}, text also as"
-            f" {' and '.join(COMPRESSED)} (--data.source)"
-        )
     try:
+        mode = path.stat().st_mode
+        if not stat.S_ISREG(mode):
+            told = "a named pipe" if stat.S_ISFIFO(mode) else "a folder" if stat.S_ISDIR(mode) else "a device or socket"
+            raise UserError(f"{path}: is {told} and no file; what it gives must be saved first (--data.source)")
+        if not kind:
+            raise UserError(
+                f"{path}: unknown file type {path.suffix!r}; known: {', '.join([*TEXT, *BINARY])}, text also as"
+                f" {' and '.join(COMPRESSED)} (--data.source)"
+            )
         if kind == ".parquet":
             yield from read_parquet(path)
         elif kind == ".arrow":
@@ -84,26 +90,64 @@ def _text(path: Path, kind: str) -> Located:
         yield from reader(path, text)
 
 
-def _csv(path: Path, lines: Iterable[str]) -> Located:
+class _TooLong(Exception):
+    """A record is longer than a row may be."""
+
+    def __init__(self, line: str) -> None:
+        super().__init__()
+        self.quotes = line.count('"')
+
+
+class _Lines:
+    """The lines of a record of CSV, as long as they fit into a row; ``room`` is for the next one."""
+
+    def __init__(self, file: IO[str]) -> None:
+        self.file, self.read, self.room, self.number = file, file.readline, 0, 0
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> str:
+        line = self.read(self.room + 1)
+        if not line:
+            raise StopIteration
+        self.number += 1
+        self.room -= len(line)
+        if self.room < 0:
+            raise _TooLong(line)
+        return line
+
+
+def _csv(path: Path, file: IO[str]) -> Located:
     tabs = suffix(path).startswith(".tsv")
     # The default field limit of 128 KiB is shorter than some answers.
-    csv.field_size_limit(2**31 - 1)
+    csv.field_size_limit(LONGEST)
+    lines = _Lines(file)
     # Strict: a quote that is never closed would take all further rows into one field, without a word.
     rows = csv.reader(lines, delimiter="\t" if tabs else ",", strict=True)
     header, number, before = None, 0, 0
     while True:
         where = f"{path}, row {number + 1}" if header else f"{path}, header"
+        lines.room = LONGEST
         try:
             row = next(rows)
+        except _TooLong as error:
+            # One line is a whole record if every quote in it is closed in it.
+            whole = lines.number == before + 1 and (error.quotes + rest_of_line(file)) % 2 == 0
+            if header is None or not whole:  # no end of the record is known
+                told = "" if header is None else "; a quote that opens in it is not closed"
+                raise UserError(f"{where}, after line {before}: {too_long('').problem}{told}") from None
+            number, row = number + 1, []
+            yield where, too_long(where)
         except StopIteration:
             return
         except csv.Error as error:
             if header is None or "end of data" in str(error):
-                told = "a quote that opens in it is never closed" if "end of data" in str(error) else error
+                told = "a quote that opens in it is never closed" if "end of data" in str(error) else str(error)
                 raise UserError(f"{where}, after line {before}: is not {'TSV' if tabs else 'CSV'} ({told})") from None
             number, row = number + 1, []
             yield where, RowError(where, f"is not {'TSV' if tabs else 'CSV'} ({error})", kind="ragged")
-        before = rows.line_num
+        before = lines.number
         if not row:
             continue
         if header is None:

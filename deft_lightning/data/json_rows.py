@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
-from deft_lightning.data.rows import Located, RowError, is_text
+from deft_lightning.data.rows import LONGEST, Located, RowError, is_text, too_long
 from deft_lightning.errors import UserError
 
 CHUNK = 1 << 20  # letters of a .json file looked at together
+WHOLE = 4 * LONGEST  # letters of a .json file that is no list, and so is read as a whole
 BLANKS = re.compile(r"[ \t\r\n]*")
 
 
@@ -49,14 +50,29 @@ def _why(error: Exception) -> str:
     return str(error) if isinstance(error, json.JSONDecodeError) else str(error).split(":")[0]
 
 
-def read_lines(path: Path, lines: Iterable[str]) -> Located:
+def rest_of_line(file: IO[str]) -> int:
+    """Read on to the end of a line that is too long to be kept, and return how many quotes are in it."""
+    quotes = 0
+    while part := file.readline(CHUNK):
+        quotes += part.count('"')
+        if part.endswith(("\n", "\r")):
+            break
+    return quotes
+
+
+def read_lines(path: Path, file: IO[str]) -> Located:
     """Yield the object of each line; blank lines are none but count, and bad lines yield the error."""
     decoder = _Decoder()
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(iter(partial(file.readline, LONGEST + 1), ""), 1):
         # Files with a mark at their start may have been put one behind the other.
         if not (text := line.strip().removeprefix("\ufeff")):
             continue
         where = f"{path}, row {number}"
+        if len(line) > LONGEST and not line.endswith("\n"):
+            del line, text  # two copies of what is not used
+            yield where, too_long(where)
+            rest_of_line(file)
+            continue
         try:
             record, _ = decoder.decode(text)
         except (ValueError, RecursionError) as error:  # besides broken JSON, integers of more than 4300 digits
@@ -93,6 +109,12 @@ class _Window:
             if not self.grow():
                 return ""
 
+    def room(self, where: str) -> bool:
+        """Refuse a value that goes on beyond the longest row: behind it, nobody knows where the next one begins."""
+        if len(self.text) - self.at > LONGEST:
+            raise too_long(where)
+        return True
+
     def value(self, where: str) -> Any:
         """Return the value that begins here and move past it."""
         while True:
@@ -101,12 +123,13 @@ class _Window:
             except json.JSONDecodeError as error:
                 # Perhaps it is only the window that ends here; a literal or an escape is at most 9 letters long.
                 cut = error.msg.startswith("Unterminated string") or error.pos >= len(self.text) - 9
-                if cut and self.grow():
+                if cut and self.room(where) and self.grow():
                     continue
                 raise self.broken(where, error.msg, error.pos) from None
             except (ValueError, RecursionError) as error:
                 raise self.broken(where, _why(error), self.at) from None
-            if end > len(self.text) - 3 and self.grow():  # a number may go on: after "1e+" only the 1 was read
+            # A number may go on: after "1e+" only the 1 was read.
+            if end > len(self.text) - 3 and self.room(where) and self.grow():
                 continue
             record = self.decoder.checked(where, value, self.text[self.at : end])
             self.at = end
@@ -124,7 +147,13 @@ def read_list(path: Path, file: IO[str]) -> Located:
     if not (first := window.peek()):
         return
     if first != "[":
-        yield from _json_object(path, window.text + file.read())
+        text = window.text + file.read(WHOLE)
+        if len(text) > WHOLE:
+            raise UserError(
+                f"{path}: is no list of rows and longer than {WHOLE:,} characters, too long to be read as a whole; one"
+                " object a line is .jsonl"
+            )
+        yield from _json_object(path, text)
         return
     window.at += 1
     number = 0

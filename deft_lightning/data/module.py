@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from deft_lightning._version import __version__
 from deft_lightning.data.benchmarks import Benchmarks, chosen
 from deft_lightning.data.build import BAD_ROWS, Recipe, Source, build, title
-from deft_lightning.data.cache import DONE, cache_root, cached, source_identity
+from deft_lightning.data.cache import DONE, Temporary, cache_root, cached, source_identity, source_state
 from deft_lightning.data.collate import IGNORE, Prepared, TrainCollator
 from deft_lightning.data.flags import flags
 from deft_lightning.data.loaders import Loaders
@@ -34,8 +33,10 @@ from deft_lightning.data.tokenizer import load_tokenizer
 from deft_lightning.errors import UserError, did_you_mean
 from deft_lightning.evaluation.benchmarks import TestSet
 from deft_lightning.hashing import key
+from deft_lightning.terminal import visible
 
 SHOWN = 1200  # letters of an example in the log
+SPLITS = ("train", "validation", "validation_noisy")
 
 
 class InstructionDataModule(Loaders):
@@ -165,7 +166,7 @@ class InstructionDataModule(Loaders):
         self.reports: dict[str, Report] = {}
         self._rows: dict[str, Rows] = {}
         self._held_out: Iterable[Example] = ()
-        self._temporary: tempfile.TemporaryDirectory[str] | None = None
+        self._temporary: Temporary | None = None
 
     # ---------------------------------------------------------------- tokenizer
 
@@ -209,17 +210,23 @@ class InstructionDataModule(Loaders):
         """Return the folder of the prepared data, prepared now if nobody has."""
         recipe, tokenizer = self._recipe(), None if self._built else self.tokenizer
 
-        def fill(folder: Path) -> None:
-            build(recipe, tokenizer, self.chat_template, folder, self.num_proc)
-
         root = cache_root(self.cache_dir) / "data"
         if not self.cache:
-            self._temporary = self._temporary or tempfile.TemporaryDirectory(prefix="deft_lightning-")
-            root = Path(self._temporary.name)
+            self._temporary = self._temporary or Temporary()
+            root = self._temporary.path
         about = "built" if tokenizer is None else _tokenizer_identity(tokenizer)
         template = template_text(self.chat_template) if tokenizer is None and self.chat_template else None
         named = [name for source in (recipe.source, recipe.validation_source) if source for name in weights(source)]
+        before = source_state(named)
         sources = [source_identity(name) for name in named]
+
+        def fill(folder: Path) -> None:
+            build(recipe, tokenizer, self.chat_template, folder, self.num_proc)
+            if source_state(named) != before:  # it would be kept as what the files held before
+                raise UserError(
+                    f"{title(self.source)}: has changed while it was read; start again once nobody writes to it"
+                )
+
         return cached(root, [__version__, recipe, sources, about, template], fill)
 
     def prepare_data(self) -> None:
@@ -242,21 +249,18 @@ class InstructionDataModule(Loaders):
         return self.test_source is not None or bool(self.benchmarks)
 
     def _open(self, folder: Path, quiet: bool) -> None:
-        meta = json.loads((folder / DONE).read_text(encoding="utf-8"))
-        self._held_out = Spool(folder / "held_out.arrow")
-        words = None
-        if any(isinstance(op, TokenNoise) for op in self.noise.ops):
-            words = vocabulary(self.tokenizer, np.load(folder / "counts.npy"))
-        clean = replace(self.noise, ops=[])
-        for name, counted in meta["reports"].items():
-            noise = (
-                clean if name == "validation" or (name == "train" and "train" not in self.noise.splits) else self.noise
-            )
-            examples = Tokens(folder / f"{name}.arrow")
-            rows = self._rows[name] = Rows(examples, None, noise, words)
-            report = self.reports[name] = Report.load(counted)
+        try:
+            meta = self._load(folder)
+        except UserError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
+            raise UserError(
+                f"{folder}: holds something else than prepared data ({type(error).__name__}: {error}); remove that"
+                " folder (--data.cache_dir)"
+            ) from None
+        for name, rows in self._rows.items():
             if rows.noise is not None:
-                report.count_noise(rows)
+                self.reports[name].count_noise(rows)
         if quiet:
             return
         if meta["skipped"]:
@@ -274,9 +278,27 @@ class InstructionDataModule(Loaders):
         for found in self.samples("train", 2):
             text = as_text(found)
             shown = text if len(text) <= SHOWN else f"{text[:SHOWN]} …"
-            rank_zero_info(f"example {found.id}, [supervised], {{noisy}}, ~cut off~:\n{shown}")
+            id = visible(" ".join(found.id.split()))
+            rank_zero_info(f"example {id}, [supervised], {{noisy}}, ~cut off~:\n{shown}")
         if self.packing:
             self._pack()
+
+    def _load(self, folder: Path) -> dict[str, Any]:
+        meta: dict[str, Any] = json.loads((folder / DONE).read_text(encoding="utf-8"))
+        self._held_out = Spool(folder / "held_out.arrow")
+        words = None
+        if any(isinstance(op, TokenNoise) for op in self.noise.ops):
+            words = vocabulary(self.tokenizer, np.load(folder / "counts.npy", allow_pickle=False))
+        clean = replace(self.noise, ops=[])
+        for name, counted in meta["reports"].items():
+            if name not in SPLITS:
+                raise ValueError(f"{name!r} is no split")
+            noise = (
+                clean if name == "validation" or (name == "train" and "train" not in self.noise.splits) else self.noise
+            )
+            examples = Tokens(folder / f"{name}.arrow")
+            self._rows[name], self.reports[name] = Rows(examples, None, noise, words), Report.load(counted)
+        return meta
 
     def _note_bad_rows(self, folder: Path) -> Path:
         """Put the list of skipped rows beside the logs, if there are any, and return where it is."""

@@ -8,6 +8,7 @@ from html import escape
 from typing import Any, Literal
 
 from deft_lightning.data.collate import IGNORE, Prepared
+from deft_lightning.terminal import visible
 
 Kind = Literal["context", "supervised", "noisy", "cut"]
 Fate = tuple[Kind, str]
@@ -118,7 +119,7 @@ def as_text(found: Sample) -> str:
         if piece.kind != last:
             parts += [marks[last][1], marks[piece.kind][0]]
             last = piece.kind
-        parts.append(piece.text)
+        parts.append(visible(piece.text))
     return "".join(parts) + marks[last][1]
 
 
@@ -140,20 +141,25 @@ pre { margin: 0; padding: .9rem; font: 14px/1.7 ui-monospace, monospace; white-s
 def page(title: str, samples: Iterable[Sample], reports: Sequence[str]) -> str:
     """Return an HTML page of samples that needs nothing but itself."""
     legend = " ".join(f'<span class="{kind}">{escape(text)}</span>' for kind, text in MEANING.items())
-    body = [f'<p class="legend">{legend}</p>', *(f"<p>{escape(report)}</p>" for report in reports)]
+    body = [f'<p class="legend">{legend}</p>', *(f"<p>{_shown(report)}</p>" for report in reports)]
     for found in samples:
         counts = f"{found.tokens} tokens, {found.supervised} supervised"
         counts += f", {found.noisy} noisy" if found.noisy else ""
         counts += f", {found.cut} cut off" if found.cut else ""
         tokens = "".join(map(_span, found.pieces))
-        body.append(f"<article><header>{escape(found.id)}: {counts}</header><pre>{tokens}</pre></article>")
+        body.append(f"<article><header>{_shown(found.id)}: {counts}</header><pre>{tokens}</pre></article>")
     return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{_shown(title)}</title>'
         f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head>'
-        f"<body><h1>{escape(title)}</h1>{''.join(body)}</body></html>\n"
+        f"<body><h1>{_shown(title)}</h1>{''.join(body)}</body></html>\n"
     )
 
 
+def _shown(text: str) -> str:
+    """Return text of strangers as HTML, between tags or in an attribute: no markup, and nothing hidden."""
+    return escape(visible(text), quote=True)
+
+
 def _span(piece: Piece) -> str:
-    title = f' title="{escape(piece.note, quote=True)}"' if piece.note else ""
-    return f'<span class="{piece.kind}"{title}>{escape(piece.text)}</span>'
+    title = f' title="{_shown(piece.note)}"' if piece.note else ""
+    return f'<span class="{piece.kind}"{title}>{_shown(piece.text)}</span>'

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from deft_lightning.errors import UserError
+from deft_lightning.terminal import visible
 
 Located = Iterator[tuple[str, Any]]  # where, record
+LONGEST = 1 << 26  # letters of a row, or bytes of it where it is stored in binary: more is an accident, or an attack
 
 
 class RowError(UserError):
@@ -33,6 +35,11 @@ class RowError(UserError):
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle by the parts, since the message alone does not hold them."""
         return type(self), (self.where, self.problem, self.field, self.kind)
+
+
+def too_long(where: str) -> RowError:
+    """Return the error of a row that is longer than :data:`LONGEST`."""
+    return RowError(where, f"is longer than {LONGEST:,} characters, the most that a row may have", kind="too long")
 
 
 class BadRows:
@@ -83,9 +90,9 @@ class BadRows:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         # A path or a column may hold tabs and line breaks, and half surrogates.
-        with path.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
+        with path.open("w", encoding="utf-8", newline="\n") as file:
             for line in [("file", "row", "field", "problem"), *self._lines]:
-                file.write("\t".join(" ".join(cell.split()) for cell in line) + "\n")
+                file.write("\t".join(visible(" ".join(cell.split())) for cell in line) + "\n")
         return path
 
 
@@ -116,7 +123,7 @@ def check_names(path: Path, names: Iterable[str]) -> None:
         UserError: Two columns share a name.
     """
     if twice := [name for name, count in Counter(names).items() if count > 1]:
-        raise UserError(f"{path}: two columns are named {twice[0]!r}, and only one of them could be read")
+        raise UserError(f"{path}: two columns are named {twice[0][:80]!r}, and only one of them could be read")
 
 
 class Row:

@@ -176,10 +176,12 @@ def _open(source: str, subset: str | None, split: str, streaming: bool) -> Locat
         return _files(files) if files else _datasets(str(path), subset, split, streaming)
     if glob.has_magic(source):
         matches = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
-        files = [file for file in matches if file.is_file()]
+        files = [file for file in matches if not file.is_dir()]
         if not files:
             raise UserError(f"{source}: no file matches the pattern (--data.source)")
         return _files(files)
+    if _exists(source):
+        return read_file(path)  # a pipe or a device, which it refuses
     # "data/rows.txt" reads like a hub id, unless there is such a folder here.
     beside = len(path.parts) > 1 and path.parent.is_dir()
     if _looks_like_hub_id(source) and not beside:

@@ -6,7 +6,7 @@ import json
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import pyarrow as pa
@@ -112,12 +112,21 @@ class Table(Lazy[T]):
 
     Args:
         path: File that :class:`Writer` wrote.
+
+    Raises:
+        ValueError: It is another file.
     """
+
+    schema: ClassVar[pa.Schema]
 
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
         reader = pa.ipc.open_file(pa.memory_map(str(path)))
+        if not reader.schema.equals(self.schema):
+            raise ValueError(f"{path.name} has other columns")
         self.batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
+        for batch in self.batches:
+            batch.validate()  # that the buffers are as long as they say; what they hold, the digest guards
         self._starts = np.cumsum([0, *(batch.num_rows for batch in self.batches)]).tolist()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -152,6 +161,8 @@ def row_of(example: Example) -> tuple[str, ...]:
 class Rows(Table[Example]):
     """Normalised examples on disk, in the order they were read."""
 
+    schema = ROWS
+
     def __getitem__(self, at: int) -> Example:
         """Return one example."""
         batch, row = self.place(at)
@@ -165,6 +176,8 @@ class Rows(Table[Example]):
 
 class Tokens(Table[Prepared]):
     """Prepared examples on disk."""
+
+    schema = TOKENS
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from deft_lightning.errors import UserError
+from deft_lightning.terminal import visible
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -108,6 +109,7 @@ def dress(axes: Any, title: str, x: str = "", y: str = "") -> None:
 def legend_beside(figure: Figure, axes: Any, **options: Any) -> None:
     """Put the legend to the right of a figure's only panel, which keeps its size: the figure grows."""
     legend = axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), **options)
+    literal(figure)
     needs = legend.get_window_extent()
     width, height = figure.get_size_inches()
     figure.set_size_inches(width + needs.width / figure.dpi, max(height, needs.height / figure.dpi))
@@ -144,6 +146,17 @@ def files(output: Output) -> list[Path]:
     return result
 
 
+def literal(figure: Figure) -> None:
+    """Take every text as it is: names of runs, columns and files are no formulas, and hide nothing."""
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):
+        assert isinstance(text, Text)
+        if "\\mathdefault" not in text.get_text():  # not the numbers of an axis
+            text.set_parse_math(False)
+            text.set_text(visible(text.get_text()))
+
+
 def save(figure: Figure, output: Output) -> list[Path]:
     """Write a figure, drawn under the same :func:`look`, in every format asked for and return the files.
 
@@ -151,6 +164,7 @@ def save(figure: Figure, output: Output) -> list[Path]:
         UserError: A file cannot be written.
     """
     written = files(output)
+    literal(figure)
     for path in written:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from deft_lightning.atomic import whole_file
 from deft_lightning.data.collate import IGNORE, Prepared
 from deft_lightning.functional import TokenStats
 
@@ -170,15 +171,8 @@ def _written(tokenizer: Any, example: Prepared, start: int, end: int) -> str:
 
 def write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
     """Write records as lines of JSON; the file appears under its name once it is complete."""
-    partial = path.with_name(f".{path.name}.part")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.writelines(
-                json.dumps(finite(record), ensure_ascii=False, allow_nan=False) + "\n" for record in records
-            )
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole_file(path) as partial, partial.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(finite(record), ensure_ascii=False, allow_nan=False) + "\n" for record in records)
 
 
 def finite(value: Any) -> Any:

@@ -6,6 +6,8 @@ import textwrap
 from collections.abc import Mapping
 from typing import Any
 
+from deft_lightning.terminal import visible
+
 WEAK, STRONG = 1 / 3, 2 / 3
 
 
@@ -76,9 +78,9 @@ def table(report: Mapping[str, Any]) -> str:
         worst = max(record["spans"], key=lambda span: span["score"] or 0.0, default=None)
         shown = "" if worst is None else f": {_short(worst['text'])!r} at {worst['start']}"
         known = "" if record["is_noisy"] is None else " [noisy]" if record["is_noisy"] else " [clean]"
-        lines += [f"{record['rank']}. {record['id']}{known} {_number(record['score'])}{shown}"]
+        lines += [f"{record['rank']}. {_short(record['id'], 80)}{known} {_number(record['score'])}{shown}"]
         lines += [f"   {_short(record['text'], 100)}"]
-    return "\n".join(lines)
+    return visible("\n".join(lines))
 
 
 def _number(value: float | None) -> str:

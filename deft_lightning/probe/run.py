@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -13,6 +14,7 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_info
 
 from deft_lightning._version import __version__
+from deft_lightning.atomic import whole_file
 from deft_lightning.data.build import progress, title
 from deft_lightning.errors import UserError
 from deft_lightning.figures.tokens import NAME, TokenSample
@@ -35,9 +37,8 @@ def writable(path: Path, option: str) -> None:
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
-        probe = path / ".probe"
-        probe.touch()
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=path):  # it has no name, and so cannot be left behind
+            pass
     except OSError as error:
         raise UserError(f"{option} {path}: cannot be written to ({error.strerror})") from None
 
@@ -145,7 +146,8 @@ def write(
     """Print the table, write ``probe.json``, ``tokens.npz`` and the figure, and the audit if one is wanted."""
     print(table(report))
     text = json.dumps(finite(report), ensure_ascii=False, allow_nan=False, indent=1)
-    (output / "probe.json").write_text(text + "\n", encoding="utf-8")
+    with whole_file(output / "probe.json") as partial:
+        partial.write_text(text + "\n", encoding="utf-8")
     sample.save(output / NAME)
     try:
         probe_figure(report, output / "probe.png", output / "probe.svg")

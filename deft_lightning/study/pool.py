@@ -11,12 +11,12 @@ import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing.connection import wait as wait_for
 from pathlib import Path
 from typing import Any, Self
 
 from tqdm import tqdm
 
+from deft_lightning.data.workers import follow_parent
 from deft_lightning.errors import UserError
 from deft_lightning.study.plan import DEFAULTS, Cell
 
@@ -100,16 +100,8 @@ class Pool:
 
 def _begin() -> None:
     """Make a process one thread, and end it when the study is gone, however that ended."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the study ends its processes
+    follow_parent()
     import torch
 
     torch.set_num_threads(1)
     tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a process that is ended would leave behind
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        threading.Thread(target=_follow, args=(parent.sentinel,), daemon=True).start()
-
-
-def _follow(sentinel: Any) -> None:
-    wait_for([sentinel])
-    os._exit(1)

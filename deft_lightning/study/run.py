@@ -9,12 +9,13 @@ from typing import Any
 
 from deft_lightning.study import cells as work
 from deft_lightning.study.draw import draw
-from deft_lightning.study.files import write_json
+from deft_lightning.study.files import write_json, write_text
 from deft_lightning.study.plan import Cell, Study
 from deft_lightning.study.pool import Pool
 from deft_lightning.study.report import chosen_rates, summary
 from deft_lightning.study.tables import text
 from deft_lightning.study.tasks import task_files
+from deft_lightning.terminal import visible
 
 
 def run_study(study: Study, root: Path, workers: int) -> dict[str, Any]:
@@ -52,7 +53,7 @@ def run_study(study: Study, root: Path, workers: int) -> dict[str, Any]:
         for folder, cell in bases.items()
     ]
     write_json(root / "report.json", report)
-    (root / "report.md").write_text(text(report), encoding="utf-8")
+    write_text(root / "report.md", visible(text(report)))
     draw(study, report, results, root)
     return report
 
