@@ -11,7 +11,7 @@ from deft_lightning.data.rows import LONGEST, Located, RowError, check_names, to
 from deft_lightning.errors import UserError
 
 BATCH = 1000  # rows turned into objects together
-EXPANDED = 1 << 29  # bytes that the values of a parquet file which are stored once may take in a batch
+EXPANDED = 1 << 28  # bytes that the values of a parquet file which are stored once may take in a batch
 
 
 def read_parquet(path: Path) -> Located:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import kill_preparation
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -23,7 +24,6 @@ from deft_lightning.data import cache as cache_module
 from deft_lightning.data.cache import FILES, _seal, cached
 from deft_lightning.data.workers import in_order
 from deft_lightning.errors import UserError
-from tests import kill_preparation
 
 NOISE = Noise(ops=[TokenReplace(rate=0.2)])
 
