@@ -202,18 +202,22 @@ class Trainer(LightningTrainer):
         self.precision_plugin.convert_module(module).to(self.strategy.root_device)
 
     def read_checkpoint(self, ckpt_path: str) -> dict[str, Any]:
-        """Read a checkpoint of this package, `last` included; a newest one that is damaged names the one before it.
+        """Read a checkpoint of this package, `last` included.
 
         Raises:
-            UserError: It cannot be read.
+            UserError: It cannot be read; if `last` meant it, the message names the one before it too.
         """
         path = str(self.last_checkpoint()) if ckpt_path == "last" else ckpt_path
         try:
             return load_checkpoint(path)
         except UserError as error:
-            if self._older is None or self._older[0] != path:
-                raise
-            raise UserError(f"{error}; the newest before it: --ckpt_path {self._older[1]}") from None
+            raise self.naming_older(path, error) from None
+
+    def naming_older(self, path: Any, error: UserError) -> UserError:
+        """Return an error of reading a checkpoint; if `last` meant that one, with the one before it."""
+        if self._older is None or self._older[0] != str(path):
+            return error
+        return UserError(f"{error}; the newest before it: --ckpt_path {self._older[1]}")
 
     def last_checkpoint(self, run: Path | None = None) -> Path:
         """Return the newest checkpoint of the newest run under ``default_root_dir``, and say which it is.

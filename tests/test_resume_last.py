@@ -13,6 +13,7 @@ import yaml
 from test_resume_settings import fit, rows
 from tiny_llama import save_tiny_llama
 
+from deft_lightning import Trainer
 from deft_lightning.cli import run
 from deft_lightning.errors import UserError
 from deft_lightning.resume import last_checkpoint, run_folder
@@ -166,6 +167,22 @@ def test_last_is_resumed_from_python_wherever_checkpoints_lie(tmp_path: Path) ->
     fit(tmp_path / "runs", source, 4, "last", saver={**apart, "save_weights_only": True})
     with pytest.raises(UserError, match=r"step=4\.ckpt: holds weights only"):
         fit(tmp_path / "runs", source, 6, "last", saver=apart)
+
+
+def test_a_last_one_that_has_changed_on_the_way_names_the_one_before(tmp_path: Path) -> None:
+    source, saver = rows(tmp_path / "rows.jsonl"), {"save_top_k": -1, "every_n_train_steps": 1}
+    fit(tmp_path, source, 2, saver=saver)
+    newest, older = (tmp_path / "checkpoints" / f"step={step}.ckpt" for step in (2, 1))
+    raw = bytearray(newest.read_bytes())
+    raw[len(raw) // 2] ^= 0x40
+    newest.write_bytes(raw)
+    wanted = rf"{newest}: is damaged.*; the newest before it: --ckpt_path {older}"
+    with pytest.raises(UserError, match=wanted):
+        fit(tmp_path, source, 4, "last")
+    trainer = Trainer(default_root_dir=str(tmp_path), accelerator="cpu", logger=False)
+    with pytest.raises(UserError, match=wanted):
+        trainer.export(ckpt_path="last", output=str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
 
 
 # --- the command line -----------------------------------------------------------------------------------------------

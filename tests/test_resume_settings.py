@@ -241,6 +241,13 @@ def test_what_cannot_be_resumed_is_one_line_before_any_work(name: str, world: Pa
     assert str(saved(world)) in line and all(part in line for part in wanted), line
 
 
+def test_a_folder_of_shares_is_resumed_by_the_strategy_that_shares_alone(world: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "shares.ckpt"
+    folder.mkdir()
+    line = error(tmp_path, str(tmp_path / "missing.jsonl"), 6, folder)
+    assert str(folder) in line and "--trainer.strategy fsdp2" in line
+
+
 @pytest.mark.parametrize(
     ("before", "now", "wanted"),
     [

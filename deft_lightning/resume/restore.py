@@ -72,8 +72,11 @@ class Restoring(_CheckpointConnector):
 
     def resume_start(self, checkpoint_path: Any = None, weights_only: bool | None = None) -> None:
         """Read the checkpoint."""
-        with self._of("contents"):
-            super().resume_start(checkpoint_path, weights_only)
+        try:
+            with self._of("contents"):
+                super().resume_start(checkpoint_path, weights_only)
+        except UserError as error:
+            raise self.trainer.naming_older(checkpoint_path, error) from error  # type: ignore[attr-defined]
         # Callbacks delete files whose names they have from a checkpoint: they may lie beside it alone.
         _keep_beside(self._loaded_checkpoint)
 
