@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import nn
 
 from deft_lightning.errors import UserError, did_you_mean
 from deft_lightning.models.shard import layers_of
-from deft_lightning.trust import check_model, check_tokenizer
+from deft_lightning.models.sizes import check_memory, check_sizes
+from deft_lightning.models.weights import check_loaded, damaged, renaming
+from deft_lightning.trust import check_attention, check_model, check_tokenizer, weight_files
 
 Dtype = Literal["float32", "bfloat16"]
 
@@ -56,21 +59,39 @@ def load_pretrained(name: str, dtype: Dtype, attention: str | None = None, trust
     from transformers import AutoConfig, AutoModelForCausalLM
 
     source = check_pretrained(name, trust, attention)
-    check_model(source, trust, attention)
+    settings = check_model(source, trust, attention)
+    check_sizes(settings, f"{name}: config.json: ", "--model.pretrained")
     options: dict[str, Any] = {"attn_implementation": attention} if attention else {}
     # Never None: transformers asks on standard input then.
     options |= {"dtype": getattr(torch, dtype), "trust_remote_code": trust}
     try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust)
         if torch.get_default_device().type == "meta":
-            model = AutoModelForCausalLM.from_config(
-                AutoConfig.from_pretrained(source, trust_remote_code=trust), **options
-            )
-        else:
-            model = AutoModelForCausalLM.from_pretrained(source, **options)
+            return ready(AutoModelForCausalLM.from_config(config, **options))
+        check_memory(config, options["dtype"], name, "--model.pretrained", trust)
+        return ready(_with_weights(name, source, options))
+    except UserError:
+        raise
     except Exception as error:  # configs validate themselves, and weights unpickle, with many kinds of exception
-        reason = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
+        reason = damaged(weight_files(source, settings.get("transformers_weights")))
+        reason = reason or (str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__)
         raise UserError(f"{name}: cannot load the model: {reason} (--model.pretrained)") from None
-    return ready(model)
+
+
+def _with_weights(name: str, source: str, options: dict[str, Any]) -> Any:
+    """Load a model with all its weights; names that a wrapper has made longer are read as well."""
+    from transformers import AutoModelForCausalLM
+
+    # Shapes that differ are listed by check_loaded.
+    options = {**options, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    model, info = AutoModelForCausalLM.from_pretrained(source, **options)
+    mapping = renaming(info["missing_keys"], info["unexpected_keys"])
+    if mapping:
+        model, info = AutoModelForCausalLM.from_pretrained(source, **options, key_mapping=mapping)
+        prefixes = ", ".join(pattern.lstrip("^").replace("\\", "") for pattern in mapping)
+        rank_zero_info(f"{name}: the names of its weights are read without {prefixes}")
+    check_loaded(name, model, info)
+    return model
 
 
 def from_architecture(
@@ -98,6 +119,13 @@ def from_architecture(
         raise UserError(
             f"--model.architecture.model_type: transformers has no causal model {kind!r}.{did_you_mean(kind, known)}"
         )
+    if "rope_theta" in options:
+        raise UserError(
+            "--model.architecture.rope_theta has moved: transformers wants --model.architecture.rope_parameters"
+            f" '{{rope_type: default, rope_theta: {options['rope_theta']}}}'"
+        )
+    check_sizes(options, "--model.architecture.", "--model.architecture")
+    check_attention(options.get("attn_implementation"), False, "--model.architecture.attn_implementation")
     # A transformers config takes any keyword and ignores those it does not know.
     default = AutoConfig.for_model(kind)
     names = {*default.to_dict(), *default.attribute_map, "attn_implementation", "dtype"}
@@ -115,7 +143,10 @@ def from_architecture(
     try:
         config = AutoConfig.for_model(kind, **options)
         extra: dict[str, Any] = {"attn_implementation": attention} if attention else {}
+        check_memory(config, getattr(torch, dtype), f"--model.architecture {kind}", "--model.architecture.*")
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), trust_remote_code=False, **extra)
+    except UserError:
+        raise
     except Exception as error:  # configs validate themselves with many kinds of exception
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"--model.architecture: {kind} cannot be built from these options: {reason}") from None

@@ -22,6 +22,7 @@ from deft_lightning.models.head import base_causal_lm
 from deft_lightning.models.lora import LoRA, add_adapters
 from deft_lightning.models.seal import DIGESTS, Damaged, check_folder, check_sealed, has_end
 from deft_lightning.models.shares import METADATA, SHARED, read_weights
+from deft_lightning.models.sizes import check_memory, check_sizes
 
 SHARDED = "meta.pt"  # in a folder of shares, what is neither weights nor optimizer; the name is Lightning's
 
@@ -190,10 +191,10 @@ def _network(about: dict[str, Any]) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     settings = json.loads(about["config"])
-    config = AutoConfig.for_model(settings["model_type"]).from_dict(settings)
-    model = ready(
-        AutoModelForCausalLM.from_config(config, dtype=getattr(torch, about["dtype"]), trust_remote_code=False)
-    )
+    check_sizes(settings, "--ckpt_path: the checkpoint's config: ", "--ckpt_path")
+    config, dtype = AutoConfig.for_model(settings["model_type"]).from_dict(settings), getattr(torch, about["dtype"])
+    check_memory(config, dtype, "--ckpt_path: the checkpoint's model", "--ckpt_path")
+    model = ready(AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False))
     model.generation_config = GenerationConfig.from_dict(json.loads(about["generation_config"]))
     return model if about["lora"] is None else add_adapters(model, LoRA(**about["lora"]))
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
-import shutil
-import tempfile
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lightning_utilities.core.rank_zero import rank_zero_info
+
+from deft_lightning.atomic import whole_folder
 from deft_lightning.errors import UserError
+from deft_lightning.models.generation import savable
 from deft_lightning.models.head import base_causal_lm
 from deft_lightning.models.lora import untie_adapted_head
 
@@ -29,37 +32,53 @@ def save_hugging_face(
         merge: Merge adapters into the weights; otherwise only the adapters are written. The merge is done on a copy.
 
     Raises:
-        UserError: The folder exists and is not empty.
+        UserError: The folder exists and is not empty, or cannot be written; nothing is left of it then.
     """
     target = Path(output)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    if os.path.lexists(target) and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target}: exists already; choose another --output")
     if hasattr(model, "merge_and_unload") and merge:
         model = copy.deepcopy(model)
         untie_adapted_head(model)
         model = model.merge_and_unload()
     causal = base_causal_lm(model)
-    training_cache = causal.config.use_cache
+    before = causal.config.use_cache, causal.generation_config
     causal.config.use_cache = True
-    if stop_token_ids:
-        causal.generation_config.eos_token_id = list(stop_token_ids)
-    if tokenizer is not None:
-        causal.generation_config.pad_token_id = tokenizer.pad_token_id
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    causal.generation_config, changed = _generation(causal, tokenizer, stop_token_ids)
     try:
-        model.save_pretrained(partial)
-        if model is not causal:
-            causal.generation_config.save_pretrained(partial)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(partial)
-        partial.chmod(0o755)  # temporary folders and files are private, a model folder is not
-        for path in partial.rglob("*"):
-            path.chmod(0o755 if path.is_dir() else 0o644)
-        if target.exists():
-            target.rmdir()
-        partial.rename(target)
+        with whole_folder(target) as partial:
+            model.save_pretrained(partial)
+            if model is not causal:
+                causal.generation_config.save_pretrained(partial)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(partial)
+            partial.chmod(0o755)  # some writers make their files private, a model folder is not
+            for path in partial.rglob("*"):
+                path.chmod(0o755 if path.is_dir() else 0o644)
+    except UserError:
+        raise
+    except Exception as error:  # a full disk is an OSError or safetensors' own; configs refuse values with any kind
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+        raise UserError(
+            f"{target}: cannot be written: {reason} (--output); what was trained is in the run's checkpoints: export"
+            " --ckpt_path last"
+        ) from None
     finally:
-        causal.config.use_cache = training_cache
-        shutil.rmtree(partial, ignore_errors=True)
+        causal.config.use_cache, causal.generation_config = before
+    if changed:
+        rank_zero_info(f"{target}: generation settings of the model that cannot be saved as they are: {changed}")
     return target
+
+
+def _generation(causal: Any, tokenizer: Any | None, stop_token_ids: Sequence[int]) -> tuple[Any, str]:
+    """Return the generation config to save, and what of the model's own had to change; config.json keeps none."""
+    found = copy.deepcopy(causal.generation_config)
+    for name, value in causal.config._get_generation_parameters().items():
+        setattr(found, name, value)
+        vars(causal.config).pop(name, None)
+    if stop_token_ids:
+        found.eos_token_id = list(stop_token_ids)
+    if tokenizer is not None:
+        found.pad_token_id = tokenizer.pad_token_id
+    found, changed = savable(found)
+    return found, "; ".join(changed)
