@@ -16,9 +16,9 @@ SIZES = frozenset({
     "num_layers", "num_attention_heads", "n_head", "n_heads", "num_heads", "num_key_value_heads", "head_dim",
     "max_position_embeddings", "n_positions",
 })  # fmt: skip
-LAYERS = 2_000  # the deepest models have some hundreds
 LARGEST = 1 << 31
-PARTS = ("layer", "layers", "experts")  # what a model has a module, or a list entry, for each of
+# What a model has a module, or a list entry, for each of: the deepest have some hundreds of layers, 16,384 experts.
+MANY = {"layer": 2_000, "layers": 2_000, "experts": 100_000}
 
 
 def check_sizes(settings: Mapping[str, Any], where: str, option: str) -> None:
@@ -36,9 +36,11 @@ def check_sizes(settings: Mapping[str, Any], where: str, option: str) -> None:
             wrong = next((v for v in values if v is not None and (type(v) is not int or v < 1)), None)
             if wrong is not None:
                 raise UserError(f"{where}{path} {wrong!r} is no whole number above zero ({option})")
-        bound = LAYERS if name.endswith(PARTS) and not name.endswith("per_layer") else LARGEST
+        bound = MANY.get(name.rpartition("_")[2], LARGEST if name in SIZES else None)
+        if bound is None or name.endswith("per_layer"):
+            continue
         for number in values:
-            if type(number) is int and abs(number) > bound and (name in SIZES or name.endswith(PARTS)):
+            if type(number) is int and abs(number) > bound:
                 raise UserError(f"{where}{path} {number:,} is more than any model has, {bound:,} at most ({option})")
 
 

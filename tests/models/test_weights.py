@@ -253,7 +253,6 @@ SETTINGS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"early_stopping": True}, {"early_stopping": None}),
     ({"num_beams": 1, "length_penalty": 0.5, "min_p": 0.1}, {"length_penalty": None, "min_p": 0.1, "do_sample": True}),
     ({"output_scores": True}, {"output_scores": None}),
-    ({"num_return_sequences": 3}, {}),
     ({"max_new_tokens": 7, "eos_token_id": [2, 4]}, {"max_new_tokens": 7, "eos_token_id": [2, 4]}),
 ]
 
