@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from jsonargparse import Namespace
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
@@ -20,6 +22,7 @@ from deft_lightning.callbacks import (
     EntropyMonitor,
     GateMonitor,
     GracefulStop,
+    MetricCheck,
     NoiseMonitor,
     PredictionWriter,
     RankWatch,
@@ -36,6 +39,14 @@ from deft_lightning.module import SFTModule
 from deft_lightning.objectives import known_objectives
 from deft_lightning.resume import refuse, run_folder
 from deft_lightning.trainer import Trainer
+from deft_lightning.trainer_options import (
+    check_optimizer,
+    check_options,
+    complaint_of_lightning,
+    complete,
+    made_in_vain,
+    trainer_error,
+)
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "gradient_clip_val": 1.0,
@@ -96,7 +107,7 @@ class DeftParser(LightningArgumentParser):
             if isinstance(action, argparse._SubParsersAction):
                 parsers.extend(action.choices.values())
         options = {option for parser in parsers for option in parser._option_string_actions}
-        sys.stderr.write(f"error: {one_line(message, sorted(options))}\n")
+        sys.stderr.write(f"error: {UserError(one_line(message, sorted(options)))}\n")
         self.exit(2)
 
 
@@ -148,36 +159,47 @@ class DeftCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Do nothing: what a checkpoint was trained with must not override the command line."""
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse, and refuse what no type refuses."""
+        super().parse_arguments(parser, args)
+        if verb := self.config.get("subcommand"):
+            check_options(self.config[verb], verb)
+            complete(self.config[verb])
+
     def instantiate_classes(self) -> None:
         """Build everything; what a class refuses in its arguments is the user's to change."""
         try:
             super().instantiate_classes()
+        except MisconfigurationException as error:  # raised by the one class of Lightning that has a key of its own
+            raise UserError(f"--checkpoint: {error}") from None
         except ValueError as error:
             if isinstance(error, UserError) or "Does not validate" not in str(error):
                 raise
-            raise UserError(one_line(str(error))) from None
+            raise made_in_vain(error) from None
+        if self.subcommand == "fit":
+            check_optimizer(self.model.optimizer_callable)
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """Leave out the callbacks that the trainer's switches turn off; Lightning would refuse them."""
         config, parser = self._get(self.config_init, "trainer"), self._parser(self.subcommand)
         off = {"checkpoint": config.get("enable_checkpointing"), "progress_bar": config.get("enable_progress_bar")}
+        if any(isinstance(callback, ProgressBar) for callback in _as_list(config.get("callbacks"))):
+            off["progress_bar"] = False  # Lightning refuses two
         parser.callback_keys = [key for key in parser.callback_keys if off.get(key) is not False]
-        if config.get("accumulate_grad_batches", 1) < 1:
-            raise UserError("--trainer.accumulate_grad_batches must be at least 1")
-        strategy = config.get("strategy")
-        if isinstance(strategy, str) and strategy.startswith("fsdp") and strategy != "fsdp2":
-            raise UserError(
-                f"--trainer.strategy {strategy}: FSDP1 hides the weight of the head from the loss and is no longer"
-                " developed; use fsdp2"
-            )
-        if isinstance(strategy, str) and not strategy.startswith(("auto", "ddp", "fsdp2")):
-            raise UserError(f"--trainer.strategy {strategy} is not supported: use auto, ddp, or fsdp2 (sharded)")
         self.stop = GracefulStop()
-        config.callbacks = [*_as_list(config.get("callbacks")), self.stop, RankWatch()]
+        config.callbacks = [*_as_list(config.get("callbacks")), self.stop, RankWatch(), MetricCheck()]
         try:
             return super().instantiate_trainer(**kwargs)
-        except (ValueError, TypeError) as error:  # Lightning checks its own options with both
-            raise UserError(f"--trainer: {error}") from None
+        except (ValueError, TypeError, ImportError, MisconfigurationException) as error:  # Lightning's own checks
+            raise error if isinstance(error, UserError) else trainer_error(error) from None
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        try:
+            super()._run_subcommand(subcommand)
+        except Exception as error:
+            if said := complaint_of_lightning(error):
+                raise said from None
+            raise
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)

@@ -5,6 +5,7 @@ from deft_lightning.callbacks.checkpoint import Checkpoint
 from deft_lightning.callbacks.dashboard import Dashboard
 from deft_lightning.callbacks.entropy import EntropyMonitor
 from deft_lightning.callbacks.gate import GateMonitor
+from deft_lightning.callbacks.monitored import MetricCheck
 from deft_lightning.callbacks.noise import NoiseMonitor
 from deft_lightning.callbacks.predictions import PredictionWriter
 from deft_lightning.callbacks.progress import SFTProgressBar
@@ -18,6 +19,7 @@ __all__ = [
     "EntropyMonitor",
     "GateMonitor",
     "GracefulStop",
+    "MetricCheck",
     "NoiseMonitor",
     "PredictionWriter",
     "RankWatch",

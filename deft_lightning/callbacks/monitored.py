@@ -1,0 +1,56 @@
+"""Whether the metrics that callbacks wait for will ever be logged, asked before training rather than after an epoch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from deft_lightning.errors import UserError, did_you_mean
+
+TRAIN = ("loss", "nll", "ppl", "token_accuracy", "tokens", "lr", "grad_norm", "router_loss", "skipped_steps")
+VAL = ("loss", "nll", "ppl", "token_accuracy")
+NOISY = ("nll", "reproduced", "recovered")
+OURS = ("deft_lightning.", "lightning.")
+
+
+class MetricCheck(Callback):
+    """Refuses early stopping and checkpoints by a metric that does not exist.
+
+    Raises:
+        UserError: Names the option and the metrics that there are.
+    """
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse names that no run logs, before the model is loaded."""
+        if stage == "fit":
+            _check(trainer, pl_module, val=True, noisy=True)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse what only a validation would log, once it is known that there is none."""
+        sizes = [size for size in trainer.num_val_batches if size]
+        _check(trainer, pl_module, val=bool(sizes), noisy=len(sizes) > 1)
+
+
+def _check(trainer: Trainer, module: LightningModule, val: bool, noisy: bool) -> None:
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    if not all(type(part).__module__.startswith(OURS) for part in (module, *callbacks)):
+        return  # a class of the user's may log what it likes; Lightning looks for it later
+    for callback in callbacks:
+        monitor = getattr(callback, "monitor", None)
+        if not isinstance(monitor, str):
+            continue
+        own = type(callback).__module__.startswith("deft_lightning.")
+        option = "--checkpoint.monitor" if own else f"--trainer.callbacks.monitor ({type(callback).__name__})"
+        if not val and monitor.startswith("val"):
+            raise UserError(
+                f"{option} {monitor}: there is no validation; see --data.validation_fraction,"
+                " --data.validation_source and --trainer.limit_val_batches"
+            )
+        if not noisy and monitor.startswith("val_noisy/"):
+            raise UserError(f"{option} {monitor}: no validation example is corrupted, see --data.noise")
+        known = [*(f"train/{name}" for name in TRAIN), "objective/scale"]
+        known = [*(f"val/{name}" for name in VAL if val), *(f"val_noisy/{name}" for name in NOISY if noisy), *known]
+        if monitor not in known:
+            suggested = did_you_mean(monitor, known)
+            raise UserError(f"{option} {monitor}: no such metric.{suggested} Known: {', '.join(known)}")
