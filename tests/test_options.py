@@ -184,7 +184,7 @@ def test_errors_of_our_own_code_are_no_complaints() -> None:
 def given(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Options of a small run: ten batches an epoch, of which it makes three."""
     root = tmp_path_factory.mktemp("options")
-    save_tiny_llama(root / "model")
+    save_tiny_llama(root / "model", 0.3, num_hidden_layers=1)
     rows = [{"question": f"what is {number}?", "answer": f"it is {number}"} for number in range(42)]
     (root / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return [
