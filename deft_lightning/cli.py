@@ -193,14 +193,6 @@ class DeftCLI(LightningCLI):
         except (ValueError, TypeError, ImportError, MisconfigurationException) as error:  # Lightning's own checks
             raise error if isinstance(error, UserError) else trainer_error(error) from None
 
-    def _run_subcommand(self, subcommand: str) -> None:
-        try:
-            super()._run_subcommand(subcommand)
-        except Exception as error:
-            if said := complaint_of_lightning(error):
-                raise said from None
-            raise
-
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
         path = kwargs.get("ckpt_path")
@@ -247,7 +239,12 @@ class DeftCLI(LightningCLI):
         RUN.folders = [partial(log_folder, self.trainer), partial(getattr, self.trainer, "default_root_dir")]
         if subcommand == "fit":
             RUN.saved = partial(saved, self.trainer)
-        super()._run_subcommand(subcommand)
+        try:
+            super()._run_subcommand(subcommand)
+        except Exception as error:
+            if said := complaint_of_lightning(error):
+                raise said from None
+            raise
 
     def after_fit(self) -> None:
         """Test and export what was trained, unless training was cut short."""
