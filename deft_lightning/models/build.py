@@ -14,7 +14,7 @@ from torch import nn
 from deft_lightning.errors import UserError, did_you_mean
 from deft_lightning.models.shard import layers_of
 from deft_lightning.models.sizes import check_memory, check_sizes
-from deft_lightning.models.weights import check_loaded, damaged, renaming
+from deft_lightning.models.weights import check_loaded, damaged, renaming, without_report
 from deft_lightning.trust import check_attention, check_model, check_tokenizer, weight_files
 
 Dtype = Literal["float32", "bfloat16"]
@@ -84,10 +84,12 @@ def _with_weights(name: str, source: str, options: dict[str, Any]) -> Any:
 
     # Shapes that differ are listed by check_loaded.
     options = {**options, "output_loading_info": True, "ignore_mismatched_sizes": True}
-    model, info = AutoModelForCausalLM.from_pretrained(source, **options)
+    with without_report():
+        model, info = AutoModelForCausalLM.from_pretrained(source, **options)
     mapping = renaming(info["missing_keys"], info["unexpected_keys"])
     if mapping:
-        model, info = AutoModelForCausalLM.from_pretrained(source, **options, key_mapping=mapping)
+        with without_report():
+            model, info = AutoModelForCausalLM.from_pretrained(source, **options, key_mapping=mapping)
         prefixes = ", ".join(pattern.lstrip("^").replace("\\", "") for pattern in mapping)
         rank_zero_info(f"{name}: the names of its weights are read without {prefixes}")
     check_loaded(name, model, info)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,21 @@ def renaming(missing: Iterable[str], unexpected: Iterable[str]) -> dict[str, str
     return {}
 
 
+@contextmanager
+def without_report() -> Iterator[None]:
+    """Keep back transformers' table of missing weights: :func:`check_loaded` says the same in one line."""
+
+    def keep(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(keep)
+    try:
+        yield
+    finally:
+        logger.removeFilter(keep)
+
+
 def check_loaded(name: str, model: Any, info: dict[str, Any]) -> None:
     """Refuse a model of which weights are missing, of other shapes, or no numbers; say what was left over.
 
@@ -72,7 +89,7 @@ def check_loaded(name: str, model: Any, info: dict[str, Any]) -> None:
             hint = "; if it shares the embedding's weight, config.json has to say tie_word_embeddings: true"
         raise UserError(f"{name}: {_some(missing, 'weights are missing from its files')}{hint} (--model.pretrained)")
     if unexpected:
-        rank_zero_info(f"{name}: not used, since the model has no such weights: {_some(unexpected, '')}".rstrip())
+        rank_zero_info(f"{name}: {_some(unexpected, 'not used, since the model has no such weights')}")
     _check_numbers(name, model)
 
 
@@ -114,7 +131,6 @@ def damaged(files: Iterable[Path]) -> str:
 
 
 def _some(names: list[str], what: str) -> str:
-    """``3 weights are missing: a, b, c``, with the first few of many."""
+    """``weights are missing (4): a, b, c and 1 more``."""
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    head = f"{len(names)} {what}: " if what else f"{len(names)}, "
-    return f"{head}{', '.join(names[:SHOWN])}{more}"
+    return f"{what} ({len(names)}): {', '.join(names[:SHOWN])}{more}"

@@ -58,12 +58,12 @@ def refused(folder: Path, match: str) -> str:
 
 def test_a_layer_too_few_is_listed_and_counted(folder: Path) -> None:
     settings(folder, num_hidden_layers=3)
-    refused(folder, r"9 weights are missing from its files: model\.layers\.2\..* and 6 more")
+    refused(folder, r"weights are missing from its files \(9\): model\.layers\.2\..* and 6 more")
 
 
 def test_one_tensor_under_another_name_is_named_with_it(folder: Path) -> None:
     rewrite(folder, lambda w: {k.replace("1.mlp.up_proj", "1.mlp.upward"): v for k, v in w.items()})
-    refused(folder, r"1 weights? .*missing.*: model\.layers\.1\.mlp\.up_proj\.weight; the files have .*upward")
+    refused(folder, r"missing.*\(1\): model\.layers\.1\.mlp\.up_proj\.weight; the files have .*upward")
 
 
 def test_a_head_that_config_json_unties_by_mistake(tmp_path: Path) -> None:
@@ -108,7 +108,8 @@ def test_adapters_that_are_not_merged_are_named(folder: Path) -> None:
 def test_shapes_that_differ_are_listed(folder: Path) -> None:
     settings(folder, intermediate_size=32)
     refused(
-        folder, r"6 weights have another shape: .*\(24, 16\) in the file and \(32, 16\) by config\.json.* and 3 more"
+        folder,
+        r"weights have another shape \(6\): .*\(24, 16\) in the file and \(32, 16\) by config\.json.* and 3 more",
     )
 
 
@@ -117,7 +118,21 @@ def test_weights_that_are_left_over_are_one_line(folder: Path, caplog: pytest.Lo
     with caplog.at_level("INFO"):
         load_pretrained(str(folder), "float32")
     (line,) = [r.getMessage() for r in caplog.records if "not used" in r.getMessage()]
-    assert "5, value_head.0" in line and "and 2 more" in line
+    assert "(5): value_head.0" in line and "and 2 more" in line
+
+
+def test_the_table_of_transformers_is_kept_back(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    settings(folder, num_hidden_layers=3)
+    refused(folder, "missing")
+    assert "LOAD REPORT" not in "".join(capfd.readouterr())
+
+
+def test_shapes_alone_are_built_for_other_ranks(folder: Path) -> None:
+    settings(folder, num_hidden_layers=3)  # the rank with the weights refuses
+    with torch.device("meta"):
+        assert next(load_pretrained(str(folder), "float32").parameters()).is_meta
+        settings(folder, num_hidden_layers=10**9)
+        refused(folder, "more than any model has")
 
 
 # --- weights that are damaged ---------------------------------------------------------------------------------------
@@ -167,7 +182,7 @@ def test_weights_that_are_no_numbers(folder: Path, recwarn: pytest.WarningsRecor
     rewrite(folder, lambda w: {k: torch.full_like(v, torch.nan) if "up_proj" in k else v for k, v in w.items()})
     load_pretrained(str(folder), "float32")
     assert any(
-        "2 weights hold values that are no numbers: model.layers.0.mlp.up_proj" in str(w.message) for w in recwarn
+        "weights hold values that are no numbers (2): model.layers.0.mlp.up_proj" in str(w.message) for w in recwarn
     )
     rewrite(folder, lambda w: {name: torch.full_like(value, torch.nan) for name, value in w.items()})
     refused(folder, "all its weights hold values that are no numbers")
