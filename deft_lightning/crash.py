@@ -6,6 +6,7 @@ import errno
 import os
 import platform
 import re
+import select
 import sys
 import tempfile
 import threading
@@ -185,14 +186,15 @@ def mistakes() -> Iterator[None]:
 def _unread() -> bool:
     """Whether nobody reads standard output any more, as in ``preview | head``; nothing more is written to it then."""
     try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        with suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    except (OSError, ValueError):
-        pass
-    return False
+        out = sys.stdout.fileno()
+        poll = select.poll()
+        poll.register(out, select.POLLOUT)
+        closed = any(state & (select.POLLERR | select.POLLHUP) for _, state in poll.poll(0))
+        if closed:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), out)
+    except (OSError, ValueError, AttributeError):  # no file, or a system without poll
+        return False
+    return closed
 
 
 def _thread_failed(args: Any) -> None:

@@ -25,6 +25,7 @@ from deft_lightning.models import (
     save_hugging_face,
 )
 from deft_lightning.models.contents import KEY
+from deft_lightning.outputs import check_output, check_output_file
 from deft_lightning.probe import probe_data, writable, write
 from deft_lightning.resume import Restoring, last_checkpoint
 from deft_lightning.strategy import AtomicCheckpointIO
@@ -79,6 +80,8 @@ class Trainer(LightningTrainer):
         """
         if output is None:
             raise UserError("export: set --output DIR")
+        if self.is_global_zero and ckpt_path is not None:
+            check_output(output, "export: --output")
         if ckpt_path is not None:
             network, tokenizer, stops = model_from_checkpoint(self.read_checkpoint(ckpt_path))
         elif getattr(model, "model", None) is not None:
@@ -125,6 +128,7 @@ class Trainer(LightningTrainer):
         """
         if datamodule is None or examples < 1:
             raise UserError("preview: needs data and at least one example (--examples)")
+        check_output_file(output, "preview: --output")
         self.strategy._lightning_module = model
         datamodule.trainer = self
         datamodule.prepare_data()

@@ -11,8 +11,8 @@ PACKAGE = Path(__file__).resolve().parents[1] / "deft_lightning"
 
 # Lower rooms first. A room may import any room of a lower level, and nothing else of the package.
 LEVEL = {
-    "_version": 0, "terminal": -1, "atomic": -1, "ranks": 0, "errors": 0, "trust": 1, "crash": 1, "logs": 0,
-    "hashing": 0, "registry": 0, "functional": 0,
+    "_version": 0, "terminal": -1, "atomic": -1, "ranks": 0, "errors": 0, "outputs": 1, "trust": 1, "crash": 1,
+    "logs": 0, "hashing": 0, "registry": 0, "functional": 0,
     "objectives": 1, "ops": 1, "metrics": 1, "optim": 1,
     "models": 2, "figures": 2, "evaluation": 2, "integrations": 2,
     "step": 1, "stepping": 2,

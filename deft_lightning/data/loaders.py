@@ -24,6 +24,7 @@ from deft_lightning.data.records import Example
 from deft_lightning.data.rows import BadRows
 from deft_lightning.errors import UserError
 from deft_lightning.evaluation.benchmarks import Benchmark, TestSet
+from deft_lightning.evaluation.generate import positions
 
 
 class Loaders(LightningDataModule):
@@ -141,9 +142,32 @@ class Loaders(LightningDataModule):
             ]
         else:
             found = [(TestSet(), self._prompts(need_response))]
+        found = [self._fitting(tests, ready) for tests, ready in found]
         self.test_sets = [replace(tests, longest=max(len(p.input_ids) for p in ready)) for tests, ready in found]
         collate = PromptCollator(self.tokenizer.pad_token_id)
         return [self._loader(ready, collate, self.eval_batch_size, train=False) for _, ready in found]
+
+    def _fitting(self, tests: TestSet, ready: list[Prompt]) -> tuple[TestSet, list[Prompt]]:
+        """Leave out the prompts after which the model has no position to write at, and say so.
+
+        Every rank reads all prompts, and so leaves out the same.
+        """
+        model = getattr(getattr(self.trainer, "lightning_module", None), "model", None)
+        limit = positions(model) if model is not None else None
+        kept = [prompt for prompt in ready if limit is None or len(prompt.input_ids) < limit]
+        if len(kept) == len(ready):
+            return tests, ready
+        first = next(prompt for prompt in ready if limit is not None and len(prompt.input_ids) >= limit)
+        named = tests.benchmark.name
+        said = (
+            f"{named or 'test'}: skipped {len(ready) - len(kept)} of {len(ready)} prompts, which fill the model's"
+            f" {limit} positions; the first: {first.id!r}, of {len(first.input_ids)} tokens"
+            f" ({f'the rows of {named} in --data.benchmarks' if named else '--data.test_source'})"
+        )
+        if not kept:
+            raise UserError(f"{said}; there is nothing left to generate for")
+        rank_zero_warn(said)
+        return replace(tests, skipped=len(ready) - len(kept)), kept
 
     def _prompts(self, need_response: bool) -> list[Prompt]:
         if self.test_source is not None:

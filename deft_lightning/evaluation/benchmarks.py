@@ -177,6 +177,7 @@ class TestSet:
         benchmark: What they belong to.
         sources: Where its rows say they are from, sorted; empty where they do not say.
         longest: Tokens of the longest prompt.
+        skipped: How many prompts are left out, since they fill the model's positions.
     """
 
     __test__ = False  # no test of pytest's
@@ -184,6 +185,7 @@ class TestSet:
     benchmark: Benchmark = HELD_OUT
     sources: tuple[str, ...] = ()
     longest: int = 0
+    skipped: int = 0
 
     @property
     def prefix(self) -> str:

@@ -99,6 +99,12 @@ def complete(
     return [done[i : i + n] for i in range(0, len(done), n)]
 
 
+def positions(model: Any) -> int | None:
+    """Return how many positions a Hugging Face model has; None where nothing limits them."""
+    found = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return int(found) if found else None
+
+
 def room(model: Any, prompt: int, named: str = "") -> int:
     """Return how many tokens the model has positions for.
 
@@ -110,11 +116,13 @@ def room(model: Any, prompt: int, named: str = "") -> int:
     Raises:
         UserError: The prompt leaves no position to write at.
     """
-    positions = int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or prompt + 2**31)
-    if prompt >= positions:
+    limit = positions(model)
+    if limit is None:
+        return prompt + 2**31
+    if prompt >= limit:
         option = f"the rows of {named} in --data.benchmarks" if named else "--data.test_source"
-        raise UserError(f"a prompt of {prompt} tokens fills the model's {positions} positions ({option})")
-    return positions
+        raise UserError(f"a prompt of {prompt} tokens fills the model's {limit} positions ({option})")
+    return limit
 
 
 def _sampling(ids: Sequence[str], settings: Generation, prompt: int, device: Any) -> list[Any]:

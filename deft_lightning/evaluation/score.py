@@ -13,6 +13,7 @@ from deft_lightning.errors import UserError
 from deft_lightning.evaluation.aggregate import add, figure_names, figures, no_sums, summary, table
 from deft_lightning.evaluation.benchmarks import HELD_OUT, Benchmark, TestSet, find_benchmark
 from deft_lightning.evaluation.choice import Choice
+from deft_lightning.outputs import check_output_file
 
 
 class Prediction(NamedTuple):
@@ -162,6 +163,8 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--output", type=Path, help="JSON file for the figures, under the tags of `test`")
     options = parser.parse_args(arguments)
     try:
+        if options.output is not None:
+            check_output_file(options.output, "score: --output")
         found = score(options.predictions, options.benchmark)
         print(table(found))
         if options.output is not None:

@@ -76,6 +76,8 @@ class Tested(LightningModule):
         results = {}
         for tests, sums in zip(self._test_sets(), self._sums, strict=True):
             found = summary(sums.compute().tolist(), tests.benchmark.grader, self.generation.samples, tests.sources)
+            if tests.skipped:
+                found["skipped_prompts"] = float(tests.skipped)
             for name, value in found.items():
                 self.log(f"{tests.prefix}{name}", value, sync_dist=True)
             results[tests.benchmark.name] = found

@@ -177,15 +177,21 @@ def test_a_limit_of_batches_tests_the_first_ones(benchmarks: dict[str, str], pre
     assert [float(runner.callback_metrics[f"test/{name}/examples"]) for name in benchmarks] == [2, 2, 2]
 
 
-def test_a_prompt_that_fills_the_model_is_refused_before_anything_is_generated(pretrained: str, tmp_path: Path) -> None:
-    rows = [{"question": "short", "answer": "1"}] * 3 + [{"question": "long" * 60, "answer": "1"}]
-    chosen = {"gsm8k": write(tmp_path / "rows.jsonl", rows)}
+def test_prompts_that_fill_the_model_are_skipped_and_counted(pretrained: str, tmp_path: Path) -> None:
+    short = [{"id": f"s{i}", "question": word, "answer": "1"} for i, word in enumerate(("a", "bb", "ccc"))]
+    long = [{"id": f"l{i}", "question": "long" * 60, "answer": "1"} for i in range(2)]
+    some = {"gsm8k": write(tmp_path / "some.jsonl", [long[0], *short, long[1]])}
+    with pytest.warns(UserWarning, match=r"gsm8k: skipped 2 of 5 prompts, which fill .* 160 positions; .*'l0'"):
+        found = test(tmp_path, pretrained, some, 1)
+    assert found["test/gsm8k/skipped_prompts"] == 2 and found["test/gsm8k/examples"] == 3
+    with pytest.warns(UserWarning, match=r"skipped 2 of 5 .*\(the rows of gsm8k in --data\.benchmarks\)"):
+        predicted = predict(tmp_path, pretrained, some, 1)
+    left = test(tmp_path, pretrained, {"gsm8k": write(tmp_path / "left.jsonl", short)}, 1)
+    assert left == {name: value for name, value in found.items() if not name.endswith("skipped_prompts")}
+    assert [row["id"] for row in lines(predicted)] == ["s0", "s1", "s2"]
     for verb in (test, predict):
-        with pytest.raises(
-            UserError, match=r"fills the model's 160 positions \(the rows of gsm8k in --data\.benchmarks"
-        ):
-            verb(tmp_path, pretrained, chosen, 1)
-    assert not (tmp_path / "predictions.jsonl").exists()
+        with pytest.raises(UserError, match=r"skipped 2 of 2 prompts.*nothing left to generate for"):
+            verb(tmp_path, pretrained, {"gsm8k": write(tmp_path / "long.jsonl", long)}, 1)
 
 
 def test_held_out_rows_are_graded_by_exact_match_as_before(pretrained: str, tmp_path: Path) -> None:
