@@ -164,7 +164,7 @@ def main(arguments: Sequence[str]) -> None:
     options = parser.parse_args(arguments)
     try:
         if options.output is not None:
-            check_output_file(options.output, "score: --output")
+            check_output_file(options.output, "score: --output", make=False)
         found = score(options.predictions, options.benchmark)
         print(table(found))
         if options.output is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import platform
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -488,6 +489,40 @@ def test_predictions_are_one_json_line_a_prompt_in_the_order_of_the_file(pretrai
         assert record["completions"] == [tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)]
     assert [path.name for path in Path(str(trainer.log_dir)).glob("*predictions*")] == ["predictions.jsonl"]
     assert not list(Path(str(trainer.log_dir)).glob(".predictions*")), "no part is left behind"
+
+
+def test_predictions_that_cannot_be_written_are_refused_before_anything_is_generated(
+    pretrained: str, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    source = tmp_path / "rows.jsonl"
+    source.write_text('{"question": "a"}\n')
+    trainer = Trainer(
+        accelerator="cpu", logger=False, callbacks=[PredictionWriter(str(tmp_path / "file" / "out.jsonl"))],
+        default_root_dir=str(tmp_path), enable_progress_bar=False,
+    )  # fmt: skip
+    module = SFTModule(pretrained=pretrained)
+    with pytest.raises(UserError, match=r"--predictions\.output .*out\.jsonl: cannot be written"):
+        trainer.predict(module, InstructionDataModule(test_source=str(source)), return_predictions=False)
+
+
+def test_what_a_killed_prediction_has_left_is_removed_by_the_next(tmp_path: Path) -> None:
+    target = tmp_path / "predictions.jsonl"
+    dead = tmp_path / f".{target.name}.{platform.node()}.999999-1"
+    dead.mkdir()
+    (dead / "0.0").write_text("half a line")
+    writer = PredictionWriter(str(target))
+    world = SimpleNamespace(
+        is_global_zero=True, global_rank=0, world_size=1, num_predict_batches=[1], log_dir=None,
+        strategy=SimpleNamespace(broadcast=lambda value: value, barrier=lambda name: None),
+    )  # fmt: skip
+    started: Any = world
+    writer.setup(started, None, "predict")  # type: ignore[arg-type]
+    writer.on_predict_start(started, None)  # type: ignore[arg-type]
+    assert not dead.exists()
+    writer.write_on_batch_end(started, None, [{"id": "a"}], None, None, 0, 0)  # type: ignore[arg-type]
+    writer.on_predict_end(started, None)  # type: ignore[arg-type]
+    assert target.read_text() == '{"id": "a"}\n' and not list(tmp_path.glob(f".{target.name}*"))
 
 
 @pytest.mark.parametrize("format", ["question_answer", "auto"])
