@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import tempfile
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -17,14 +16,12 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from deft_lightning.errors import UserError
 from deft_lightning.hashing import key
 from deft_lightning.models.build import ready
-from deft_lightning.models.contents import KEY, is_inside, problem
+from deft_lightning.models.contents import KEY, is_inside, pickled, problem
 from deft_lightning.models.head import base_causal_lm
 from deft_lightning.models.lora import LoRA, add_adapters
 from deft_lightning.models.seal import DIGESTS, Damaged, check_folder, check_sealed, has_end
 from deft_lightning.models.shares import METADATA, SHARED, read_weights
 from deft_lightning.models.sizes import check_memory, check_sizes
-
-SHARDED = "meta.pt"  # in a folder of shares, what is neither weights nor optimizer; the name is Lightning's
 
 Shape = tuple[int, ...]
 
@@ -107,9 +104,11 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         _check_members(file)
         found: Any = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except UserError:
+        raise
     except Exception as error:  # another archive, or objects of another program: the unpickler fails in any way
-        if named := re.search(r"GLOBAL ([\w.]+)", str(error)):
-            what = f"it holds {named[1]}, which is no plain value"
+        if named := pickled(error):
+            what = f"it holds {named}, which is no plain value"
             raise UserError(f"{path}: is refused: {what}, and loading it would run code (--ckpt_path)") from None
         raise UserError(f"{path}: is not a checkpoint of SFTModule (--ckpt_path)") from None
     if not isinstance(found, dict):
@@ -154,7 +153,7 @@ def _check_members(path: Path) -> None:
     """Refuse compressed members: ``torch.save`` writes none, and a small file could unpack to any size."""
     with zipfile.ZipFile(path) as archive:
         if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
-            raise ValueError("compressed")
+            raise UserError(f"{path}: is refused: it is compressed, so that it could unpack to any size (--ckpt_path)")
 
 
 def is_complete(path: Path) -> bool:

@@ -27,6 +27,12 @@ def is_inside(name: Any) -> bool:
     return len(parts) <= 3 and str(PurePosixPath(name)) == name and all(PART.fullmatch(part) for part in parts)
 
 
+def pickled(error: BaseException) -> str:
+    """Return the name of the object that ``weights_only`` has refused to make, nothing if an error is another one."""
+    found = re.search(r"GLOBAL ([\w.]+)", str(error))
+    return found[1] if found else ""
+
+
 def _whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 

@@ -12,6 +12,7 @@ import os
 import zipfile
 import zlib
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO
 
@@ -40,14 +41,20 @@ class SealingFile:
         self._file = file
         self._hash = hashlib.sha256()
         self._held = b""  # the last two bytes so far, which :meth:`seal` replaces if they stay the last
+        self._beside = ThreadPoolExecutor(1)  # digests a large part while it is written; both let other threads run
 
     def write(self, data: bytes) -> int:
         """Write bytes; return how many."""
         view = memoryview(data).cast("B")
         if len(view) >= 2:
             self._hash.update(self._held)
-            self._hash.update(view[:-2])
             self._held = bytes(view[-2:])
+            if len(view) >= CHUNK:
+                digesting = self._beside.submit(self._hash.update, view[:-2])
+                self._file.write(view)
+                digesting.result()
+                return len(view)
+            self._hash.update(view[:-2])
         else:
             held = self._held + bytes(view)
             self._hash.update(held[:-2])
@@ -66,6 +73,7 @@ class SealingFile:
         self._hash.update(head)
         self._file.seek(-2, os.SEEK_END)
         self._file.write(head + self._hash.hexdigest().encode())
+        self._beside.shutdown()
 
 
 def check_sealed(path: Path) -> None:

@@ -14,6 +14,7 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from deft_lightning.errors import UserError
+from deft_lightning.models.contents import pickled
 
 SHOWN = 3
 # What wrappers put before every name: data parallel, torch.compile, peft, a module that holds the model.
@@ -125,6 +126,8 @@ def damaged(files: Iterable[Path]) -> str:
             else:
                 torch.load(path, map_location="meta", weights_only=True)
         except Exception as error:  # safetensors, zip files and pickles each have their own kinds
+            if named := pickled(error):
+                return f"{path.name} holds {named}, which is no weight, and loading it would run code"
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             return f"{path.name} is damaged: {reason}"
     return ""

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from deft_lightning.errors import UserError
-from deft_lightning.models.checkpoint import SHARDED
+from deft_lightning.models.checkpoint import is_complete
 from deft_lightning.models.contents import KEY
+from deft_lightning.models.shares import SHARED
 from deft_lightning.resume.settings import class_path, of_optimizer, shown
 
 
@@ -20,7 +21,7 @@ def peek(path: str | Path) -> dict[str, Any] | None:
     Of a folder of shares it is what is neither weights nor optimizer.
     """
     source = Path(path)
-    file = source / SHARDED if source.is_dir() else source
+    file = source / SHARED if source.is_dir() else source
     try:
         with zipfile.ZipFile(file) as archive:  # a compressed member could unpack to any size; torch writes none
             if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
@@ -51,7 +52,7 @@ def refuse(path: str | Path, trainer: Any, module: Any) -> None:
             limits of this run, or is of another optimizer, another schedule, or other adapters.
     """
     sharded = getattr(trainer.strategy, "shards_weights", False)
-    if Path(path).is_dir() and not sharded:
+    if Path(path).is_dir() and is_complete(Path(path)) and not sharded:
         raise UserError(
             f"{path}: is a folder of shares, which --trainer.strategy fsdp2 alone can resume; export it to go on from"
             " its weights"

@@ -109,7 +109,7 @@ def test_a_compressed_archive_is_refused_as_it_could_unpack_to_any_size(tmp_path
     ):
         for member in old.infolist():
             new.writestr(member.filename, old.read(member))
-    with pytest.raises(UserError, match="not a checkpoint of SFTModule"):
+    with pytest.raises(UserError, match=r"small\.ckpt: is refused: it is compressed"):
         load_checkpoint(tmp_path / "small.ckpt")
 
 
