@@ -158,7 +158,7 @@ def find_benchmark(name: str, option: str = "--data.benchmarks") -> Benchmark:
     if module:
         try:
             found = getattr(import_module(module), attribute)
-        except (ImportError, AttributeError, ValueError) as error:
+        except (ImportError, AttributeError, ValueError, TypeError) as error:
             raise UserError(f"{option}: {name} cannot be imported ({error})") from None
         if not isinstance(found, Benchmark):
             raise UserError(f"{option}: {name} is no Benchmark of deft_lightning.evaluation")

@@ -117,9 +117,9 @@ def _exactly(label: str) -> str:
 
 
 def _label(hit: re.Match[str], options: Mapping[str, str]) -> str | None:
-    if hit["label"]:
-        label = next(label for label in options if label.lower() == hit["label"].lower())
+    if hit["label"] is not None:
+        label = next((label for label in options if label.lower() == hit["label"].lower()), None)
         beside = hit.groupdict().get("beside")
         # "A. Paris" where B is Paris says two things.
-        return label if not beside or options[label].strip().lower() == beside.lower() else None
-    return next(label for label, text in options.items() if text.strip().lower() == hit["text"].lower())
+        return label if not beside or (label and options[label].strip().lower() == beside.lower()) else None
+    return next((label for label, text in options.items() if text.strip().lower() == hit["text"].lower()), None)
