@@ -48,6 +48,14 @@ class Grader(ABC):
         """Return what the completion votes for, the same text for answers that are the same; None where it has none."""
         return completion.strip() or None
 
+    def questions(self, completion: str, gold: str, record: Record, votes: bool) -> list[tuple[Any, ...]]:
+        """Return what computer algebra will be asked for this completion, so that many can be asked at once."""
+        return []
+
+    def doubt(self, completion: str, gold: str, record: Record) -> str | None:
+        """Return why a completion that was graded could not be judged, and counts as wrong; None where it could."""
+        return None
+
     def grade(self, completion: str, gold: str, record: Record, truncated: bool, votes: bool) -> Grade:
         """Return scores and vote of a completion; without ``votes`` there is none, and no work for it."""
         scores = self(completion, gold, record)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import lru_cache
 from typing import ClassVar, Literal, get_args
 
 from deft_lightning.errors import UserError
-from deft_lightning.evaluation.algebra import algebra
+from deft_lightning.evaluation.algebra import LIMITS, GaveUp
 from deft_lightning.evaluation.base import Grader, Record
 from deft_lightning.evaluation.extract import LONGEST, boxed, hashed, last_number
+from deft_lightning.evaluation.judge import Question, judge
 from deft_lightning.evaluation.plain import plain, same_number, same_words, words
 
 Rule = Literal["boxed", "hashes", "last_number"]
@@ -51,10 +53,30 @@ class Math(Grader):
     def vote(self, completion: str, record: Record) -> str | None:
         """Return the answer in a form that is the same for answers that are the same."""
         said = self.answer(completion)
-        return None if said is None else _form(said)
+        if said is None:
+            return None
+        found = _form(said)
+        if isinstance(found, str):
+            return found
+        parsed = judge().ask(found)
+        return parsed if isinstance(parsed, str) and parsed else words(said)
+
+    def questions(self, completion: str, gold: str, record: Record, votes: bool) -> list[Question]:
+        """Return what computer algebra will be asked."""
+        said = self.answer(completion)
+        if said is None:
+            return []
+        found = [_compared(gold, said, _tolerance(record)), *([_form(said)] if votes else [])]
+        return [question for question in found if isinstance(question, tuple)]
+
+    def doubt(self, completion: str, gold: str, record: Record) -> str | None:
+        """Return the limit that came before a verdict."""
+        said = self.answer(completion)
+        question = None if said is None else _compared(gold, said, _tolerance(record))
+        answer = judge().memory.get(question) if isinstance(question, tuple) else None
+        return LIMITS[answer.limit] if isinstance(answer, GaveUp) else None
 
 
-@lru_cache(maxsize=10_000)
 def same_answer(gold: str, said: str, tolerance: float = 0.0) -> bool:
     """Whether an answer equals the gold one.
 
@@ -63,6 +85,13 @@ def same_answer(gold: str, said: str, tolerance: float = 0.0) -> bool:
         said: The model's; more than 500 letters are no answer.
         tolerance: Absolute difference that numbers may have.
     """
+    found = _compared(gold, said, tolerance)
+    return found if isinstance(found, bool) else judge().ask(found) is True
+
+
+@lru_cache(maxsize=100_000)
+def _compared(gold: str, said: str, tolerance: float) -> bool | Question:
+    """Return the verdict, or the question to computer algebra that decides."""
     if len(said) > LONGEST:
         return False
     right, number = plain(gold), plain(said)
@@ -70,25 +99,30 @@ def same_answer(gold: str, said: str, tolerance: float = 0.0) -> bool:
         return same_number(right, number, tolerance)
     if same_words(gold, said):
         return True
-    # math-verify rounds to decimals, by which 1e-9 would equal 1e-8.
-    small = 0 if right is None or not right.value else max(0, -math.floor(math.log10(abs(right.value))))
-    return algebra().same(gold.replace("$", ""), said, 6 + small)
+    return "same", gold.replace("$", ""), said, 6 + (0 if right is None else _zeros(right.value))
 
 
-@lru_cache(maxsize=10_000)
-def _form(said: str) -> str:
+def _zeros(value: Fraction) -> int:
+    """Return how many zeros a number below 1 has behind its point: math-verify rounds, by which 1e-9 equals 1e-8."""
+    if not value or abs(value) >= 1:
+        return 0
+    return math.ceil(math.log10(value.denominator) - math.log10(abs(value.numerator)))  # neither need fit a float
+
+
+@lru_cache(maxsize=100_000)
+def _form(said: str) -> str | Question:
+    """Return the text by which an answer votes, or the question to computer algebra that finds it."""
     number = plain(said)
     if number is not None:
         return str(number.value)
     text = words(said)
-    if len(text) > 1 and text.isalpha():
-        return text
-    return (algebra().form(said) if len(said) <= LONGEST else None) or text
+    return text if (len(text) > 1 and text.isalpha()) or len(said) > LONGEST else ("form", said)
 
 
 def _tolerance(record: Record) -> float:
+    error = record.get("error")
     try:
-        found = float(str(record.get("error") or 0))
-    except ValueError:  # OlympiadBench leaves the field empty, or has one for each of several answers
+        found = float(error) if isinstance(error, str | int | float) else 0.0
+    except (ValueError, OverflowError):  # OlympiadBench leaves the field empty, or has one for each of several answers
         return 0.0
     return found if 0 <= found < math.inf else 0.0

@@ -5,89 +5,31 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import NoReturn
 
+from deft_lightning.atomic import whole_file
 from deft_lightning.errors import UserError
 from deft_lightning.evaluation.aggregate import add, figure_names, figures, no_sums, summary, table
-from deft_lightning.evaluation.benchmarks import HELD_OUT, Benchmark, TestSet, find_benchmark
+from deft_lightning.evaluation.benchmarks import BENCHMARKS, HELD_OUT, Benchmark, TestSet, find_benchmark
 from deft_lightning.evaluation.choice import Choice
+from deft_lightning.evaluation.grading import Doubts, Item, grade_all
+from deft_lightning.evaluation.predictions import Prediction, read_predictions
 from deft_lightning.outputs import check_output_file
 
 
-class Prediction(NamedTuple):
-    """A line of a predictions file."""
-
-    where: str
-    benchmark: str
-    id: str
-    completions: list[str]
-    gold: str
-    truncated: list[bool]
-    record: dict[str, Any]
-
-
-def read_predictions(path: Path) -> Iterator[Prediction]:
-    """Yield the lines of a file that `predict` wrote, or another program in its layout.
-
-    A line is an object with ``completions`` (texts) and ``gold``, and may have ``id``, ``benchmark``, ``truncated``
-    (one truth value for each completion) and ``record`` (``options`` of a multiple choice, ``source``, ``error``).
-
-    Raises:
-        UserError: The file cannot be read, or a line is something else; file, row and field.
-    """
-    try:
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield _prediction(f"{path}, row {number}", line)
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: is not UTF-8 text") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
-
-
-def _prediction(where: str, line: str) -> Prediction:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: is not JSON ({error})") from None
-    if not isinstance(row, dict):
-        raise UserError(f"{where}: expected an object, got {type(row).__name__}")
-
-    def field(name: str, kind: type[Any], default: Any = None) -> Any:
-        value = row.get(name, default)
-        if value is None:
-            raise UserError(f"{where}, field {name!r}: is missing (the row has {', '.join(row) or 'none'})")
-        if not isinstance(value, kind):
-            raise UserError(f"{where}, field {name!r}: expected {_WORDS[kind]}, got {type(value).__name__}")
-        return value
-
-    completions = field("completions", list)
-    if not completions or not all(isinstance(text, str) for text in completions):
-        raise UserError(f"{where}, field 'completions': expected a list of at least one text")
-    truncated = field("truncated", list, [False] * len(completions))
-    if len(truncated) != len(completions) or not all(isinstance(cut, bool) for cut in truncated):
-        raise UserError(f"{where}, field 'truncated': expected {len(completions)} truth values, one a completion")
-    id = row.get("id")
-    if isinstance(id, bool) or not isinstance(id, str | int | None):
-        raise UserError(f"{where}, field 'id': expected text, got {type(id).__name__}")
-    return Prediction(
-        where, field("benchmark", str, ""), "" if id is None else str(id), completions, field("gold", str), truncated,
-        field("record", dict, {}),
-    )  # fmt: skip
-
-
-_WORDS: dict[type[Any], str] = {str: "text", list: "a list", dict: "an object"}
-
-
-def score(path: Path, benchmark: str | None = None) -> dict[str, dict[str, float]]:
+def score(
+    path: Path, benchmark: str | None = None, *, trust: bool = False, bar: bool = False, doubts: Doubts | None = None
+) -> dict[str, dict[str, float]]:
     """Grade a predictions file.
 
     Args:
         path: The file.
         benchmark: Whose grader grades every line; default: each line's own, exact match for lines without one.
+        trust: Whether to import a benchmark that a line names by its path, which runs the code of that module.
+        bar: Whether to show progress.
+        doubts: Counts the completions that could not be judged.
 
     Returns:
         The figures of each benchmark, by its name; the name is empty where lines have none.
@@ -105,16 +47,23 @@ def score(path: Path, benchmark: str | None = None) -> dict[str, dict[str, float
         groups.setdefault(name, []).append(row)
     if not groups:
         raise UserError(f"{path}: is empty")
-    return {name: _figures(_benchmark(name, benchmark, rows), rows) for name, rows in groups.items()}
+    found = {name: _benchmark(name, bool(benchmark), trust, rows[0].where) for name, rows in groups.items()}
+    doubts = Doubts() if doubts is None else doubts
+    return {name: _figures(found[name], rows, doubts, bar) for name, rows in groups.items()}
 
 
-def _benchmark(name: str, asked: str | None, rows: Sequence[Prediction]) -> Benchmark:
+def _benchmark(name: str, asked: bool, trust: bool, where: str) -> Benchmark:
     if not name:
         return HELD_OUT
-    return find_benchmark(name, "--benchmark" if asked else f"{rows[0].where}, field 'benchmark'")
+    if not asked and not trust and name not in BENCHMARKS and "." in name:
+        raise UserError(
+            f"{where}, field 'benchmark': {name} is code to import, and the file may be a stranger's; allow it by"
+            " --trust_benchmarks, or grade all lines by it: --benchmark"
+        )
+    return find_benchmark(name, "--benchmark" if asked else f"{where}, field 'benchmark'")
 
 
-def _figures(benchmark: Benchmark, rows: Sequence[Prediction]) -> dict[str, float]:
+def _figures(benchmark: Benchmark, rows: Sequence[Prediction], doubts: Doubts, bar: bool) -> dict[str, float]:
     n = len(rows[0].completions)
     named = [row for row in rows if "source" in row.record]
     tests = TestSet(benchmark, tuple(sorted({str(row.record["source"]) for row in named})))
@@ -128,10 +77,15 @@ def _figures(benchmark: Benchmark, rows: Sequence[Prediction]) -> dict[str, floa
         if named and "source" not in row.record:
             raise UserError(f"{row.where}, field 'record.source': is missing, other rows have it")
         _check_options(benchmark, row)
-        gold = benchmark.gold(row.gold)
-        pairs = zip(row.completions, row.truncated, strict=True)
-        grades = [benchmark.grader.grade(text, gold, row.record, cut, n > 1) for text, cut in pairs]
-        add(sums, tests.place(row.record), figures(benchmark.grader, grades))
+    items = [
+        Item(row.where.rpartition(", ")[2], text, cut, gold, row.record)
+        for row in rows
+        for gold in [benchmark.gold(row.gold)]
+        for text, cut in zip(row.completions, row.truncated, strict=True)
+    ]
+    grades = grade_all(benchmark.grader, items, n > 1, doubts, bar)
+    for i, row in enumerate(rows):
+        add(sums, tests.place(row.record), figures(benchmark.grader, grades[n * i : n * (i + 1)]))
     return summary(sums, benchmark.grader, n, tests.sources)
 
 
@@ -161,19 +115,40 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("predictions", type=Path, help="file that `predict` wrote")
     parser.add_argument("--benchmark", help="whose grader grades it; default: the one each line names, or exact match")
     parser.add_argument("--output", type=Path, help="JSON file for the figures, under the tags of `test`")
+    parser.add_argument(
+        "--trust_benchmarks", action="store_true",
+        help="import benchmarks that lines name by path (my_package.module.MINE), which runs their code",
+    )  # fmt: skip
     options = parser.parse_args(arguments)
+    doubts = Doubts()
     try:
         if options.output is not None:
             check_output_file(options.output, "score: --output", make=False)
-        found = score(options.predictions, options.benchmark)
-        print(table(found))
+        found = score(
+            options.predictions, options.benchmark, trust=options.trust_benchmarks, bar=True, doubts=doubts
+        )  # fmt: skip
+        if str(doubts):
+            sys.stderr.write(f"{options.predictions}: {doubts}\n")
         if options.output is not None:
-            tags = {
-                f"{TestSet(find_benchmark(name) if name else HELD_OUT).prefix}{figure}": value
-                for name, figures in found.items()
-                for figure, value in figures.items()
-            }
-            options.output.write_text(json.dumps(tags, indent=2) + "\n", encoding="utf-8")
+            _write(options.output, found)
+        print(table(found), flush=True)
     except (UserError, OSError) as error:
         sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
         sys.exit(2)
+
+
+def _write(path: Path, found: Mapping[str, Mapping[str, float]]) -> None:
+    tags = {
+        f"{TestSet(find_benchmark(name) if name else HELD_OUT).prefix}{figure}": value
+        for name, figures in found.items()
+        for figure, value in figures.items()
+    }
+    text = json.dumps(tags, indent=2) + "\n"
+    try:
+        if path.exists() and not path.is_file():  # a pipe or a device
+            path.write_text(text, encoding="utf-8")
+            return
+        with whole_file(path) as partial:
+            partial.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--output {path}: cannot be written ({error.strerror or error})") from None

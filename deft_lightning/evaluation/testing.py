@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import abstractmethod
 from typing import Any
 
@@ -12,6 +13,8 @@ from deft_lightning.errors import UserError
 from deft_lightning.evaluation.aggregate import figure_names, figures, summary, table
 from deft_lightning.evaluation.benchmarks import TestSet
 from deft_lightning.evaluation.generate import Completion, Generation, room
+from deft_lightning.evaluation.grading import Doubts, Item, grade_all
+from deft_lightning.evaluation.judge import judge
 from deft_lightning.metrics import ExampleSums
 
 
@@ -57,6 +60,8 @@ class Tested(LightningModule):
         """Check the prompts, and start the sums of every loader."""
         self._check_prompts()
         n = self.generation.samples
+        judge().share(self.trainer.num_devices)
+        self._doubts = Doubts()
         self._sums = [
             ExampleSums(len(tests.sources) or 1, len(figure_names(tests.benchmark.grader, n))).to(self.device)
             for tests in self._test_sets()
@@ -66,13 +71,24 @@ class Tested(LightningModule):
         """Generate and grade."""
         tests, sums = self._test_sets()[dataloader_idx], self._sums[dataloader_idx]
         grader, votes = tests.benchmark.grader, self.generation.samples > 1
-        rows = zip(self.generate(batch, tests.longest), batch["gold"], batch["record"], strict=not batch.get("filler"))
-        for samples, gold, record in rows:
-            grades = [grader.grade(s.text, gold, record, s.truncated, votes) for s in samples]
-            sums.update(tests.place(record), figures(grader, grades))
+        names = ("example_id", "gold", "record")
+        rows = zip(
+            self.generate(batch, tests.longest), *(batch[name] for name in names), strict=not batch.get("filler")
+        )
+        items: list[Item] = []
+        places = []
+        for samples, id, gold, record in rows:
+            items += [Item(f"example {id}", s.text, s.truncated, gold, record) for s in samples]
+            places.append(tests.place(record))
+        grades, n = grade_all(grader, items, votes, self._doubts), self.generation.samples
+        for i, place in enumerate(places):
+            sums.update(place, figures(grader, grades[n * i : n * (i + 1)]))
 
     def on_test_epoch_end(self) -> None:
         """Log the figures of every loader's prompts over all ranks, and print them as one table."""
+        if str(self._doubts):
+            rank = f" (rank {self.global_rank})" if self.trainer.world_size > 1 else ""
+            warnings.warn(f"test{rank}: {self._doubts}", stacklevel=2)
         results = {}
         for tests, sums in zip(self._test_sets(), self._sums, strict=True):
             found = summary(sums.compute().tolist(), tests.benchmark.grader, self.generation.samples, tests.sources)

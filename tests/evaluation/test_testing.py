@@ -93,7 +93,9 @@ def test_predictions_of_a_benchmark_of_ones_own_are_scored_as_they_are(pretraine
         "gsm8k": write(tmp_path / "gsm8k.jsonl", [{"question": w, "answer": "#### 1"} for w in WORDS]),
     }
     live, file = test(tmp_path, pretrained, benchmarks), predict(tmp_path, pretrained, benchmarks)
-    found = score(file)
+    with pytest.raises(UserError, match=r"MINE is code to import.*--trust_benchmarks"):
+        score(file)
+    found = score(file, trust=True)
     assert list(found) == [f"{__name__}.MINE", "gsm8k"]
     assert {f"test/mine/{figure}": value for figure, value in found[f"{__name__}.MINE"].items()}.items() <= live.items()
 
