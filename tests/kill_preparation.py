@@ -25,6 +25,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+from kill_runs import left as processes_of
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -68,22 +70,9 @@ class Command:
             return None
 
 
-def group(leader: int) -> list[int]:
-    """Processes of a group that are still there."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        if int(fields[2]) == leader and fields[0] != "Z":
-            found.append(int(stat.parent.name))
-    return found
-
-
 def no_process(leader: int) -> bool:
     """Whether a group is gone."""
-    return not group(leader)
+    return not processes_of(leader)
 
 
 def until(condition: Callable[[], Any], seconds: float, otherwise: str) -> None:
@@ -135,7 +124,7 @@ def kill_and_go_on(root: Path, start: Start, kills: int, seed: int) -> dict[str,
         status = process.ended(draw.uniform(0.0, 0.9 * takes))
         if status is None:
             way = draw.choice(("SIGKILL", "SIGKILL", "SIGKILL of the group", "SIGKILL of a worker", "SIGTERM"))
-            others = [pid for pid in group(process.pid) if pid != process.pid]
+            others = [pid for pid in processes_of(process.pid) if pid != process.pid]
             try:
                 if way == "SIGKILL of the group":
                     os.killpg(process.pid, signal.SIGKILL)
