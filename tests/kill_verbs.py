@@ -46,8 +46,15 @@ headline_seeds: 2
 """
 
 
-def run(arguments: list[str], root: Path, kill_after: float | None = None) -> tuple[float, int]:
-    """Run a command line in a group of its own; return its seconds and exit status, -9 if it was killed."""
+def run(arguments: list[str], root: Path, kill_after: float | None = None, writing: bool = False) -> tuple[float, int]:
+    """Run a command line in a group of its own; return its seconds and exit status, -9 if it was killed.
+
+    Args:
+        arguments: Of the command line.
+        root: Working folder.
+        kill_after: Seconds until it is killed; None lets it end.
+        writing: Count them from the moment at which something half-written is there.
+    """
     begun = time.monotonic()
     temporary = root / "tmp"
     temporary.mkdir(exist_ok=True)
@@ -56,6 +63,8 @@ def run(arguments: list[str], root: Path, kill_after: float | None = None) -> tu
             [sys.executable, "-m", "deft_lightning", *arguments], cwd=root, stdout=log, stderr=subprocess.STDOUT,
             env={**environment(root), "TMPDIR": str(temporary)}, start_new_session=True,
         )  # fmt: skip
+    while writing and process.poll() is None and not half_written(root):
+        time.sleep(0.001)
     try:
         code = process.wait(kill_after)
     except subprocess.TimeoutExpired:
@@ -83,8 +92,11 @@ def difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> 
 
 def half_written(root: Path) -> list[str]:
     """What stands under a name that is not final, or in the folder of temporary files."""
-    found = [path for path in root.rglob(".*") if path.name != ".cache"]
-    return sorted(str(path.relative_to(root)) for path in (*found, *(root / "tmp").iterdir()))
+    found: list[Path] = []
+    for folder, folders, files in os.walk(root):  # which passes over what vanishes meanwhile
+        found += [Path(folder, name) for name in (*folders, *files) if name.startswith(".")]
+    temporary = [path for path in (root / "tmp").iterdir() if not path.name.startswith("torchinductor")]
+    return sorted({str(path.relative_to(root)) for path in (*found, *temporary)})
 
 
 def export(root: Path) -> tuple[list[str], Path, Callable[[Path], Any]]:
@@ -117,11 +129,11 @@ def kill(verb: str, root: Path, kills: int, seed: int) -> dict[str, Any]:
     assert code == 0, (root / "log").read_text()[-2000:]
     whole = read(target)
     shutil.rmtree(target)
-    # An export writes at its end; a study all the time, and goes on where it was.
-    earliest = 0.5 * seconds if verb == "export" else 0.0
     done, half = 0, 0
-    for _ in range(kills):
-        _, code = run(arguments, root, draw.uniform(earliest, seconds))
+    for number in range(kills):
+        # Every second one while something is being written: an export does so for a moment at its end.
+        writing = number % 2 == 1
+        _, code = run(arguments, root, draw.uniform(0.0, 0.2 if writing else seconds), writing)
         done += code == -signal.SIGKILL
         half += bool(half_written(root))
         if verb == "export" and target.exists():
