@@ -9,6 +9,7 @@ makes a file, the marker: whether it is there tells whether code has run or some
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import gzip
 import io
@@ -427,6 +428,7 @@ def run(arguments: list[str], marker: Path) -> Outcome:
 def prepared() -> tuple[Path, Path, Path]:
     """Make a run, a model and rows that are in order, once."""
     home = Path(tempfile.mkdtemp(prefix="deft_lightning-attacks-"))
+    atexit.register(shutil.rmtree, home, ignore_errors=True)  # used by every attack of the process, by none after it
     rows = home / "rows.jsonl"
     rows.write_text("".join(json.dumps({"question": f"{i} + 1", "answer": f"{i + 1}"}) + "\n" for i in range(24)))
     model = Path(save_tiny_llama(home / "model", 0.1))
