@@ -244,6 +244,8 @@ def test_what_cannot_be_resumed_is_one_line_before_any_work(name: str, world: Pa
 def test_a_folder_of_shares_is_resumed_by_the_strategy_that_shares_alone(world: Path, tmp_path: Path) -> None:
     folder = tmp_path / "shares.ckpt"
     folder.mkdir()
+    for name in (".metadata", "meta.pt"):  # without them it is no checkpoint, which is another line
+        (folder / name).touch()
     line = error(tmp_path, str(tmp_path / "missing.jsonl"), 6, folder)
     assert str(folder) in line and "--trainer.strategy fsdp2" in line
 
@@ -367,9 +369,9 @@ def test_a_checkpoint_cannot_name_a_file_that_saving_then_deletes(where: str, wo
     held = torch.load(saved(world), weights_only=True)
     (state,) = (state for name, state in held["callbacks"].items() if "Checkpoint" in name)
     name = {"t": str(theirs), ".": f"{folder}/{where}", "f": f"file://{theirs}"}[where[0]]
-    for stated in (folder, tmp_path):
+    for stated in (str(folder), str(tmp_path), None):
         state |= {
-            "dirpath": str(stated),
+            "dirpath": stated,
             "best_model_path": name,
             "last_model_path": name,
             "best_k_models": {name: 1.0},
@@ -378,4 +380,10 @@ def test_a_checkpoint_cannot_name_a_file_that_saving_then_deletes(where: str, wo
         fit(
             tmp_path / "run", str(world / "rows.jsonl"), 6, tmp_path / "stranger.ckpt", saver={"every_n_train_steps": 1}
         )
+        assert theirs.read_text() == "kept"
+    if where == "theirs.txt":  # beside the checkpoints of this run, but none
+        state["dirpath"] = str(tmp_path)
+        torch.save(held, tmp_path / "stranger.ckpt")
+        saver = {"every_n_train_steps": 1, "dirpath": str(tmp_path)}
+        fit(tmp_path / "run", str(world / "rows.jsonl"), 6, tmp_path / "stranger.ckpt", saver=saver)
         assert theirs.read_text() == "kept"

@@ -172,14 +172,16 @@ def _keep_beside(held: dict[str, Any]) -> None:
     """Take names of files that do not lie in the folder of their callback out of its state."""
     states = held.get("callbacks")
     for state in states.values() if isinstance(states, dict) else ():
-        if not isinstance(state, dict) or not isinstance(state.get("dirpath"), str):
+        if not isinstance(state, dict):
             continue
-        folder, gone = os.path.abspath(state["dirpath"]), list[Any]()
+        # Without a folder no file is its own: Lightning would take the name as it is, and delete what has it.
+        named = state.get("dirpath")
+        folder, gone = os.path.abspath(named) if isinstance(named, str) else "", list[Any]()
 
         def kept(name: Any, folder: str = folder, gone: list[Any] = gone) -> str:
             # Without `..`, which Lightning would take for a folder within.
             path = os.path.abspath(name) if isinstance(name, str) and "://" not in name else ""
-            if os.path.dirname(path) == folder:
+            if folder and os.path.dirname(path) == folder and path.endswith(".ckpt"):
                 return path
             gone.append(name)
             return ""
@@ -190,4 +192,5 @@ def _keep_beside(held: dict[str, Any]) -> None:
         if isinstance(best := state.get("best_k_models"), dict):
             state["best_k_models"] = {path: score for name, score in best.items() if (path := kept(name))}
         if gone:
-            rank_zero_warn(f"the checkpoint names files outside of {shown(folder)} as its own; they are left alone")
+            where = f"checkpoints in {shown(folder)}" if folder else "checkpoints of its folder"
+            rank_zero_warn(f"the checkpoint names files as its own that are no {where}; they are left alone")
