@@ -154,6 +154,9 @@ def ended() -> Iterator[None]:
     try:
         yield
         sys.stdout.flush()
+        for name, stream in (("output", sys.stdout), ("error", sys.stderr)):
+            if (lost := getattr(stream, "lost", None)) is not None:  # told once all is done, and not in its place
+                raise OSError(lost.errno, lost.strerror, f"standard {name}")
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         sys.exit(130)

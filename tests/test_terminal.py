@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import io
+import sys
 import unicodedata
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tqdm import tqdm
 
+from deft_lightning.crash import ended
 from deft_lightning.errors import UserError
 from deft_lightning.terminal import GuardedStream, guarded, visible
 
@@ -62,11 +65,35 @@ def test_a_guarded_stream_shows_it_and_bars_go_on_to_work() -> None:
 
 
 def test_the_standard_streams_are_guarded_and_given_back(capsys: pytest.CaptureFixture[str]) -> None:
-    import sys
-
     before = sys.stdout
     with guarded(), guarded():
         print("\x1b[31mred")
         assert sys.stdout.fileno is not None
     assert sys.stdout is before
     assert capsys.readouterr().out == "\\x1b[31mred\n"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="has no disk that is always full")
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+def test_a_stream_on_a_full_disk_costs_its_text_and_not_the_work(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    done = []
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, name, full)
+        with pytest.raises(SystemExit) as end, guarded(), ended():
+            for step in range(3):
+                print("a" * 10_000, file=getattr(sys, name), flush=True)
+                done.append(step)
+        full.flush()
+    assert done == [0, 1, 2] and end.value.code == 2
+    assert capsys.readouterr().err == ("error: standard output: the disk is full\n" if name == "stdout" else "")
+
+
+def test_a_stream_that_was_closed_takes_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    with guarded(), ended():
+        print("a")
+        sys.stderr.write("b")
+        sys.stdout.flush()
