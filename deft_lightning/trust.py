@@ -78,10 +78,7 @@ def check_model(name: str, trust: bool, attention: str | None = None) -> dict[st
     known = isinstance(kind, str) and kind in CONFIG_MAPPING_NAMES and kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     if code and not known and not trust:
         _refuse(name, f"model type {kind!r} is code of its own", code, "--model.pretrained")
-    # What was asked for wins over the one, the other over what was asked for.
-    for key in ("attn_implementation", "_attn_implementation")[attention is not None :]:
-        for value in _values(settings, key):
-            check_attention(value, trust, f"{name}: config.json: {key}")
+    check_code(settings, f"{name}: config.json: ", trust, attention)
     if _find(name, "adapter_config.json") is not None:
         base = read_settings(name, "adapter_config.json").get("base_model_name_or_path")
         raise UserError(
@@ -92,6 +89,35 @@ def check_model(name: str, trust: bool, attention: str | None = None) -> dict[st
     return settings
 
 
+def check_code(settings: Mapping[str, Any], where: str, trust: bool = False, attention: str | None = None) -> None:
+    """Refuse kernels that a config names, which are code; code of its parts is not asked about either.
+
+    Args:
+        settings: The config as plain values.
+        where: What it is of, for the error.
+        trust: Code may run.
+        attention: What was asked for in place of the attention that the config names.
+
+    Raises:
+        UserError: What it wants, and the option that admits it.
+    """
+    ask_nobody()
+    # What was asked for wins over the one, the other over what was asked for.
+    for key in ("attn_implementation", "_attn_implementation")[attention is not None :]:
+        for value in _values(settings, key):
+            check_attention(value, trust, f"{where}{key}")
+
+
+def ask_nobody() -> None:
+    """Let transformers refuse where it would ask on standard input whether code may run.
+
+    It asks for the parts of a model, to which it does not hand down that their code may not run.
+    """
+    from transformers import dynamic_module_utils
+
+    dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
+
+
 def check_tokenizer(name: str, trust: bool) -> None:
     """Refuse a tokenizer that is code of its own, which ``auto_map`` of tokenizer_config.json names.
 
@@ -100,6 +126,7 @@ def check_tokenizer(name: str, trust: bool) -> None:
     Raises:
         UserError: Names the code and the option that admits it.
     """
+    ask_nobody()
     if trust:
         return
     settings = read_settings(name, "tokenizer_config.json")

@@ -19,7 +19,7 @@ LEVEL = {
     "data": 3,  # it reads the rows of benchmarks, which evaluation describes
     "resume": 3.5,  # it compares data; the trainer resumes with it
     "module": 4, "callbacks": 4, "strategy": 4, "probe": 4,
-    "config_files": 1, "parser_errors": 1, "trainer_options": 1,
+    "config_files": 1, "config_sizes": 1, "parser_errors": 1, "trainer_options": 1,
     "trainer": 5, "messages": 5, "after_fit": 6, "cli": 7, "study": 8, "__main__": 9,
 }  # fmt: skip
 FORBIDDEN = {

@@ -148,6 +148,24 @@ def test_code_elsewhere_is_named_as_such(folder: Path) -> None:
         check_pretrained(str(folder))
 
 
+def test_nobody_is_asked_about_the_code_of_a_part(folder: Path, marker: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fuyu makes its text model without the option; a kind of it that is no text model has no code in transformers."""
+    own_model(folder, marker)
+    shape = {"vocab_size": 262, "pad_token_id": 0, "hidden_size": 16}
+    part = {
+        "model_type": "encoder-decoder",
+        "encoder": {"model_type": "bert"},
+        "decoder": {"model_type": "bert"},
+        **shape,
+    }
+    code_of = {"auto_map": {"AutoModel": "own.Net"}, "_name_or_path": str(folder), "name_or_path": str(folder)}
+    (folder / "config.json").write_text(json.dumps({"model_type": "fuyu", **shape, "text_config": {**part, **code_of}}))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(UserError, match="cannot load the model"):
+        load_pretrained(str(folder), "float32")
+    assert not marker.exists()
+
+
 def test_custom_generation_code_is_not_run(folder: Path, marker: Path) -> None:
     (folder / "custom_generate").mkdir()
     body = f"import pathlib\npathlib.Path({str(marker)!r}).touch()\ndef generate(model, **_):\n    return None\n"

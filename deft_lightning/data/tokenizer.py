@@ -6,8 +6,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from deft_lightning.config_sizes import check_sizes
 from deft_lightning.errors import UserError
-from deft_lightning.trust import check_tokenizer
+from deft_lightning.trust import check_tokenizer, read_settings
 
 PAD, END = "<|pad|>", "<|end|>"
 ROLE_TOKENS = ("<|system|>", "<|user|>", "<|assistant|>", "<|tool|>")
@@ -64,13 +65,15 @@ def load_tokenizer(name: str, trust: bool = False) -> Any:
     if not folder.is_dir() and name.startswith((".", "/", "~")):
         raise UserError(f"{name}: no such folder (--data.tokenizer, or --model.pretrained which it follows)")
     check_tokenizer(name, trust)
+    # transformers makes the config of a model for the sake of its tokenizer's class.
+    check_sizes(read_settings(name, "config.json"), f"{name}: config.json: ", "--data.tokenizer, or --model.pretrained")
     try:
         # Never None: transformers asks on standard input then.
         tokenizer = AutoTokenizer.from_pretrained(str(folder) if folder.is_dir() else name, trust_remote_code=trust)
     except Exception as error:  # the tokenizers library raises Exception itself; a malformed config, any kind
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{name}: cannot load its tokenizer: {reason} (--data.tokenizer)") from None
-    if not tokenizer.is_fast:
+    if not getattr(tokenizer, "is_fast", False):
         raise UserError(f"{name}: its tokenizer is not a fast one, so token offsets are unknown (--data.tokenizer)")
     if tokenizer.eos_token_id is None:
         raise UserError(f"{name}: its tokenizer has no end-of-sequence token (--data.tokenizer)")

@@ -11,9 +11,10 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import nn
 
+from deft_lightning.config_sizes import check_sizes
 from deft_lightning.errors import UserError, did_you_mean
 from deft_lightning.models.shard import layers_of
-from deft_lightning.models.sizes import check_memory, check_sizes
+from deft_lightning.models.sizes import check_memory
 from deft_lightning.models.weights import check_loaded, damaged, renaming, without_report
 from deft_lightning.trust import check_attention, check_model, check_tokenizer, weight_files
 

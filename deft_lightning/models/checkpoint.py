@@ -6,6 +6,7 @@ import json
 import tempfile
 import zipfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,20 @@ import torch
 from lightning.fabric.utilities import rank_zero  # noqa: F401 - sets the rank, without which nothing is told
 from lightning_utilities.core.rank_zero import rank_zero_info
 
+from deft_lightning.config_sizes import check_sizes
 from deft_lightning.errors import UserError
 from deft_lightning.hashing import key
 from deft_lightning.models.build import ready
 from deft_lightning.models.contents import KEY, is_inside, pickled, problem
 from deft_lightning.models.head import base_causal_lm
 from deft_lightning.models.lora import LoRA, add_adapters
-from deft_lightning.models.seal import DIGESTS, Damaged, check_folder, check_sealed, has_end
+from deft_lightning.models.seal import DIGESTS, Damaged, check_folder, check_sealed, has_end, is_sealed, unbounded
 from deft_lightning.models.shares import METADATA, SHARED, read_weights
-from deft_lightning.models.sizes import check_memory, check_sizes
+from deft_lightning.models.sizes import check_memory
+from deft_lightning.trust import check_code
 
 Shape = tuple[int, ...]
+A = "lora_A.default.weight"  # ends the name of an adapter's first matrix, which has a row for each rank
 
 
 def vocabulary_digest(tokenizer: Any) -> str:
@@ -99,8 +103,13 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{path}: no such checkpoint (--ckpt_path)")
     if not is_complete(source):
         raise UserError(f"{path}: is not a complete checkpoint (--ckpt_path)")
-    verify(source)
     file = source / SHARED if source.is_dir() else source
+    if not source.is_dir() and not is_sealed(source):  # its members are about to be read
+        try:
+            _check_members(source)
+        except (zipfile.BadZipFile, OSError, NotImplementedError):
+            pass  # damaged, which is told below
+    verify(source)
     try:
         _check_members(file)
         found: Any = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
@@ -150,10 +159,10 @@ def verify(path: Path) -> None:
 
 
 def _check_members(path: Path) -> None:
-    """Refuse compressed members: ``torch.save`` writes none, and a small file could unpack to any size."""
+    """Refuse an archive that could unpack to any size."""
     with zipfile.ZipFile(path) as archive:
-        if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
-            raise UserError(f"{path}: is refused: it is compressed, so that it could unpack to any size (--ckpt_path)")
+        if why := unbounded(archive):
+            raise UserError(f"{path}: is refused: {why} (--ckpt_path)")
 
 
 def is_complete(path: Path) -> bool:
@@ -174,7 +183,7 @@ def model_from_checkpoint(checkpoint: dict[str, Any]) -> tuple[Any, Any | None, 
     """
     about = checkpoint[KEY]
     try:
-        model = _network(about)
+        model = _network(about, checkpoint["state_dict"])
         state = {k.removeprefix("model."): v for k, v in checkpoint["state_dict"].items() if k.startswith("model.")}
         check_state(model, checkpoint["state_dict"])
         model.load_state_dict(state)
@@ -186,16 +195,34 @@ def model_from_checkpoint(checkpoint: dict[str, Any]) -> tuple[Any, Any | None, 
     return model, tokenizer_from_checkpoint(checkpoint), list(about["stop_token_ids"])
 
 
-def _network(about: dict[str, Any]) -> Any:
+def _adapters(about: dict[str, Any], state: Mapping[str, Any]) -> LoRA:
+    """Return a checkpoint's adapters, on the modules that its weights are of: a pattern of a stranger is never matched.
+
+    Matching a pattern may take for ever, and a rank that the weights do not have more memory than there is.
+    """
+    lora = LoRA(**about["lora"])
+    ranks = {value.shape[0] for name, value in state.items() if name.endswith(f".{A}") and value.dim()}
+    if ranks - {lora.r}:
+        raise UserError(f"--ckpt_path: the checkpoint says rank {lora.r} of its adapters, which have {max(ranks)}")
+    if not ranks:
+        raise UserError("--ckpt_path: the checkpoint names adapters and has no weights of any")
+    if not isinstance(lora.target_modules, str) or lora.target_modules == "all-linear":
+        return lora
+    places = [name.removesuffix(f".{A}") for name in state if name.endswith(f".{A}")]
+    return replace(lora, target_modules=[place.removeprefix("model.base_model.model.") for place in places])
+
+
+def _network(about: dict[str, Any], weights: Mapping[str, Any]) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     settings = json.loads(about["config"])
+    check_code(settings, "--ckpt_path: the checkpoint's config: ")
     check_sizes(settings, "--ckpt_path: the checkpoint's config: ", "--ckpt_path")
     config, dtype = AutoConfig.for_model(settings["model_type"]).from_dict(settings), getattr(torch, about["dtype"])
     check_memory(config, dtype, "--ckpt_path: the checkpoint's model", "--ckpt_path")
     model = ready(AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False))
     model.generation_config = GenerationConfig.from_dict(json.loads(about["generation_config"]))
-    return model if about["lora"] is None else add_adapters(model, LoRA(**about["lora"]))
+    return model if about["lora"] is None else add_adapters(model, _adapters(about, weights))
 
 
 def tokenizer_from_checkpoint(checkpoint: dict[str, Any]) -> Any | None:
@@ -210,13 +237,15 @@ def tokenizer_from_checkpoint(checkpoint: dict[str, Any]) -> Any | None:
     if not files:
         return None
     with tempfile.TemporaryDirectory(prefix="deft_lightning-") as folder:
-        for name, text in files.items():
-            if not is_inside(name):  # whoever has read the checkpoint: nothing is ever written elsewhere
-                raise UserError(f"--ckpt_path: the checkpoint names a file of its tokenizer {str(name)[:200]!r}")
-            (Path(folder) / name).parent.mkdir(parents=True, exist_ok=True)
-            (Path(folder) / name).write_text(text, encoding="utf-8")
         try:
+            for name, text in files.items():
+                if not is_inside(name):  # whoever has read the checkpoint: nothing is ever written elsewhere
+                    raise UserError(f"--ckpt_path: the checkpoint names a file of its tokenizer {str(name)[:200]!r}")
+                (Path(folder) / name).parent.mkdir(parents=True, exist_ok=True)
+                (Path(folder) / name).write_text(text, encoding="utf-8")
             return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        except Exception as error:  # tokenizers raise a bare Exception for broken files
+        except UserError:
+            raise
+        except Exception as error:  # half surrogates, a file that is a folder too; tokenizers raise a bare Exception
             reason = " ".join(str(error).split()) or type(error).__name__
             raise UserError(f"--ckpt_path: the checkpoint's tokenizer cannot be loaded: {reason}") from None

@@ -124,11 +124,33 @@ def _digest(file: IO[bytes], length: int | None = None) -> str:
     return found.hexdigest()
 
 
+def unbounded(archive: zipfile.ZipFile) -> str:
+    """Return why the members of an archive could be larger than its file; nothing if they are not.
+
+    ``torch.save`` compresses nothing. Members that lie over each other are read as often as they are listed.
+    """
+    members = archive.infolist()
+    if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+        return "it is compressed, so that it could unpack to any size"
+    if sum(member.file_size for member in members) > os.stat(str(archive.filename)).st_size:
+        return "its members lie over each other, so that it could unpack to any size"
+    return ""
+
+
+def is_sealed(path: Path) -> bool:
+    """Whether a file ends with a digest."""
+    with path.open("rb") as file:
+        tail = _tail(file, os.fstat(file.fileno()).st_size, END + COMMENT)
+    return tail.startswith(b"PK\5\6") and tail[END:].startswith(MARK)
+
+
 def _damaged_member(path: Path) -> str:
     """Say which member of an archive does not have the CRC that it should; nothing if all have."""
     name = "archive"
     try:
         with zipfile.ZipFile(path) as archive:
+            if why := unbounded(archive):
+                return f"its list of members has changed ({why})"
             for member in archive.infolist():
                 name = member.filename
                 with archive.open(member) as content:

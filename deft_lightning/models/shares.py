@@ -13,7 +13,7 @@ import warnings
 from collections import OrderedDict
 from math import prod
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.distributed.checkpoint import metadata
@@ -46,8 +46,26 @@ _CLASSES[("torch", "Size")] = torch.Size
 _CLASSES[("torch.serialization", "_get_layout")] = torch.serialization._get_layout
 
 
-class _Unpickler(pickle.Unpickler):
-    """Makes nothing but torch's metadata; dtypes are names in torch."""
+class _Unpickler(pickle._Unpickler):
+    """Makes nothing but torch's metadata; dtypes are names in torch.
+
+    The one in Python, not the one in C, which sets aside as much memory as a number in the file says.
+    """
+
+    stack: list[Any]
+
+    def load_build(self) -> None:
+        """Give an object its state; what is no instance, such as a class, would keep it beyond this file."""
+        if len(self.stack) > 1 and not type(self.stack[-2]).__module__.startswith(
+            ("torch.distributed.", "collections")
+        ):
+            raise pickle.UnpicklingError("it changes what is no part of a checkpoint's metadata")
+        super().load_build()  # type: ignore[misc]
+
+    dispatch: ClassVar[dict[int, Any]] = {
+        **{code: load for code, load in pickle._Unpickler.dispatch.items() if code != pickle.BYTEARRAY8[0]},
+        pickle.BUILD[0]: load_build,
+    }
 
     def find_class(self, module: str, name: str) -> Any:
         found = _CLASSES.get((module, name))

@@ -11,6 +11,7 @@ import torch
 from deft_lightning.errors import UserError
 from deft_lightning.models.checkpoint import is_complete
 from deft_lightning.models.contents import KEY
+from deft_lightning.models.seal import unbounded
 from deft_lightning.models.shares import SHARED
 from deft_lightning.resume.settings import class_path, of_optimizer, shown
 
@@ -23,8 +24,8 @@ def peek(path: str | Path) -> dict[str, Any] | None:
     source = Path(path)
     file = source / SHARED if source.is_dir() else source
     try:
-        with zipfile.ZipFile(file) as archive:  # a compressed member could unpack to any size; torch writes none
-            if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+        with zipfile.ZipFile(file) as archive:
+            if unbounded(archive):
                 return None
         held = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception:  # the unpickler fails in any way

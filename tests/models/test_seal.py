@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import random
 import shutil
+import struct
+import time
+import tracemalloc
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -19,6 +22,7 @@ from deft_lightning.errors import UserError
 from deft_lightning.models import describe, from_architecture, load_checkpoint, model_from_checkpoint, read_checkpoint
 from deft_lightning.models.contents import is_inside, problem
 from deft_lightning.models.seal import DIGESTS, check_folder, file_digest, write_digests
+from deft_lightning.resume.refuse import peek
 from deft_lightning.strategy import AtomicCheckpointIO
 
 
@@ -111,6 +115,47 @@ def test_a_compressed_archive_is_refused_as_it_could_unpack_to_any_size(tmp_path
             new.writestr(member.filename, old.read(member))
     with pytest.raises(UserError, match=r"small\.ckpt: is refused: it is compressed"):
         load_checkpoint(tmp_path / "small.ckpt")
+
+
+@pytest.mark.parametrize("how", [zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2])
+def test_what_is_compressed_is_not_unpacked_to_find_out(tmp_path: Path, how: int) -> None:
+    bomb = tmp_path / "bomb.ckpt"
+    with zipfile.ZipFile(bomb, "w", how, compresslevel=9) as archive, archive.open("archive/data.pkl", "w") as member:
+        for _ in range(48):
+            member.write(bytes(1 << 20))
+    assert bomb.stat().st_size < 1 << 14
+    tracemalloc.start()
+    with pytest.raises(UserError, match="could unpack to any size"):
+        load_checkpoint(bomb)
+    assert peek(bomb) is None and tracemalloc.get_traced_memory()[1] < 1 << 23
+    tracemalloc.stop()
+
+
+def test_members_that_lie_over_each_other_are_not_read_again_and_again(tmp_path: Path) -> None:
+    path = tmp_path / "same.ckpt"
+    torch.save({"a": torch.zeros(1 << 18)}, path)
+    with zipfile.ZipFile(path) as archive:
+        place, largest = archive.start_dir, max(archive.infolist(), key=lambda member: member.file_size)
+    raw = path.read_bytes()
+    at = raw.rindex(largest.filename.encode()) - 46
+    entry = raw[at : at + 46 + len(largest.filename) + int.from_bytes(raw[at + 30 : at + 32], "little")]
+    listed = entry * 5000
+    end = struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, 5000, 5000, len(listed), place, 0)
+    path.write_bytes(raw[:place] + listed + end)
+    begin = time.process_time()
+    with pytest.raises(UserError, match=r"same\.ckpt: is refused: its members lie over each other"):
+        load_checkpoint(path)
+    assert time.process_time() - begin < 2
+
+
+@pytest.mark.parametrize(
+    "files", [{"tokenizer.json": "\ud800"}, {"tokenizer.json": "{}", "a": "x", "a/b": "y"}, {"tokenizer.json": "{"}]
+)
+def test_a_tokenizer_that_cannot_be_written_is_one_line(files: dict[str, str]) -> None:
+    held = whole()
+    held["deft_lightning"]["tokenizer"] = files
+    with pytest.raises(UserError, match="--ckpt_path: the checkpoint's tokenizer cannot be loaded"):
+        model_from_checkpoint(held)
 
 
 def test_what_was_verified_is_verified_again_once_it_has_changed(saved: Path, tmp_path: Path) -> None:

@@ -130,6 +130,11 @@ def test_metadata_that_does_not_fit_its_files_is_refused(
         b"", b"nonsense", pickle.dumps({"a": 1}), pickle.dumps(None), b"cos\nsystem\n(S'touch marker'\ntR.",
         b"cbuiltins\neval\n(S'1'\ntR.", b"ctorch\nload\n(S'x'\ntR.", b"ctorch.serialization\nload\n(S'x'\ntR.",
         b"\x80\x04" + b"(" * 100_000,
+        # Numbers for which the unpickler in C sets memory aside: 34 GB, 8 GB, 8 GB.
+        b"\x80\x02]r\xff\xff\xff\x7f.", b"\x80\x05\x96" + (1 << 33).to_bytes(8, "little") + b"x.",
+        b"\x80\x04\x8e" + (1 << 33).to_bytes(8, "little") + b"x.",
+        # Attributes of a class, which stay: torch.Size would have another meaning from then on.
+        b"ctorch\nSize\n(N}S'numel'\nI1\nstb.", b"ctorch.serialization\n_get_layout\n}S'a'\nI1\nsb.",
     ],
 )  # fmt: skip
 def test_what_is_no_metadata_is_one_line(text: bytes, tmp_path: Path) -> None:

@@ -14,8 +14,12 @@ from safetensors.torch import load_file, save_file
 from tiny import LLAMA, build, checkpoint_of, one_line
 from torch import Tensor
 
+from deft_lightning.data.tokenizer import build_tokenizer, load_tokenizer
 from deft_lightning.errors import UserError
 from deft_lightning.models import (
+    LoRA,
+    add_adapters,
+    describe,
     from_architecture,
     load_checkpoint,
     load_pretrained,
@@ -217,6 +221,47 @@ def test_sizes_that_no_model_has(folder: Path, name: str, value: Any) -> None:
 def test_sizes_inside_of_a_part(folder: Path) -> None:
     settings(folder, text_config={"num_hidden_layers": 10**9})
     refused(folder, r"config\.json: text_config\.num_hidden_layers 1,000,000,000 is more than any model has")
+
+
+def test_a_mask_beside_the_weights_counts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sizes_module, "available_memory", lambda: 1 << 24)
+    options = {"model_type": "gpt_neo", "hidden_size": 4, "num_heads": 1, "num_layers": 1, "vocab_size": 8}
+    with pytest.raises(UserError, match=r"0\.1 GiB of memory"):
+        from_architecture(
+            {**options, "attention_types": [[["global"], 1]], "max_position_embeddings": 10_000}, None, "float32"
+        )
+
+
+@pytest.mark.parametrize(("name", "value"), [("num_labels", 10**9), ("num_hidden_layers", 10**9)])
+def test_sizes_are_looked_at_before_a_tokenizer_reads_the_config(folder: Path, name: str, value: int) -> None:
+    build_tokenizer(["hello"], 0).save_pretrained(folder)
+    settings(folder, **{name: value})
+    with pytest.raises(UserError, match=rf"config\.json: {name} 1,000,000,000 is more than any model has"):
+        load_tokenizer(str(folder))
+
+
+def test_an_attention_that_a_checkpoint_names_is_no_kernel_of_the_hub() -> None:
+    about = describe(build(LLAMA), None, None, [])
+    for key in ("attn_implementation", "_attn_implementation"):
+        changed = {**about, "config": json.dumps({**json.loads(about["config"]), key: "someone/kernel"})}
+        with pytest.raises(UserError, match=rf"the checkpoint's config: {key} someone/kernel is a kernel of the hub"):
+            model_from_checkpoint({"deft_lightning": changed, "state_dict": {}})
+
+
+def test_adapters_of_a_checkpoint_are_on_the_modules_of_its_weights() -> None:
+    wrapped = add_adapters(build(LLAMA), LoRA(r=2, target_modules=r".*\.(q|v)_proj"))
+    held = {
+        "deft_lightning": describe(wrapped, None, LoRA(r=2, target_modules=r".*\.(q|v)_proj"), []),
+        "state_dict": {f"model.{name}": value for name, value in wrapped.state_dict().items()},
+    }
+    found = model_from_checkpoint(held)[0]
+    assert all(torch.equal(value, found.state_dict()[name]) for name, value in wrapped.state_dict().items())
+    lora = held["deft_lightning"]["lora"]
+    lora["target_modules"] = "(.*.*.*.*.*.*.*.*.*.*.*)*x"  # matching it would not end
+    assert model_from_checkpoint(held)[0].state_dict().keys() == wrapped.state_dict().keys()
+    lora["r"] = 10**9
+    with pytest.raises(UserError, match="rank 1000000000 of its adapters, which have 2"):
+        model_from_checkpoint(held)
 
 
 @pytest.mark.parametrize(("name", "value"), [("num_hidden_layers", 10**9), ("hidden_size", 0), ("vocab_size", 2**31)])
