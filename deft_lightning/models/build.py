@@ -40,7 +40,7 @@ def check_pretrained(name: str, trust: bool = False, attention: str | None = Non
             raise UserError(
                 f"{name}: has no config.json, so it is not a Hugging Face model folder (--model.pretrained)"
             )
-        check_model(name, trust, attention)
+        check_sizes(check_model(name, trust, attention), f"{name}: config.json: ", "--model.pretrained")
         check_tokenizer(name, trust)
         return str(path)
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or not name.strip():
