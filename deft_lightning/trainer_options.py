@@ -20,7 +20,7 @@ from lightning.pytorch import Trainer
 from deft_lightning.errors import UserError
 
 LEAST: dict[str, int] = {
-    "accumulate_grad_batches": 1, "check_val_every_n_epoch": 1, "gradient_clip_val": 0, "log_every_n_steps": 0,
+    "accumulate_grad_batches": 1, "check_val_every_n_epoch": 1, "log_every_n_steps": 0,
     "max_epochs": -1, "max_steps": -1, "min_epochs": 0, "min_steps": 0, "num_nodes": 1, "num_sanity_val_steps": -1,
     "reload_dataloaders_every_n_epochs": 0,
 }  # fmt: skip

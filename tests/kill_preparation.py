@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -101,7 +101,10 @@ def write_rows(root: Path, count: int) -> None:
     (root / "tmp").mkdir()
 
 
-def kill_and_go_on(root: Path, start: Start, kills: int, seed: int) -> dict[str, Any]:
+WAYS = ("SIGKILL", "SIGKILL", "SIGKILL of the group", "SIGKILL of a worker", "SIGTERM")
+
+
+def kill_and_go_on(root: Path, start: Start, kills: int, seed: int, choices: Sequence[str] = WAYS) -> dict[str, Any]:
     """Return what became of the preparations.
 
     Args:
@@ -109,6 +112,7 @@ def kill_and_go_on(root: Path, start: Start, kills: int, seed: int) -> dict[str,
         start: Begins a run, in a process group of its own.
         kills: How many runs are killed.
         seed: Of the moments and the ways.
+        choices: How a run is ended, drawn from these.
     """
     draw, ways = random.Random(seed), []
     process = start(root, 0, True)
@@ -123,7 +127,7 @@ def kill_and_go_on(root: Path, start: Start, kills: int, seed: int) -> dict[str,
         until(lambda: half(root), 120, "it does not begin")
         status = process.ended(draw.uniform(0.0, 0.9 * takes))
         if status is None:
-            way = draw.choice(("SIGKILL", "SIGKILL", "SIGKILL of the group", "SIGKILL of a worker", "SIGTERM"))
+            way = draw.choice(choices)
             others = [pid for pid in processes_of(process.pid) if pid != process.pid]
             try:
                 if way == "SIGKILL of the group":

@@ -109,7 +109,7 @@ def checked(options: str, verb: str = "fit") -> str:
     "options",
     [
         "--trainer.accumulate_grad_batches 0", "--trainer.max_epochs -5", "--trainer.max_steps -2",
-        "--trainer.min_steps -1", "--trainer.num_nodes 0", "--trainer.gradient_clip_val -1",
+        "--trainer.min_steps -1", "--trainer.num_nodes 0",
         "--trainer.log_every_n_steps -1", "--trainer.check_val_every_n_epoch 0", "--trainer.num_sanity_val_steps -2",
         "--trainer.limit_train_batches 0", "--trainer.limit_train_batches 0.0", "--trainer.limit_val_batches -1",
         "--trainer.limit_test_batches 1.5", "--trainer.overfit_batches -1", "--trainer.val_check_interval 0",
