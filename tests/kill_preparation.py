@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -101,10 +101,7 @@ def write_rows(root: Path, count: int) -> None:
     (root / "tmp").mkdir()
 
 
-WAYS = ("SIGKILL", "SIGKILL", "SIGKILL of the group", "SIGKILL of a worker", "SIGTERM")
-
-
-def kill_and_go_on(root: Path, start: Start, kills: int, seed: int, choices: Sequence[str] = WAYS) -> dict[str, Any]:
+def kill_and_go_on(root: Path, start: Start, kills: int, seed: int) -> dict[str, Any]:
     """Return what became of the preparations.
 
     Args:
@@ -112,7 +109,6 @@ def kill_and_go_on(root: Path, start: Start, kills: int, seed: int, choices: Seq
         start: Begins a run, in a process group of its own.
         kills: How many runs are killed.
         seed: Of the moments and the ways.
-        choices: How a run is ended, drawn from these.
     """
     draw, ways = random.Random(seed), []
     process = start(root, 0, True)
@@ -127,7 +123,7 @@ def kill_and_go_on(root: Path, start: Start, kills: int, seed: int, choices: Seq
         until(lambda: half(root), 120, "it does not begin")
         status = process.ended(draw.uniform(0.0, 0.9 * takes))
         if status is None:
-            way = draw.choice(choices)
+            way = draw.choice(("SIGKILL", "SIGKILL", "SIGKILL of the group", "SIGKILL of a worker", "SIGTERM"))
             others = [pid for pid in processes_of(process.pid) if pid != process.pid]
             try:
                 if way == "SIGKILL of the group":

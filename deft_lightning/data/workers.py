@@ -69,11 +69,11 @@ def in_order(
             result = _result(waiting.pop(0), workers)
             waiting.extend(pool.submit(work, *job) for job in islice(jobs, 1))
             yield result
-    except BaseException:
-        for process in list((pool._processes or {}).values()):
-            process.kill()  # nobody waits for what they have in hand
-        raise
     finally:
+        # Their results are here, or nobody waits for them. Asked to leave, they would wait for a lock of the queue
+        # that one of them holds, for ever if it was killed with it.
+        for process in list((pool._processes or {}).values()):
+            process.kill()
         pool.shutdown(cancel_futures=True)
 
 
