@@ -49,18 +49,25 @@ class SealingFile:
         if len(view) >= 2:
             self._hash.update(self._held)
             self._held = bytes(view[-2:])
-            if len(view) >= CHUNK:
-                digesting = self._beside.submit(self._hash.update, view[:-2])
-                self._file.write(view)
-                digesting.result()
-                return len(view)
-            self._hash.update(view[:-2])
+            for begin in range(0, len(view) - 2, CHUNK):
+                self._both(bytes(view[begin : min(begin + CHUNK, len(view) - 2)]))
+            self._file.write(self._held)
         else:
             held = self._held + bytes(view)
             self._hash.update(held[:-2])
             self._held = held[-2:]
-        self._file.write(view)
+            self._file.write(view)
         return len(view)
+
+    def _both(self, part: bytes) -> None:
+        """Digest a part while it is written. A copy, as torch frees its own when a write fails and nobody waits here."""
+        if len(part) < CHUNK:
+            self._hash.update(part)
+            self._file.write(part)
+            return
+        digesting = self._beside.submit(self._hash.update, part)
+        self._file.write(part)
+        digesting.result()
 
     def flush(self) -> None:
         """Hand over what is buffered."""
