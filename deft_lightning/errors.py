@@ -19,6 +19,20 @@ class UserError(ValueError):
         super().__init__(visible(" ".join(str(message).split())))
 
 
+def reason_of(error: BaseException) -> str:
+    """Return why something failed, in a line: the first of a library's message, and the next where it ends in a colon.
+
+    The lines behind are advice or tables. An error without a message is told by its kind.
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    told: list[str] = []
+    for line in lines:
+        told.append(line)
+        if not line.endswith(":"):
+            break
+    return " ".join(told) or type(error).__name__
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return ``" Did you mean A or B?"`` for the names closest to ``word``, or an empty string.
 

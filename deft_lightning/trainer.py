@@ -26,7 +26,7 @@ from deft_lightning.models import (
 )
 from deft_lightning.models.contents import KEY
 from deft_lightning.outputs import check_output, check_output_file
-from deft_lightning.probe import probe_data, writable, write
+from deft_lightning.probe import probe_data, write
 from deft_lightning.resume import Restoring, last_checkpoint
 from deft_lightning.strategy import AtomicCheckpointIO
 
@@ -178,11 +178,9 @@ class Trainer(LightningTrainer):
         if self.world_size > 1 or getattr(self.strategy, "shards_weights", False):
             raise UserError("probe: runs on one device; set --trainer.devices 1 --trainer.strategy auto")
         folder, target = Path(output or Path(self.default_root_dir) / "probe"), Path(audit) if audit else None
-        writable(folder, "probe: --output")
+        check_output(folder / "probe.json", "probe: --output")
         if target is not None:
-            if target.is_dir():
-                raise UserError(f"probe: --audit {target}: is a folder, not a file")
-            writable(target.parent, "probe: --audit")
+            check_output_file(target, "probe: --audit")
         self._data_connector.attach_data(model, datamodule=datamodule)
         self.strategy._lightning_module = model
         datamodule.prepare_data()

@@ -75,6 +75,17 @@ def test_fit_writes_every_tag_of_the_contract(fitted: Path) -> None:
     assert len(events.Scalars("train/nll")) == 4
 
 
+def test_every_metric_that_a_run_logs_can_be_monitored(fitted: Path) -> None:
+    """The names are listed apart from the module that logs them: a new one must be added there."""
+    from deft_lightning.callbacks.monitored import NOISY, TRAIN, VAL
+
+    events = EventAccumulator(str(fitted / "version_0"))
+    events.Reload()
+    for prefix, known in (("train/", TRAIN), ("val/", VAL), ("val_noisy/", NOISY)):
+        logged = {tag.removeprefix(prefix) for tag in events.Tags()["scalars"] if tag.startswith(prefix)}
+        assert logged and logged <= set(known), logged - set(known)
+
+
 def test_fit_leaves_a_folder_that_transformers_generates_from(fitted: Path) -> None:
     folder = fitted / "version_0" / "export"
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)

@@ -54,19 +54,20 @@ def file_identity(path: Path) -> str:
 
 def source_identity(source: str) -> str:
     """Return what a source is known by beside its name: the content of its files, nothing for the hub and tasks."""
-    found = [(str(file), file_identity(file)) for file in _source_files(source)]
+    found = [(str(file), file_identity(file)) for file in source_files(source)]
     return repr(found) if found else ""
 
 
 def source_state(sources: Iterable[str]) -> list[tuple[str, int, int, int]]:
     """Return what tells that somebody wrote to the files of sources: size, time of change and number of each."""
-    files = [file for source in sources for file in _source_files(source) if suffix(file)]
+    files = [file for source in sources for file in source_files(source) if suffix(file)]
     # What is prepared right now may lie below a folder that is a source.
     known = [(str(file), file.stat()) for file in files if not any(map(is_partial, file.parents))]
     return [(name, found.st_size, found.st_mtime_ns, found.st_ino) for name, found in known]
 
 
-def _source_files(source: str) -> list[Path]:
+def source_files(source: str) -> list[Path]:
+    """Return the files that a source names, in order of name; none of the hub and of tasks."""
     name = re.sub(r"\?\w+=.*$", "", source) if not source.startswith("reasoning_gym:") else source
     for choice in (source, name, re.sub(r"\[[^\]]*\]$", "", name)):
         path = Path(choice).expanduser()

@@ -17,7 +17,7 @@ from deft_lightning.data.files import read_file, suffix
 from deft_lightning.data.folders import split_files
 from deft_lightning.data.rows import BadRows, Located, RowError
 from deft_lightning.data.tasks import read_task
-from deft_lightning.errors import UserError, did_you_mean
+from deft_lightning.errors import UserError, did_you_mean, reason_of
 from deft_lightning.hashing import key, uniform
 
 __all__ = ["BadRows", "Located", "OnBadRow", "read", "read_many", "weights"]
@@ -212,7 +212,7 @@ def _datasets(source: str, subset: str | None, split: str, streaming: bool) -> L
     from datasets import load_dataset
 
     def failed(error: Exception) -> UserError:  # datasets raises a dozen kinds; each first line says what is wrong
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = reason_of(error)
         return UserError(
             f"{source}: no such file, and loading it as a dataset failed: {reason}"
             " (--data.source, --data.subset, --data.split)"

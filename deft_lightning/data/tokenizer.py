@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from deft_lightning.config_sizes import check_sizes
-from deft_lightning.errors import UserError
+from deft_lightning.errors import UserError, reason_of
 from deft_lightning.trust import check_tokenizer, read_settings
 
 PAD, END = "<|pad|>", "<|end|>"
@@ -71,7 +71,7 @@ def load_tokenizer(name: str, trust: bool = False) -> Any:
         # Never None: transformers asks on standard input then.
         tokenizer = AutoTokenizer.from_pretrained(str(folder) if folder.is_dir() else name, trust_remote_code=trust)
     except Exception as error:  # the tokenizers library raises Exception itself; a malformed config, any kind
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = reason_of(error)
         raise UserError(f"{name}: cannot load its tokenizer: {reason} (--data.tokenizer)") from None
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(f"{name}: its tokenizer is not a fast one, so token offsets are unknown (--data.tokenizer)")

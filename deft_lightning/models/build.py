@@ -12,7 +12,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import nn
 
 from deft_lightning.config_sizes import check_sizes
-from deft_lightning.errors import UserError, did_you_mean
+from deft_lightning.errors import UserError, did_you_mean, reason_of
 from deft_lightning.models.shard import layers_of
 from deft_lightning.models.sizes import check_memory
 from deft_lightning.models.weights import check_loaded, damaged, renaming, without_report
@@ -75,7 +75,7 @@ def load_pretrained(name: str, dtype: Dtype, attention: str | None = None, trust
         raise
     except Exception as error:  # configs validate themselves, and weights unpickle, with many kinds of exception
         reason = damaged(weight_files(source, settings.get("transformers_weights")))
-        reason = reason or (str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__)
+        reason = reason or reason_of(error)
         raise UserError(f"{name}: cannot load the model: {reason} (--model.pretrained)") from None
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
-from deft_lightning.errors import UserError
+from deft_lightning.errors import UserError, reason_of
 from deft_lightning.models.contents import pickled
 
 SHOWN = 3
@@ -128,8 +128,7 @@ def damaged(files: Iterable[Path]) -> str:
         except Exception as error:  # safetensors, zip files and pickles each have their own kinds
             if named := pickled(error):
                 return f"{path.name} holds {named}, which is no weight, and loading it would run code"
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            return f"{path.name} is damaged: {reason}"
+            return f"{path.name} is damaged: {reason_of(error)}"
     return ""
 
 

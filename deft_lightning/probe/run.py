@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -27,20 +26,6 @@ from deft_lightning.probe.tally import Tally, candidates, check_seen
 
 SHOWN = 5  # suspicious examples that are printed
 SPLIT = "train"
-
-
-def writable(path: Path, option: str) -> None:
-    """Create a folder, before the pass rather than after it.
-
-    Raises:
-        UserError: It cannot be written to; names the option.
-    """
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):  # it has no name, and so cannot be left behind
-            pass
-    except OSError as error:
-        raise UserError(f"{option} {path}: cannot be written to ({error.strerror})") from None
 
 
 def probe_data(

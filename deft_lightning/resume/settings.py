@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import inspect
 import json
 import os
 import re
-from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from torch.optim import Optimizer
 
+from deft_lightning.data.cache import source_files
 from deft_lightning.data.sources import weights
 from deft_lightning.terminal import visible
 
@@ -108,27 +107,15 @@ def _data(data: Any) -> dict[str, Any]:
 
 def content(source: str) -> str:
     """Return what a source holds, whatever its files are called: a digest; the name itself of the hub and of tasks."""
-    name, mark, options = source.partition("?")
-    base = re.sub(r"\[[^\]]*\]$", "", name)
-    for choice in (source, name, base) if not source.startswith("reasoning_gym:") else ():
-        files = list(_files(choice))
-        if files:
-            digest = hashlib.blake2b(digest_size=16)
-            for file in files:
-                digest.update(_digest(file))
-            rest = name[len(base) :] + mark + options if choice == base else mark + options if choice == name else ""
-            return f"{digest.hexdigest()}{rest}"
-    return source
-
-
-def _files(choice: str) -> Iterator[Path]:
-    path = Path(choice).expanduser()
-    if path.is_dir():
-        yield from sorted(file for file in path.rglob("*") if file.is_file())
-    elif path.is_file():
-        yield path
-    elif glob.has_magic(choice):
-        yield from (file for file in sorted(map(Path, glob.glob(str(path), recursive=True))) if file.is_file())
+    files = source_files(source)
+    if not files:
+        return source
+    digest = hashlib.blake2b(digest_size=16)
+    for file in files:
+        digest.update(_digest(file))
+    # Which split and options are asked for stands behind the name.
+    asked = re.search(r"(\[[^\]]*\])?(\?\w+=.*)?$", source) if not Path(source).expanduser().exists() else None
+    return digest.hexdigest() + (asked[0] if asked else "")
 
 
 def _digest(path: Path) -> bytes:

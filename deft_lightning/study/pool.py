@@ -84,13 +84,13 @@ class Pool:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: object, where: object) -> None:
-        """End the processes; after an error what they have in hand is left: results are written whole or not at all."""
+        """End the processes; what they have in hand after an error is left: results are written whole or not at all."""
         main = threading.current_thread() is threading.main_thread()
         before = signal.signal(signal.SIGINT, signal.SIG_IGN) if main else None  # an impatient Ctrl-C would leave them
         try:
-            if kind is not None:
-                for process in list((self._pool._processes or {}).values()):
-                    process.kill()  # Lightning would catch a SIGTERM
+            # Asked to leave, they would wait for each other; Lightning would catch a SIGTERM.
+            for process in list((self._pool._processes or {}).values()):
+                process.kill()
             self._pool.shutdown(cancel_futures=True)
             self._bar.close()
         finally:

@@ -1,4 +1,7 @@
-"""No traceback in 300 malformed inputs: whatever a checkpoint, a model folder or a row holds, it is used or told.
+"""Malformed checkpoints and model folders are used or told, never a traceback.
+
+With the rows, predictions and configs of ``data/test_fuzz_data.py``, ``evaluation/test_fuzz_score.py`` and
+``test_options.py`` there are more than 300 inputs.
 
 What is raised must be an error of which the command line makes one line (``crash.explain``); another one would be a
 crash file. A part of the inputs goes through the command line itself. The seed is fixed; ``FUZZ_SEED`` sets another,

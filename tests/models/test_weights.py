@@ -162,15 +162,19 @@ def empty(path: Path) -> None:
     path.write_bytes(b"")
 
 
-@pytest.mark.parametrize("damage", [cut, header, braces, empty])
-@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        *(("model.safetensors", damage) for damage in (cut, header, braces, empty)),
+        # A zip file is read from its end: what the other two change is found there or by nobody.
+        *(("pytorch_model.bin", damage) for damage in (cut, empty)),
+    ],
+)
 def test_damaged_weights_name_the_file(folder: Path, damage: Callable[[Path], None], name: str) -> None:
     if name == "pytorch_model.bin":
         torch.save(load_file(folder / "model.safetensors"), folder / name)
         (folder / "model.safetensors").unlink()
     damage(folder / name)
-    if name == "pytorch_model.bin" and damage in (header, braces):
-        return  # a zip file is read from its end: what these change is found there or by nobody
     refused(folder, name.replace(".", r"\."))
 
 
@@ -214,7 +218,7 @@ def test_sizes_that_no_model_has(folder: Path, name: str, value: Any) -> None:
         from_architecture({**LLAMA, **extra, name: value}, None, "float32")
     one_line(caught)
     settings(folder, **extra, **{name: value})
-    refused(folder, "")
+    refused(folder, rf"\b{name}\b|memory")
     assert time.process_time() - begin < 5
 
 
