@@ -61,6 +61,10 @@ def read_file(path: Path) -> Located:
             yield from _text(path, kind)
     except (EOFError, zlib.error) as error:
         raise UserError(f"{path}: the compressed file is cut short or damaged ({error})") from None
+    except MemoryError:
+        raise UserError(
+            f"{path}: a value in it needs more memory than there is; JSON of many small lists grows twentyfold"
+        ) from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
 

@@ -14,7 +14,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader
 
 from deft_lightning.data.benchmarks import read_benchmark
-from deft_lightning.data.build import Recipe, Source, read_examples, unique_ids
+from deft_lightning.data.build import Recipe, Source, read_examples, title, unique_ids
 from deft_lightning.data.collate import Prompt, PromptCollator, TrainCollator
 from deft_lightning.data.noise import Noise
 from deft_lightning.data.order import Batches, EvenLoader, ResumableLoader, Rows, ShardedSampler
@@ -188,9 +188,9 @@ class Loaders(LightningDataModule):
         recipe, bad = replace(self._recipe(source), source=source), BadRows()
         rows = list(read_examples(source, recipe, recipe.skip(bad), need_response=need_response))
         if len(bad):
-            rank_zero_warn(f"{source}: skipped {len(bad)} rows; the first: {bad.first[0]}")
+            rank_zero_warn(f"{title(source)}: skipped {len(bad)} rows; the first: {bad.first[0]}")
         if not rows:
-            raise UserError(f"{source}: no usable row; the first problem: {bad.first[0]}")
+            raise UserError(f"{title(source)}: no usable row; the first problem: {bad.first[0]}")
         renamed = unique_ids(lambda: (row.id for row in rows), lambda at: rows[at].digest)
         return [replace(row, id=renamed[at]) if at in renamed else row for at, row in enumerate(rows)]
 

@@ -60,7 +60,7 @@ class SealingFile:
         return len(view)
 
     def _both(self, part: bytes) -> None:
-        """Digest a part while it is written. A copy, as torch frees its own when a write fails and nobody waits here."""
+        """Digest a part, which must be a copy, while it is written: torch frees its own when a write fails."""
         if len(part) < CHUNK:
             self._hash.update(part)
             self._file.write(part)

@@ -6,6 +6,7 @@ import gzip
 import json
 import multiprocessing
 import os
+import resource
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -156,6 +157,22 @@ def test_memory_stays_what_it_is_for_the_longest_row(tmp_path: Path) -> None:
     for file in ("value.parquet", "value.arrow"):
         (kept, bad), needed = peak(lambda file=file: skipping(tmp_path / file))  # type: ignore[misc]
         assert (kept, len(bad)) == (60, 0) and needed < 700 << 20
+
+
+@linux
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.json.gz"])
+def test_a_value_that_grows_while_it_is_read_names_its_file_when_memory_ends(tmp_path: Path, name: str) -> None:
+    """In three letters of JSON, ``[],``, are 64 bytes of a list."""
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(b'{"question": "a", "answer": "b", "more": [' + b"[]," * (3 << 20) + b"[]]}\n", 1))
+
+    def limited() -> str:
+        there = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (there + (128 << 20),) * 2)
+        return stopping(path)
+
+    told, _ = peak(limited)
+    assert told.startswith(f"{path}: ") and "memory" in told and "\n" not in told
 
 
 def test_a_window_of_zstd_that_takes_the_memory_is_one_line(tmp_path: Path) -> None:
