@@ -9,9 +9,9 @@ from typing import Any
 from deft_lightning._version import __version__
 
 _HOMES = {
-    "SFTModule": "deft_lightning.module",
+    "SFTModule": "deft_lightning.training.module",
     "InstructionDataModule": "deft_lightning.data",
-    "Trainer": "deft_lightning.trainer",
+    "Trainer": "deft_lightning.training.trainer",
 }
 
 

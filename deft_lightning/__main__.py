@@ -7,14 +7,14 @@ import sys
 from importlib import import_module
 
 from deft_lightning._version import __version__
-from deft_lightning.crash import ended
+from deft_lightning.cli.crash import ended
 from deft_lightning.terminal import guarded
 
 # Verbs that are not Lightning's and have a command line of their own.
 ALONE = {
     "figures": "deft_lightning.figures.command",
     "score": "deft_lightning.evaluation.score",
-    "study": "deft_lightning.study.__main__",
+    "study": "deft_lightning.study.command",
 }
 
 
@@ -29,7 +29,7 @@ def main() -> None:
             return
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenizers deadlock in forked loader processes
         os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning calls the deprecated names
-        from deft_lightning.cli import run
+        from deft_lightning.cli.main import run
 
         run()
 

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from deft_lightning.cli import DeftCLI
-from deft_lightning.data.template import chatml
-from deft_lightning.data.tokenizer import build_tokenizer
+from deft_lightning.cli.main import DeftCLI
+from deft_lightning.data.encoding.template import chatml
+from deft_lightning.data.encoding.tokenizer import build_tokenizer
 from deft_lightning.models import from_architecture
 
 CONFIGS = sorted((Path(__file__).resolve().parents[1] / "configs" / "paper").glob("*.yaml"))

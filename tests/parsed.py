@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from deft_lightning.cli import DeftCLI, DeftParser
+from deft_lightning.cli.main import DeftCLI, DeftParser
 from deft_lightning.errors import UserError
 
 

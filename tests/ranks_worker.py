@@ -30,9 +30,9 @@ from deft_lightning.callbacks import (
     NoiseMonitor,
     PredictionWriter,
 )
-from deft_lightning.data.collate import Prepared, TrainCollator
+from deft_lightning.data.loading.collate import Prepared, TrainCollator
+from deft_lightning.data.loading.order import ShardedSampler
 from deft_lightning.data.noise import Noise, TokenReplace
-from deft_lightning.data.order import ShardedSampler
 from deft_lightning.errors import UserError
 from deft_lightning.evaluation import Generation
 from deft_lightning.functional import TokenStats
@@ -308,7 +308,7 @@ def sharded(root: Path, world: int) -> Found:
     """As resumed, of checkpoints to which each rank writes its share; nothing where weights are not sharded."""
     if world == 1 or sys.argv[2] != "fsdp2":
         return {}
-    from deft_lightning.strategy import FSDP2Strategy
+    from deft_lightning.training.strategy import FSDP2Strategy
 
     # A strategy serves one trainer.
     found = resumed(root / "sharded", world, strategy=lambda: FSDP2Strategy(save_distributed_checkpoint=True))

@@ -454,7 +454,7 @@ def test_a_checkpoint_brings_its_tokenizer_although_the_training_rows_changed(
         files.append(output.read_text())
     assert files[0] == files[1] and "word0" in files[0]
     # Continuing to train on rows whose tokenizer was named differently is refused.
-    from deft_lightning.data.tokenizer import build_tokenizer
+    from deft_lightning.data.encoding.tokenizer import build_tokenizer
 
     build_tokenizer([f"gamma{i} qqq{i * 7} zzz{i * 3} eta theta" for i in range(80)], 290).save_pretrained(
         tmp_path / "other"

@@ -14,9 +14,9 @@ import yaml
 from jsonargparse.typing import Path_fr as FilePath
 from parsed import refused
 
-from deft_lightning.config_files import DEEPEST, LARGEST, load, read_text
+from deft_lightning.cli.config_files import DEEPEST, LARGEST, load, read_text
 from deft_lightning.errors import UserError
-from deft_lightning.study.__main__ import main as study
+from deft_lightning.study.command import main as study
 
 GOOD = "model:\n  pretrained: é\ntrainer:\n  max_steps: 3\n"
 

@@ -103,7 +103,7 @@ def test_each_format_trains(name: str, cli: Cli, tmp_path: Path) -> None:
 
 
 def test_tokens_train_with_the_tokenizer_they_were_made_with(cli: Cli, tmp_path: Path) -> None:
-    from deft_lightning.data.tokenizer import build_tokenizer
+    from deft_lightning.data.encoding.tokenizer import build_tokenizer
 
     tokenizer = build_tokenizer(["a few words"], 0)
     tokenizer.save_pretrained(tmp_path / "tokenizer")

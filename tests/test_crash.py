@@ -16,7 +16,7 @@ from lightning.pytorch import Callback
 
 from deft_lightning import callbacks
 from deft_lightning.__main__ import main
-from deft_lightning.crash import ended, explain
+from deft_lightning.cli.crash import ended, explain
 from deft_lightning.errors import UserError
 from deft_lightning.outputs import check_output_file
 from deft_lightning.ranks import RANKS
@@ -81,7 +81,7 @@ def test_an_unexpected_error_goes_to_a_file_and_names_the_checkpoint(
 def test_what_fails_after_training_leaves_the_checkpoint_and_can_be_repeated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import deft_lightning.trainer as trainers
+    import deft_lightning.training.trainer as trainers
 
     def full(*args: Any, **kwargs: Any) -> None:
         raise OSError(28, "No space left on device", str(tmp_path / "model.safetensors"))
@@ -129,7 +129,7 @@ def test_other_errors_are_not_taken_for_known_ones() -> None:
 def test_a_killed_loader_process_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("deft_lightning.data.collate.TrainCollator.__call__", _killed)
+    monkeypatch.setattr("deft_lightning.data.loading.collate.TrainCollator.__call__", _killed)
     status, line = end(options(tmp_path, "--data.num_workers", "1"), monkeypatch, capsys)
     assert status == 2 and "a loader process was lost" in line and "--data.num_workers" in line
 
@@ -143,7 +143,7 @@ def test_interrupts_are_quiet_and_closed_pipes_too(capsys: pytest.CaptureFixture
     with pytest.raises(SystemExit) as stop, ended():
         raise KeyboardInterrupt
     assert stop.value.code == 130 and capsys.readouterr().err == "interrupted\n"
-    script = "from deft_lightning.crash import ended\nwith ended():\n    [print('x' * 1000) for _ in range(1000)]\n"
+    script = "from deft_lightning.cli.crash import ended\nwith ended():\n    [print('x' * 1000) for _ in range(1000)]\n"
     with subprocess.Popen(
         [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT
     ) as process:

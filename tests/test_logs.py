@@ -15,9 +15,9 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from deft_lightning import InstructionDataModule, SFTModule
 from deft_lightning.callbacks import Checkpoint, Dashboard, GateMonitor
-from deft_lightning.callbacks.base import writers
-from deft_lightning.logs import lasting
-from deft_lightning.trainer import Trainer
+from deft_lightning.callbacks.monitor import writers
+from deft_lightning.training.logs import lasting
+from deft_lightning.training.trainer import Trainer
 
 SHAPE = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 LOST, STEPS = 3, 8

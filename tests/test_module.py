@@ -22,13 +22,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from deft_lightning import InstructionDataModule, SFTModule, Trainer
 from deft_lightning.callbacks import Checkpoint
-from deft_lightning.data.collate import Prepared, TrainCollator
+from deft_lightning.data.loading.collate import Prepared, TrainCollator
 from deft_lightning.errors import UserError
 from deft_lightning.evaluation import Generation
 from deft_lightning.functional import TokenStats
 from deft_lightning.models import LoRA
 from deft_lightning.objectives import DEFT, EAFT, NLL, Cayley, Likelihood, Objective
-from deft_lightning.optim import CosineWithWarmup, adamw
+from deft_lightning.training.optim import CosineWithWarmup, adamw
 
 Batch = dict[str, Any]
 # Answers of very different lengths, so that a mean of means is not the mean over tokens.

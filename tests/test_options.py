@@ -15,10 +15,10 @@ from parsed import parser, refused
 from tiny_llama import save_tiny_llama
 
 from deft_lightning import Trainer
-from deft_lightning.cli import run
+from deft_lightning.cli.main import run
+from deft_lightning.cli.trainer_options import check_optimizer, check_options, complaint_of_lightning, trainer_error
 from deft_lightning.errors import UserError
-from deft_lightning.optim import adamw
-from deft_lightning.trainer_options import check_optimizer, check_options, complaint_of_lightning, trainer_error
+from deft_lightning.training.optim import adamw
 
 WRONG_TYPES = {
     "--trainer.max_steps foo": "--trainer.max_steps: 'foo' is not a whole number",

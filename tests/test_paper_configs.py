@@ -36,8 +36,8 @@ from start_ranks import run_ranks
 from deft_lightning import InstructionDataModule
 from deft_lightning.__main__ import main
 from deft_lightning.data.benchmarks import read_benchmark
-from deft_lightning.data.sources import read
-from deft_lightning.data.template import chatml
+from deft_lightning.data.encoding.template import chatml
+from deft_lightning.data.sources.read import read
 from deft_lightning.evaluation import find_benchmark
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -14,7 +14,7 @@ from deft_lightning import InstructionDataModule, SFTModule, Trainer
 from deft_lightning.callbacks import Checkpoint
 from deft_lightning.data import Noise, ResponseSwap
 from deft_lightning.objectives import DEFT, Floored, Likelihood, Objective, Rescaled, Schedule
-from deft_lightning.optim import CosineWithWarmup
+from deft_lightning.training.optim import CosineWithWarmup
 
 ROWS = 22  # with batch 4: five whole batches an epoch and a short one
 

@@ -14,9 +14,9 @@ from test_resume_settings import fit, rows
 from tiny_llama import save_tiny_llama
 
 from deft_lightning import Trainer
-from deft_lightning.cli import run
+from deft_lightning.cli.main import run
 from deft_lightning.errors import UserError
-from deft_lightning.resume import last_checkpoint, run_folder
+from deft_lightning.training.resume import last_checkpoint, run_folder
 
 Put = Callable[..., Path]
 

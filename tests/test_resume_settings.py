@@ -18,8 +18,8 @@ from deft_lightning.data import Noise, ResponseSwap
 from deft_lightning.errors import UserError
 from deft_lightning.models import LoRA
 from deft_lightning.objectives import NLL
-from deft_lightning.optim import CosineWithWarmup
-from deft_lightning.resume.settings import WHOLE, content
+from deft_lightning.training.optim import CosineWithWarmup
+from deft_lightning.training.resume.settings import WHOLE, content
 
 SHAPE = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 PLANNED = "model.scheduler: planned over 3 -> 6 optimizer steps; the rate goes on at the same step of the new plan"

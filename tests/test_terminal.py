@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tqdm import tqdm
 
-from deft_lightning.crash import ended
+from deft_lightning.cli.crash import ended
 from deft_lightning.errors import UserError
 from deft_lightning.terminal import GuardedStream, guarded, visible
 

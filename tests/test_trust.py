@@ -17,11 +17,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_llama import save_tiny_llama
 
-from deft_lightning.cli import run
-from deft_lightning.data.tokenizer import load_tokenizer
+from deft_lightning.cli.main import run
+from deft_lightning.data.encoding.tokenizer import load_tokenizer
 from deft_lightning.errors import UserError
 from deft_lightning.models import check_pretrained, load_pretrained
-from deft_lightning.module import SFTModule
+from deft_lightning.training.module import SFTModule
 from deft_lightning.trust import inside
 
 REMEDY = "--model.trust_remote_code true"

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from deft_lightning.data.tokenizer import build_tokenizer
+from deft_lightning.data.encoding.tokenizer import build_tokenizer
 
 
 def tiny_llama(spread: float, seed: int = 0, **shape: Any) -> tuple[Any, Any]:

@@ -1,17 +1,17 @@
 """Callbacks watch; steps compute."""
 
-from deft_lightning.callbacks.base import TokenMonitor
 from deft_lightning.callbacks.checkpoint import Checkpoint
 from deft_lightning.callbacks.dashboard import Dashboard
 from deft_lightning.callbacks.entropy import EntropyMonitor
 from deft_lightning.callbacks.gate import GateMonitor
+from deft_lightning.callbacks.monitor import TokenMonitor
 from deft_lightning.callbacks.monitored import MetricCheck
 from deft_lightning.callbacks.noise import NoiseMonitor
 from deft_lightning.callbacks.predictions import PredictionWriter
 from deft_lightning.callbacks.progress import SFTProgressBar
 from deft_lightning.callbacks.ranks import RankWatch
 from deft_lightning.callbacks.stop import GracefulStop
-from deft_lightning.resume import newest_checkpoint
+from deft_lightning.training.resume import newest_checkpoint
 
 __all__ = [
     "Checkpoint",

@@ -6,9 +6,9 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from deft_lightning.callbacks.base import add_figure, has_matplotlib, optimizer_step, writers
 from deft_lightning.callbacks.drawings import gate_curve
 from deft_lightning.callbacks.marked import marked
+from deft_lightning.callbacks.monitor import add_figure, has_matplotlib, optimizer_step, writers
 from deft_lightning.errors import UserError
 from deft_lightning.objectives import Objective
 

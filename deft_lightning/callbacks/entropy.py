@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 
-from deft_lightning.callbacks.base import TokenMonitor
+from deft_lightning.callbacks.monitor import TokenMonitor
 from deft_lightning.functional import TokenStats
 from deft_lightning.metrics import Histogram, PackedHistogram
 

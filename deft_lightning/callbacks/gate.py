@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 
-from deft_lightning.callbacks.base import TokenMonitor
 from deft_lightning.callbacks.drawings import occupancy
 from deft_lightning.callbacks.locked import LockWatch, locked
+from deft_lightning.callbacks.monitor import TokenMonitor
 from deft_lightning.errors import UserError
 from deft_lightning.functional import TokenStats
 from deft_lightning.metrics import Histogram, PackedHistogram

@@ -9,15 +9,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from deft_lightning.data.build import unique_ids
-from deft_lightning.data.collate import Prompt
-from deft_lightning.data.prepare import prompts
-from deft_lightning.data.records import Example
-from deft_lightning.data.rows import Located, Row, RowError
-from deft_lightning.data.sources import read
+from deft_lightning.data.encoding.encode import prompts
+from deft_lightning.data.loading.collate import Prompt
+from deft_lightning.data.prepared.build import unique_ids
+from deft_lightning.data.records.formats import Example
+from deft_lightning.data.sources.read import read
+from deft_lightning.data.sources.rows import Located, Row, RowError
 from deft_lightning.errors import UserError
 from deft_lightning.evaluation.benchmarks import Benchmark, TestSet, find_benchmark
-from deft_lightning.evaluation.choice import label_of
+from deft_lightning.evaluation.graders.choice import label_of
 
 Benchmarks = dict[str, str | None] | list[str] | str
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"

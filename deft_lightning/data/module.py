@@ -14,22 +14,22 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from deft_lightning._version import __version__
 from deft_lightning.data.benchmarks import Benchmarks, chosen
-from deft_lightning.data.build import BAD_ROWS, Recipe, Source, build, title
-from deft_lightning.data.cache import DONE, Temporary, cache_root, cached, source_identity, source_state
-from deft_lightning.data.collate import IGNORE, Prepared, TrainCollator
-from deft_lightning.data.flags import flags
-from deft_lightning.data.loaders import Loaders
+from deft_lightning.data.encoding.encode import Report, Supervise, vocabulary
+from deft_lightning.data.encoding.template import end_of_turn, markers, set_template, template_text
+from deft_lightning.data.encoding.tokenizer import load_tokenizer
+from deft_lightning.data.loading.collate import IGNORE, Prepared, TrainCollator
+from deft_lightning.data.loading.loaders import Loaders
+from deft_lightning.data.loading.order import Rows
+from deft_lightning.data.loading.packing import bounded_batches, pack
 from deft_lightning.data.noise import Noise, TokenNoise
-from deft_lightning.data.order import Rows
-from deft_lightning.data.packing import bounded_batches, pack
-from deft_lightning.data.prepare import Report, Supervise, vocabulary
+from deft_lightning.data.prepared.build import BAD_ROWS, Recipe, Source, build, title
+from deft_lightning.data.prepared.cache import DONE, Temporary, cache_root, cached, source_identity, source_state
+from deft_lightning.data.prepared.spool import Rows as Spool
+from deft_lightning.data.prepared.spool import Tokens
+from deft_lightning.data.prepared.truth import flags
 from deft_lightning.data.preview import Sample, as_text, sample
-from deft_lightning.data.records import FIELDS, Example, Format
-from deft_lightning.data.sources import weights
-from deft_lightning.data.tables import Rows as Spool
-from deft_lightning.data.tables import Tokens
-from deft_lightning.data.template import end_of_turn, markers, set_template, template_text
-from deft_lightning.data.tokenizer import load_tokenizer
+from deft_lightning.data.records.formats import FIELDS, Example, Format
+from deft_lightning.data.sources.read import weights
 from deft_lightning.errors import UserError, did_you_mean
 from deft_lightning.evaluation.benchmarks import TestSet
 from deft_lightning.hashing import key

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any, Literal
 
-from deft_lightning.data.collate import IGNORE, Prepared
+from deft_lightning.data.loading.collate import IGNORE, Prepared
 from deft_lightning.terminal import visible
 
 Kind = Literal["context", "supervised", "noisy", "cut"]

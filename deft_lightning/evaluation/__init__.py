@@ -7,33 +7,33 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from deft_lightning.evaluation.base import Grade, Grader, known_graders
     from deft_lightning.evaluation.benchmarks import BENCHMARKS, Benchmark, TestSet, find_benchmark
-    from deft_lightning.evaluation.choice import Choice
-    from deft_lightning.evaluation.exact import ExactMatch, exact_match
-    from deft_lightning.evaluation.figfont import FigFont, jaro_winkler
+    from deft_lightning.evaluation.evaluator import Tested
     from deft_lightning.evaluation.generate import Completion, Generation, complete
-    from deft_lightning.evaluation.mathematics import Math
-    from deft_lightning.evaluation.testing import Tested
+    from deft_lightning.evaluation.graders.base import Grade, Grader, known_graders
+    from deft_lightning.evaluation.graders.choice import Choice
+    from deft_lightning.evaluation.graders.exact import ExactMatch, exact_match
+    from deft_lightning.evaluation.graders.figfont import FigFont, jaro_winkler
+    from deft_lightning.evaluation.graders.mathematics import Math
 
 _HOMES = {
     "BENCHMARKS": "benchmarks",
     "Benchmark": "benchmarks",
-    "Choice": "choice",
+    "Choice": "graders.choice",
     "Completion": "generate",
-    "ExactMatch": "exact",
-    "FigFont": "figfont",
+    "ExactMatch": "graders.exact",
+    "FigFont": "graders.figfont",
     "Generation": "generate",
-    "Grade": "base",
-    "Grader": "base",
-    "Math": "mathematics",
+    "Grade": "graders.base",
+    "Grader": "graders.base",
+    "Math": "graders.mathematics",
     "TestSet": "benchmarks",
-    "Tested": "testing",
+    "Tested": "evaluator",
     "complete": "generate",
-    "exact_match": "exact",
+    "exact_match": "graders.exact",
     "find_benchmark": "benchmarks",
-    "jaro_winkler": "figfont",
-    "known_graders": "base",
+    "jaro_winkler": "graders.figfont",
+    "known_graders": "graders.base",
 }
 
 

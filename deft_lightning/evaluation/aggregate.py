@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from deft_lightning.evaluation.base import Grade, Grader
+from deft_lightning.evaluation.graders.base import Grade, Grader
 
 Sums = list[list[list[float]]]  # source x figure x (examples, sum, sum of squares)
 

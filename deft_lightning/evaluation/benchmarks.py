@@ -8,13 +8,13 @@ from importlib import import_module
 from types import MappingProxyType
 from typing import Any
 
+from deft_lightning.answers.locate import boxed, hashed
 from deft_lightning.errors import UserError, did_you_mean
-from deft_lightning.evaluation.base import Grader
-from deft_lightning.evaluation.choice import Choice
-from deft_lightning.evaluation.exact import ExactMatch
-from deft_lightning.evaluation.extract import boxed, hashed
-from deft_lightning.evaluation.figfont import FigFont
-from deft_lightning.evaluation.mathematics import Math
+from deft_lightning.evaluation.graders.base import Grader
+from deft_lightning.evaluation.graders.choice import Choice
+from deft_lightning.evaluation.graders.exact import ExactMatch
+from deft_lightning.evaluation.graders.figfont import FigFont
+from deft_lightning.evaluation.graders.mathematics import Math
 
 Columns = Mapping[str, tuple[str, ...]]
 BOX = "Solve this step by step and put the final answer in \\boxed{}."

@@ -13,7 +13,7 @@ from deft_lightning.atomic import whole_file
 from deft_lightning.errors import UserError
 from deft_lightning.evaluation.aggregate import add, figure_names, figures, no_sums, summary, table
 from deft_lightning.evaluation.benchmarks import BENCHMARKS, HELD_OUT, Benchmark, TestSet, find_benchmark
-from deft_lightning.evaluation.choice import Choice
+from deft_lightning.evaluation.graders.choice import Choice
 from deft_lightning.evaluation.grading import Doubts, Item, grade_all
 from deft_lightning.evaluation.predictions import Prediction, read_predictions
 from deft_lightning.outputs import check_output_file

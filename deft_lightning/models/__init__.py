@@ -1,6 +1,5 @@
 """Hugging Face causal language models: build, load, adapt, read the head, export."""
 
-from deft_lightning.models.build import check_fits, check_pretrained, compile_body, from_architecture, load_pretrained
 from deft_lightning.models.checkpoint import (
     check_shapes,
     check_state,
@@ -16,6 +15,7 @@ from deft_lightning.models.checks import check_causal, check_head, check_packing
 from deft_lightning.models.export import save_hugging_face
 from deft_lightning.models.fused import FusedOutput, fused_forward
 from deft_lightning.models.head import HeadSeam, base_causal_lm, find_head, router_loss_factor
+from deft_lightning.models.load import check_fits, check_pretrained, compile_body, from_architecture, load_pretrained
 from deft_lightning.models.lora import LoRA, add_adapters
 from deft_lightning.models.shard import build_sharded, gathered, is_sharded, layers_of
 

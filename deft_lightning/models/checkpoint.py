@@ -17,9 +17,9 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from deft_lightning.config_sizes import check_sizes
 from deft_lightning.errors import UserError
 from deft_lightning.hashing import key
-from deft_lightning.models.build import ready
 from deft_lightning.models.contents import KEY, is_inside, pickled, problem
 from deft_lightning.models.head import base_causal_lm
+from deft_lightning.models.load import ready
 from deft_lightning.models.lora import LoRA, add_adapters
 from deft_lightning.models.seal import DIGESTS, Damaged, check_folder, check_sealed, has_end, is_sealed, unbounded
 from deft_lightning.models.shares import METADATA, SHARED, read_weights

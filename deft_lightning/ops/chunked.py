@@ -16,7 +16,7 @@ from torch import Tensor
 
 from deft_lightning.functional import TokenStats, accumulation_dtype
 from deft_lightning.ops.gradient import WeightGradient
-from deft_lightning.ops.rows import RowKernel, TorchRows, Transform
+from deft_lightning.ops.torch_rows import RowKernel, TorchRows, Transform
 
 Objective = Callable[[TokenStats], Tensor]
 

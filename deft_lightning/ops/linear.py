@@ -13,7 +13,7 @@ from deft_lightning.errors import UserError
 from deft_lightning.functional import TokenStats, accumulation_dtype
 from deft_lightning.ops.backend import Backend, choose_kernel
 from deft_lightning.ops.chunked import Inputs, Plan, loss_and_gradients, statistics
-from deft_lightning.ops.rows import Transform
+from deft_lightning.ops.torch_rows import Transform
 
 Objective = Callable[[TokenStats], Tensor]
 

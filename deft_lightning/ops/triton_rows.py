@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from deft_lightning.functional import TokenStats, topk_entropy_of
-from deft_lightning.ops.rows import Transform
+from deft_lightning.ops.torch_rows import Transform
 
 # Five accumulators of 16 lanes a thread are 80 registers: nothing spills.
 BLOCK, WARPS = 4096, 8

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from deft_lightning.atomic import whole_file
-from deft_lightning.data.collate import IGNORE, Prepared
+from deft_lightning.data.loading.collate import IGNORE, Prepared
 from deft_lightning.functional import TokenStats
 
 SUSPICIOUS = 2.302585  # ln 10: C is ten times p

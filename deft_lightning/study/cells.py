@@ -21,12 +21,12 @@ from deft_lightning.data.noise import Noise
 from deft_lightning.errors import UserError
 from deft_lightning.evaluation import Generation
 from deft_lightning.figures import read_run
-from deft_lightning.module import SFTModule
 from deft_lightning.objectives import NLL
 from deft_lightning.study.files import complete_folder, write_json
 from deft_lightning.study.plan import Base, Cell, digest
 from deft_lightning.study.tasks import task_files
-from deft_lightning.trainer import Trainer
+from deft_lightning.training.module import SFTModule
+from deft_lightning.training.trainer import Trainer
 
 TEMPLATE = (
     "{% for message in messages %}{{ message['content'] }}"

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from deft_lightning._version import __version__
 from deft_lightning.data import known_noise
-from deft_lightning.data.cache import source_identity
+from deft_lightning.data.prepared.cache import source_identity
 from deft_lightning.errors import UserError, did_you_mean
 from deft_lightning.objectives import DEFT, DFT, EAFT, NLL, Cayley, Likelihood, Objective, Tsallis
 

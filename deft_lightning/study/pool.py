@@ -16,7 +16,7 @@ from typing import Any, Self
 
 from tqdm import tqdm
 
-from deft_lightning.data.workers import follow_parent
+from deft_lightning.data.prepared.workers import follow_parent
 from deft_lightning.errors import UserError
 from deft_lightning.study.plan import DEFAULTS, Cell
 

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from deft_lightning.data.records import detect_format, normalise
-from deft_lightning.data.sources import read
+from deft_lightning.data.records.formats import detect_format, normalise
+from deft_lightning.data.sources.read import read
 from deft_lightning.errors import UserError
 from deft_lightning.hashing import uniform
 from deft_lightning.study.files import complete_folder

@@ -56,8 +56,8 @@ def map_alone(args: argparse.Namespace) -> dict[str, float]:
     """Tokenise the rendered texts with datasets.map."""
     from datasets import Dataset, disable_caching
 
-    from deft_lightning.data.build import read_examples
-    from deft_lightning.data.template import render
+    from deft_lightning.data.encoding.template import render
+    from deft_lightning.data.prepared.build import read_examples
 
     with tempfile.TemporaryDirectory() as cache:
         data = module(args, cache)

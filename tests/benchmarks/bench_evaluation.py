@@ -25,10 +25,10 @@ import torch
 from by_hand import DIFFERENT, SAME
 from rewrites import LATEX_RIGHT, LATEX_WRONG, NUMBER_RIGHT, NUMBER_WRONG, Graded, rewritten
 
-from deft_lightning.data.collate import Prompt, PromptCollator
+from deft_lightning.data.loading.collate import Prompt, PromptCollator
 from deft_lightning.evaluation import BENCHMARKS, Generation, complete
-from deft_lightning.evaluation.algebra import Algebra
 from deft_lightning.evaluation.benchmarks import final_answer
+from deft_lightning.evaluation.graders.algebra import Algebra
 from deft_lightning.evaluation.sampling import gumbel
 
 

@@ -37,7 +37,7 @@ EXAMPLES = 12
 def prepared(seed: int, learnt: int) -> Any:
     import numpy as np
 
-    from deft_lightning.data.collate import Prepared
+    from deft_lightning.data.loading.collate import Prepared
 
     length = 6 + seed % 5 + learnt
     ids = np.random.default_rng(seed).integers(6, 60, length)
@@ -79,8 +79,8 @@ def step(case: dict[str, Any], strategy: str, rank: int, world: int) -> dict[str
     from torch.utils.data import DataLoader
 
     from deft_lightning import Trainer
-    from deft_lightning.data.collate import TrainCollator
-    from deft_lightning.data.order import ShardedSampler
+    from deft_lightning.data.loading.collate import TrainCollator
+    from deft_lightning.data.loading.order import ShardedSampler
 
     trained, content = module(case), rows(case["packing"])
     sampler = ShardedSampler(len(content), rank=rank, world=world, seed=0, shuffle=False, even=True)

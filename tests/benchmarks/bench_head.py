@@ -81,7 +81,7 @@ def head(variant: str) -> Callable[..., Any]:
 
 def without_statistics() -> None:
     """Leave out what log p does not need, to see what the other statistics cost."""
-    from deft_lightning.ops.rows import TorchRows
+    from deft_lightning.ops.torch_rows import TorchRows
 
     TorchRows._spread = lambda self, z, pi, peak, log_sum: (peak, log_sum)  # type: ignore[method-assign]
 

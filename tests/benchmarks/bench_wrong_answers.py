@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 
 from deft_lightning import InstructionDataModule, SFTModule, Trainer
-from deft_lightning.data.sources import read
+from deft_lightning.data.sources.read import read
 from deft_lightning.evaluation import Generation, exact_match
 from deft_lightning.objectives import NLL
 

@@ -29,7 +29,7 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 
 from deft_lightning import InstructionDataModule, SFTModule, Trainer
 from deft_lightning.callbacks import Dashboard, EntropyMonitor, GateMonitor, NoiseMonitor
-from deft_lightning.callbacks import base as monitors
+from deft_lightning.callbacks import monitor as monitors
 from deft_lightning.callbacks.marked import code_span, marked
 from deft_lightning.data.noise import Noise, TokenReplace
 from deft_lightning.objectives import DEFT, NLL, Likelihood, Objective, Rescaled, Schedule

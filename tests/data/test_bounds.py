@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 from tiny_llama import save_tiny_llama
 
-from deft_lightning.cli import run
-from deft_lightning.data import bounds
-from deft_lightning.data.bounds import TemplateCost
-from deft_lightning.data.prepare import prompts, tokenise
-from deft_lightning.data.records import Example
-from deft_lightning.data.template import encode, encode_prompt, end_of_turn, set_template
-from deft_lightning.data.tokenizer import build_tokenizer
+from deft_lightning.cli.main import run
+from deft_lightning.data.encoding import bounds
+from deft_lightning.data.encoding.bounds import TemplateCost
+from deft_lightning.data.encoding.encode import prompts, tokenise
+from deft_lightning.data.encoding.template import encode, encode_prompt, end_of_turn, set_template
+from deft_lightning.data.encoding.tokenizer import build_tokenizer
+from deft_lightning.data.records.formats import Example
 from deft_lightning.errors import UserError
 
 PLAIN = (
@@ -129,7 +129,7 @@ def test_many_rows_may_take_longer_together(tokenizer: Any) -> None:
 
 
 def test_long_messages_are_no_bomb(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deft_lightning.data.template.LETTERS", 1000)
+    monkeypatch.setattr("deft_lightning.data.encoding.template.LETTERS", 1000)
     monkeypatch.setattr(bounds, "LETTERS", 1000)
     set_template(tokenizer, PLAIN)
     assert len(encode(tokenizer, row("x" * 5000)).input_ids) > 5000

@@ -23,10 +23,10 @@ import pytest
 
 from deft_lightning.__main__ import main
 from deft_lightning.data import InstructionDataModule
-from deft_lightning.data.records import Example, detect_format, normalise
-from deft_lightning.data.sources import BadRows, read
-from deft_lightning.data.template import encode, set_template
-from deft_lightning.data.tokenizer import build_tokenizer
+from deft_lightning.data.encoding.template import encode, set_template
+from deft_lightning.data.encoding.tokenizer import build_tokenizer
+from deft_lightning.data.records.formats import Example, detect_format, normalise
+from deft_lightning.data.sources.read import BadRows, read
 from deft_lightning.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]

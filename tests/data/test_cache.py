@@ -22,9 +22,9 @@ import pytest
 import torch
 
 from deft_lightning.data import InstructionDataModule, Noise, ResponseNoise, ResponseSwap, TokenReplace
+from deft_lightning.data.encoding.tokenizer import build_tokenizer
 from deft_lightning.data.noise.edits import Edit
-from deft_lightning.data.tables import Tokens
-from deft_lightning.data.tokenizer import build_tokenizer
+from deft_lightning.data.prepared.spool import Tokens
 from deft_lightning.errors import UserError
 
 

@@ -20,9 +20,9 @@ import pyarrow as pa
 import pytest
 
 from deft_lightning.data import InstructionDataModule, Noise, TokenReplace
-from deft_lightning.data import cache as cache_module
-from deft_lightning.data.cache import FILES, _seal, cached
-from deft_lightning.data.workers import in_order
+from deft_lightning.data.prepared import cache as cache_module
+from deft_lightning.data.prepared.cache import FILES, _seal, cached
+from deft_lightning.data.prepared.workers import in_order
 from deft_lightning.errors import UserError
 
 NOISE = Noise(ops=[TokenReplace(rate=0.2)])

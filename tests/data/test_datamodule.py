@@ -21,8 +21,8 @@ from lightning.pytorch import LightningModule, Trainer
 from torch.utils.data import DistributedSampler
 
 from deft_lightning.data import InstructionDataModule, Noise, ResponseSwap, TokenReplace
-from deft_lightning.data.order import ShardedSampler
-from deft_lightning.data.tokenizer import build_tokenizer
+from deft_lightning.data.encoding.tokenizer import build_tokenizer
+from deft_lightning.data.loading.order import ShardedSampler
 from deft_lightning.errors import UserError
 
 Rows = list[dict[str, Any]]

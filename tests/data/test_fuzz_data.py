@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from fuzz.data import DAMAGE, KINDS, cases
 
-from deft_lightning.cli import run
+from deft_lightning.cli.main import run
 from deft_lightning.data import InstructionDataModule
 from deft_lightning.data.preview import as_text, page
 from deft_lightning.errors import UserError

@@ -16,8 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from deft_lightning.data.rows import LONGEST, BadRows
-from deft_lightning.data.sources import read
+from deft_lightning.data.sources.read import read
+from deft_lightning.data.sources.rows import LONGEST, BadRows
 from deft_lightning.errors import UserError
 
 PART = 16 << 20

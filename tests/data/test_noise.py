@@ -28,10 +28,10 @@ from deft_lightning.data import (
     TokenReplace,
     known_noise,
 )
-from deft_lightning.data.collate import Prepared
+from deft_lightning.data.encoding.encode import corrupt_responses, corrupt_tokens
+from deft_lightning.data.loading.collate import Prepared
 from deft_lightning.data.noise.base import Vocabulary
-from deft_lightning.data.prepare import corrupt_responses, corrupt_tokens
-from deft_lightning.data.records import Example
+from deft_lightning.data.records.formats import Example
 
 Ids = NDArray[np.int64]
 quick = settings(deadline=None, max_examples=80, derandomize=True)

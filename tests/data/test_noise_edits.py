@@ -11,10 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deft_lightning.data import CharNoise, Edit, Noise, NoiseOp, OptionFlip, ResponseSwap, StepEdit, TokenReplace
-from deft_lightning.data.collate import Prepared
-from deft_lightning.data.noise import AnswerCorrupt, Mark, apply_edits
-from deft_lightning.data.noise.edits import whole
-from deft_lightning.data.prepare import (
+from deft_lightning.data.encoding.encode import (
     Applied,
     Report,
     corrupt_responses,
@@ -23,9 +20,12 @@ from deft_lightning.data.prepare import (
     tokenise,
     vocabulary,
 )
-from deft_lightning.data.records import Example
-from deft_lightning.data.template import encode, set_template
-from deft_lightning.data.tokenizer import build_tokenizer
+from deft_lightning.data.encoding.template import encode, set_template
+from deft_lightning.data.encoding.tokenizer import build_tokenizer
+from deft_lightning.data.loading.collate import Prepared
+from deft_lightning.data.noise import AnswerCorrupt, Mark, apply_edits
+from deft_lightning.data.noise.edits import whole
+from deft_lightning.data.records.formats import Example
 from deft_lightning.errors import UserError
 
 quick = settings(deadline=None, max_examples=150, derandomize=True)

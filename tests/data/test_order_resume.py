@@ -16,7 +16,7 @@ import torch
 from deft_lightning import InstructionDataModule, SFTModule, Trainer
 from deft_lightning.callbacks import Checkpoint
 from deft_lightning.data import Noise, TokenReplace
-from deft_lightning.optim import CosineWithWarmup
+from deft_lightning.training.optim import CosineWithWarmup
 
 MODES: dict[str, dict[str, Any]] = {
     "plain": {},

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from deft_lightning.data.records import detect_format, normalise
+from deft_lightning.data.records.formats import detect_format, normalise
 from deft_lightning.errors import UserError
 
 WHERE = "data.jsonl, row 3"

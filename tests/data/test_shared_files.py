@@ -12,8 +12,8 @@ import pytest
 from tokenizers import Tokenizer
 
 from deft_lightning.data import InstructionDataModule, Noise, ResponseSwap, TokenReplace
-from deft_lightning.data.records import detect_format, normalise
-from deft_lightning.data.sources import read
+from deft_lightning.data.records.formats import detect_format, normalise
+from deft_lightning.data.sources.read import read
 from deft_lightning.errors import UserError
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared"

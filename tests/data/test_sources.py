@@ -17,8 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from deft_lightning.data.records import normalise
-from deft_lightning.data.sources import read
+from deft_lightning.data.records.formats import normalise
+from deft_lightning.data.sources.read import read
 from deft_lightning.errors import UserError
 
 ROWS: list[dict[str, Any]] = [
@@ -253,7 +253,7 @@ def test_a_folder_without_data_is_one_line_that_names_it(folder: Path) -> None:
 def test_a_hub_id_that_cannot_be_reached_is_one_line_and_soon() -> None:
     # The variable is read when the hub's client is imported, so it takes a process of its own.
     code = (
-        "from deft_lightning.data.sources import read\n"
+        "from deft_lightning.data.sources.read import read\n"
         "from deft_lightning.errors import UserError\n"
         "try:\n    list(read('no-such-owner/no-such-data'))\n"
         "except UserError as error:\n    print(error)\n"

@@ -16,8 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from deft_lightning.data import json_rows
-from deft_lightning.data.sources import read
+from deft_lightning.data.sources import json_rows
+from deft_lightning.data.sources.read import read
 from deft_lightning.errors import UserError
 
 ROWS: list[dict[str, Any]] = [{"question": f'{i} + {i}, "roughly"?\n', "answer": f"é {2 * i}"} for i in range(25)]

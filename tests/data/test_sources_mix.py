@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from deft_lightning.data.rows import RowError
-from deft_lightning.data.sources import BadRows, read, read_many, weights
+from deft_lightning.data.sources.read import BadRows, read, read_many, weights
+from deft_lightning.data.sources.rows import RowError
 from deft_lightning.errors import UserError
 
 N = 4000
@@ -76,7 +76,7 @@ def test_the_choice_depends_on_the_content_and_not_on_order_file_or_columns(
 
 def test_the_choice_is_the_same_in_every_process_and_another_with_every_seed(files: tuple[str, str]) -> None:
     code = (
-        "import sys\nfrom deft_lightning.data.sources import read_many\n"
+        "import sys\nfrom deft_lightning.data.sources.read import read_many\n"
         "print(sum(int(r['question'][1:]) for _, r, _ in read_many({sys.argv[1]: 0.3})))"
     )
     env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "PYTHONHASHSEED": "7"}
@@ -89,7 +89,7 @@ def test_the_choice_is_the_same_in_every_process_and_another_with_every_seed(fil
 
 def test_the_choice_is_not_the_one_that_holds_rows_out(files: tuple[str, str]) -> None:
     # Else a source of weight 0.05 would be all validation.
-    from deft_lightning.data.records import normalise
+    from deft_lightning.data.records.formats import normalise
     from deft_lightning.hashing import uniform
 
     rows = [normalise(record, where, "question_answer", {}) for where, record, _ in read_many({files[0]: 0.2})]

@@ -15,7 +15,7 @@ import torch
 
 from deft_lightning import InstructionDataModule, SFTModule, Trainer
 from deft_lightning.data import Noise, ResponseSwap, TokenReplace
-from deft_lightning.data.tokenizer import build_tokenizer
+from deft_lightning.data.encoding.tokenizer import build_tokenizer
 from deft_lightning.objectives import DEFT, NLL
 
 Part = dict[str, Any]

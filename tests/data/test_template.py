@@ -18,11 +18,11 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import PreTrainedTokenizerFast
 
 from deft_lightning.data import InstructionDataModule
+from deft_lightning.data.encoding.encode import prompts, tokenise
+from deft_lightning.data.encoding.template import encode, set_template
+from deft_lightning.data.encoding.tokenizer import build_tokenizer
 from deft_lightning.data.noise.edits import whole
-from deft_lightning.data.prepare import prompts, tokenise
-from deft_lightning.data.records import Example, Message, normalise
-from deft_lightning.data.template import encode, set_template
-from deft_lightning.data.tokenizer import build_tokenizer
+from deft_lightning.data.records.formats import Example, Message, normalise
 from deft_lightning.errors import UserError
 
 TEXTS = [

@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from deft_lightning.data.workers import in_order
+from deft_lightning.data.prepared.workers import in_order
 
 
 def square(number: int) -> int:

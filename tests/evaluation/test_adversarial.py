@@ -17,9 +17,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from deft_lightning.evaluation import BENCHMARKS, Grader, Math
-from deft_lightning.evaluation.algebra import Algebra, GaveUp
-from deft_lightning.evaluation.algebra_worker import WALL
-from deft_lightning.evaluation.mathematics import same_answer
+from deft_lightning.evaluation.graders.algebra import Algebra, GaveUp
+from deft_lightning.evaluation.graders.algebra_worker import WALL
+from deft_lightning.evaluation.graders.mathematics import same_answer
 
 OPTIONS = {"options": {"A": "Paris", "B": "the largest prime below a million"}}
 GRADERS: dict[str, tuple[Grader, str]] = {

@@ -12,16 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deft_lightning.evaluation import Choice, ExactMatch, FigFont, Grade, Grader, Math
-from deft_lightning.evaluation.aggregate import (
-    add,
-    figure_names,
-    figures,
-    majority,
-    no_sums,
-    pass_at,
-    summary,
-    table,
-)
+from deft_lightning.evaluation.aggregate import add, figure_names, figures, majority, no_sums, pass_at, summary, table
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 6])

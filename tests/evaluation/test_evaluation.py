@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny_llama import tiny_llama
 
-from deft_lightning.data.collate import Prompt, PromptCollator
+from deft_lightning.data.loading.collate import Prompt, PromptCollator
 from deft_lightning.errors import UserError
 from deft_lightning.evaluation import Generation, complete, exact_match
 

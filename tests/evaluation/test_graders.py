@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
+from deft_lightning.answers.locate import boxed, hashed, last_number
+from deft_lightning.answers.numbers import Plain, plain, same_number, same_words
 from deft_lightning.errors import UserError
 from deft_lightning.evaluation import Choice, ExactMatch, FigFont, Math, jaro_winkler, known_graders
-from deft_lightning.evaluation.choice import begun_with, label_of, nearest, said_so
-from deft_lightning.evaluation.extract import boxed, hashed, last_number
-from deft_lightning.evaluation.plain import Plain, plain, same_number, same_words
+from deft_lightning.evaluation.graders.choice import begun_with, label_of, nearest, said_so
 
 # --- where the answer is ---------------------------------------------------------------------------------------------
 

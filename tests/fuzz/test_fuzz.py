@@ -33,7 +33,7 @@ from attacks import (  # noqa: E402
 )
 
 from deft_lightning import InstructionDataModule, SFTModule, Trainer  # noqa: E402
-from deft_lightning.crash import explain  # noqa: E402
+from deft_lightning.cli.crash import explain  # noqa: E402
 from deft_lightning.models import load_checkpoint, model_from_checkpoint, save_hugging_face  # noqa: E402
 
 SEED = int(os.environ.get("FUZZ_SEED", 12))

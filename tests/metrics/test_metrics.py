@@ -14,15 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from deft_lightning.functional import TokenStats
-from deft_lightning.metrics import (
-    ExampleSums,
-    Histogram,
-    PackedHistogram,
-    Quantiles,
-    TokenMeter,
-    binned_auroc,
-    spread,
-)
+from deft_lightning.metrics import ExampleSums, Histogram, PackedHistogram, Quantiles, TokenMeter, binned_auroc, spread
 
 quick = settings(deadline=None, max_examples=60, derandomize=True)
 UNIT = ((0.0, 1.0),)

@@ -64,7 +64,7 @@ from deft_lightning.models import (
     save_hugging_face,
 )
 from deft_lightning.objectives import DEFT, EAFT, Cayley, Objective
-from deft_lightning.ops.rows import TorchRows
+from deft_lightning.ops.torch_rows import TorchRows
 
 DENSE = "use --model.head dense"
 # Families beside ARCHITECTURES: the options that a generic tiny config of them needs, and heads that do more.

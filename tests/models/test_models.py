@@ -31,7 +31,7 @@ from tiny import (
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from deft_lightning.data.tokenizer import build_tokenizer
+from deft_lightning.data.encoding.tokenizer import build_tokenizer
 from deft_lightning.errors import UserError
 from deft_lightning.models import (
     LoRA,
@@ -46,7 +46,7 @@ from deft_lightning.models import (
     model_from_checkpoint,
     save_hugging_face,
 )
-from deft_lightning.models.build import keep_rotary_fp32
+from deft_lightning.models.load import keep_rotary_fp32
 from deft_lightning.objectives import DEFT
 
 

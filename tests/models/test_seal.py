@@ -17,13 +17,13 @@ import pytest
 import torch
 from tiny import LLAMA, VOCAB
 
-from deft_lightning.data.tokenizer import build_tokenizer
+from deft_lightning.data.encoding.tokenizer import build_tokenizer
 from deft_lightning.errors import UserError
 from deft_lightning.models import describe, from_architecture, load_checkpoint, model_from_checkpoint, read_checkpoint
 from deft_lightning.models.contents import is_inside, problem
 from deft_lightning.models.seal import DIGESTS, check_folder, file_digest, write_digests
-from deft_lightning.resume.refuse import peek
-from deft_lightning.strategy import AtomicCheckpointIO
+from deft_lightning.training.resume.refuse import peek
+from deft_lightning.training.strategy import AtomicCheckpointIO
 
 
 def whole() -> dict[str, Any]:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tiny import LLAMA, build, checkpoint_of, one_line
 from torch import Tensor
 
-from deft_lightning.data.tokenizer import build_tokenizer, load_tokenizer
+from deft_lightning.data.encoding.tokenizer import build_tokenizer, load_tokenizer
 from deft_lightning.errors import UserError
 from deft_lightning.models import (
     LoRA,
@@ -293,7 +293,7 @@ def test_available_memory_is_that_of_the_machine_or_less() -> None:
 
 def test_looking_at_the_size_leaves_random_weights_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
     one = build(LLAMA).state_dict()
-    monkeypatch.setattr("deft_lightning.models.build.check_memory", lambda *_: None)
+    monkeypatch.setattr("deft_lightning.models.load.check_memory", lambda *_: None)
     two = build(LLAMA).state_dict()
     assert all(torch.equal(one[name], two[name]) for name in one)
 

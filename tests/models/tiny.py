@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 
 from deft_lightning.models import LoRA, describe, from_architecture
-from deft_lightning.module import SFTModule
 from deft_lightning.objectives import DEFT
+from deft_lightning.training.module import SFTModule
 
 VOCAB = 61
 TINY: dict[str, Any] = {

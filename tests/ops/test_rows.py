@@ -13,9 +13,9 @@ from torch import Tensor
 
 from deft_lightning.functional import TokenStats
 from deft_lightning.objectives import DEFT, EAFT, Cayley, Objective
-from deft_lightning.ops import rows
+from deft_lightning.ops import torch_rows as rows
 from deft_lightning.ops.linear import linear_token_stats
-from deft_lightning.ops.rows import TorchRows, Transform, _largest
+from deft_lightning.ops.torch_rows import TorchRows, Transform, _largest
 
 # No stripe of 128, one entry less and more than the eight stripes that are searched by stripe, a remainder behind
 # the last one, and a vocabulary of Qwen's size.

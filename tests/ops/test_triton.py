@@ -43,7 +43,7 @@ from deft_lightning.objectives import DEFT, EAFT, NLL, Cayley, Objective, known_
 from deft_lightning.ops import backend, chunked
 from deft_lightning.ops.backend import choose_kernel
 from deft_lightning.ops.linear import linear_loss, linear_token_stats
-from deft_lightning.ops.rows import Transform
+from deft_lightning.ops.torch_rows import Transform
 
 ROOT = Path(__file__).parents[2]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

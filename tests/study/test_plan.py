@@ -13,8 +13,8 @@ import pytest
 from deft_lightning.errors import UserError
 from deft_lightning.objectives import DEFT, NLL, Likelihood
 from deft_lightning.study import Base, Regime, Study
-from deft_lightning.study.__main__ import read_options
 from deft_lightning.study.cells import base_folder
+from deft_lightning.study.command import read_options
 from deft_lightning.study.plan import files_of
 from deft_lightning.study.tasks import task_files
 

@@ -1,0 +1,1 @@
+"""Command line: one table of verbs, one parser for each, errors of one line."""

@@ -1,0 +1,113 @@
+"""What follows training: whatever fails there leaves the checkpoint, and the line of the error names it."""
+
+from __future__ import annotations
+
+import itertools
+import shlex
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from deft_lightning.cli.crash import RUN, explain
+from deft_lightning.training.trainer import Trainer
+
+PROGRAM = "python -m deft_lightning"
+
+
+@dataclass(frozen=True)
+class AfterFit:
+    """What follows training.
+
+    Args:
+        test: Generate for the held-out examples and report exact match, or run the benchmarks that the data names.
+        export: Write a Hugging Face folder, `export` in the run's log folder.
+    """
+
+    test: bool = False
+    export: bool = True
+
+
+def run_after_fit(trainer: Trainer, module: Any, datamodule: Any, export: bool, test: bool) -> None:
+    """Export and test a trained module; after an export that has failed the test is made all the same.
+
+    Raises:
+        Exception: What has failed first. What is told of it names the checkpoint and the command that repeats it.
+    """
+    wanted: list[tuple[str, Callable[[], Any]]] = []
+    folder, output = trainer.log_dir, ""
+    if export and folder is not None:
+        # Without a logger, runs share a folder: an earlier export is not overwritten, and not a reason to fail.
+        names = itertools.chain(["export"], (f"export-{i}" for i in itertools.count(1)))
+        output = str(next(path for name in names if not (path := Path(folder) / name).exists()))
+        wanted.append(("export", partial(trainer.export, module, output=output, datamodule=datamodule)))
+    if test:
+        quiet = bool(datamodule.benchmarks)
+        wanted.append(("test", partial(trainer.test, module, datamodule=datamodule, verbose=not quiet)))
+    failed: dict[str, Exception] = {}
+    for name, action in wanted:
+        try:
+            action()
+        except Exception as error:
+            failed[name] = error
+    if failed:
+        kept = newest(trainer) or _rescued(trainer, folder)
+        RUN.saved = partial(_repeat, failed, kept, folder, output)
+        raise next(iter(failed.values()))
+
+
+def _repeat(failed: dict[str, Exception], kept: Path | None, folder: str | None, output: str) -> str:
+    """Return what a user can do about it."""
+    first, *others = failed
+    also = "".join(f"; {name}: {explain(failed[name]) or repr(failed[name])}" for name in others)
+    if kept is None:
+        return f"; {first} failed after training was complete{also}, and no checkpoint was asked for"
+    config = Path(folder or ".") / "config.yaml"
+    options = f"--config {shlex.quote(str(config))}" if config.is_file() else "with the options of this run,"
+    commands = {
+        "export": f"{PROGRAM} export --ckpt_path {shlex.quote(str(kept))} --output {shlex.quote(output)}",
+        "test": f"{PROGRAM} test {options} --ckpt_path {shlex.quote(str(kept))}",
+    }
+    again = "; ".join(commands[name] for name in failed)
+    return f"; {first} failed{also}, training is complete and saved in {kept}: repeat it with {again}"
+
+
+def newest(trainer: Any) -> Path | None:
+    """Return the newest checkpoint that a run has written, or goes on from."""
+    found: list[tuple[float, Path]] = []
+    for callback in trainer.checkpoint_callbacks:
+        for name in ("best_model_path", "last_model_path"):
+            with suppress(OSError):
+                path = Path(getattr(callback, name, "") or "?")
+                found.append((path.stat().st_mtime, path))
+    # `last.ckpt` is a link to another file, whose name says the step; the first of equals is taken.
+    return max(found, key=lambda pair: pair[0])[1] if found else None
+
+
+def _rescued(trainer: Trainer, folder: str | None) -> Path | None:
+    """Save a run that was to leave an export alone; in one process, for other ranks have gone on."""
+    if trainer.world_size > 1:
+        return None
+    for place in (folder, trainer.default_root_dir):
+        with suppress(Exception):
+            path = Path(place or ".") / "checkpoints" / f"step={trainer.global_step}.ckpt"
+            trainer.save_checkpoint(path)
+            return path
+    return None
+
+
+def saved(trainer: Any) -> str:
+    """Return for the line of an error where a run's state is kept; nothing before the first checkpoint."""
+    path = newest(trainer)
+    return "" if path is None else f"; the newest checkpoint is {path}: go on from it, or export it, with --ckpt_path"
+
+
+def log_folder(trainer: Any) -> Path | None:
+    """Return a run's log folder without asking other ranks, which may be gone; None if there is none."""
+    for logger in trainer.loggers:
+        place = getattr(logger, "log_dir", None) or logger.save_dir
+        if place is not None and Path(place).is_dir():
+            return Path(place)
+    return None

@@ -1,0 +1,1 @@
+"""4. Messages become tokens, and which of them are learnt."""

@@ -1,0 +1,1 @@
+"""6. Batches in the order of (seed, epoch)."""

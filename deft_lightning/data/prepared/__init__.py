@@ -1,0 +1,1 @@
+"""5. Prepared once, kept on disk."""

@@ -1,0 +1,1 @@
+"""2. Any row becomes messages, text or tokens."""

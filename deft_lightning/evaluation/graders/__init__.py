@@ -1,0 +1,1 @@
+"""Graders: whether a completion is right."""

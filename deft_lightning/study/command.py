@@ -1,0 +1,74 @@
+"""``python -m deft_lightning study --config configs/study/regimes.yaml``."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from deft_lightning.errors import UserError
+
+if TYPE_CHECKING:
+    from jsonargparse import Namespace
+
+    from deft_lightning.study.plan import Study
+
+
+def read_options(args: Sequence[str]) -> tuple[Study, Namespace]:
+    """Return the study that a command line describes, and its other options."""
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+    from deft_lightning.cli.main import DeftParser
+    from deft_lightning.study.plan import Study
+
+    parser = DeftParser(
+        prog="python -m deft_lightning study",
+        description="Train every objective in every regime of prior and noise, and compare. Finished runs are kept: a"
+        " study that was stopped goes on where it was.",
+    )
+    parser.add_argument("--config", action="config", help="A study, for example configs/study/regimes.yaml.")
+    parser.add_class_arguments(Study)
+    parser.add_argument(
+        "--output",
+        type=str | None,
+        default=None,
+        help="Folder; default: logs/study/CONFIG, with --smoke logs/smoke/CONFIG.",
+    )
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="Processes, each on one thread.")
+    parser.add_argument(
+        "--smoke", type=bool, nargs="?", const=True, default=False,
+        help="The same kinds of runs in minutes, to try it out.",
+    )  # fmt: skip
+    options = parser.parse_args(list(args))
+    if options.output is None:
+        named = Path(str(options.config[-1])).stem if options.config else ""
+        options.output = str(Path("logs") / ("smoke" if options.smoke else "study") / named)
+    if options.workers < 1:
+        raise UserError(f"--workers must be at least 1, got {options.workers}")
+    made = parser.instantiate_classes(options)
+    return Study(**{name: made[name] for name in Study.__dataclass_fields__}), options
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the verb; mistakes end with one line and status 2."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        study, options = read_options(sys.argv[1:] if args is None else args)
+        from deft_lightning.study.run import run_study
+        from deft_lightning.study.tables import text
+
+        root = Path(options.output)
+        report = run_study(study.smoke() if options.smoke else study, root, options.workers)
+    except (UserError, OSError) as error:  # OSError: a full disk, a folder not to write to
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.stderr.write("stopped; the finished runs are kept, the same command goes on\n")
+        sys.exit(130)
+    print(text(report))
+    print(f"study: {root.resolve()}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""One optimizer step, from a batch to changed weights, and the trainer that repeats it."""

@@ -1,0 +1,159 @@
+"""What cannot be resumed: said in one line that names the option, before anything is prepared or built."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deft_lightning.errors import UserError
+from deft_lightning.models.checkpoint import is_complete
+from deft_lightning.models.contents import KEY
+from deft_lightning.models.seal import unbounded
+from deft_lightning.models.shares import SHARED
+from deft_lightning.training.resume.settings import class_path, of_optimizer, shown
+
+
+def peek(path: str | Path) -> dict[str, Any] | None:
+    """Return what a checkpoint holds, its tensors not yet read; None if it cannot be read, which loading it will tell.
+
+    Of a folder of shares it is what is neither weights nor optimizer.
+    """
+    source = Path(path)
+    file = source / SHARED if source.is_dir() else source
+    try:
+        with zipfile.ZipFile(file) as archive:
+            if unbounded(archive):
+                return None
+        held = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except Exception:  # the unpickler fails in any way
+        return None
+    return held if isinstance(held, dict) else None
+
+
+def about(held: dict[str, Any]) -> dict[str, Any]:
+    """Return what this package has written into a checkpoint; empty if it is not one of this package."""
+    found = held.get(KEY)
+    return found if isinstance(found, dict) else {}
+
+
+def known_settings(held: dict[str, Any]) -> dict[str, Any]:
+    """Return what a checkpoint was trained with; empty for one from before this was kept."""
+    found = about(held).get("settings")
+    return found if isinstance(found, dict) else {}
+
+
+def refuse(path: str | Path, trainer: Any, module: Any) -> None:
+    """Refuse to resume what cannot be.
+
+    Raises:
+        UserError: The checkpoint holds weights only, is a folder of shares under another strategy, is further than the
+            limits of this run, or is of another optimizer, another schedule, or other adapters.
+    """
+    sharded = getattr(trainer.strategy, "shards_weights", False)
+    if Path(path).is_dir() and is_complete(Path(path)) and not sharded:
+        raise UserError(
+            f"{path}: is a folder of shares, which --trainer.strategy fsdp2 alone can resume; export it to go on from"
+            " its weights"
+        )
+    held = peek(path)
+    if held is None or not about(held):
+        return
+    if "lr_schedulers" not in held or (Path(path).is_file() and "optimizer_states" not in held):
+        raise UserError(
+            f"{path}: holds weights only (--checkpoint.save_weights_only true), so fit cannot resume it; export it and"
+            " begin a run from its weights with --model.pretrained FOLDER"
+        )
+    _refuse_limits(path, held, trainer)
+    _refuse_adapters(path, about(held).get("lora"), getattr(module, "lora", None))
+    before = known_settings(held)
+    found = _made(module)
+    if found is not None:
+        refuse_classes(path, before, *found)
+
+
+def _refuse_limits(path: str | Path, held: dict[str, Any], trainer: Any) -> None:
+    step, steps, epochs = held.get("global_step"), trainer.max_steps, trainer.max_epochs
+    if isinstance(step, int) and 0 <= steps < step:
+        raise UserError(
+            f"--trainer.max_steps {steps}: {path} is at step {step} already; set --trainer.max_steps to more than"
+            f" {step}"
+        )
+    done = _epochs_done(held)
+    if epochs is not None and 0 <= epochs < done:
+        raise UserError(
+            f"--trainer.max_epochs {epochs}: {path} has {done} epochs behind it; set --trainer.max_epochs to more than"
+            f" {done}"
+        )
+
+
+def _epochs_done(held: dict[str, Any]) -> int:
+    """Return how many epochs a checkpoint has behind it; 0 if its progress cannot be read, which loading it tells."""
+    try:
+        progress = held["loops"]["fit_loop"]
+        epoch, batches = progress["epoch_progress"]["current"], progress["epoch_loop.batch_progress"]
+        open_one = epoch["started"] > epoch["processed"]
+        return int(epoch["processed"]) + int(open_one and bool(batches["is_last_batch"]))
+    except (KeyError, TypeError, ValueError):
+        return 0
+
+
+def _refuse_adapters(path: str | Path, before: Any, lora: Any) -> None:
+    now = None if lora is None else lora.settings()
+    if before == now:
+        return
+    if before is None or now is None:
+        has, asked = ("no adapters", "some") if before is None else ("adapters", "none")
+        way = "leave --model.lora out" if before is None else f"set --model.lora as it was: {shown(before)}"
+        raise UserError(f"--model.lora: {path} has {has}, and this run asks for {asked}; {way}")
+    if not isinstance(before, dict):
+        return
+    for name in ("r", "alpha", "target_modules"):  # dropout is drawn anew in each step
+        old, new = _scale(before, name), _scale(now, name)
+        if old != new:
+            raise UserError(
+                f"--model.lora.{name} {shown(new)}: {path} was trained with {shown(old)}, and cannot be resumed with"
+                " another one"
+            )
+
+
+def _scale(lora: dict[str, Any], name: str) -> Any:
+    value = lora.get(name)
+    return 2 * lora.get("r", 0) if name == "alpha" and value is None else value
+
+
+def _made(module: Any) -> tuple[str, str | None] | None:
+    """Classes of the optimizer and the schedule that a module will make, from one parameter of no meaning."""
+    try:
+        optimizer = module.optimizer_callable([{"params": [torch.nn.Parameter(torch.zeros(1, 1))]}])
+        scheduler = module.scheduler_callable(optimizer) if module.scheduler_callable is not None else None
+        return of_optimizer(optimizer)["class"], None if scheduler is None else class_path(scheduler)
+    except Exception:  # a user's own callable may want the true parameters; they are looked at again when made
+        return None
+
+
+def refuse_classes(path: str | Path, before: dict[str, Any], optimizer: str, scheduler: str | None) -> None:
+    """Refuse another optimizer or schedule than the one whose state a checkpoint holds.
+
+    Raises:
+        UserError: They are of another class; the message names both.
+    """
+    for option, now in (("optimizer", optimizer), ("scheduler", scheduler)):
+        known = before.get(f"model.{option}")
+        if not isinstance(known, dict) or "class" not in known or known["class"] == now:
+            continue
+        old, new = (short(one) for one in (known["class"], now))
+        if old == new:  # of two modules
+            old, new = shown(known["class"]), str(now)
+        raise UserError(
+            f"--model.{option} {new}: {path} was trained with {old}, whose state {new} cannot go on from; set"
+            f" --model.{option} {old}, or export the checkpoint and begin a run from its weights with"
+            " --model.pretrained FOLDER"
+        )
+
+
+def short(path: Any) -> str:
+    """Return the name of a class without its module."""
+    return "null" if path is None else shown(path).rpartition(".")[2]

@@ -1,0 +1,287 @@
+"""Strategies: FSDP2 under the name ``fsdp2``, and checkpoints that are there whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any, cast
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch.plugins.precision import MixedPrecision, Precision
+from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.checkpoint.state_dict_loader import load as load_shares
+
+from deft_lightning.atomic import partial_name, replace_folder, sweep, whole_file
+from deft_lightning.errors import UserError
+from deft_lightning.models import check_shapes, check_state, load_checkpoint, read_checkpoint
+from deft_lightning.models.contents import KEY, problem
+from deft_lightning.models.seal import SealingFile, file_digest, write_digests
+from deft_lightning.models.shares import METADATA, SHARED, WEIGHTS, SharePlanner, ShareReader, innermost, read_metadata
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes under another name, then renames: a save that is cut short leaves the previous checkpoint as it was.
+
+    A digest of every byte is written with it, and compared before it is used; nothing in a checkpoint is executed.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """Save to a local file.
+
+        Raises:
+            UserError: It cannot be written; what was there before still is.
+        """
+        if "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        target = Path(path)
+        try:
+            with whole_file(target, sync=True) as partial, partial.open("w+b") as file:
+                sealing = SealingFile(file)
+                torch.save(checkpoint, cast(IO[bytes], sealing))
+                sealing.seal()
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+            raise UserError(_why(target, error)) from None
+
+    def load_checkpoint(
+        self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Load a local file whose every byte is as it was written; tensors and plain values alone.
+
+        Args:
+            path: The file.
+            map_location: Of files at another address; those on this machine are mapped into its memory.
+            weights_only: False is refused: it would run code that the file names.
+
+        Raises:
+            UserError: It is missing, damaged, malformed, or asks for code to be run.
+        """
+        if weights_only is False:
+            raise UserError(
+                f"{path}: weights_only=False runs code that a checkpoint names; for one of your own that needs it, give"
+                " the trainer plugins=[TorchCheckpointIO()]"
+            )
+        if "://" in str(path):
+            return super().load_checkpoint(path, map_location, weights_only=True)
+        checkpoint = read_checkpoint(path)
+        if KEY in checkpoint and (why := problem(checkpoint)):
+            raise UserError(f"{path}: {why} (--ckpt_path)")
+        return checkpoint
+
+
+def _about_shares(folder: Path) -> dict[str, Any]:
+    """Read what is neither weights nor optimizer of a folder, once the folder is verified."""
+    checkpoint = read_checkpoint(folder)
+    # The weights are read by all ranks together; here it only has to be a checkpoint of this package.
+    if why := problem({**checkpoint, "state_dict": {"": torch.empty(0)}}):
+        raise UserError(f"{folder}: {why} (--ckpt_path)")
+    return checkpoint
+
+
+def _why(target: Path, error: Exception) -> str:
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+    try:
+        full = full or shutil.disk_usage(target.parent).free < 1 << 20
+    except OSError:
+        pass
+    reason = "the disk is full" if full else " ".join(str(error).split())
+    return f"{target}: cannot save the checkpoint: {reason}; earlier ones are intact (--checkpoint.dirpath)"
+
+
+class FSDP2Strategy(ModelParallelStrategy):
+    """Shards weights, gradients and optimizer state over all ranks (``torch.distributed.fsdp.fully_shard``).
+
+    ``--trainer.precision bf16-mixed`` gathers and computes in bfloat16 and reduces gradients in float32, through FSDP
+    itself instead of autocast.
+
+    Args:
+        save_distributed_checkpoint: A folder to which each rank writes its share, instead of one file with everything.
+        kwargs: As :class:`lightning.pytorch.strategies.ModelParallelStrategy`.
+
+    Raises:
+        UserError: A size of data or tensor parallelism other than all ranks and one.
+    """
+
+    shards_weights = True
+
+    def __init__(self, save_distributed_checkpoint: bool = False, **kwargs: Any) -> None:
+        for name, allowed in (("data_parallel_size", ("auto",)), ("tensor_parallel_size", ("auto", 1))):
+            if kwargs.pop(name, "auto") not in allowed:
+                raise UserError(f"fsdp2: {name} cannot be set in this version: weights are sharded over all ranks")
+        super().__init__(
+            data_parallel_size="auto",
+            tensor_parallel_size=1,
+            save_distributed_checkpoint=save_distributed_checkpoint,
+            **kwargs,
+        )
+        self.low_precision = False
+
+    def setup_environment(self) -> None:
+        """Join the other ranks; take mixed precision over from Lightning."""
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        if isinstance(self.precision_plugin, MixedPrecision):
+            if self.precision_plugin.scaler is not None:
+                raise UserError("fsdp2 cannot train in float16: use --trainer.precision bf16-mixed or 32-true")
+            self.low_precision, self.precision_plugin = True, Precision()
+        super().setup_environment()
+
+    def setup(self, trainer: Any) -> None:
+        """Set up; weights that are gathered in inference mode could not be trained afterwards."""
+        for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
+            loop.inference_mode = False
+        super().setup(trainer)
+
+    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
+        """Return the optimizer's state: shares, or on rank 0 all of it under the numbers a plain optimizer gives.
+
+        Lightning numbers parameters by their place in the model, which is another one as soon as there are several
+        parameter groups: such a file could not go on in one process, nor the other way round.
+        """
+        if self._save_distributed_checkpoint:
+            return super().optimizer_state(optimizer)
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        optimizer = getattr(optimizer, "_optimizer", optimizer)
+        named: dict[str, Any] = get_optimizer_state_dict(self._module, optimizer, options=options)
+        if not self.is_global_zero:
+            return {}
+        number = {name: i for i, name in enumerate(self._names(optimizer))}
+        return {
+            "state": {number[name]: state for name, state in named["state"].items()},
+            "param_groups": [
+                {**group, "params": [number[name] for name in group["params"]]} for group in named["param_groups"]
+            ],
+        }
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Load shares, or a file that any strategy has written: rank 0 reads it and hands out what is each rank's.
+
+        Raises:
+            UserError: The checkpoint is of another model.
+        """
+        path = Path(self.broadcast(checkpoint_path))
+        if path.is_dir():
+            return self._load_shares(path)
+        checkpoint = self._agreed(lambda: load_checkpoint(path))
+        weights, states = checkpoint.pop("state_dict"), checkpoint.get("optimizer_states", [])
+        check_state(self._module.model, weights)
+        first = self.is_global_zero
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=first)
+        set_model_state_dict(self._module, weights if first else {}, options=options)
+        for optimizer, state in zip(self.optimizers, states, strict=False):
+            names = list(self._names(optimizer))
+            named: dict[str, Any] = {
+                "state": {names[i]: values for i, values in state["state"].items()},
+                "param_groups": [
+                    {**group, "params": [names[i] for i in group["params"]]} for group in state["param_groups"]
+                ],
+            }
+            set_optimizer_state_dict(self._module, optimizer, named if first else {}, options=options)
+        return checkpoint
+
+    def _agreed(self, read: Callable[[], Any]) -> Any:
+        """Read on every rank; where one cannot, none goes on."""
+        problem, found = None, None
+        try:
+            found = read()
+        except UserError as error:
+            problem = str(error)
+        if self._any(problem is not None):
+            raise UserError(problem or "another rank cannot read the checkpoint (--ckpt_path)")
+        return found
+
+    def _load_shares(self, folder: Path) -> dict[str, Any]:
+        """Load this rank's part of what many ranks have written, be they as many as now or not."""
+        checkpoint: dict[str, Any] = self._agreed(lambda: _about_shares(folder))
+        entries = self._agreed(lambda: read_metadata(folder)).state_dict_metadata
+        weights: dict[str, Any] = get_model_state_dict(self._module)
+        own = {f"{WEIGHTS}{name}": tuple(value.shape) for name, value in weights.items()}
+        theirs = {
+            name: tuple(entry.size)
+            for name, entry in entries.items()
+            if name.startswith(WEIGHTS) and isinstance(entry, TensorStorageMetadata)
+        }
+        check_shapes(own, theirs, WEIGHTS)
+        self._read({"state_dict": weights}, folder)
+        self._module.load_state_dict(weights)
+        options = StateDictOptions(cpu_offload=True)
+        for number, optimizer in enumerate(self.optimizers):
+            named = {f"optimizer_{number}": get_optimizer_state_dict(self._module, optimizer)}
+            self._read(named, folder)
+            set_optimizer_state_dict(self._module, optimizer, named[f"optimizer_{number}"], options=options)
+        return checkpoint
+
+    def _read(self, state: dict[str, Any], folder: Path) -> None:
+        try:
+            load_shares(state, storage_reader=ShareReader(folder), planner=SharePlanner())
+        except (Exception, CheckpointException) as error:  # torch raises on every rank what happened on one
+            raise UserError(f"{folder}: cannot be loaded: {innermost(error)} (--ckpt_path)") from None
+
+    @property
+    def _module(self) -> Any:
+        assert self.lightning_module is not None
+        return self.lightning_module
+
+    def _names(self, optimizer: Any) -> Iterator[str]:
+        """Names of what an optimizer trains, in the order in which it numbers them."""
+        names = {id(parameter): name for name, parameter in self._module.named_parameters()}
+        for group in optimizer.param_groups:
+            yield from (names[id(parameter)] for parameter in group["params"])
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        """Save a file, or a folder that gets its name once every rank has written its share."""
+        if not self._save_distributed_checkpoint:
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+            return
+        target = Path(self.broadcast(filepath))
+        partial = Path(self.broadcast(str(partial_name(target))))
+        if self.is_global_zero:
+            sweep(target.parent)
+        problem: str | None = None
+        digests: dict[str, str] = {}
+        try:
+            super().save_checkpoint(checkpoint, partial, storage_options)
+            digests = {file.name: file_digest(file) for file in self._written(partial)}
+        except Exception as error:
+            problem = _why(target, error)
+        if self._any(problem is not None):
+            if self.is_global_zero:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise UserError(problem or f"{target}: another rank could not save its share; earlier ones are intact")
+        everywhere: list[Any] = [None] * self.world_size
+        dist.all_gather_object(everywhere, digests)
+        if self.is_global_zero:
+            write_digests(partial, {name: digest for own in everywhere for name, digest in own.items()})
+            replace_folder(partial, target)
+        self.barrier()
+
+    def _written(self, folder: Path) -> list[Path]:
+        """Files of a folder of shares that this rank has written."""
+        own = list(folder.glob(f"__{self.global_rank}_*"))
+        return [*own, folder / METADATA, folder / SHARED] if self.is_global_zero else own
+
+    def _any(self, here: bool) -> bool:
+        found = torch.tensor(int(here), device=self.root_device)
+        dist.all_reduce(found, op=dist.ReduceOp.MAX)
+        return bool(found)
+
+
+def register() -> None:
+    """Make ``--trainer.strategy fsdp2`` known."""
+    if "fsdp2" not in StrategyRegistry:
+        StrategyRegistry.register("fsdp2", FSDP2Strategy, description="FSDP2: everything sharded over all ranks")
+
+
+register()
