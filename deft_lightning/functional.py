@@ -17,6 +17,8 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
+IGNORE_INDEX = -100  # label of a token that is not supervised, as in torch and transformers
+
 
 class TokenStats(NamedTuple):
     r"""What an objective may know about each token. Every field has the shape of the targets.
@@ -50,6 +52,9 @@ class TokenStats(NamedTuple):
     def detach(self) -> TokenStats:
         """Return the same statistics without a graph."""
         return self.map(Tensor.detach)
+
+
+LossFn = Callable[[TokenStats], Tensor]  # an objective, as the heads see it: losses of shape (N,)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -136,7 +141,7 @@ def topk_entropy_of(shifted: Tensor, k: int) -> Tensor:
     return torch.log1p(tail) - weighted.sum(-1) / (1 + tail)
 
 
-def token_stats(logits: Tensor, targets: Tensor, *, ignore_index: int = -100, topk: int = 0) -> TokenStats:
+def token_stats(logits: Tensor, targets: Tensor, *, ignore_index: int = IGNORE_INDEX, topk: int = 0) -> TokenStats:
     """Statistics of every token from dense logits: the oracle for the fused head.
 
     Args:
@@ -153,9 +158,7 @@ def token_stats(logits: Tensor, targets: Tensor, *, ignore_index: int = -100, to
     return stats.map(lambda field: torch.where(keep, field, field.new_zeros(())))
 
 
-def token_loss(
-    logits: Tensor, targets: Tensor, objective: Callable[[TokenStats], Tensor], ignore_index: int = -100
-) -> Tensor:
+def token_loss(logits: Tensor, targets: Tensor, objective: LossFn, ignore_index: int = IGNORE_INDEX) -> Tensor:
     """Loss of every token under ``objective``, never reduced.
 
     The objective sees the supervised tokens alone, so one that looks at the batch (``Cayley(floor=0.5)``) is not

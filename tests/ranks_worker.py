@@ -30,7 +30,8 @@ from deft_lightning.callbacks import (
     NoiseMonitor,
     PredictionWriter,
 )
-from deft_lightning.data.loading.collate import Prepared, TrainCollator
+from deft_lightning.data.examples import Prepared
+from deft_lightning.data.loading.collate import TrainCollator
 from deft_lightning.data.loading.order import ShardedSampler
 from deft_lightning.data.noise import Noise, TokenReplace
 from deft_lightning.errors import UserError
@@ -137,7 +138,7 @@ class Scales(Callback):
         self.seen: list[float] = []
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
-        self.seen.append(pl_module.acting.scale)
+        self.seen.append(pl_module.current_objective.scale)
 
 
 def rescaled(root: Path, world: int, examples: list[Prepared] | None = None) -> Found:

@@ -56,10 +56,10 @@ class Course(Callback):
         self.checked: list[Objective] = []
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
-        self.trained.append(pl_module.acting)
+        self.trained.append(pl_module.current_objective)
 
     def on_validation_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
-        (self.checked if trainer.sanity_checking else self.validated).append(pl_module.acting)
+        (self.checked if trainer.sanity_checking else self.validated).append(pl_module.current_objective)
 
 
 def by_hand(pretrained: str, batch: Any, losses: list[Callable[[Any], Loss]]) -> Any:
@@ -334,7 +334,7 @@ def test_a_checkpoint_from_before_there_was_a_course_is_loaded(pretrained: str, 
     module = make_module(pretrained, objective=Rescaled(base=Schedule()))
     trainer = make_trainer(tmp_path, max_epochs=2)
     trainer.fit(module, data(source), ckpt_path=str(tmp_path / "old.ckpt"))
-    assert trainer.global_step == 2 and module.acting.deformed == DEFT()
+    assert trainer.global_step == 2 and module.current_objective.deformed == DEFT()
 
 
 def test_a_second_fit_starts_its_schedule_anew(pretrained: str, source: str, tmp_path: Path) -> None:

@@ -22,7 +22,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from deft_lightning import InstructionDataModule, SFTModule, Trainer
 from deft_lightning.callbacks import Checkpoint
-from deft_lightning.data.loading.collate import Prepared, TrainCollator
+from deft_lightning.data.examples import Prepared
+from deft_lightning.data.loading.collate import TrainCollator
 from deft_lightning.errors import UserError
 from deft_lightning.evaluation import Generation
 from deft_lightning.functional import TokenStats

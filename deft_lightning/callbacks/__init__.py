@@ -11,7 +11,6 @@ from deft_lightning.callbacks.predictions import PredictionWriter
 from deft_lightning.callbacks.progress import SFTProgressBar
 from deft_lightning.callbacks.ranks import RankWatch
 from deft_lightning.callbacks.stop import GracefulStop
-from deft_lightning.training.resume import newest_checkpoint
 
 __all__ = [
     "Checkpoint",
@@ -25,5 +24,4 @@ __all__ = [
     "RankWatch",
     "SFTProgressBar",
     "TokenMonitor",
-    "newest_checkpoint",
 ]

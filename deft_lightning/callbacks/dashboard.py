@@ -45,19 +45,19 @@ class Dashboard(Callback):
         """Write the layout and the curve, on rank zero alone."""
         module: Any = pl_module
         # A schedule may have a focus index at one end of the run only.
-        focus = any(objective.deformed is not None for objective in (module.objective, module.acting))
+        focus = any(objective.deformed is not None for objective in (module.objective, module.current_objective))
         noise = getattr(getattr(trainer, "datamodule", None), "noise", None)
         charts = chart_layout(bool(getattr(noise, "ops", ())), focus, module.objective.tracks is not None)
         if self.layout:
             for writer in writers(trainer):
                 writer.add_custom_scalars(charts)
-        self._draw(trainer, module.acting)
+        self._draw(trainer, module.current_objective)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw the curve again if the run has reached another objective; another scale of the same is none."""
         module: Any = pl_module
-        if trainer.state.fn == "fit" and module.objective.scheduled and module.acting != self.drawn:
-            self._draw(trainer, module.acting)
+        if trainer.state.fn == "fit" and module.objective.scheduled and module.current_objective != self.drawn:
+            self._draw(trainer, module.current_objective)
 
     def _draw(self, trainer: Trainer, objective: Objective) -> None:
         self.drawn = objective
@@ -73,7 +73,7 @@ class Dashboard(Callback):
         if batch_idx or not self.examples or tokenizer is None or trainer.state.fn != "fit" or trainer.sanity_checking:
             return
         for writer in writers(trainer):
-            gate = pl_module.acting.gate(outputs["stats"])
+            gate = pl_module.current_objective.gate(outputs["stats"])
             name = "examples/val_noisy" if dataloader_idx else "examples/val"
             text = marked(tokenizer, batch, gate, self.examples, self.tokens)
             writer.add_text(name, text, global_step=optimizer_step(trainer))

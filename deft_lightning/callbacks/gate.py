@@ -90,8 +90,8 @@ class GateMonitor(TokenMonitor):
         self, packed: PackedHistogram, module: Any, stats: TokenStats, noise_code: Any, clean_labels: Any
     ) -> None:
         """Add gate, probability, gradient and focus of each token."""
-        acting: Objective = module.acting
-        gate, prob = acting.gate(stats), stats.log_prob.exp()
+        current_objective: Objective = module.current_objective
+        gate, prob = current_objective.gate(stats), stats.log_prob.exp()
         packed.update(0, gate)
         packed.update(1, prob)
         # A gate of Focal can be below 0 by rounding alone; mass is not.
@@ -103,10 +103,10 @@ class GateMonitor(TokenMonitor):
         packed.update(5, prob[clean])
         for row, other in enumerate(self.others.values(), start=FIXED):
             packed.update(row, other.gate(stats))
-        if acting.deformed is not None:
+        if current_objective.deformed is not None:
             row = FIXED + len(self.others)
             with torch.no_grad():
-                focus = acting.deformed.focus(stats)
+                focus = current_objective.deformed.focus(stats)
             packed.update(row, focus)
             packed.update_bands(row + 1, BANDS, prob, by=focus)
             self.quantiles.update(gate, prob, focus)
@@ -117,7 +117,7 @@ class GateMonitor(TokenMonitor):
         """Write means, quantiles, shares and histograms."""
         gate, prob, gradient, shut, shut_clean, prob_clean = rows[:FIXED]
         others = rows[FIXED : FIXED + len(self.others)]
-        focus = [] if module.acting.deformed is None else rows[FIXED + len(self.others) :]
+        focus = [] if module.current_objective.deformed is None else rows[FIXED + len(self.others) :]
         module.log("gate/mean", gate.mean)
         module.log("gate/ess", gate.effective_sample_size)
         module.log("gate/locked", shut.mean)

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
+from deft_lightning.functional import IGNORE_INDEX
 from deft_lightning.terminal import visible
 
-IGNORE = -100
 # TensorBoard's Markdown knows no colours, and coloured characters need a font that not every machine has.
 LEVELS = ((0.1, "█"), (0.5, "▓"), (0.9, "▒"), (float("inf"), "░"))
 LEGEND = (
@@ -36,9 +36,9 @@ def marked(tokenizer: Any, batch: dict[str, Any], gate: Tensor, examples: int, t
     if len(names) != len(labels):  # packed: a row is several examples
         names = [f"row {number}" for number in range(len(labels))]
     # Gates of rows that are not shown stay on the device.
-    gates = gate[: sum(label != IGNORE for row in labels[:examples] for label in row)].tolist()
+    gates = gate[: sum(label != IGNORE_INDEX for row in labels[:examples] for label in row)].tolist()
     for number, (row, row_codes) in enumerate(zip(labels[:examples], codes, strict=False)):
-        learnt = [(label, code > 0) for label, code in zip(row, row_codes, strict=True) if label != IGNORE]
+        learnt = [(label, code > 0) for label, code in zip(row, row_codes, strict=True) if label != IGNORE_INDEX]
         own, start = gates[start : start + len(learnt)], start + len(learnt)
         name = code_span(str(names[number]))
         mean = f", mean gate {sum(own) / len(own):.2f}" if own else ""

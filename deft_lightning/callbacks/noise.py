@@ -8,12 +8,11 @@ import torch
 from lightning.pytorch import Trainer
 
 from deft_lightning.callbacks.monitor import TokenMonitor
-from deft_lightning.functional import TokenStats
+from deft_lightning.functional import IGNORE_INDEX, TokenStats
 from deft_lightning.metrics import Histogram, PackedHistogram, binned_auroc, spread
 
 BINS = 1024
 RECOVERED = 12  # row of whether the first choice of a noisy token is its clean label
-IGNORE = -100
 
 
 class NoiseMonitor(TokenMonitor):
@@ -37,7 +36,7 @@ class NoiseMonitor(TokenMonitor):
         """Add each token to its class."""
         if noise_code is None:
             return
-        gate = module.acting.gate(stats)
+        gate = module.current_objective.gate(stats)
         error = -torch.expm1(stats.log_prob)
         for offset, chosen in ((0, noise_code == 0), (6, noise_code != 0)):
             log_prob, kept = stats.log_prob[chosen], gate[chosen]
@@ -45,7 +44,7 @@ class NoiseMonitor(TokenMonitor):
             for row, values in enumerate(parts, start=offset):
                 packed.update(row, values)
         if clean_labels is not None and stats.arg_max is not None:
-            known = (noise_code != 0) & (clean_labels != IGNORE)
+            known = (noise_code != 0) & (clean_labels != IGNORE_INDEX)
             packed.update(RECOVERED, (stats.arg_max == clean_labels)[known])
 
     def report(self, trainer: Trainer, module: Any, rows: list[Histogram]) -> None:

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from deft_lightning.data.encoding.encode import prompts
-from deft_lightning.data.loading.collate import Prompt
+from deft_lightning.data.examples import Example, Prompt
 from deft_lightning.data.prepared.build import unique_ids
-from deft_lightning.data.records.formats import Example
 from deft_lightning.data.sources.read import read
 from deft_lightning.data.sources.rows import Located, Row, RowError
 from deft_lightning.errors import UserError

@@ -17,21 +17,23 @@ from deft_lightning.data.benchmarks import Benchmarks, chosen
 from deft_lightning.data.encoding.encode import Report, Supervise, vocabulary
 from deft_lightning.data.encoding.template import end_of_turn, markers, set_template, template_text
 from deft_lightning.data.encoding.tokenizer import load_tokenizer
-from deft_lightning.data.loading.collate import IGNORE, Prepared, TrainCollator
+from deft_lightning.data.examples import Example, Prepared
+from deft_lightning.data.loading.collate import TrainCollator
 from deft_lightning.data.loading.loaders import Loaders
-from deft_lightning.data.loading.order import Rows
+from deft_lightning.data.loading.order import PreparedDataset
 from deft_lightning.data.loading.packing import bounded_batches, pack
 from deft_lightning.data.noise import Noise, TokenNoise
 from deft_lightning.data.prepared.build import BAD_ROWS, Recipe, Source, build, title
 from deft_lightning.data.prepared.cache import DONE, Temporary, cache_root, cached, source_identity, source_state
-from deft_lightning.data.prepared.spool import Rows as Spool
+from deft_lightning.data.prepared.spool import SpooledExamples as Spool
 from deft_lightning.data.prepared.spool import Tokens
 from deft_lightning.data.prepared.truth import flags
 from deft_lightning.data.preview import Sample, as_text, sample
-from deft_lightning.data.records.formats import FIELDS, Example, Format
+from deft_lightning.data.records.formats import FIELDS, Format
 from deft_lightning.data.sources.read import weights
 from deft_lightning.errors import UserError, did_you_mean
 from deft_lightning.evaluation.benchmarks import TestSet
+from deft_lightning.functional import IGNORE_INDEX
 from deft_lightning.hashing import key
 from deft_lightning.terminal import visible
 
@@ -54,7 +56,7 @@ class InstructionDataModule(Loaders):
         split: Split of a hub dataset or folder.
         validation_source: Validation rows; default: held out of `source`.
         validation_fraction: Share held out of `source` by a hash of each example, in [0, 1); duplicates stay together.
-        test_source: Rows for `test` and `predict`; default: the validation rows.
+        test_source: PreparedDataset for `test` and `predict`; default: the validation rows.
         benchmarks: Benchmarks for `test` and `predict` in their place: names, or where the rows of each are, for
             example `--data.benchmarks '{math500: math500.jsonl, gsm8k: gsm8k.jsonl}'`. docs/evaluation.md lists them.
         benchmark_instruction: Stands behind the questions of benchmarks in place of their own; empty for none.
@@ -164,7 +166,7 @@ class InstructionDataModule(Loaders):
         self._settled: str | None = None
         self._built = False
         self.reports: dict[str, Report] = {}
-        self._rows: dict[str, Rows] = {}
+        self._rows: dict[str, PreparedDataset] = {}
         self._held_out: Iterable[Example] = ()
         self._temporary: Temporary | None = None
 
@@ -297,7 +299,7 @@ class InstructionDataModule(Loaders):
                 clean if name == "validation" or (name == "train" and "train" not in self.noise.splits) else self.noise
             )
             examples = Tokens(folder / f"{name}.arrow")
-            self._rows[name], self.reports[name] = Rows(examples, None, noise, words), Report.load(counted)
+            self._rows[name], self.reports[name] = PreparedDataset(examples, None, noise, words), Report.load(counted)
         return meta
 
     def _note_bad_rows(self, folder: Path) -> Path:
@@ -321,10 +323,10 @@ class InstructionDataModule(Loaders):
                     f"{name}: packed into {len(rows.rows)} rows of {self.max_length} tokens, {full:.1%} full"
                 )
 
-    def _check_end_of_turn(self, rows: Rows) -> None:
+    def _check_end_of_turn(self, rows: PreparedDataset) -> None:
         # One template writes every turn: a few examples show how it ends.
         few = [rows.examples[at] for at in range(min(len(rows.examples), 100))]
-        last = [int(e.labels[e.labels != IGNORE][-1]) for e in few]
+        last = [int(e.labels[e.labels != IGNORE_INDEX][-1]) for e in few]
         self._turn_ends = sorted(set(last) & set(markers(self.tokenizer).tolist()))
         if last and not self._turn_ends:
             rank_zero_warn(

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any, Literal
 
-from deft_lightning.data.loading.collate import IGNORE, Prepared
+from deft_lightning.data.examples import Prepared
+from deft_lightning.functional import IGNORE_INDEX
 from deft_lightning.terminal import visible
 
 Kind = Literal["context", "supervised", "noisy", "cut"]
@@ -73,7 +74,7 @@ def sample(
         if code:
             learnt = f"learnt as {tokenizer.decode([label])!r}, " if label != token else ""
             return "noisy", f"{learnt}{operations[code - 1]}"
-        return ("context" if label == IGNORE else "supervised"), ""
+        return ("context" if label == IGNORE_INDEX else "supervised"), ""
 
     pieces: list[Piece] = []
     for start, end, text in _letters(tokenizer, whole):
@@ -86,7 +87,7 @@ def sample(
     if hidden:
         more = Piece(f" … {hidden} more tokens … ", "cut")
         pieces = [more, *pieces] if keep == "end" else [*pieces, more]
-    supervised, noisy = int((example.labels != IGNORE).sum()), int((example.noise_code > 0).sum())
+    supervised, noisy = int((example.labels != IGNORE_INDEX).sum()), int((example.noise_code > 0).sum())
     return Sample(example.id, pieces, len(ids), supervised, noisy, length - len(ids))
 
 

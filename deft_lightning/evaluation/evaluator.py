@@ -12,7 +12,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from deft_lightning.errors import UserError
 from deft_lightning.evaluation.aggregate import figure_names, figures, summary, table
 from deft_lightning.evaluation.benchmarks import TestSet
-from deft_lightning.evaluation.generate import Completion, Generation, room
+from deft_lightning.evaluation.generate import Completion, Generation, position_limit
 from deft_lightning.evaluation.graders.judge import judge
 from deft_lightning.evaluation.grading import Doubts, Item, grade_all
 from deft_lightning.metrics import ExampleSums
@@ -44,7 +44,7 @@ class Tested(LightningModule):
     def _check_prompts(self) -> None:
         """Refuse now what would stop the run at its longest prompt; say where the model has no room for its answer."""
         for tests in self._test_sets():
-            left = room(self.model, tests.longest, tests.benchmark.name) - tests.longest
+            left = position_limit(self.model, tests.longest, tests.benchmark.name) - tests.longest
             if left < (wanted := self.generation.max_new_tokens):
                 rank_zero_warn(
                     f"{tests.benchmark.name or 'test'}: completions end after {left} tokens, not {wanted}"

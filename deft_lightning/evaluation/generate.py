@@ -78,7 +78,7 @@ def complete(
     """
     input_ids, mask, n = batch["input_ids"], batch["attention_mask"], settings.samples
     prompt = input_ids.shape[1]
-    left = room(model, max(prompt, longest)) - max(prompt, longest)
+    left = position_limit(model, max(prompt, longest)) - max(prompt, longest)
     out = model.generate(
         input_ids=input_ids.repeat_interleave(n, 0),
         attention_mask=mask.repeat_interleave(n, 0),
@@ -105,7 +105,7 @@ def positions(model: Any) -> int | None:
     return int(found) if found else None
 
 
-def room(model: Any, prompt: int, named: str = "") -> int:
+def position_limit(model: Any, prompt: int, named: str = "") -> int:
     """Return how many tokens the model has positions for.
 
     Args:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from deft_lightning.errors import UserError
-from deft_lightning.functional import token_loss
+from deft_lightning.functional import IGNORE_INDEX, token_loss
 from deft_lightning.objectives import Objective
 
 
@@ -35,7 +35,7 @@ def compute_loss_func(objective: Objective) -> Callable[..., Tensor]:
         logits = outputs["logits"] if isinstance(outputs, dict) else outputs.logits
         targets = labels[:, 1:].to(logits.device)
         total = token_loss(logits[:, :-1], targets, objective).sum()
-        count = num_items_in_batch if num_items_in_batch is not None else (targets != -100).sum().clamp_min(1)
+        count = num_items_in_batch if num_items_in_batch is not None else (targets != IGNORE_INDEX).sum().clamp_min(1)
         return total / count
 
     return loss

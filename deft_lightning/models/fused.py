@@ -15,11 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from deft_lightning.errors import UserError
-from deft_lightning.functional import TokenStats
+from deft_lightning.functional import IGNORE_INDEX, TokenStats
 from deft_lightning.models.head import DENSE, HeadSeam
 from deft_lightning.ops import linear_loss, linear_token_stats
-
-IGNORE = -100
 
 
 class FusedOutput(NamedTuple):
@@ -52,7 +50,7 @@ def fused_forward(
         UserError: The model does not run its head once, on the hidden states of every position.
     """
     # Before the body is queued: how many tokens there are is all that CUDA waits for.
-    index = (targets != IGNORE).flatten().nonzero().squeeze(1)
+    index = (targets != IGNORE_INDEX).flatten().nonzero().squeeze(1)
     wanted = targets.flatten()[index]
     found: list[tuple[Tensor, TokenStats]] = []
     name = type(seam.causal).__name__

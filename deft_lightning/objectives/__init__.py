@@ -1,6 +1,6 @@
 """Token objectives as values: frozen, defaulted, checked when made, found through the class tree."""
 
-from deft_lightning.objectives.base import DeformedLog, Objective, Tracked, Training, known_objectives
+from deft_lightning.objectives.base import DeformedLog, Objective, RunState, TrackedGate, known_objectives
 from deft_lightning.objectives.deformed import DEFT, NLL, Cayley, Likelihood, Tsallis
 from deft_lightning.objectives.remedies import Floored, Schedule
 from deft_lightning.objectives.rescaled import Rescaled
@@ -18,9 +18,9 @@ __all__ = [
     "Likelihood",
     "Objective",
     "Rescaled",
+    "RunState",
     "Schedule",
-    "Tracked",
-    "Training",
+    "TrackedGate",
     "Truncated",
     "Tsallis",
     "known_objectives",

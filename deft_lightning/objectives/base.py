@@ -17,7 +17,7 @@ from deft_lightning.registry import concrete
 SMALLEST_GATE = 0.01  # a mean gate below counts as this much: an objective is scaled up by at most 100
 
 
-class Training(NamedTuple):
+class RunState(NamedTuple):
     """What a run tells its objective before an optimizer step. The defaults are what holds where there is no run.
 
     Attributes:
@@ -36,7 +36,7 @@ class Training(NamedTuple):
         return 1 / max(self.mean_gate, SMALLEST_GATE)
 
 
-class Tracked(NamedTuple):
+class TrackedGate(NamedTuple):
     """What a run is to keep the running mean gate of.
 
     Attributes:
@@ -70,11 +70,11 @@ class Objective(ABC):
 
     @property
     def scheduled(self) -> bool:
-        """Whether :meth:`at` looks at :attr:`Training.progress`: by default, whether one of its parts does."""
+        """Whether :meth:`at` looks at :attr:`RunState.progress`: by default, whether one of its parts does."""
         return any(part.scheduled for part in self.parts().values())
 
     @property
-    def tracks(self) -> Tracked | None:
+    def tracks(self) -> TrackedGate | None:
         """Of what :meth:`at` wants to know the mean gate; by default what one of its parts wants, None for nothing."""
         found = [tracked for part in self.parts().values() if (tracked := part.tracks) is not None]
         if len(found) > 1:
@@ -92,13 +92,13 @@ class Objective(ABC):
         found = {field.name: getattr(self, field.name) for field in fields}
         return {name: value for name, value in found.items() if isinstance(value, Objective)}
 
-    def at(self, training: Training) -> Objective:
+    def at(self, state: RunState) -> Objective:
         """Return the objective in force for the next optimizer step; by default itself, its parts as they are then.
 
         A subclass that overrides this says in :attr:`scheduled` and :attr:`tracks` what it has to be told. Its own
-        :attr:`topk` must not change, and ``at(Training())`` is what the objective is when it is called outright.
+        :attr:`topk` must not change, and ``at(RunState())`` is what the objective is when it is called outright.
         """
-        return self.with_(**{name: part.at(training) for name, part in self.parts().items()})
+        return self.with_(**{name: part.at(state) for name, part in self.parts().items()})
 
     @final
     def with_(self, **values: Any) -> Self:

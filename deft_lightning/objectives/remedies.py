@@ -9,7 +9,7 @@ from torch import Tensor
 
 from deft_lightning.errors import UserError
 from deft_lightning.functional import TokenStats
-from deft_lightning.objectives.base import DeformedLog, Objective, Training, Wrapper
+from deft_lightning.objectives.base import DeformedLog, Objective, RunState, Wrapper
 from deft_lightning.objectives.deformed import DEFT, NLL
 
 ROUNDING = 1e-9  # of a sum of shares; less than any optimizer step
@@ -76,11 +76,11 @@ class Schedule(Objective):
         parts = self._in_force()
         return parts[0].deformed if len(parts) == 1 else None
 
-    def at(self, training: Training) -> Objective:
+    def at(self, state: RunState) -> Objective:
         """Return the mix at this point of the run, its parts as they are then."""
-        done = training.progress - self.switch
+        done = state.progress - self.switch
         weight = 1.0 if done >= self.blend - ROUNDING else done / self.blend if done > 0 else 0.0
-        return self.with_(first=self.first.at(training), then=self.then.at(training), weight=weight)
+        return self.with_(first=self.first.at(state), then=self.then.at(state), weight=weight)
 
     def _in_force(self) -> tuple[Objective, ...]:
         return (self.first,) if self.weight == 0 else (self.then,) if self.weight == 1 else (self.first, self.then)
@@ -128,10 +128,10 @@ class Floored(Wrapper):
         """Whether the floor, or the base, changes over a run."""
         return self.decay == "linear" or self.base.scheduled
 
-    def at(self, training: Training) -> Objective:
+    def at(self, state: RunState) -> Objective:
         """Return it with the floor of this point of the run."""
-        left = 1.0 if self.decay == "constant" else 1.0 - training.progress
-        return self.with_(base=self.base.at(training), left=left)
+        left = 1.0 if self.decay == "constant" else 1.0 - state.progress
+        return self.with_(base=self.base.at(state), left=left)
 
     def __call__(self, stats: TokenStats) -> Tensor:
         """Return the loss of the base, and what is missing to the floor of NLL."""

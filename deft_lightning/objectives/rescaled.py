@@ -8,7 +8,7 @@ from torch import Tensor
 
 from deft_lightning.errors import UserError
 from deft_lightning.functional import TokenStats
-from deft_lightning.objectives.base import Objective, Tracked, Training, Wrapper
+from deft_lightning.objectives.base import Objective, RunState, TrackedGate, Wrapper
 from deft_lightning.objectives.deformed import DEFT
 
 
@@ -46,13 +46,13 @@ class Rescaled(Wrapper):
             raise UserError(f"Rescaled: base {self.base!r} is rescaled already")
 
     @property
-    def tracks(self) -> Tracked:
+    def tracks(self) -> TrackedGate:
         """The base, as it is in force."""
-        return Tracked(self.base, self.decay)
+        return TrackedGate(self.base, self.decay)
 
-    def at(self, training: Training) -> Objective:
+    def at(self, state: RunState) -> Objective:
         """Return it with the scale of this point of the run."""
-        return self.with_(base=self.base.at(training), scale=training.scale)
+        return self.with_(base=self.base.at(state), scale=state.scale)
 
     def __call__(self, stats: TokenStats) -> Tensor:
         """Return the loss of the base, scaled."""

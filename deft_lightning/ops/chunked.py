@@ -7,18 +7,15 @@ logits. Objectives that need the whole batch first (``needs_batch``) cost a seco
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from deft_lightning.functional import TokenStats, accumulation_dtype
+from deft_lightning.functional import LossFn, TokenStats, accumulation_dtype
 from deft_lightning.ops.gradient import WeightGradient
 from deft_lightning.ops.torch_rows import RowKernel, TorchRows, Transform
-
-Objective = Callable[[TokenStats], Tensor]
 
 # Tokens a chunk on the CPU: enough rows to keep the products efficient, few enough that a chunk of bfloat16 logits
 # over 152k entries stays at 150 MB.
@@ -62,7 +59,7 @@ class Plan:
         kernel: ``torch`` or ``triton``.
     """
 
-    objective: Objective | None
+    objective: LossFn | None
     transform: Transform
     kernel: str
 
@@ -158,7 +155,7 @@ def concatenate(parts: list[TokenStats], like: Tensor, topk: int) -> TokenStats:
     return TokenStats(*found)
 
 
-def _value_and_slope(objective: Objective, stats: TokenStats) -> tuple[Tensor, Tensor]:
+def _value_and_slope(objective: LossFn, stats: TokenStats) -> tuple[Tensor, Tensor]:
     """Loss per token and its derivative by log p, from detached statistics."""
     with torch.enable_grad():
         log_prob = stats.log_prob.detach().requires_grad_()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
@@ -10,12 +9,10 @@ import torch
 from torch import Tensor
 
 from deft_lightning.errors import UserError
-from deft_lightning.functional import TokenStats, accumulation_dtype
+from deft_lightning.functional import IGNORE_INDEX, LossFn, TokenStats, accumulation_dtype
 from deft_lightning.ops.backend import Backend, choose_kernel
 from deft_lightning.ops.chunked import Inputs, Plan, loss_and_gradients, statistics
 from deft_lightning.ops.torch_rows import Transform
-
-Objective = Callable[[TokenStats], Tensor]
 
 
 class _FusedHead(torch.autograd.Function):
@@ -131,13 +128,13 @@ def linear_loss(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
-    objective: Objective,
+    objective: LossFn,
     *,
     bias: Tensor | None = None,
     token_weight: Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
-    ignore_index: int | None = -100,
+    ignore_index: int | None = IGNORE_INDEX,
     backend: Backend = "auto",
     adapter: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, TokenStats]:
@@ -187,7 +184,7 @@ def linear_token_stats(
     bias: Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
-    ignore_index: int | None = -100,
+    ignore_index: int | None = IGNORE_INDEX,
     topk: int = 0,
     backend: Backend = "auto",
     adapter: tuple[Tensor, Tensor] | None = None,

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from deft_lightning.atomic import whole_file
-from deft_lightning.data.loading.collate import IGNORE, Prepared
-from deft_lightning.functional import TokenStats
+from deft_lightning.data.examples import Prepared
+from deft_lightning.functional import IGNORE_INDEX, TokenStats
 
 SUSPICIOUS = 2.302585  # ln 10: C is ten times p
 SPANS = 20  # of an example, the worst ones
@@ -149,7 +149,7 @@ def describe(
         }
         for run in sorted(worst)
     ]  # fmt: skip
-    text = tokenizer.decode([label for label in labels if label != IGNORE])
+    text = tokenizer.decode([label for label in labels if label != IGNORE_INDEX])
     record: dict[str, Any] = {
         "rank": rank, "id": suspect.id, "score": suspect.score, "nll": suspect.nll, "tokens": suspect.tokens,
         "is_noisy": bool(suspect.operations) if noise_known else None,

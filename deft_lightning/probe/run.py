@@ -44,7 +44,7 @@ def probe_data(
         truth: Field of the rows that says which are wrong.
     """
     operations = numbered([type(op).__name__ for op in data.noise.ops])
-    objectives, name, left_out = candidates(module.acting)
+    objectives, name, left_out = candidates(module.current_objective)
     tally = Tally(objectives, name, operations)
     sampler = Sampler(tally.topks)
     chosen, found = data.spread(SPLIT, examples), []

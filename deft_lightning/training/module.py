@@ -15,7 +15,7 @@ from torchmetrics import MeanMetric
 
 from deft_lightning.errors import UserError
 from deft_lightning.evaluation import Completion, Generation, Tested, complete
-from deft_lightning.functional import TokenStats, token_stats
+from deft_lightning.functional import IGNORE_INDEX, TokenStats, token_stats
 from deft_lightning.metrics import TokenMeter
 from deft_lightning.models import (
     HeadSeam,
@@ -40,10 +40,10 @@ from deft_lightning.models import (
     vocabulary_digest,
 )
 from deft_lightning.models.contents import KEY
-from deft_lightning.objectives import DEFT, Objective, Training
+from deft_lightning.objectives import DEFT, Objective, RunState
 from deft_lightning.ops import Backend
 from deft_lightning.training.optim import CosineWithWarmup, adamw
-from deft_lightning.training.step import IGNORE, RunningMean, StepTotals, ranks
+from deft_lightning.training.step import RunningMean, StepTotals, ranks
 from deft_lightning.training.stepping import Stepping
 from deft_lightning.trust import check_attention
 
@@ -145,7 +145,7 @@ class SFTModule(Stepping, Tested):
         return getattr(self._datamodule, "tokenizer", None)
 
     @property
-    def acting(self) -> Objective:
+    def current_objective(self) -> Objective:
         """The objective in force: the chosen one as it is at this point of the run.
 
         It is the same for all micro-batches of an optimizer step, and for a validation after it. Outside a fit it is
@@ -156,7 +156,7 @@ class SFTModule(Stepping, Tested):
     def setup(self, stage: str) -> None:
         """Refuse strategies under which the head would not see its whole weight."""
         # A checkpoint that is loaded after this knows better.
-        self._training = Training(0.0 if stage == "fit" and self.objective.scheduled else 1.0, self._gates.mean)
+        self._training = RunState(0.0 if stage == "fit" and self.objective.scheduled else 1.0, self._gates.mean)
         strategy = self.trainer.strategy
         known = isinstance(strategy, DDPStrategy) or getattr(strategy, "shards_weights", False)
         if not known and not type(strategy).__name__.startswith("SingleDevice"):
@@ -230,7 +230,7 @@ class SFTModule(Stepping, Tested):
         self, batch: dict[str, Any], watch: _Watch | None = None
     ) -> tuple[Tensor, TokenStats, Tensor, Tensor | None]:
         """Objective, statistics, their places, and the router's loss if there is one: all sums over tokens."""
-        objective: Any = self.acting if watch is None else watch
+        objective: Any = self.current_objective if watch is None else watch
         input_ids, targets = batch["input_ids"], batch["labels"][:, 1:]
         if not self._checked:
             _check_batch(batch)
@@ -240,9 +240,9 @@ class SFTModule(Stepping, Tested):
             if "position_ids" in batch:
                 check_packing(self.model, few)
             if self._seam is not None:
-                check_head(self.model, self._seam, few, self.acting)
+                check_head(self.model, self._seam, few, self.current_objective)
             self._checked = True
-        keep = targets != IGNORE
+        keep = targets != IGNORE_INDEX
         # No attention mask: behind right padding causal attention cannot see it, and SDPA takes its fast path. A
         # router would count the padding.
         inputs: dict[str, Any] = {"input_ids": input_ids, "use_cache": False}
@@ -255,7 +255,7 @@ class SFTModule(Stepping, Tested):
             stats = token_stats(output.logits[:, :-1][keep], targets[keep], topk=objective.topk)
             loss, aux = objective(stats).sum(), getattr(output, "aux_loss", None)
         else:
-            shifted = torch.nn.functional.pad(targets, (0, 1), value=IGNORE)
+            shifted = torch.nn.functional.pad(targets, (0, 1), value=IGNORE_INDEX)
             loss, stats, aux = fused_forward(self.model, self._seam, inputs, shifted, objective)
         if self._router is None:
             return loss, stats.detach(), keep, None
@@ -273,7 +273,7 @@ class SFTModule(Stepping, Tested):
         """Return the summed loss, and detached statistics for the callbacks that watch."""
         loss, stats, keep, router = self._terms(batch)
         self._meters["train"].update(loss, stats)
-        if (tracked := self.acting.tracks) is not None:
+        if (tracked := self.current_objective.tracks) is not None:
             self._totals.weigh(tracked.objective.gate(stats))
         self._totals.watch(batch.get("example_id", ()), loss)
         return {"loss": loss if router is None else loss + router, "stats": stats, **_noise_of(batch, keep)}
@@ -289,10 +289,10 @@ class SFTModule(Stepping, Tested):
         else:
             codes, clean = _noise_of(batch, keep).values()
             assert codes is not None and stats.arg_max is not None
-            zero, clean = loss.new_zeros(()), torch.full_like(codes, IGNORE) if clean is None else clean
+            zero, clean = loss.new_zeros(()), torch.full_like(codes, IGNORE_INDEX) if clean is None else clean
             self._meters["val_noisy"].update(zero, stats.select(codes > 0))
             # The same sums with the clean label in place of the corrupted one, where it is known.
-            found = stats._replace(correct=stats.arg_max == clean).select((codes > 0) & (clean != IGNORE))
+            found = stats._replace(correct=stats.arg_max == clean).select((codes > 0) & (clean != IGNORE_INDEX))
             self._meters["recovered"].update(zero, found)
         return {"stats": stats}
 
@@ -417,7 +417,7 @@ class SFTModule(Stepping, Tested):
                 "the tokenizer is not the one the checkpoint was trained with: a tokenizer built from the data changes"
                 " with --data.source and its split; name one with --data.tokenizer, for example the run's export folder"
             )
-        self._training = Training(*checkpoint.get(KEY, {}).get("training", self._training))
+        self._training = RunState(*checkpoint.get(KEY, {}).get("training", self._training))
         self._gates = RunningMean(*checkpoint.get(KEY, {}).get("gates", ()))
         self._seen_before, self._seen = int(checkpoint.get(KEY, {}).get("tokens_seen", 0)), None
 

@@ -14,7 +14,6 @@ from torch import Tensor
 from deft_lightning.hashing import key
 
 NAMED = 5  # how many examples, and how many parameters, a message names
-IGNORE = -100  # label of a token that is not supervised
 PATIENCE = 20  # steps in a row that may be skipped
 
 
@@ -118,7 +117,7 @@ def parameters_of(optimizer: Any) -> Iterator[Tensor]:
         yield from group["params"]
 
 
-def what_went_wrong(totals: StepTotals, model: Any, step: int) -> str:
+def describe_nonfinite(totals: StepTotals, model: Any, step: int) -> str:
     """Say in one line which examples and parameters a step that is not finite is about; every rank has to call it."""
     named = [name for name, p in model.named_parameters() if p.grad is not None and _bad(p.grad)]
     # Of the ranks whose loss was not finite, or of all if it was only the gradient.

@@ -14,18 +14,18 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from deft_lightning.errors import UserError
-from deft_lightning.objectives import Objective, Training
+from deft_lightning.functional import IGNORE_INDEX
+from deft_lightning.objectives import Objective, RunState
 from deft_lightning.training.step import (
-    IGNORE,
     PATIENCE,
     RunningMean,
     SkippedStep,
     StepTotals,
+    describe_nonfinite,
     local,
     parameters_of,
     ranks,
     reseed,
-    what_went_wrong,
     whole,
 )
 
@@ -51,7 +51,7 @@ class Stepping(LightningModule):
         self._seen_before = 0
         self._seen: Tensor | None = None
         self._totals = StepTotals()
-        self._training, self._steps, self._gates = Training(), 0, RunningMean()
+        self._training, self._steps, self._gates = RunState(), 0, RunningMean()
         self.stop_asked = self.stop_agreed = False
         self.skipped = self._skipped_in_a_row = 0
         self._grad_norm: Tensor | None = None
@@ -59,15 +59,15 @@ class Stepping(LightningModule):
 
     @property
     @abstractmethod
-    def acting(self) -> Objective:
+    def current_objective(self) -> Objective:
         """The objective in force."""
 
     def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Count the supervised tokens of the optimizer step, micro-batch by micro-batch; the first settles `acting`."""
+        """Count the supervised tokens of the optimizer step, micro-batch by micro-batch; the first settles `current_objective`."""
         if self._totals.tokens is None:
             progress = min(self.trainer.global_step / self._steps, 1.0) if self.objective.scheduled else 1.0
-            self._training = Training(progress, self._gates.mean)
-        self._totals.count((batch["labels"][:, 1:] != IGNORE).sum())
+            self._training = RunState(progress, self._gates.mean)
+        self._totals.count((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
         reseed(self.current_epoch, batch_idx, self.global_rank)
 
     def optimizer_step(
@@ -107,7 +107,7 @@ class Stepping(LightningModule):
 
     def _remember_gates(self) -> None:
         """Add the mean gate of the step, if the objective wants it, to the running one."""
-        tracked = self.acting.tracks
+        tracked = self.current_objective.tracks
         if tracked is None:
             return
         assert self._totals.summed is not None
@@ -123,7 +123,7 @@ class Stepping(LightningModule):
         # Waits for the device, once an optimizer step: nothing may reach the optimizer unseen.
         if bool(torch.isfinite(norm) & (self._totals.summed[1] == 0)):
             return
-        problem = what_went_wrong(self._totals, self.model, self.trainer.global_step + 1)
+        problem = describe_nonfinite(self._totals, self.model, self.trainer.global_step + 1)
         if self.on_nonfinite == "raise":
             raise UserError(
                 f"{problem}; nothing was changed by it: lower --model.optimizer.lr, look at the examples, or leave"

@@ -25,7 +25,8 @@ import torch
 from by_hand import DIFFERENT, SAME
 from rewrites import LATEX_RIGHT, LATEX_WRONG, NUMBER_RIGHT, NUMBER_WRONG, Graded, rewritten
 
-from deft_lightning.data.loading.collate import Prompt, PromptCollator
+from deft_lightning.data.examples import Prompt
+from deft_lightning.data.loading.collate import PromptCollator
 from deft_lightning.evaluation import BENCHMARKS, Generation, complete
 from deft_lightning.evaluation.benchmarks import final_answer
 from deft_lightning.evaluation.graders.algebra import Algebra

@@ -37,7 +37,7 @@ EXAMPLES = 12
 def prepared(seed: int, learnt: int) -> Any:
     import numpy as np
 
-    from deft_lightning.data.loading.collate import Prepared
+    from deft_lightning.data.examples import Prepared
 
     length = 6 + seed % 5 + learnt
     ids = np.random.default_rng(seed).integers(6, 60, length)

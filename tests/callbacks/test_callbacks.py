@@ -28,13 +28,13 @@ from deft_lightning.callbacks import (
     NoiseMonitor,
     PredictionWriter,
     SFTProgressBar,
-    newest_checkpoint,
     progress,
 )
 from deft_lightning.data.noise import Noise, TokenReplace
 from deft_lightning.errors import UserError
 from deft_lightning.evaluation import Generation
 from deft_lightning.objectives import DEFT, DFT, Likelihood, Objective, Tsallis
+from deft_lightning.training.resume import newest_checkpoint
 
 ROWS = [
     {"id": f"r{i}", "question": q, "answer": a}

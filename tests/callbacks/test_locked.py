@@ -14,7 +14,7 @@ from test_monitors import Columns, watch
 from deft_lightning.callbacks import GateMonitor
 from deft_lightning.callbacks.locked import LockWatch, locked
 from deft_lightning.functional import token_stats
-from deft_lightning.objectives import DEFT, NLL, Floored, Likelihood, Objective, Rescaled, Training
+from deft_lightning.objectives import DEFT, NLL, Floored, Likelihood, Objective, Rescaled, RunState
 
 # --- which tokens ---------------------------------------------------------------------------------------------------
 
@@ -32,7 +32,7 @@ from deft_lightning.objectives import DEFT, NLL, Floored, Likelihood, Objective,
         ([0.53, 0.469, 0.001], 2, Likelihood(), True),  # C = 0.5009
         ([0.80, 0.11, 0.09], 1, Likelihood(), False),  # gate 0.11
         ([0.80, 0.11, 0.09], 2, Likelihood(), True),  # gate 0.09
-        ([0.80, 0.11, 0.09], 2, Rescaled(Likelihood()).at(Training(mean_gate=0.5)), False),  # gate 0.18
+        ([0.80, 0.11, 0.09], 2, Rescaled(Likelihood()).at(RunState(mean_gate=0.5)), False),  # gate 0.18
     ],
 )
 def test_locked_is_sure_and_wrong_and_shut(pi: list[float], label: int, objective: Objective, wanted: bool) -> None:

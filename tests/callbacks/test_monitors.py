@@ -56,7 +56,9 @@ class Run(SimpleNamespace):
     """What a monitor asks of trainer and module, and what it wrote."""
 
     def __init__(self, objective: Objective) -> None:
-        super().__init__(objective=objective, acting=objective, loggers=[self], scalars={}, histograms={}, grids=[])
+        super().__init__(
+            objective=objective, current_objective=objective, loggers=[self], scalars={}, histograms={}, grids=[]
+        )
         config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=VOCABULARY))
         self.model, self.is_global_zero, self.device = SimpleNamespace(config=config), True, "cpu"
         self.fit_loop = SimpleNamespace(epoch_loop=SimpleNamespace(_batches_that_stepped=0))

@@ -11,7 +11,7 @@ import pytest
 from deft_lightning.data import InstructionDataModule
 from deft_lightning.data.benchmarks import chosen, read_benchmark
 from deft_lightning.data.encoding.tokenizer import build_tokenizer
-from deft_lightning.data.loading.collate import Prompt
+from deft_lightning.data.examples import Prompt
 from deft_lightning.errors import UserError
 from deft_lightning.evaluation import BENCHMARKS, Benchmark, ExactMatch, TestSet
 from deft_lightning.evaluation.benchmarks import BOX, final_answer

@@ -19,7 +19,7 @@ from deft_lightning.data.encoding.bounds import TemplateCost
 from deft_lightning.data.encoding.encode import prompts, tokenise
 from deft_lightning.data.encoding.template import encode, encode_prompt, end_of_turn, set_template
 from deft_lightning.data.encoding.tokenizer import build_tokenizer
-from deft_lightning.data.records.formats import Example
+from deft_lightning.data.examples import Example
 from deft_lightning.errors import UserError
 
 PLAIN = (

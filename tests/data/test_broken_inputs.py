@@ -25,7 +25,8 @@ from deft_lightning.__main__ import main
 from deft_lightning.data import InstructionDataModule
 from deft_lightning.data.encoding.template import encode, set_template
 from deft_lightning.data.encoding.tokenizer import build_tokenizer
-from deft_lightning.data.records.formats import Example, detect_format, normalise
+from deft_lightning.data.examples import Example
+from deft_lightning.data.records.formats import detect_format, normalise
 from deft_lightning.data.sources.read import BadRows, read
 from deft_lightning.errors import UserError
 

@@ -29,9 +29,8 @@ from deft_lightning.data import (
     known_noise,
 )
 from deft_lightning.data.encoding.encode import corrupt_responses, corrupt_tokens
-from deft_lightning.data.loading.collate import Prepared
+from deft_lightning.data.examples import Example, Prepared
 from deft_lightning.data.noise.base import Vocabulary
-from deft_lightning.data.records.formats import Example
 
 Ids = NDArray[np.int64]
 quick = settings(deadline=None, max_examples=80, derandomize=True)

@@ -22,10 +22,9 @@ from deft_lightning.data.encoding.encode import (
 )
 from deft_lightning.data.encoding.template import encode, set_template
 from deft_lightning.data.encoding.tokenizer import build_tokenizer
-from deft_lightning.data.loading.collate import Prepared
+from deft_lightning.data.examples import Example, Prepared
 from deft_lightning.data.noise import AnswerCorrupt, Mark, apply_edits
 from deft_lightning.data.noise.edits import whole
-from deft_lightning.data.records.formats import Example
 from deft_lightning.errors import UserError
 
 quick = settings(deadline=None, max_examples=150, derandomize=True)

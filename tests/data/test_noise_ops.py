@@ -39,13 +39,13 @@ from deft_lightning.data import (
 )
 from deft_lightning.data.encoding.encode import corrupt_responses, label_counts, vocabulary
 from deft_lightning.data.encoding.tokenizer import build_tokenizer
+from deft_lightning.data.examples import Example
 from deft_lightning.data.noise import apply_edits
 from deft_lightning.data.noise.base import exact_count
 from deft_lightning.data.noise.numbers import boxed
 from deft_lightning.data.noise.options import options
 from deft_lightning.data.noise.steps import steps
 from deft_lightning.data.noise.vocabulary import NEAR, Vocabulary
-from deft_lightning.data.records.formats import Example
 from deft_lightning.errors import UserError
 
 quick = settings(deadline=None, max_examples=60, derandomize=True)

@@ -24,7 +24,8 @@ from deft_lightning import InstructionDataModule, SFTModule
 from deft_lightning.__main__ import main
 from deft_lightning.data import Noise, ResponseSwap, TokenReplace
 from deft_lightning.data.encoding.tokenizer import build_tokenizer
-from deft_lightning.data.loading.collate import Prepared, TrainCollator
+from deft_lightning.data.examples import Prepared
+from deft_lightning.data.loading.collate import TrainCollator
 from deft_lightning.data.loading.packing import best_fit_decreasing, bounded_batches, exact_fit, grouped, pack
 from deft_lightning.errors import UserError
 

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deft_lightning.data.records.formats import ALIASES, CONVERSATIONS, OTHERS, Example, detect_format, normalise
+from deft_lightning.data.examples import Example
+from deft_lightning.data.records.formats import ALIASES, CONVERSATIONS, OTHERS, detect_format, normalise
 from deft_lightning.errors import UserError
 
 WHERE = "data.jsonl, row 3"

@@ -21,8 +21,9 @@ from deft_lightning.data import InstructionDataModule
 from deft_lightning.data.encoding.encode import prompts, tokenise
 from deft_lightning.data.encoding.template import encode, set_template
 from deft_lightning.data.encoding.tokenizer import build_tokenizer
+from deft_lightning.data.examples import Example, Message
 from deft_lightning.data.noise.edits import whole
-from deft_lightning.data.records.formats import Example, Message, normalise
+from deft_lightning.data.records.formats import normalise
 from deft_lightning.errors import UserError
 
 TEXTS = [

@@ -10,7 +10,8 @@ import pytest
 import torch
 from tiny_llama import tiny_llama
 
-from deft_lightning.data.loading.collate import Prompt, PromptCollator
+from deft_lightning.data.examples import Prompt
+from deft_lightning.data.loading.collate import PromptCollator
 from deft_lightning.errors import UserError
 from deft_lightning.evaluation import Generation, complete, exact_match
 

@@ -34,8 +34,8 @@ from deft_lightning.objectives import (
     Likelihood,
     Objective,
     Rescaled,
+    RunState,
     Schedule,
-    Training,
     Truncated,
     Tsallis,
     known_objectives,
@@ -95,7 +95,7 @@ PARAMETRISED: list[Objective] = [
 ]
 # What holds of an objective holds of what it is in the middle of a run.
 IN_FORCE: list[Objective] = [
-    objective.at(Training(progress, mean_gate))
+    objective.at(RunState(progress, mean_gate))
     for progress, mean_gate in ((0.0, 0.2), (0.6, 0.3))
     for objective in [*(cls() for cls in CLASSES.values()), *PARAMETRISED]
     if objective.scheduled or objective.tracks is not None
@@ -226,25 +226,25 @@ def test_called_outright_an_objective_is_what_it_is_at_the_end_of_a_run(objectiv
     if objective in IN_FORCE:
         pytest.skip("it is at another point of its run")
     stats = random_stats(topk=objective.topk)
-    there = objective.at(Training())
+    there = objective.at(RunState())
     assert torch.equal(there(stats), objective(stats)) and torch.equal(there.gate(stats), objective.gate(stats))
     assert there == objective and hash(there) == hash(objective)
 
 
 @every_objective
 def test_what_an_objective_is_at_a_point_of_a_run_depends_on_what_it_says_it_depends_on(objective: Objective) -> None:
-    early, late = (objective.at(Training(progress, 0.2)) for progress in (0.0, 1.0))
+    early, late = (objective.at(RunState(progress, 0.2)) for progress in (0.0, 1.0))
     assert objective.scheduled or early == late
-    assert objective.tracks is not None or objective.at(Training(0.4, 0.2)) == objective.at(Training(0.4, 0.9))
+    assert objective.tracks is not None or objective.at(RunState(0.4, 0.2)) == objective.at(RunState(0.4, 0.9))
     for there in (early, late):
         # Statistics and legends are those of the objective that was chosen.
         assert (there.topk, repr(there), type(there)) == (objective.topk, repr(objective), type(objective))
-        assert there.at(Training(0.4, 0.9)) == objective.at(Training(0.4, 0.9)), "no point of a run leaves a trace"
+        assert there.at(RunState(0.4, 0.9)) == objective.at(RunState(0.4, 0.9)), "no point of a run leaves a trace"
 
 
 def test_an_objective_that_needs_nothing_of_a_run_is_not_even_copied() -> None:
     for objective in (NLL(), DEFT(eps=1e-6), Cayley(floor=0.5), EAFT()):
-        assert objective.at(Training(0.3, 0.2)) is objective and not objective.parts()
+        assert objective.at(RunState(0.3, 0.2)) is objective and not objective.parts()
 
 
 def test_the_parts_of_an_objective_follow_the_run_whatever_it_is() -> None:
@@ -259,11 +259,11 @@ def test_the_parts_of_an_objective_follow_the_run_whatever_it_is() -> None:
 
     stats = random_stats()
     assert Twice().scheduled and Twice().parts() == {"base": Schedule()} and not Twice(DEFT()).scheduled
-    torch.testing.assert_close(Twice().at(Training(0.1)).gate(stats), torch.full_like(stats.log_prob, 2.0))
-    torch.testing.assert_close(Twice().at(Training(0.3)).gate(stats), 2 * DEFT().gate(stats))
+    torch.testing.assert_close(Twice().at(RunState(0.1)).gate(stats), torch.full_like(stats.log_prob, 2.0))
+    torch.testing.assert_close(Twice().at(RunState(0.3)).gate(stats), 2 * DEFT().gate(stats))
     truncated = Truncated(threshold=0.0, base=Schedule())
-    assert torch.equal(truncated.at(Training(0.1))(stats), NLL()(stats))
-    assert torch.equal(truncated.at(Training(0.4))(stats), DEFT()(stats))
+    assert torch.equal(truncated.at(RunState(0.1))(stats), NLL()(stats))
+    assert torch.equal(truncated.at(RunState(0.4))(stats), DEFT()(stats))
 
 
 def test_a_run_keeps_one_mean_gate_and_says_so() -> None:
@@ -289,7 +289,7 @@ def test_a_rescaled_objective_is_divided_by_the_mean_gate_but_not_by_a_shut_one(
     logits, targets = random_tokens(30, 8, seed=20)
     pi = torch.softmax(logits, dim=-1)
     p, collision = pi.gather(-1, targets.unsqueeze(-1)).squeeze(-1), pi.square().sum(-1)
-    there = Rescaled().at(Training(mean_gate=mean_gate))
+    there = Rescaled().at(RunState(mean_gate=mean_gate))
     stats = token_stats(logits, targets)
     torch.testing.assert_close(there(stats), scale * (1 - p**collision) / collision)
     torch.testing.assert_close(there.gate(stats), scale * p**collision)
@@ -300,7 +300,7 @@ def test_what_is_tracked_is_the_base_as_it_is_in_force() -> None:
     stats = random_stats()
     rescaled = Rescaled(base=Schedule(switch=0.5))
     for progress, base in ((0.2, NLL()), (0.7, DEFT())):
-        there = rescaled.at(Training(progress, 0.5))
+        there = rescaled.at(RunState(progress, 0.5))
         assert there.tracks is not None
         assert torch.equal(there.tracks.objective.gate(stats), base.gate(stats))
         torch.testing.assert_close(there(stats), 2 * base(stats))

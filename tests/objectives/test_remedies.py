@@ -14,7 +14,7 @@ from torch import Tensor
 from deft_lightning.callbacks.gate import tag_of
 from deft_lightning.errors import UserError
 from deft_lightning.functional import TokenStats, token_loss, token_stats
-from deft_lightning.objectives import DEFT, DFT, EAFT, NLL, Cayley, Floored, Likelihood, Objective, Schedule, Training
+from deft_lightning.objectives import DEFT, DFT, EAFT, NLL, Cayley, Floored, Likelihood, Objective, RunState, Schedule
 
 quick = settings(deadline=None, max_examples=25, derandomize=True)
 
@@ -51,7 +51,7 @@ def test_a_schedule_switches_on_the_step_at_which_its_share_of_the_steps_is_done
     p, collision = p_and_collision(logits, targets)
     for steps in (10, 100, 7):
         for step in range(steps):
-            there = Schedule(switch=0.3).at(Training(step / steps))
+            there = Schedule(switch=0.3).at(RunState(step / steps))
             gate = torch.ones_like(p) if step * 10 < 3 * steps else p**collision
             torch.testing.assert_close(gradient(logits, targets, there), wanted_gradient(logits, targets, gate))
 
@@ -65,7 +65,7 @@ def test_a_blend_mixes_losses_and_gates_in_proportion(progress: float, switch: f
     if blend < 1e-6 and abs(progress - switch) < 1e-6:
         return  # at the jump
     weight = min(max((progress - switch) / blend, 0.0), 1.0) if blend else float(progress >= switch)
-    there = Schedule(switch=switch, blend=blend).at(Training(progress))
+    there = Schedule(switch=switch, blend=blend).at(RunState(progress))
     gate = (1 - weight) + weight * p**collision
     loss = -(1 - weight) * p.log() + weight * (1 - p**collision) / collision
     tolerance = {"rtol": 1e-5, "atol": 1e-7} if blend < 1e-3 else {"rtol": 1e-9, "atol": 1e-12}
@@ -79,16 +79,16 @@ def test_a_blend_mixes_losses_and_gates_in_proportion(progress: float, switch: f
 def test_a_schedule_starts_as_the_first_and_ends_as_the_other(switch: float, blend: float) -> None:
     schedule = Schedule(switch=switch, blend=blend)
     stats = token_stats(*tokens())
-    assert torch.equal(schedule.at(Training(1.0))(stats), DEFT()(stats))
+    assert torch.equal(schedule.at(RunState(1.0))(stats), DEFT()(stats))
     assert torch.equal(schedule(stats), DEFT()(stats))
     first: Objective = NLL() if switch else DEFT()
-    assert torch.equal(schedule.at(Training(0.0))(stats), first(stats))
+    assert torch.equal(schedule.at(RunState(0.0))(stats), first(stats))
 
 
 def test_what_a_schedule_needs_is_what_its_parts_need_at_the_time() -> None:
     schedule = Schedule(first=Cayley(floor=0.5), then=EAFT(k=5), switch=0.4, blend=0.2)
     assert schedule.scheduled and schedule.topk == 5
-    there = [schedule.at(Training(progress)) for progress in (0.0, 0.5, 0.7)]
+    there = [schedule.at(RunState(progress)) for progress in (0.0, 0.5, 0.7)]
     assert [(at.needs_batch, at.topk) for at in there] == [(True, 5), (True, 5), (False, 5)]
     with pytest.raises(UserError, match=r"^Schedule: .*entropies of 5 and of 20"):
         Schedule(first=EAFT(k=5), then=EAFT(k=20))
@@ -97,15 +97,15 @@ def test_what_a_schedule_needs_is_what_its_parts_need_at_the_time() -> None:
 
 def test_a_schedule_has_the_focus_of_the_one_in_force_and_a_mix_has_none() -> None:
     schedule = Schedule(switch=0.4, blend=0.2)
-    assert [schedule.at(Training(at)).deformed for at in (0.0, 0.5, 0.6, 1.0)] == [NLL(), None, DEFT(), DEFT()]
-    assert Schedule(then=DFT()).at(Training(0.9)).deformed is None
+    assert [schedule.at(RunState(at)).deformed for at in (0.0, 0.5, 0.6, 1.0)] == [NLL(), None, DEFT(), DEFT()]
+    assert Schedule(then=DFT()).at(RunState(0.9)).deformed is None
 
 
 def test_schedules_inside_schedules_follow_the_same_run() -> None:
     schedule = Schedule(first=Schedule(then=Likelihood(), switch=0.2), then=DEFT(), switch=0.5)
     stats = token_stats(*tokens())
     for progress, there in ((0.1, NLL()), (0.2, Likelihood()), (0.4, Likelihood()), (0.5, DEFT())):
-        assert torch.equal(schedule.at(Training(progress))(stats), there(stats)), progress
+        assert torch.equal(schedule.at(RunState(progress))(stats), there(stats)), progress
 
 
 def test_legends_and_tags_of_nested_objectives_can_be_read() -> None:
@@ -129,7 +129,7 @@ def test_the_gate_is_the_larger_of_the_bases_and_the_floor(
 ) -> None:
     logits, targets = tokens(seed=seed)
     p, collision = p_and_collision(logits, targets)
-    there = Floored(floor=floor, decay=decay).at(Training(progress))
+    there = Floored(floor=floor, decay=decay).at(RunState(progress))
     smallest = floor * (1 - progress) if decay == "linear" else floor
     gate = (p**collision).clamp_min(smallest)
     stats = token_stats(logits, targets)
@@ -149,8 +149,8 @@ def test_a_floor_opens_some_gates_and_leaves_others() -> None:
 def test_a_linear_floor_starts_whole_and_ends_as_the_base() -> None:
     stats = token_stats(*tokens())
     floored = Floored(floor=0.3, decay="linear")
-    assert torch.equal(floored.at(Training(1.0))(stats), DEFT()(stats)) and torch.equal(floored(stats), DEFT()(stats))
-    torch.testing.assert_close(floored.at(Training(0.0))(stats), Floored(floor=0.3)(stats), rtol=0, atol=0)
+    assert torch.equal(floored.at(RunState(1.0))(stats), DEFT()(stats)) and torch.equal(floored(stats), DEFT()(stats))
+    torch.testing.assert_close(floored.at(RunState(0.0))(stats), Floored(floor=0.3)(stats), rtol=0, atol=0)
     assert floored.scheduled and not Floored(floor=0.3).scheduled and Floored(base=Schedule()).scheduled
 
 
@@ -161,7 +161,7 @@ def test_a_floor_of_one_is_nll_in_its_gradient() -> None:
 
 def test_a_label_the_model_rules_out_costs_what_the_base_says_once_there_is_no_floor() -> None:
     stats = TokenStats(torch.tensor([-math.inf]), torch.ones(1), torch.zeros(1), torch.tensor([False]))
-    assert Floored(base=Likelihood(), decay="linear").at(Training(1.0))(stats).item() == 1.0
+    assert Floored(base=Likelihood(), decay="linear").at(RunState(1.0))(stats).item() == 1.0
 
 
 @pytest.mark.parametrize("base", [DEFT(), Cayley(floor=0.5), EAFT(k=4), Schedule()], ids=repr)

@@ -13,20 +13,19 @@ from deft_lightning.data.encoding.bounds import TemplateCost
 from deft_lightning.data.encoding.template import (
     NOT_SUPERVISED,
     Encoded,
-    Ints,
     encode_many,
     encode_marked,
     encode_prompt,
     markers,
 )
-from deft_lightning.data.loading.collate import IGNORE, Prepared, Prompt
+from deft_lightning.data.examples import Example, Ints, Prepared, Prompt
+from deft_lightning.data.lazy import Lazy, Made
 from deft_lightning.data.noise import Noise, ResponseNoise, TokenNoise
 from deft_lightning.data.noise.edits import Mark, apply_edits
 from deft_lightning.data.noise.vocabulary import Vocabulary
-from deft_lightning.data.prepared.lazy import Lazy, Made
-from deft_lightning.data.records.formats import Example
 from deft_lightning.data.sources.rows import RowError
 from deft_lightning.errors import UserError
+from deft_lightning.functional import IGNORE_INDEX
 
 Supervise = Literal["assistant", "last", "all"]
 
@@ -69,7 +68,7 @@ class Report:
 
     def add(self, example: Prepared) -> bool:
         """Count an example; return whether it has a supervised token left."""
-        supervised = int((example.labels != IGNORE).sum())
+        supervised = int((example.labels != IGNORE_INDEX).sum())
         if not supervised:
             self.dropped += 1
             return False
@@ -211,7 +210,7 @@ def _last_user_turn(example: Example) -> str:
 
 def _given_tokens(example: Example, vocab_size: int) -> Encoded | UserError:
     ids, labels = (np.array(values, dtype=np.int64) for values in example.tokens or ([], []))
-    wrong = (ids < 0) | (ids >= vocab_size) | ((labels != IGNORE) & ((labels < 0) | (labels >= vocab_size)))
+    wrong = (ids < 0) | (ids >= vocab_size) | ((labels != IGNORE_INDEX) & ((labels < 0) | (labels >= vocab_size)))
     if wrong.any():
         at = int(np.flatnonzero(wrong)[0])
         field, token = ("input_ids", ids[at]) if not 0 <= ids[at] < vocab_size else ("labels", labels[at])
@@ -221,7 +220,7 @@ def _given_tokens(example: Example, vocab_size: int) -> Encoded | UserError:
             f"{field}[{at}]",
             "unknown token",
         )
-    return Encoded(ids, np.where(labels == IGNORE, NOT_SUPERVISED, 0))
+    return Encoded(ids, np.where(labels == IGNORE_INDEX, NOT_SUPERVISED, 0))
 
 
 def tokenise(
@@ -261,7 +260,7 @@ def tokenise(
             supervised = np.ones_like(supervised)
         supervised[:1] = False  # nothing predicts the first token
         source = np.array(example.tokens[1], dtype=np.int64) if example.tokens else encoded.input_ids
-        labels = np.where(supervised, source, IGNORE)
+        labels = np.where(supervised, source, IGNORE_INDEX)
         noise_code = np.zeros_like(labels) if codes is None else np.where(supervised, codes, 0)
         prepared.append(Prepared(example.id, encoded.input_ids, labels, noise_code))
     return prepared
@@ -271,7 +270,7 @@ def label_counts(prepared: Iterable[Prepared], size: int) -> Ints:
     """Return how often each of ``size`` tokens is a label."""
     counts = np.zeros(size, dtype=np.int64)
     for example in prepared:
-        counts += np.bincount(example.labels[example.labels != IGNORE], minlength=size)
+        counts += np.bincount(example.labels[example.labels != IGNORE_INDEX], minlength=size)
     return counts
 
 
@@ -295,7 +294,7 @@ def corrupt_example(example: Prepared, noise: Noise, words: Vocabulary, epoch: i
     """Apply the operations on single tokens, as they are in an epoch, to one example."""
     if noise.trusts(example.id):
         return example
-    at = np.flatnonzero(example.labels != IGNORE)
+    at = np.flatnonzero(example.labels != IGNORE_INDEX)
     ids, labels, codes = example.input_ids.copy(), example.labels.copy(), example.noise_code.copy()
     for number, (op, salt) in enumerate(zip(noise.ops, noise.salts(), strict=True), 1):
         if not isinstance(op, TokenNoise):
@@ -308,7 +307,7 @@ def corrupt_example(example: Prepared, noise: Noise, words: Vocabulary, epoch: i
         codes[hit] = np.where(labels[hit] == example.labels[hit], example.noise_code[hit], number)
         if op.target == "text":
             ids[hit] = labels[hit]
-    clean = np.where(example.noise_code == 0, example.labels, IGNORE)
+    clean = np.where(example.noise_code == 0, example.labels, IGNORE_INDEX)
     return Prepared(example.id, ids, labels, codes, clean, example.skipped)
 
 

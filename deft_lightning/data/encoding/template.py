@@ -11,15 +11,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from deft_lightning.data.encoding.bounds import LETTERS, TEMPLATE, TemplateCost, bounded, check_length
+from deft_lightning.data.examples import Example, Ints, Message, Tool
 from deft_lightning.data.noise.edits import Mark
-from deft_lightning.data.records.formats import Example, Message, Tool
 from deft_lightning.data.sources.rows import RowError
 from deft_lightning.errors import UserError
 
-Ints = NDArray[np.int64]
 NOT_SUPERVISED = -1
 
 

@@ -2,75 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from deft_lightning.data.encoding.template import Ints
-
-IGNORE = -100
-
-
-@dataclass(frozen=True, eq=False)
-class Prepared:
-    """One example ready to train on; every array has shape ``(T,)``.
-
-    Attributes:
-        id: Example id.
-        input_ids: Tokens.
-        labels: What is learnt at each token (aligned with ``input_ids``, not shifted), -100 where nothing is.
-        noise_code: 0 where the label is clean, else the place of the corrupting operation, from 1.
-        clean_labels: What the labels were before token noise, -100 where the text itself was corrupted; None where no
-            token noise was applied.
-        skipped: Supervised tokens that truncation cut off before the first of these.
-    """
-
-    id: str
-    input_ids: Ints
-    labels: Ints
-    noise_code: Ints
-    clean_labels: Ints | None = None
-    skipped: int = 0
-
-    def truncate(self, length: int, keep: str = "start") -> Prepared:
-        """Return the first ``length`` tokens, or the last; nothing predicts the first token that is left."""
-        if len(self.input_ids) <= length:
-            return self
-        part = slice(0, length) if keep == "start" else slice(len(self.input_ids) - length, None)
-        labels = self.labels[part].copy()
-        labels[:1] = IGNORE
-        codes = np.where(labels == IGNORE, 0, self.noise_code[part])
-        skipped = int((self.labels != IGNORE).sum() - (self.labels[part][1:] != IGNORE).sum()) if part.start else 0
-        return Prepared(self.id, self.input_ids[part], labels, codes, skipped=skipped)
-
-    @property
-    def clean(self) -> Ints:
-        """The labels that are right, -100 where none is known."""
-        if self.clean_labels is not None:
-            return self.clean_labels
-        return np.where(self.noise_code == 0, self.labels, IGNORE)
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """One example to generate for: the tokens before the last assistant turn, and that turn if it is known.
-
-    Attributes:
-        id: Example id.
-        input_ids: Tokens.
-        text: The same as text.
-        gold: The right answer.
-        record: What else a benchmark's grader needs, such as options.
-    """
-
-    id: str
-    input_ids: list[int]
-    text: str
-    gold: str | None
-    record: Mapping[str, Any] = field(default_factory=dict)
+from deft_lightning.data.examples import Ints, Prepared, Prompt
+from deft_lightning.functional import IGNORE_INDEX
 
 
 def _pad(rows: Sequence[Ints], length: int, value: int, dtype: torch.dtype) -> torch.Tensor:
@@ -121,8 +61,8 @@ class TrainCollator:
         ]
         batch: dict[str, Any] = {
             "input_ids": field("input_ids", self.pad_id, torch.int64),
-            "labels": field("labels", IGNORE, torch.int64),
-            "clean_labels": field("clean", IGNORE, torch.int64),
+            "labels": field("labels", IGNORE_INDEX, torch.int64),
+            "clean_labels": field("clean", IGNORE_INDEX, torch.int64),
             "noise_code": field("noise_code", 0, torch.int8),
             "segment": _pad(segments, longest, -1, torch.int32),
             "example_id": [e.id for e in examples],

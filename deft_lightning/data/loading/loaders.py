@@ -15,12 +15,12 @@ from torch.utils.data import DataLoader
 
 from deft_lightning.data.benchmarks import read_benchmark
 from deft_lightning.data.encoding.encode import prompts
-from deft_lightning.data.loading.collate import Prompt, PromptCollator, TrainCollator
-from deft_lightning.data.loading.order import Batches, EvenLoader, ResumableLoader, Rows, ShardedSampler
+from deft_lightning.data.examples import Example, Prompt
+from deft_lightning.data.loading.collate import PromptCollator, TrainCollator
+from deft_lightning.data.loading.order import Batches, EvenLoader, PreparedDataset, ResumableLoader, ShardedSampler
 from deft_lightning.data.loading.packing import bounded_batches
 from deft_lightning.data.noise import Noise
 from deft_lightning.data.prepared.build import Recipe, Source, read_examples, title, unique_ids
-from deft_lightning.data.records.formats import Example
 from deft_lightning.data.sources.rows import BadRows
 from deft_lightning.errors import UserError
 from deft_lightning.evaluation.benchmarks import Benchmark, TestSet
@@ -50,7 +50,7 @@ class Loaders(LightningDataModule):
     benchmarks: list[tuple[Benchmark, str]]
     benchmark_instruction: str | None
     test_sets: list[TestSet]
-    _rows: dict[str, Rows]
+    _rows: dict[str, PreparedDataset]
     _held_out: Iterable[Example]
 
     @abstractmethod
@@ -81,7 +81,7 @@ class Loaders(LightningDataModule):
             return EvenLoader(dataset, batches=-(-len(dataset) // (world * (size or 1))), **options)
         return DataLoader(dataset, **options)
 
-    def _token_loader(self, rows: Rows, size: int, train: bool) -> DataLoader[Any]:
+    def _token_loader(self, rows: PreparedDataset, size: int, train: bool) -> DataLoader[Any]:
         model = getattr(self.trainer, "lightning_module", None) if self.trainer else None
         flash = str(getattr(model, "attention", None) or "").startswith("flash")
         collate = TrainCollator(self.tokenizer.pad_token_id, self.packing, self.packing and flash)
@@ -111,7 +111,7 @@ class Loaders(LightningDataModule):
         noisy = self._noisy_rows(len(clean.examples))
         return [loader, self._token_loader(noisy, self.eval_batch_size, train=False)] if noisy is not None else loader
 
-    def _noisy_rows(self, limit: int) -> Rows | None:
+    def _noisy_rows(self, limit: int) -> PreparedDataset | None:
         """Corrupted examples to validate on; None without noise."""
         if not self.noise.ops:
             return None
@@ -132,7 +132,7 @@ class Loaders(LightningDataModule):
                 else "none of the training examples is corrupted: there will be no val_noisy"
             )
             return None
-        return Rows(train.examples, [[at] for at in found], self.noise, train.words)
+        return PreparedDataset(train.examples, [[at] for at in found], self.noise, train.words)
 
     def _prompt_loaders(self, need_response: bool) -> list[DataLoader[Any]]:
         if self.benchmarks:

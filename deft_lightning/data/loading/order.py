@@ -11,11 +11,12 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from deft_lightning.data.encoding.encode import corrupt_example
-from deft_lightning.data.loading.collate import IGNORE, Prepared
+from deft_lightning.data.examples import Prepared
 from deft_lightning.data.loading.packing import grouped
 from deft_lightning.data.noise import Noise, TokenNoise
 from deft_lightning.data.noise.vocabulary import Vocabulary
 from deft_lightning.data.prepared.spool import Tokens
+from deft_lightning.functional import IGNORE_INDEX
 
 
 class ShardedSampler(DistributedSampler[int]):
@@ -60,7 +61,7 @@ class ShardedSampler(DistributedSampler[int]):
         return len(range(self.rank, self.size, self.num_replicas))
 
 
-class Rows(Dataset[Any]):
+class PreparedDataset(Dataset[Any]):
     """What a loader picks from: rows of examples, with token noise applied as they are read.
 
     Args:
@@ -109,7 +110,7 @@ class Batches(Dataset[Any]):
         batches: Positions of the rows of each batch.
     """
 
-    def __init__(self, rows: Rows, batches: list[list[int]]) -> None:
+    def __init__(self, rows: PreparedDataset, batches: list[list[int]]) -> None:
         self.rows, self.batches = rows, batches
 
     def __len__(self) -> int:
@@ -188,7 +189,7 @@ class EvenLoader(DataLoader[Any]):
         assert batch is not None
         filler = {**batch, "filler": True}
         if "labels" in filler:
-            filler |= {"labels": torch.full_like(batch["labels"], IGNORE)}
+            filler |= {"labels": torch.full_like(batch["labels"], IGNORE_INDEX)}
         seen = getattr(self.batch_sampler, "seen_batch_indices", None)  # Lightning's, in prediction
         for _ in range(given, self.batches):
             if seen is not None:

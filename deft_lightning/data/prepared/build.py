@@ -19,18 +19,18 @@ import torch
 from tqdm import tqdm
 
 from deft_lightning.data.encoding.encode import Changed, Report, Supervise, corrupted, tokenise
-from deft_lightning.data.encoding.template import Ints
 from deft_lightning.data.encoding.tokenizer import build_tokenizer
-from deft_lightning.data.loading.collate import IGNORE, Prepared
+from deft_lightning.data.examples import Example, Ints, Prepared
+from deft_lightning.data.lazy import Lazy
 from deft_lightning.data.noise import Noise
 from deft_lightning.data.prepared.cache import DONE
-from deft_lightning.data.prepared.lazy import Lazy
-from deft_lightning.data.prepared.spool import ROWS, TOKENS, Rows, Writer, record_batch, row_of
+from deft_lightning.data.prepared.spool import ROWS, TOKENS, SpooledExamples, Writer, record_batch, row_of
 from deft_lightning.data.prepared.workers import in_order
-from deft_lightning.data.records.formats import Example, detect_format, normalise
+from deft_lightning.data.records.formats import detect_format, normalise
 from deft_lightning.data.sources.read import read_many
 from deft_lightning.data.sources.rows import BadRows
 from deft_lightning.errors import UserError
+from deft_lightning.functional import IGNORE_INDEX
 from deft_lightning.hashing import uniform
 from deft_lightning.terminal import visible
 
@@ -87,14 +87,14 @@ def title(source: Source | None) -> str:
     return visible(source if isinstance(source, str) else ", ".join(source or ()))
 
 
-def _spool(source: Source, recipe: Recipe, path: Path, bad: BadRows) -> Rows:
+def _spool(source: Source, recipe: Recipe, path: Path, bad: BadRows) -> SpooledExamples:
     with Writer(path, ROWS) as out:
         for example in progress(read_examples(source, recipe, recipe.skip(bad)), f"reading {title(source)}"):
             out.add(row_of(example))
     if not out.count:
         problem = f"no usable row; the first problem: {bad.first[0]}" if bad.first else "no row (--data.source)"
         raise UserError(f"{title(source)}: {problem}")
-    return Rows(path)
+    return SpooledExamples(path)
 
 
 def progress(items: Iterable[Any] | None, text: str, total: int | None = None) -> Any:
@@ -150,7 +150,7 @@ def unique_ids(ids: Callable[[], Iterable[str]], digest_of: Callable[[int], str]
 class View(Lazy[Example]):
     """Some rows of a spool, read when they are asked for."""
 
-    rows: Rows
+    rows: SpooledExamples
     places: Ints
     renamed: dict[int, str]
 
@@ -165,7 +165,7 @@ class View(Lazy[Example]):
         return replace(example, id=self.renamed[row]) if row in self.renamed else example
 
 
-def _view(rows: Rows) -> View:
+def _view(rows: SpooledExamples) -> View:
     renamed = unique_ids(lambda: rows.column("id"), lambda at: rows[at].digest)
     return View(rows, np.arange(len(rows)), renamed)
 
@@ -244,7 +244,7 @@ def build(recipe: Recipe, tokenizer: Any | None, chat_template: str | None, fold
     (folder / DONE).write_text(json.dumps(meta, indent=2), encoding="utf-8")
 
 
-class Encoded(NamedTuple):
+class EncodedChunk(NamedTuple):
     """What a job gives.
 
     Attributes:
@@ -282,7 +282,7 @@ class Encoder:
     max_length: int
     keep: str
 
-    def __call__(self, start: int, changed: Changed) -> Encoded:
+    def __call__(self, start: int, changed: Changed) -> EncodedChunk:
         """Encode the examples from a position, those that noise has changed as they are now."""
         places = range(start, min(start + CHUNK, len(self.examples)))
         pairs = [changed[at] if at in changed else (self.examples[at], []) for at in places]
@@ -300,8 +300,10 @@ class Encoder:
                 rows.append((short.id, short.input_ids, short.labels, short.noise_code, length, short.skipped, cut))
         batch = record_batch(rows, TOKENS).serialize() if rows else None
         labels = np.concatenate([row[2] for row in rows]) if rows else np.zeros(0, dtype=np.int64)
-        supervised = sum(int((example.labels != IGNORE).any()) for example in whole)
-        return Encoded(batch, counted, np.unique(labels[labels != IGNORE], return_counts=True), refused, supervised)
+        supervised = sum(int((example.labels != IGNORE_INDEX).any()) for example in whole)
+        return EncodedChunk(
+            batch, counted, np.unique(labels[labels != IGNORE_INDEX], return_counts=True), refused, supervised
+        )
 
     def _cut(self, example: Prepared) -> Ints:
         if len(example.input_ids) <= self.max_length:
@@ -320,12 +322,12 @@ def _start(encoder: Encoder) -> None:
     torch.set_num_threads(1)
 
 
-def _work(start: int, changed: Changed) -> Encoded:
+def _work(start: int, changed: Changed) -> EncodedChunk:
     assert _encoder is not None
     return _encoder(start, changed)
 
 
-def _run(encoder: Encoder, changed: Changed, workers: int) -> Iterator[Encoded]:
+def _run(encoder: Encoder, changed: Changed, workers: int) -> Iterator[EncodedChunk]:
     """Encode all examples in order."""
     jobs = (
         (start, {at: changed[at] for at in range(start, start + CHUNK) if at in changed})

@@ -11,9 +11,8 @@ from typing import Any, ClassVar, Self
 import numpy as np
 import pyarrow as pa
 
-from deft_lightning.data.loading.collate import Prepared
-from deft_lightning.data.prepared.lazy import Lazy, T
-from deft_lightning.data.records.formats import Example
+from deft_lightning.data.examples import Example, Prepared
+from deft_lightning.data.lazy import Lazy, T
 
 TEXT = pa.large_string()  # a batch may hold more than the 2 GiB of a string column
 ROWS = pa.schema([("id", TEXT), ("digest", TEXT), ("where", TEXT), ("content", TEXT)])
@@ -158,7 +157,7 @@ def row_of(example: Example) -> tuple[str, ...]:
     return example.id, example.digest, example.where, json.dumps(known, ensure_ascii=False)
 
 
-class Rows(Table[Example]):
+class SpooledExamples(Table[Example]):
     """Normalised examples on disk, in the order they were read."""
 
     schema = ROWS

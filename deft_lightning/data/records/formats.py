@@ -5,14 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from deft_lightning.data.records.turns import ALIASES, ROLES, Message, Tool, read_tools, read_turns
+from deft_lightning.data.examples import Example, Message
+from deft_lightning.data.records.turns import ALIASES, ROLES, read_tools, read_turns
 from deft_lightning.data.sources.rows import Row, RowError, columns, is_text
 
-__all__ = ["ALIASES", "CONVERSATIONS", "FIELDS", "OTHERS", "ROLES", "Example", "Format", "Message", "Row", "Tool",
-           "detect_format", "normalise"]  # fmt: skip
+__all__ = ["ALIASES", "CONVERSATIONS", "FIELDS", "OTHERS", "ROLES", "Format", "detect_format", "normalise"]
 
 Format = Literal[
     "auto", "messages", "sharegpt", "prompt_completion", "alpaca", "question_answer", "text", "tokens"
@@ -23,47 +22,6 @@ FIELDS = (
     "id", "messages", "conversations", "system", "tools", "prompt", "completion", "instruction", "input", "output",
     "response", "history", "question", "context", "answer", "answers", "text", "input_ids", "labels",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Example:
-    """One normalised example. Exactly one of ``messages``, ``text`` and ``tokens`` is set.
-
-    Attributes:
-        id: Unique and independent of the row's position: the record's own ``id``, or a hash of its content.
-        digest: Hash of the content alone; decides the split, so that duplicates stay on one side.
-        where: File and row, for error messages.
-        messages: Conversation with roles system, user, assistant, tool. ``content`` is always text, empty where an
-            assistant's turn has ``tool_calls`` only.
-        text: Raw text, supervised as a whole.
-        tokens: ``(input_ids, labels)``, labels -100 where not supervised.
-        tools: Descriptions of the functions that the assistant may call, for the chat template.
-    """
-
-    id: str
-    digest: str
-    where: str
-    messages: tuple[Message, ...] | None = None
-    text: str | None = None
-    tokens: tuple[list[int], list[int]] | None = None
-    tools: tuple[Tool, ...] | None = None
-
-    @property
-    def response(self) -> str | None:
-        """What the last assistant turn says, if the conversation ends with one; None where that calls a tool."""
-        if self._answered and "tool_calls" not in (last := (self.messages or ())[-1]):
-            return str(last["content"])
-        return None
-
-    @property
-    def prompt(self) -> tuple[Message, ...]:
-        """The conversation before the last assistant turn; empty for text and tokens."""
-        messages = self.messages or ()
-        return messages[:-1] if self._answered else messages
-
-    @property
-    def _answered(self) -> bool:
-        return bool(self.messages) and (self.messages or ())[-1]["role"] == "assistant"
 
 
 def _user(text: str) -> Message:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from deft_lightning.data.examples import Message, Tool
 from deft_lightning.data.sources.rows import Row, RowError, absent, columns
 from deft_lightning.errors import did_you_mean
 
@@ -17,9 +18,6 @@ ALIASES = {
     "ai": "assistant", "function_call": "assistant", "tool_call": "assistant", "observation": "tool",
     "function_response": "tool", "tool_response": "tool", "function": "tool", "ipython": "tool", "developer": "system",
 }  # fmt: skip
-
-Message = dict[str, Any]  # role and content, both text; tool_calls of an assistant; name and tool_call_id of a tool
-Tool = dict[str, Any]
 
 
 def read_turns(row: Row, field: str, turns: Any, role_key: str, content_key: str) -> list[Message]:

@@ -1,0 +1,120 @@
+"""The three states of a row: an example that was read, one that is prepared to train on, a prompt to generate for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deft_lightning.functional import IGNORE_INDEX
+
+Ints = NDArray[np.int64]
+Message = dict[str, Any]  # role and content, both text; tool_calls of an assistant; name and tool_call_id of a tool
+Tool = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One normalised example. Exactly one of ``messages``, ``text`` and ``tokens`` is set.
+
+    Attributes:
+        id: Unique and independent of the row's position: the record's own ``id``, or a hash of its content.
+        digest: Hash of the content alone; decides the split, so that duplicates stay on one side.
+        where: File and row, for error messages.
+        messages: Conversation with roles system, user, assistant, tool. ``content`` is always text, empty where an
+            assistant's turn has ``tool_calls`` only.
+        text: Raw text, supervised as a whole.
+        tokens: ``(input_ids, labels)``, labels -100 where not supervised.
+        tools: Descriptions of the functions that the assistant may call, for the chat template.
+    """
+
+    id: str
+    digest: str
+    where: str
+    messages: tuple[Message, ...] | None = None
+    text: str | None = None
+    tokens: tuple[list[int], list[int]] | None = None
+    tools: tuple[Tool, ...] | None = None
+
+    @property
+    def response(self) -> str | None:
+        """What the last assistant turn says, if the conversation ends with one; None where that calls a tool."""
+        if self._answered and "tool_calls" not in (last := (self.messages or ())[-1]):
+            return str(last["content"])
+        return None
+
+    @property
+    def prompt(self) -> tuple[Message, ...]:
+        """The conversation before the last assistant turn; empty for text and tokens."""
+        messages = self.messages or ()
+        return messages[:-1] if self._answered else messages
+
+    @property
+    def _answered(self) -> bool:
+        return bool(self.messages) and (self.messages or ())[-1]["role"] == "assistant"
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """One example ready to train on; every array has shape ``(T,)``.
+
+    Attributes:
+        id: Example id.
+        input_ids: Tokens.
+        labels: What is learnt at each token (aligned with ``input_ids``, not shifted), -100 where nothing is.
+        noise_code: 0 where the label is clean, else the place of the corrupting operation, from 1.
+        clean_labels: What the labels were before token noise, -100 where the text itself was corrupted; None where no
+            token noise was applied.
+        skipped: Supervised tokens that truncation cut off before the first of these.
+    """
+
+    id: str
+    input_ids: Ints
+    labels: Ints
+    noise_code: Ints
+    clean_labels: Ints | None = None
+    skipped: int = 0
+
+    def truncate(self, length: int, keep: str = "start") -> Prepared:
+        """Return the first ``length`` tokens, or the last; nothing predicts the first token that is left."""
+        if len(self.input_ids) <= length:
+            return self
+        part = slice(0, length) if keep == "start" else slice(len(self.input_ids) - length, None)
+        labels = self.labels[part].copy()
+        labels[:1] = IGNORE_INDEX
+        codes = np.where(labels == IGNORE_INDEX, 0, self.noise_code[part])
+        skipped = (
+            int((self.labels != IGNORE_INDEX).sum() - (self.labels[part][1:] != IGNORE_INDEX).sum())
+            if part.start
+            else 0
+        )
+        return Prepared(self.id, self.input_ids[part], labels, codes, skipped=skipped)
+
+    @property
+    def clean(self) -> Ints:
+        """The labels that are right, -100 where none is known."""
+        if self.clean_labels is not None:
+            return self.clean_labels
+        return np.where(self.noise_code == 0, self.labels, IGNORE_INDEX)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One example to generate for: the tokens before the last assistant turn, and that turn if it is known.
+
+    Attributes:
+        id: Example id.
+        input_ids: Tokens.
+        text: The same as text.
+        gold: The right answer.
+        record: What else a benchmark's grader needs, such as options.
+    """
+
+    id: str
+    input_ids: list[int]
+    text: str
+    gold: str | None
+    record: Mapping[str, Any] = field(default_factory=dict)
