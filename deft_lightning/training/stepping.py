@@ -63,7 +63,7 @@ class Stepping(LightningModule):
         """The objective in force."""
 
     def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Count the supervised tokens of the optimizer step, micro-batch by micro-batch; the first settles `current_objective`."""
+        """Count the supervised tokens of the optimizer step; its first micro-batch settles `current_objective`."""
         if self._totals.tokens is None:
             progress = min(self.trainer.global_step / self._steps, 1.0) if self.objective.scheduled else 1.0
             self._training = RunState(progress, self._gates.mean)
