@@ -22,6 +22,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from deft_lightning.answers.locate import boxes
 from deft_lightning.data import (
     AnswerCorrupt,
     CharNoise,
@@ -42,7 +43,6 @@ from deft_lightning.data.encoding.tokenizer import build_tokenizer
 from deft_lightning.data.examples import Example
 from deft_lightning.data.noise import apply_edits
 from deft_lightning.data.noise.base import exact_count
-from deft_lightning.data.noise.numbers import boxed
 from deft_lightning.data.noise.options import options
 from deft_lightning.data.noise.steps import steps
 from deft_lightning.data.noise.vocabulary import NEAR, Vocabulary
@@ -346,7 +346,8 @@ def test_no_number_is_corrupted_into_itself(how: Any, clean: str, id: str) -> No
         (r"\boxed{x}", "boxed", "digits"),
         (r"\boxed{x_1}", "boxed", "digits"),
         (r"\boxed{3\sqrt{13}}", "boxed", "offset"),
-        (r"\fbox{5}", "boxed", "digits"),
+        (r"\fbox{x}", "boxed", "digits"),
+        (r"\fbox 5", "boxed", "digits"),
         ("no number, H2O", "last_number", "digits"),
         ("9" * 5000, "last_number", "offset"),
     ],
@@ -377,7 +378,7 @@ def test_an_expression_in_a_box_changes_where_its_value_does(clean: str, may_cha
         edits = AnswerCorrupt(rate=1.0, style="boxed").edit("s", f"{i}", text, "")
         assert edits
         new = apply_edits(text, edits, 1, [])[0]
-        ((start, end),) = boxed(new)
+        ((_, start, end),) = boxes(new)
         assert re.fullmatch(may_change, new[start:end]) and new[start:end] != clean
 
 

@@ -6,19 +6,11 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+from deft_lightning.answers.digits import Number, lone_number, numbers
+from deft_lightning.answers.locate import HASHES, answer_box
 from deft_lightning.data.noise.base import ExampleNoise
 from deft_lightning.data.noise.edits import Edit
-from deft_lightning.data.noise.numbers import (
-    HASHES,
-    LONGEST,
-    Number,
-    boxed,
-    difference,
-    lone_number,
-    numbers,
-    offset,
-    other_digits,
-)
+from deft_lightning.data.noise.numbers import LONGEST, difference, offset, other_digits
 from deft_lightning.hashing import stream
 
 # Digits of an expression that may change without changing what it is worth: a base (5_8 is 5_9), an exponent of 1.
@@ -34,7 +26,8 @@ class AnswerCorrupt(ExampleNoise):
 
     Args:
         rate: Share of examples, in ``[0, 1]``.
-        style: Where the answer is: behind the last ``####``, in the last ``\boxed{...}``, or the last number.
+        style: Where the answer is: behind the last ``####``, in the last ``\boxed{...}`` (without one, in the last
+            ``\fbox{...}`` or behind the last ``\boxed``), or the last number.
         how: ``digits`` changes one or more digits and keeps the length; ``offset`` adds a whole number of up to a fifth
             of the value, at least 3, and keeps decimals and separators. An expression has no offset: it stays clean.
         exact: Corrupt exactly ``floor(rate * n)`` of the ``n`` responses that have such an answer.
@@ -74,10 +67,11 @@ class AnswerCorrupt(ExampleNoise):
             hits = list(HASHES.finditer(response))
             number = next(numbers(response, *hits[-1].span("answer")), None) if hits else None
         else:
-            start, end = (boxed(response) or [(0, -1)])[-1]
-            number = lone_number(response, start, end) if end >= 0 else None
-            if number is None and end >= 0:
-                return None, _safe_digits(response, start, end)
+            box = answer_box(response)
+            closed = box is not None and box.end >= 0
+            number = lone_number(response, box.start, box.end) if box and closed else None
+            if number is None and box and closed:
+                return None, _safe_digits(response, box.start, box.end)
         if number is None:
             return None, []
         return number, _digits(response, number.start, number.end)

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from deft_lightning.answers.locate import HASHES, boxes
 from deft_lightning.data.noise.base import ExampleNoise
 from deft_lightning.data.noise.edits import Edit, apply_edits
-from deft_lightning.data.noise.numbers import HASHES, boxed
 from deft_lightning.hashing import stream
 
 ROWS = ("qwertyuiop", "asdfghjkl", "zxcvbnm")
@@ -31,9 +31,9 @@ KEYBOARD = _keyboard()
 class CharNoise(ExampleNoise):
     r"""Misspell: letters swapped with the next, left out, doubled, or hit on the key beside.
 
-    Digits and final answers (a line with ``####``, what is in ``\boxed{...}``) stay as they are. The letters that are
-    new are flagged, and for one that is missing what follows it. What a lower error rate changes, a higher one does
-    too, though a swap may turn into another slip.
+    Digits and final answers (a line with ``####``, what is in ``\boxed{...}`` or ``\fbox{...}``) stay as they are.
+    The letters that are new are flagged, and for one that is missing what follows it. What a lower error rate changes,
+    a higher one does too, though a swap may turn into another slip.
 
     Args:
         rate: Share of examples, in ``[0, 1]``.
@@ -93,7 +93,7 @@ def _slip(text: str, at: int, free: bool, kind: float, which: float) -> Edit:
 def _letters(text: str) -> list[int]:
     kept = [hit.span() for hit in HASHES.finditer(text)]
     # The command itself is kept as well: a misspelt one is no answer.
-    kept += [(text.rfind("\\", 0, start), len(text) if end < 0 else end) for start, end in boxed(text)]
+    kept += [(box.command, len(text) if box.end < 0 else box.end) for box in boxes(text)]
     open_to = [True] * len(text)
     for start, end in kept:
         open_to[start:end] = [False] * (end - start)

@@ -18,7 +18,8 @@ LISTED = re.compile(r"(?:(?<=\s)|^)[(\[]?(?P<letter>[A-Za-z])(?:[)\]]|[.:](?=\s)
 
 _AROUND = r"[\s*_\"'`.!)\]}$]*"
 _CUE = (
-    r"(?:\b(?:answer|option|choice|decision|conclusion)\b(?:\s+(?:is|would be|must be))?|####|\\boxed\s*\{|:)"
+    r"(?:\b(?:answer|option|choice|decision|conclusion)\b(?:\s+(?:is|would be|must be))?|####|:"
+    r"|\\boxed\s*\{|\\boxed[ \t]*)"
     r"[\s:*_\"'`(\[$]*(?:\\text\s*\{)?"
 )
 # At the start of the response or of its last line: the letter alone, or with punctuation behind it.
@@ -41,8 +42,8 @@ class OptionFlip(ExampleNoise):
     r"""Answer another option of a multiple-choice question, or no for yes and false for true.
 
     The answer is read where the response is, begins with or ends with it: ``B``, ``(B)``, ``B) Paris``, ``The answer
-    is B.``, ``Answer: B``, ``\boxed{B}``, ``Yes, because``. Where it begins and ends with the same one, both change;
-    where they differ, the end counts. A letter alone behind running text (``vitamin B``) is no answer.
+    is B.``, ``Answer: B``, ``\boxed{B}``, ``\boxed B``, ``Yes, because``. Where it begins and ends with the same one,
+    both change; where they differ, the end counts. A letter alone behind running text (``vitamin B``) is no answer.
 
     Another option is one that the prompt lists (``A) ...``, ``A. ...``, ``(A) ...``, in lines or in one); without such
     a list one of A to D, or up to the clean letter if that is further on. The text of the option beside the letter is

@@ -10,9 +10,9 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from deft_lightning.answers.locate import answer_box
 from deft_lightning.data.noise.base import ResponseNoise
 from deft_lightning.data.noise.edits import Edit
-from deft_lightning.data.noise.numbers import BOXED
 from deft_lightning.hashing import stream
 
 LINE = re.compile(r"[^\n]+")
@@ -33,8 +33,8 @@ class StepEdit(ResponseNoise):
     r"""Break the reasoning and keep the answer.
 
     Steps are the lines that are not blank, or the sentences where there is one line. The last step, and any with
-    ``####`` or ``\boxed``, gives the answer and is never touched. Flagged is what was inserted or moved to a place
-    where the clean text says something else, and the first token behind what was left out.
+    ``####``, ``\boxed`` or ``\fbox``, gives the answer and is never touched. Flagged is what was inserted or moved to
+    a place where the clean text says something else, and the first token behind what was left out.
 
     Args:
         rate: Share of examples, in ``[0, 1]``.
@@ -135,6 +135,6 @@ def steps(response: str) -> list[Step]:
         spans = list(zip([start, *(cut.end() for cut in cuts)], [*(cut.start() for cut in cuts), end], strict=True))
     texts = [(start, response[start:end].rstrip("\r")) for start, end in spans]
     return [
-        Step(start, text, i == len(texts) - 1 or "####" in text or BOXED.search(text) is not None)
+        Step(start, text, i == len(texts) - 1 or "####" in text or answer_box(text) is not None)
         for i, (start, text) in enumerate(texts)
     ]
