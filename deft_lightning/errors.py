@@ -33,13 +33,14 @@ def reason_of(error: BaseException) -> str:
     return " ".join(told) or type(error).__name__
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
+def did_you_mean(word: str, known: Iterable[str], most: int = 3) -> str:
     """Return ``" Did you mean A or B?"`` for the names closest to ``word``, or an empty string.
 
     Args:
         word: What was typed.
         known: The names that would have been accepted.
+        most: How many names to suggest.
     """
     by_lower = {name.lower(): name for name in known}
-    close = difflib.get_close_matches(word.lower(), by_lower, n=3, cutoff=0.6)
+    close = difflib.get_close_matches(word.lower(), by_lower, n=most, cutoff=0.6)
     return f" Did you mean {' or '.join(by_lower[name] for name in close)}?" if close else ""

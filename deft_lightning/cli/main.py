@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 import warnings
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -28,9 +27,9 @@ from deft_lightning.callbacks import (
     SFTProgressBar,
 )
 from deft_lightning.cli.after_fit import AfterFit, log_folder, run_after_fit, saved
-from deft_lightning.cli.config_files import MODE, bounded
 from deft_lightning.cli.crash import RUN, mistakes
-from deft_lightning.cli.messages import one_line
+from deft_lightning.cli.parser import DeftParser
+from deft_lightning.cli.subclasses import class_path, find_class, take_classes
 from deft_lightning.cli.trainer_options import (
     check_optimizer,
     check_options,
@@ -39,11 +38,9 @@ from deft_lightning.cli.trainer_options import (
     made_in_vain,
     trainer_error,
 )
-from deft_lightning.data import InstructionDataModule, known_noise
+from deft_lightning.data import InstructionDataModule
 from deft_lightning.errors import UserError
-from deft_lightning.evaluation import BENCHMARKS
 from deft_lightning.models import tokenizer_from_checkpoint
-from deft_lightning.objectives import known_objectives
 from deft_lightning.training.module import SFTModule
 from deft_lightning.training.resume import refuse, run_folder
 from deft_lightning.training.trainer import Trainer
@@ -61,66 +58,32 @@ OPTIMIZER = {
 SCHEDULER = {"class_path": "deft_lightning.training.optim.CosineWithWarmup"}
 
 
-def _choices() -> str:
-    return (
-        f"Objectives (--model.objective): {', '.join(known_objectives())}, or the class path of your own. "
-        f"Label noise (--data.noise.ops+=): {', '.join(known_noise())}. "
-        "Strategies (--trainer.strategy): auto (one device), ddp (one process a device), fsdp2 (sharded). "
-        "Sources (--data.source): .jsonl, .json, .csv, .tsv, .parquet, .arrow (also .gz, .zst), a folder or pattern of"
-        " them, a hub id, reasoning_gym:<task>; several with --data.source '{a.jsonl: 1, b.jsonl: 0.5}'. "
-        f"Benchmarks (--data.benchmarks, for test and predict): {', '.join(BENCHMARKS)}. "
-        "Details of a class: --model.objective.help NAME, --data.noise.ops.help NAME. "
-        "What predict wrote is graded later by: score FILE [--benchmark NAME] [--output FILE]. "
-        "Figures of runs, probes and objectives: python -m deft_lightning figures --help. "
-        "Objectives compared over regimes of prior and noise: python -m deft_lightning study --help."
-    )
-
-
-class DeftParser(LightningArgumentParser):
-    """A parser whose errors are one line that names the option and what comes close."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        kwargs.setdefault("allow_abbrev", False)  # an abbreviation that is unique today is ambiguous tomorrow
-        kwargs.setdefault("prog", "python -m deft_lightning")
-        kwargs.setdefault("parser_mode", MODE)
-        kwargs["description"] = f"{kwargs.get('description') or ''} {_choices()}".strip()
-        super().__init__(*args, **kwargs)
-
-    def parse_args(self, *args: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
-        """Parse a command line; files that it names are bounded, and no key in them is lost."""
-        try:
-            with bounded():
-                found = super().parse_args(*args, **kwargs)
-        except ImportError as error:  # of what opens an address such as s3://
-            raise UserError(f"{error} (named by an option or a configuration)") from None
-        for group in self.groups or {}:
-            if group in found and not isinstance(found[group], Namespace):
-                raise UserError(f"{group}: expected options below it, as NAME: VALUE, not {found[group]!r}")
-        return found
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print one line and exit with status 2."""
-        if not self.exit_on_error:
-            super().error(message, ex)
-        parsers: list[Any] = [getattr(ex, "subcommand_parser", None) or self]
-        for action in parsers[0]._actions:
-            if isinstance(action, argparse._SubParsersAction):
-                parsers.extend(action.choices.values())
-        options = {option for parser in parsers for option in parser._option_string_actions}
-        sys.stderr.write(f"error: {UserError(one_line(message, sorted(options)))}\n")
-        self.exit(2)
-
-
 class DeftCLI(LightningCLI):
-    """Lightning's verbs, export, preview and probe for :class:`SFTModule` and :class:`InstructionDataModule`."""
+    """Lightning's verbs, export, preview and probe for :class:`SFTModule` and :class:`InstructionDataModule`.
+
+    Args:
+        args: A command line, or parsed options; default: that of the process.
+        module: A subclass of :class:`SFTModule` in its place, unless ``--model_class`` names one.
+        data: A subclass of :class:`InstructionDataModule` in its place, unless ``--data_class`` names one.
+    """
 
     trainer: Trainer
 
-    def __init__(self, args: ArgsType = None) -> None:
-        self._given = sys.argv[1:] if args is None else args if isinstance(args, list) else []
+    def __init__(
+        self, args: ArgsType = None, module: type[SFTModule] | None = None,
+        data: type[InstructionDataModule] | None = None,
+    ) -> None:  # fmt: skip
+        words = sys.argv[1:] if args is None else args
+        self._given, asked = take_classes(words) if isinstance(words, list) else ([], {})
+        # The parsers of the other verbs would take a second to build; behind options the verb is not known yet.
+        self._asked = self._given[0] if self._given and self._given[0] in self.subcommands() else None
+        self._classes = {
+            "model_class": _class_of(asked.get("model_class"), module, SFTModule, "--model"),
+            "data_class": _class_of(asked.get("data_class"), data, InstructionDataModule, "--data"),
+        }
         super().__init__(
-            SFTModule,
-            InstructionDataModule,
+            self._classes["model_class"],
+            self._classes["data_class"],
             save_config_callback=SaveConfigCallback,
             save_config_kwargs={"overwrite": True},
             trainer_class=Trainer,
@@ -130,7 +93,7 @@ class DeftCLI(LightningCLI):
             parser_kwargs={"description": "Fine-tune causal language models on imperfect instruction data."},
             auto_configure_optimizers=False,  # it would build the optimizer before the model exists
             load_from_checkpoint_support=False,
-            args=args,
+            args=self._given if isinstance(words, list) else args,
         )
 
     @staticmethod
@@ -142,6 +105,8 @@ class DeftCLI(LightningCLI):
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         # Ninety lines of brackets say less than the groups below them.
         kwargs.setdefault("usage", f"python -m deft_lightning {subcommand} [--config FILE] [options]")
+        if self._asked not in (None, subcommand):
+            return self.init_parser(**kwargs)  # keeps the verb's place
         return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -155,13 +120,19 @@ class DeftCLI(LightningCLI):
         parser.add_lightning_class_args(PredictionWriter, "predictions")
         parser.add_class_arguments(AfterFit, "after_fit")
         parser.set_defaults({"model.optimizer": OPTIMIZER, "model.scheduler": SCHEDULER})
+        for name, cls in self._classes.items():
+            if cls not in (SFTModule, InstructionDataModule):
+                key = name.removesuffix("_class")
+                about = f"Class that --{key} named, in place of the package's; its options are below --{key}."
+                parser.add_argument(f"--{name}", type=str, default=class_path(cls), help=about)
 
     def _parse_ckpt_path(self) -> None:
         """Do nothing: what a checkpoint was trained with must not override the command line."""
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse, and refuse what no type refuses."""
-        super().parse_arguments(parser, args)
+        # Not Lightning's own, which warns of arguments from within Python: they may be those of the process.
+        self.config = parser.parse_args(args) if isinstance(args, list) else parser.parse_object(args)
         if verb := self.config.get("subcommand"):
             check_options(self.config[verb], verb)
             complete(self.config[verb])
@@ -261,12 +232,40 @@ def _as_list(callbacks: Any) -> list[Any]:
     return callbacks if isinstance(callbacks, list) else [] if callbacks is None else [callbacks]
 
 
-def run(args: ArgsType = None) -> None:
-    """Run the command line; a user's mistake ends with one line on stderr and status 2."""
+def _class_of(path: str | None, given: type | None, base: type, option: str) -> Any:
+    """Return the class that a path names, else the one given by a script, else the package's."""
+    if path is None or (given is not None and path == class_path(given)):
+        return given or base
+    return find_class(path, base, option)
+
+
+def parsers() -> dict[str, list[LightningArgumentParser]]:
+    """Return the parsers of the trainer's verbs."""
+
+    class Built(DeftCLI):
+        def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+            raise StopIteration
+
+    built = Built.__new__(Built)
+    with suppress(StopIteration):
+        built.__init__([])  # type: ignore[misc]
+    return {verb: [parser] for verb, parser in built._subcommand_parsers.items()}
+
+
+def run(
+    args: ArgsType = None, module: type[SFTModule] | None = None, data: type[InstructionDataModule] | None = None
+) -> None:
+    """Run the command line; a user's mistake ends with one line on stderr and status 2.
+
+    Args:
+        args: As for :class:`DeftCLI`.
+        module: As for :class:`DeftCLI`.
+        data: As for :class:`DeftCLI`.
+    """
     # Loader processes do not help tokens that are in memory already; the tree-spec notice is Lightning's own.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*treespec.*")
     # Every run has a folder of its own, so a resumed one always checkpoints to another.
     warnings.filterwarnings("ignore", message="The dirpath has changed from.*")
     with mistakes():
-        DeftCLI(args)
+        DeftCLI(args, module, data)

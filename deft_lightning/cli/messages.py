@@ -13,6 +13,7 @@ from lightning.pytorch import Callback, callbacks, loggers
 from lightning.pytorch.loggers import Logger
 
 from deft_lightning.cli.parser_errors import Complaint, complaint, plainly, shown
+from deft_lightning.cli.verbs import unknown_verb
 from deft_lightning.data import known_noise
 from deft_lightning.errors import did_you_mean
 from deft_lightning.objectives import known_objectives
@@ -28,8 +29,7 @@ def one_line(message: str, options: Iterable[str] = ()) -> str:
     """
     text = message.strip()
     if found := re.search(r"invalid choice: '(\S+)' \(choose from (.*)\)", text):
-        verbs = [*re.findall(r"\w+", found[2]), "figures"]
-        return f"unknown verb {found[1]}.{did_you_mean(found[1], verbs)} Known: {', '.join(verbs)}"
+        return unknown_verb(found[1])
     if found := re.search(r"[Uu]nrecognized arguments?: (\S+)", text):
         word = found[1].split("=")[0]
         return f"unknown option {word}.{did_you_mean(word, options)}"

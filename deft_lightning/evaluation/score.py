@@ -1,22 +1,16 @@
-"""``python -m deft_lightning score FILE``: grade what `predict` wrote; needs no model, no data and no torch."""
+"""Grade a file that `predict` wrote: no model, no data and no torch."""
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
-from deft_lightning.atomic import whole_file
 from deft_lightning.errors import UserError
-from deft_lightning.evaluation.aggregate import add, figure_names, figures, no_sums, summary, table
+from deft_lightning.evaluation.aggregate import add, figure_names, figures, no_sums, summary
 from deft_lightning.evaluation.benchmarks import BENCHMARKS, HELD_OUT, Benchmark, TestSet, find_benchmark
 from deft_lightning.evaluation.graders.choice import Choice
 from deft_lightning.evaluation.grading import Doubts, Item, grade_all
 from deft_lightning.evaluation.predictions import Prediction, read_predictions
-from deft_lightning.outputs import check_output_file
 
 
 def score(
@@ -97,58 +91,3 @@ def _check_options(benchmark: Benchmark, row: Prediction) -> None:
         raise UserError(f"{row.where}, field 'record.options': expected an object of labels and texts")
     if row.gold not in options:
         raise UserError(f"{row.where}, field 'gold': {row.gold!r} is none of the options {', '.join(options)}")
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """Print one line and exit with status 2."""
-        sys.stderr.write(f"error: score: {message}\n")
-        self.exit(2)
-
-
-def main(arguments: Sequence[str]) -> None:
-    """Run the verb; mistakes end with one line and status 2."""
-    parser = _Parser(
-        prog="python -m deft_lightning score", allow_abbrev=False,
-        description="Grade a file of predictions without a model; the figures are those of `test`.",
-    )  # fmt: skip
-    parser.add_argument("predictions", type=Path, help="file that `predict` wrote")
-    parser.add_argument("--benchmark", help="whose grader grades it; default: the one each line names, or exact match")
-    parser.add_argument("--output", type=Path, help="JSON file for the figures, under the tags of `test`")
-    parser.add_argument(
-        "--trust_benchmarks", action="store_true",
-        help="import benchmarks that lines name by path (my_package.module.MINE), which runs their code",
-    )  # fmt: skip
-    options = parser.parse_args(arguments)
-    doubts = Doubts()
-    try:
-        if options.output is not None:
-            check_output_file(options.output, "score: --output", make=False)
-        found = score(
-            options.predictions, options.benchmark, trust=options.trust_benchmarks, bar=True, doubts=doubts
-        )  # fmt: skip
-        if str(doubts):
-            sys.stderr.write(f"{options.predictions}: {doubts}\n")
-        if options.output is not None:
-            _write(options.output, found)
-        print(table(found), flush=True)
-    except (UserError, OSError) as error:
-        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
-        sys.exit(2)
-
-
-def _write(path: Path, found: Mapping[str, Mapping[str, float]]) -> None:
-    tags = {
-        f"{TestSet(find_benchmark(name) if name else HELD_OUT).prefix}{figure}": value
-        for name, figures in found.items()
-        for figure, value in figures.items()
-    }
-    text = json.dumps(tags, indent=2) + "\n"
-    try:
-        if path.exists() and not path.is_file():  # a pipe or a device
-            path.write_text(text, encoding="utf-8")
-            return
-        with whole_file(path) as partial:
-            partial.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--output {path}: cannot be written ({error.strerror or error})") from None

@@ -84,6 +84,12 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def parsers() -> dict[str, list[argparse.ArgumentParser]]:
+    """Return the parsers of all kinds of figures."""
+    (kinds,) = (action for action in parser()._actions if isinstance(action, argparse._SubParsersAction))
+    return {"figures": list(kinds.choices.values())}
+
+
 def _objectives(to: argparse.ArgumentParser) -> None:
     to.add_argument(
         "--objectives", nargs="+", default=list(OBJECTIVES), metavar="NAME",

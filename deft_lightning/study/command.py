@@ -1,4 +1,4 @@
-"""``python -m deft_lightning study --config configs/study/regimes.yaml``."""
+"""The verb ``study``: objectives compared over regimes of prior and noise."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from deft_lightning.errors import UserError
 if TYPE_CHECKING:
     from jsonargparse import Namespace
 
+    from deft_lightning.cli.parser import DeftParser
     from deft_lightning.study.plan import Study
 
 
-def read_options(args: Sequence[str]) -> tuple[Study, Namespace]:
-    """Return the study that a command line describes, and its other options."""
+def study_parser() -> DeftParser:
+    """Return the parser of the verb."""
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
-    from deft_lightning.cli.main import DeftParser
+    from deft_lightning.cli.parser import DeftParser
     from deft_lightning.study.plan import Study
 
     parser = DeftParser(
@@ -40,6 +41,19 @@ def read_options(args: Sequence[str]) -> tuple[Study, Namespace]:
         "--smoke", type=bool, nargs="?", const=True, default=False,
         help="The same kinds of runs in minutes, to try it out.",
     )  # fmt: skip
+    return parser
+
+
+def parsers() -> dict[str, list[DeftParser]]:
+    """Return the parser of the verb, by its name."""
+    return {"study": [study_parser()]}
+
+
+def read_options(args: Sequence[str]) -> tuple[Study, Namespace]:
+    """Return the study that a command line describes, and its other options."""
+    from deft_lightning.study.plan import Study
+
+    parser = study_parser()
     options = parser.parse_args(list(args))
     if options.output is None:
         named = Path(str(options.config[-1])).stem if options.config else ""

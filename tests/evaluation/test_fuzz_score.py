@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from fuzz.score import cases
 
-from deft_lightning.evaluation.score import main
+from deft_lightning.evaluation.command import main
 
 
 def test_no_malformed_predictions_are_a_traceback(

@@ -18,11 +18,12 @@ from deft_lightning.answers.locate import boxed, hashed, last_number
 from deft_lightning.answers.numbers import plain, same_words
 from deft_lightning.errors import UserError
 from deft_lightning.evaluation import Choice, ExactMatch, FigFont, Math
+from deft_lightning.evaluation.command import main
 from deft_lightning.evaluation.graders.algebra import Algebra, GaveUp
 from deft_lightning.evaluation.graders.judge import Judge, judge, limit_of
 from deft_lightning.evaluation.graders.mathematics import same_answer
 from deft_lightning.evaluation.grading import Doubts
-from deft_lightning.evaluation.score import main, score
+from deft_lightning.evaluation.score import score
 
 
 def write(path: Path, *rows: dict[str, Any]) -> Path:

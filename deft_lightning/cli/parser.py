@@ -1,0 +1,66 @@
+"""The parser of a verb: Lightning's, with bounded configurations and errors of one line."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any, NoReturn
+
+from jsonargparse import Namespace
+from lightning.pytorch.cli import LightningArgumentParser
+
+from deft_lightning.cli.config_files import MODE, bounded
+from deft_lightning.cli.messages import one_line
+from deft_lightning.cli.verbs import PROGRAM
+from deft_lightning.data import known_noise
+from deft_lightning.errors import UserError
+from deft_lightning.evaluation import BENCHMARKS
+from deft_lightning.objectives import known_objectives
+
+
+def _choices() -> str:
+    return (
+        f"Objectives (--model.objective): {', '.join(known_objectives())}, or the class path of your own. "
+        f"Label noise (--data.noise.ops+=): {', '.join(known_noise())}. "
+        "Strategies (--trainer.strategy): auto (one device), ddp (one process a device), fsdp2 (sharded). "
+        "Sources (--data.source): .jsonl, .json, .csv, .tsv, .parquet, .arrow (also .gz, .zst), a folder or pattern of"
+        " them, a hub id, reasoning_gym:<task>; several with --data.source '{a.jsonl: 1, b.jsonl: 0.5}'. "
+        f"Benchmarks (--data.benchmarks, for test and predict): {', '.join(BENCHMARKS)}. "
+        "Details of a class: --model.objective.help NAME, --data.noise.ops.help NAME. "
+        "A subclass of your own: --model my_package.MyModule, --data my_package.MyData."
+    )
+
+
+class DeftParser(LightningArgumentParser):
+    """A parser whose errors are one line that names the option and what comes close."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("allow_abbrev", False)  # an abbreviation that is unique today is ambiguous tomorrow
+        kwargs.setdefault("prog", PROGRAM)
+        kwargs.setdefault("parser_mode", MODE)
+        kwargs["description"] = f"{kwargs.get('description') or ''} {_choices()}".strip()
+        super().__init__(*args, **kwargs)
+
+    def parse_args(self, *args: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
+        """Parse a command line; files that it names are bounded, and no key in them is lost."""
+        try:
+            with bounded():
+                found = super().parse_args(*args, **kwargs)
+        except ImportError as error:  # of what opens an address such as s3://
+            raise UserError(f"{error} (named by an option or a configuration)") from None
+        for group in self.groups or {}:
+            if group in found and not isinstance(found[group], Namespace):
+                raise UserError(f"{group}: expected options below it, as NAME: VALUE, not {found[group]!r}")
+        return found
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print one line and exit with status 2."""
+        if not self.exit_on_error:
+            super().error(message, ex)
+        parsers: list[Any] = [getattr(ex, "subcommand_parser", None) or self]
+        for action in parsers[0]._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                parsers.extend(action.choices.values())
+        options = {option for parser in parsers for option in parser._option_string_actions}
+        sys.stderr.write(f"error: {UserError(one_line(message, sorted(options)))}\n")
+        self.exit(2)
