@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
 
 # Prepared data of this run alone: what an older version of the code prepared must not hide what this one does.
 _cache = tempfile.TemporaryDirectory(prefix="deft_lightning-tests-")
@@ -14,3 +18,37 @@ os.environ["DEFT_LIGHTNING_CACHE"] = _cache.name
 import torch  # noqa: E402 - threads are counted at its import
 
 torch.set_num_threads(1)
+
+# What Lightning sets for ranks in this process; what starts ranks later would inherit it, and a port that is taken.
+OF_RANKS = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "NODE_RANK", "RANK", "LOCAL_RANK")
+# Files of few tests that take minutes. They come first, so that no worker has them alone at the end.
+LONG = (
+    "study/test_study.py", "ops/test_triton.py", "test_ranks.py", "test_cli.py", "models/test_fused.py",
+    "callbacks/test_stop.py", "test_probe.py", "fuzz/test_fuzz.py", "test_checkpoints.py",
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_group_of_ranks_is_left() -> Iterator[None]:
+    """End the process group that a module has begun in this process, and forget its address."""
+    before = {name: os.environ.get(name) for name in OF_RANKS}
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    for name, value in before.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep the order of :func:`pytest_collection_modifyitems` where files are spread over workers."""
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False  # it would begin with the files of most tests, which are quick ones
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the long files first."""
+    here = Path(__file__).parent
+    place = {here / name: number for number, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.path, len(LONG)))
