@@ -17,6 +17,7 @@ from deft_lightning.data.prepared.cache import source_files
 from deft_lightning.data.sources.read import weights
 from deft_lightning.terminal import visible
 
+ADDRESSES = {"deft_lightning.training.optim": "deft_lightning.optim"}  # where code is, where it is known to be
 WHOLE = 1 << 26  # bytes up to which a file is known by all of its content; of a larger one, blocks of it are read
 BLOCK, BLOCKS = 1 << 16, 64
 LETTERS = 80  # of a value in a line
@@ -151,8 +152,9 @@ def of_scheduler(scheduler: Any) -> dict[str, Any]:
 
 
 def class_path(thing: Any) -> str:
-    """Return module and name of an object's class."""
-    return f"{type(thing).__module__}.{type(thing).__qualname__}"
+    """Return module and name of an object's class, by the address that saved configs and checkpoints know."""
+    module = type(thing).__module__
+    return f"{ADDRESSES.get(module, module)}.{type(thing).__qualname__}"
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
