@@ -1,5 +1,6 @@
-"""Address that saved configs name; the code is in :mod:`deft_lightning.training.strategy`."""
+"""Address that saved configs name; the code is in :mod:`deft_lightning.training`."""
 
-from deft_lightning.training.strategy import AtomicCheckpointIO, FSDP2Strategy
+from deft_lightning.training.checkpoint_io import AtomicCheckpointIO
+from deft_lightning.training.fsdp2 import FSDP2Strategy
 
 __all__ = ["AtomicCheckpointIO", "FSDP2Strategy"]

@@ -160,7 +160,7 @@ def fit(config: Path, root: Path, ranks: int) -> dict[str, Any]:
         "bfloat16": trainer.strategy.low_precision,
         "shares": sorted({str(parameter.dtype) for parameter in module.model.parameters()}),
         "sharded": all(hasattr(parameter, "placements") for parameter in module.model.parameters()),
-        "fused": module._seam is not None,
+        "fused": module.batch_loss.seam is not None,
         "checkpointing": module.model.is_gradient_checkpointing,
         "objective": repr(module.objective),
         "optimizer": [type(optimizer).__name__, group["initial_lr"], *group["betas"], group["weight_decay"]],

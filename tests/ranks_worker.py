@@ -309,7 +309,7 @@ def sharded(root: Path, world: int) -> Found:
     """As resumed, of checkpoints to which each rank writes its share; nothing where weights are not sharded."""
     if world == 1 or sys.argv[2] != "fsdp2":
         return {}
-    from deft_lightning.training.strategy import FSDP2Strategy
+    from deft_lightning.training.fsdp2 import FSDP2Strategy
 
     # A strategy serves one trainer.
     found = resumed(root / "sharded", world, strategy=lambda: FSDP2Strategy(save_distributed_checkpoint=True))

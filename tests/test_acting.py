@@ -247,17 +247,24 @@ def test_nothing_is_tracked_or_logged_where_nothing_is_rescaled(pretrained: str,
     trainer = make_trainer(tmp_path, max_epochs=2, logger=None)
     trainer.fit(module, data(source))
     assert scalars(trainer, "objective/scale") == [] and len(scalars(trainer, "train/loss")) == 2
-    assert module._gates.tokens == 0
+    assert module.normaliser.gates.tokens == 0
 
 
 class Broken(SFTModule):
     """Its second step is not a number, statistics included."""
 
-    def _terms(self, *args: Any, **kwargs: Any) -> Any:
-        loss, stats, *rest = super()._terms(*args, **kwargs)
-        if self.trainer.global_step == 1:
-            return (loss * float("nan"), stats.map(lambda x: x if x.dtype == torch.bool else x * float("nan")), *rest)
-        return (loss, stats, *rest)
+    def configure_model(self) -> None:
+        super().configure_model()
+        terms = self.batch_loss
+
+        def broken(*args: Any) -> Any:
+            output = terms(*args)
+            if self.trainer.global_step != 1:
+                return output
+            stats = output.stats.map(lambda x: x if x.dtype == torch.bool else x * float("nan"))
+            return output._replace(loss=output.loss * float("nan"), stats=stats)
+
+        self.batch_loss = broken
 
 
 def test_a_step_that_is_left_out_leaves_the_mean_gate_alone(pretrained: str, source: str, tmp_path: Path) -> None:
@@ -355,4 +362,4 @@ def test_micro_batches_of_a_fit_that_broke_off_are_forgotten(pretrained: str, so
         make_trainer(tmp_path, Break(), accumulate_grad_batches=2).fit(module, data(source, batch_size=4))
     make_trainer(tmp_path, accumulate_grad_batches=2).fit(module, data(source, batch_size=4))
     (batch,) = batches_of(pretrained, source, 8)
-    assert module._gates.tokens == module.tokens_seen == len(supervised(initial(pretrained), batch)[1])
+    assert module.normaliser.gates.tokens == module.tokens_seen == len(supervised(initial(pretrained), batch)[1])

@@ -16,8 +16,9 @@ from kill_runs import kill_and_go_on
 from deft_lightning import Trainer
 from deft_lightning.atomic import partial_name
 from deft_lightning.errors import UserError
+from deft_lightning.training.checkpoint_io import AtomicCheckpointIO
+from deft_lightning.training.fsdp2 import FSDP2Strategy
 from deft_lightning.training.resume import newest_checkpoint
-from deft_lightning.training.strategy import AtomicCheckpointIO, FSDP2Strategy
 
 
 def test_a_save_replaces_what_was_there_and_leaves_nothing_else(tmp_path: Path) -> None:
@@ -67,7 +68,7 @@ def test_a_run_on_a_full_disk_ends_with_one_line_and_an_intact_checkpoint(tmp_pa
     script = textwrap.dedent(
         """
         import resource, signal, sys, torch
-        from deft_lightning.training.strategy import AtomicCheckpointIO
+        from deft_lightning.training.checkpoint_io import AtomicCheckpointIO
         from deft_lightning.errors import UserError
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # writes fail instead, as on a full disk
         resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+
+from deft_lightning._lightning import FinalCheckpoint, is_accumulating
 
 
-class Checkpoint(ModelCheckpoint):
+class Checkpoint(FinalCheckpoint):
     """Saves the newest state, by default after each validation and at the end of training.
 
     Args:
@@ -43,32 +43,16 @@ class Checkpoint(ModelCheckpoint):
             save_on_train_epoch_end=None,
         )
 
-    def _save_final(self, trainer: Trainer) -> None:
-        if self._should_skip_saving_checkpoint(trainer):
-            return
-        candidates = self._monitor_candidates(trainer)
-        if self.monitor is None:
-            self._save_topk_checkpoint(trainer, candidates)
-        self._save_last_checkpoint(trainer, candidates)
-
-    def _save_last_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Any]) -> None:
-        """Link to the newest checkpoint; if somebody has removed it, to one that is saved now."""
-        if self.save_last == "link" and self._last_checkpoint_saved and not Path(self._last_checkpoint_saved).exists():
-            self._save_topk_checkpoint(trainer, monitor_candidates)
-        super()._save_last_checkpoint(trainer, monitor_candidates)
-
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save where training stops, before Lightning counts the epoch that is cut there as finished."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        stops = trainer.global_step == trainer.max_steps or (
-            trainer.should_stop and not trainer.fit_loop._should_accumulate()
-        )
+        stops = trainer.global_step == trainer.max_steps or (trainer.should_stop and not is_accumulating(trainer))
         if stops and self.monitor is None:
-            self._save_final(trainer)
+            self.save_final(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the final state if no validation or epoch end has."""
-        self._save_final(trainer)
+        self.save_final(trainer)
         super().on_train_end(trainer, pl_module)

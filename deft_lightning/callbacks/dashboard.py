@@ -6,9 +6,10 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from deft_lightning._lightning import logged_step
 from deft_lightning.callbacks.drawings import gate_curve
 from deft_lightning.callbacks.marked import marked
-from deft_lightning.callbacks.monitor import add_figure, has_matplotlib, optimizer_step, writers
+from deft_lightning.callbacks.monitor import add_figure, has_matplotlib, writers
 from deft_lightning.errors import UserError
 from deft_lightning.objectives import Objective
 
@@ -63,7 +64,7 @@ class Dashboard(Callback):
         self.drawn = objective
         if self.curve and has_matplotlib():
             for writer in writers(trainer):
-                add_figure(writer, "objective/gate", gate_curve(objective), optimizer_step(trainer))
+                add_figure(writer, "objective/gate", gate_curve(objective), logged_step(trainer))
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -76,7 +77,7 @@ class Dashboard(Callback):
             gate = pl_module.current_objective.gate(outputs["stats"])
             name = "examples/val_noisy" if dataloader_idx else "examples/val"
             text = marked(tokenizer, batch, gate, self.examples, self.tokens)
-            writer.add_text(name, text, global_step=optimizer_step(trainer))
+            writer.add_text(name, text, global_step=logged_step(trainer))
 
 
 def chart_layout(noise: bool, focus: bool, scale: bool) -> Charts:

@@ -10,6 +10,7 @@ import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from deft_lightning._lightning import is_accumulating, is_logging_step, logged_step
 from deft_lightning.errors import UserError
 from deft_lightning.functional import TokenStats
 from deft_lightning.metrics import Histogram, PackedHistogram, Quantiles
@@ -57,13 +58,13 @@ class TokenMonitor(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Collect on logged steps; report once the optimizer has stepped."""
-        if not trainer._logger_connector.should_update_logs:
+        if not is_logging_step(trainer):
             return
         if self.packed is None:
             self.packed = self.open(trainer, pl_module).to(pl_module.device)
         noise = (outputs.get("noise_code"), outputs.get("clean_labels"))
         self.observe(self.packed, pl_module, outputs["stats"], *noise)
-        if not trainer.fit_loop._should_accumulate():
+        if not is_accumulating(trainer):
             rows = self.packed.rows()
             self.packed.reset()
             self.reports += 1
@@ -75,7 +76,7 @@ class TokenMonitor(Callback):
         if not values:
             return
         for logger in trainer.loggers:
-            logger.log_metrics(values, step=optimizer_step(trainer))
+            logger.log_metrics(values, step=logged_step(trainer))
 
     def write_quantiles(self, trainer: Trainer, *names: str) -> None:
         """Write `name/q10`, `name/q50`, `name/q90` of the quantities of `quantiles`; nothing without tokens."""
@@ -88,7 +89,7 @@ class TokenMonitor(Callback):
         if not row.total:
             return
         for writer in writers(trainer):
-            writer.add_histogram_raw(tag, global_step=optimizer_step(trainer), **row.raw())
+            writer.add_histogram_raw(tag, global_step=logged_step(trainer), **row.raw())
 
     def write_figure(self, trainer: Trainer, tag: str, draw: Callable[[], Any]) -> None:
         """Draw a figure for TensorBoard on the first, second, fourth, eighth ... report; on rank zero alone.
@@ -99,7 +100,7 @@ class TokenMonitor(Callback):
         if self.reports & (self.reports - 1) or not has_matplotlib():
             return
         for writer in writers(trainer):
-            add_figure(writer, tag, draw(), optimizer_step(trainer))
+            add_figure(writer, tag, draw(), logged_step(trainer))
 
 
 def add_figure(writer: Any, tag: str, figure: Any, step: int) -> None:
@@ -118,11 +119,6 @@ def writers(trainer: Trainer) -> list[Any]:
     if not trainer.is_global_zero:
         return []
     return [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
-
-
-def optimizer_step(trainer: Trainer) -> int:
-    """Return the step that Lightning's own loggers write beside."""
-    return trainer.fit_loop.epoch_loop._batches_that_stepped
 
 
 def has_matplotlib() -> bool:

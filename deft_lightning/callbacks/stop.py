@@ -10,6 +10,8 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_info
 
+from deft_lightning._lightning import is_accumulating
+
 
 class GracefulStop(Callback):
     """The first SIGINT or SIGTERM stops training once the optimizer has stepped; a second SIGINT interrupts at once.
@@ -46,7 +48,7 @@ class GracefulStop(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Stop between optimizer steps."""
-        if self._module.stop_agreed and not trainer.fit_loop._should_accumulate():
+        if self._module.stop_agreed and not is_accumulating(trainer):
             trainer.should_stop = self.stopped = True
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from deft_lightning.evaluation.benchmarks import BENCHMARKS, Benchmark, TestSet, find_benchmark
-    from deft_lightning.evaluation.evaluator import Tested
+    from deft_lightning.evaluation.evaluator import Evaluator, prediction_records
     from deft_lightning.evaluation.generate import Completion, Generation, complete
     from deft_lightning.evaluation.graders.base import Grade, Grader, known_graders
     from deft_lightning.evaluation.graders.choice import Choice
@@ -21,6 +21,7 @@ _HOMES = {
     "Benchmark": "benchmarks",
     "Choice": "graders.choice",
     "Completion": "generate",
+    "Evaluator": "evaluator",
     "ExactMatch": "graders.exact",
     "FigFont": "graders.figfont",
     "Generation": "generate",
@@ -28,12 +29,12 @@ _HOMES = {
     "Grader": "graders.base",
     "Math": "graders.mathematics",
     "TestSet": "benchmarks",
-    "Tested": "evaluator",
     "complete": "generate",
     "exact_match": "graders.exact",
     "find_benchmark": "benchmarks",
     "jaro_winkler": "graders.figfont",
     "known_graders": "graders.base",
+    "prediction_records": "evaluator",
 }
 
 
@@ -52,6 +53,7 @@ __all__ = [
     "Benchmark",
     "Choice",
     "Completion",
+    "Evaluator",
     "ExactMatch",
     "FigFont",
     "Generation",
@@ -59,10 +61,10 @@ __all__ = [
     "Grader",
     "Math",
     "TestSet",
-    "Tested",
     "complete",
     "exact_match",
     "find_benchmark",
     "jaro_winkler",
     "known_graders",
+    "prediction_records",
 ]

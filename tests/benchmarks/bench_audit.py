@@ -28,10 +28,12 @@ import torch
 from torch import Tensor
 
 from deft_lightning import InstructionDataModule, SFTModule, Trainer
+from deft_lightning._lightning import attach
 from deft_lightning.data.noise import CharNoise, Noise, NoiseOp, ResponseSwap, TokenReplace
 from deft_lightning.functional import TokenStats
 from deft_lightning.metrics import exact_auroc
 from deft_lightning.probe import conflict, example_score
+from deft_lightning.training.verbs.probe import load
 
 PLAIN = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 CANDIDATES: dict[str, Callable[[TokenStats], Tensor]] = {
@@ -84,11 +86,10 @@ def measure(model: str, source: str, op: NoiseOp, folder: str) -> dict[str, Any]
     )
     module = SFTModule(pretrained=model)
     trainer = Trainer(accelerator="cpu", devices=1, logger=False, default_root_dir=folder, enable_progress_bar=False)
-    trainer._data_connector.attach_data(module, datamodule=data)
-    trainer.strategy._lightning_module = module
+    attach(trainer, module, data)
     data.prepare_data()
     data.setup("fit")
-    trainer._load(module, None)
+    load(trainer, module, None)
     module.eval()
     values: dict[str, list[Tensor]] = {name: [] for name in CANDIDATES}
     codes: list[Tensor] = []

@@ -21,8 +21,8 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_op
 from deft_lightning import InstructionDataModule, SFTModule, Trainer
 from deft_lightning.callbacks import Checkpoint
 from deft_lightning.models.seal import DIGESTS
+from deft_lightning.training.fsdp2 import FSDP2Strategy
 from deft_lightning.training.optim import CosineWithWarmup
-from deft_lightning.training.strategy import FSDP2Strategy
 
 
 class Touch:

@@ -1171,7 +1171,7 @@ def test_layers_that_inductor_compiles_give_the_same(batch: dict[str, Tensor]) -
     torch._dynamo.reset()
     counters.clear()
     module = body("llama", compile=True)
-    module._checked = True  # other shapes, which would be compiled too
+    module.batch_loss.checked = True  # other shapes, which would be compiled too
     assert_trains_the_same(module, "llama", batch, 1e-4)
     assert counters["stats"]["unique_graphs"] == 1, "layers alike share one compilation"
     torch._dynamo.reset()
@@ -1327,7 +1327,7 @@ def test_a_run_that_validates_first_is_checked_there_and_then_trains(
     module.objective = EAFT(k=5)
     trainer = trainer_in(tmp_path, precision=precision)
     trainer.validate(module, loader(uneven_batches()[:2]), verbose=False)
-    assert module._checked and trainer.callback_metrics["val/nll"] > 0
+    assert module.batch_loss.checked and trainer.callback_metrics["val/nll"] > 0
     trainer.fit(module, loader(uneven_batches()))
     assert trainer.callback_metrics["train/nll"] > 0
 

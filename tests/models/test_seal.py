@@ -22,8 +22,8 @@ from deft_lightning.errors import UserError
 from deft_lightning.models import describe, from_architecture, load_checkpoint, model_from_checkpoint, read_checkpoint
 from deft_lightning.models.contents import is_inside, problem
 from deft_lightning.models.seal import DIGESTS, check_folder, file_digest, write_digests
+from deft_lightning.training.checkpoint_io import AtomicCheckpointIO
 from deft_lightning.training.resume.refuse import peek
-from deft_lightning.training.strategy import AtomicCheckpointIO
 
 
 def whole() -> dict[str, Any]:

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
+from deft_lightning._lightning import CheckpointConnector, attached_module
 from deft_lightning.errors import UserError
 from deft_lightning.models.contents import KEY
 from deft_lightning.training.resume.last import line_of
@@ -26,7 +26,7 @@ MALFORMED = (KeyError, IndexError, TypeError, ValueError, AttributeError, Runtim
 RATES = {"lr", "initial_lr"}  # of an optimizer, but set by the schedule
 
 
-class Restoring(_CheckpointConnector):
+class Restoring(CheckpointConnector):
     """Lightning's restoring, which says what differs and ends in one line where a checkpoint does not fit.
 
     Args:
@@ -41,16 +41,15 @@ class Restoring(_CheckpointConnector):
 
     # ---------------------------------------------------------------- which, and whether it can be
 
-    def _select_ckpt_path(
-        self, state_fn: TrainerFn, ckpt_path: Any, model_provided: bool, model_connected: bool
-    ) -> Any:
-        if ckpt_path == "last":
-            ckpt_path = str(self.trainer.last_checkpoint())  # type: ignore[attr-defined]
-        path = super()._select_ckpt_path(state_fn, ckpt_path, model_provided, model_connected)
+    def find(self, stage: TrainerFn, ckpt_path: Any) -> Any:
+        """Let `last` mean the newest checkpoint of all runs, where Lightning knows those of this one alone."""
+        return str(self.trainer.last_checkpoint()) if ckpt_path == "last" else ckpt_path  # type: ignore[attr-defined]
+
+    def found(self, stage: TrainerFn, path: Any) -> None:
+        """Refuse what cannot be resumed."""
         self._settings, self._run = {}, {}
-        if path is not None and state_fn is TrainerFn.FITTING and "://" not in str(path):
-            refuse(path, self.trainer, self.trainer.strategy._lightning_module)
-        return path
+        if path is not None and stage is TrainerFn.FITTING and "://" not in str(path):
+            refuse(path, self.trainer, attached_module(self.trainer))
 
     # ---------------------------------------------------------------- restoring
 
@@ -62,11 +61,11 @@ class Restoring(_CheckpointConnector):
         except (UserError, torch.OutOfMemoryError, torch.distributed.DistError):
             raise
         except MALFORMED as error:
-            if self._ckpt_path is None:
+            if self.path is None:
                 raise
             reason = shown(f"{type(error).__name__}: {error}")
             raise UserError(
-                f"{self._ckpt_path}: cannot be restored: its {part} do not fit this run or are damaged ({reason})"
+                f"{self.path}: cannot be restored: its {part} do not fit this run or are damaged ({reason})"
                 " (--ckpt_path)"
             ) from error
 
@@ -76,9 +75,9 @@ class Restoring(_CheckpointConnector):
             with self._of("contents"):
                 super().resume_start(checkpoint_path, weights_only)
         except UserError as error:
-            raise self.trainer.naming_older(checkpoint_path, error) from error  # type: ignore[attr-defined]
+            raise self.trainer.finder.naming_older(checkpoint_path, error) from error  # type: ignore[attr-defined]
         # Callbacks delete files whose names they have from a checkpoint: they may lie beside it alone.
-        _keep_beside(self._loaded_checkpoint)
+        _keep_beside(self.contents)
 
     def restore_datamodule(self) -> None:
         """Restore the state of the data."""
@@ -109,10 +108,10 @@ class Restoring(_CheckpointConnector):
             with self._of("states of loops"):
                 super().restore_training_state()
             return
-        self._settings, held = settings(self.trainer), self._loaded_checkpoint
+        self._settings, held = settings(self.trainer), self.contents
         self._run = {
             "id": (own := secrets.token_hex(8)),
-            "line": [*line_of(held, self._ckpt_path), own] if held else [own],
+            "line": [*line_of(held, self.path), own] if held else [own],
             "folder": str(Path(self.trainer.log_dir).resolve()) if self.trainer.log_dir else None,
             "started": time.time(),
         }
@@ -127,11 +126,11 @@ class Restoring(_CheckpointConnector):
         optimizers = self.trainer.optimizers
         if optimizers:
             scheduler = self._settings["model.scheduler"]["class"]
-            refuse_classes(str(self._ckpt_path), before, self._settings["model.optimizer"]["class"], scheduler)
+            refuse_classes(str(self.path), before, self._settings["model.optimizer"]["class"], scheduler)
             with self._of("optimizer states"):
-                refuse_state(str(self._ckpt_path), held, optimizers)
+                refuse_state(str(self.path), held, optimizers)
         with self._of("states of loops"):
-            refuse_loops(str(self._ckpt_path), held)
+            refuse_loops(str(self.path), held)
         asked = [[_without_params(group) for group in one.param_groups] for one in optimizers]
         with self._of("states of optimizer, schedule and loops"):
             super().restore_training_state()
@@ -143,7 +142,7 @@ class Restoring(_CheckpointConnector):
     def _say(self, before: dict[str, Any], held: dict[str, Any]) -> None:
         if not before:
             rank_zero_info(
-                f"resuming: {self._ckpt_path} is from before checkpoints kept their settings: nothing is known of its"
+                f"resuming: {self.path} is from before checkpoints kept their settings: nothing is known of its"
                 " data, seeds and optimizer, and nothing is compared"
             )
             return

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
+from deft_lightning._lightning import unwrapped
 from deft_lightning.data.prepared.cache import source_files
 from deft_lightning.data.sources.read import weights
 from deft_lightning.terminal import visible
@@ -134,7 +135,7 @@ def _digest(path: Path) -> bytes:
 
 def of_optimizer(optimizer: Optimizer) -> dict[str, Any]:
     """Return class and arguments of an optimizer, and how many parameters each of its groups has."""
-    optimizer = getattr(optimizer, "_optimizer", optimizer)
+    optimizer = unwrapped(optimizer)
     return {
         "class": class_path(optimizer),
         "arguments": plain(optimizer.defaults),

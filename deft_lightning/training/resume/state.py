@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from deft_lightning._lightning import unwrapped
 from deft_lightning.errors import UserError
 from deft_lightning.training.resume.refuse import short
 from deft_lightning.training.resume.settings import of_optimizer, shown
@@ -34,7 +35,7 @@ def refuse_state(path: str | Path, held: dict[str, Any], optimizers: list[Any]) 
             " the same parameters (--model.lora, --model.pretrained, --model.architecture)"
         )
     saved = {str(name) for group in groups for name in group} - {"initial_lr"}
-    own = {name for group in getattr(optimizers[0], "_optimizer", optimizers[0]).param_groups for name in group}
+    own = {name for group in unwrapped(optimizers[0]).param_groups for name in group}
     if saved - own and own - saved:  # newer versions of an optimizer have more options, not others
         raise UserError(
             f"--model.optimizer {short(now['class'])}: {path} holds the state of another optimizer, with the options"

@@ -1,18 +1,16 @@
-"""Strategies: FSDP2 under the name ``fsdp2``, and checkpoints that are there whole or not at all."""
+"""The strategy ``fsdp2``: weights, gradients and optimizer state sharded over all ranks."""
 
 from __future__ import annotations
 
-import errno
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
-from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from lightning.pytorch.strategies import StrategyRegistry
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import (
@@ -24,62 +22,14 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.checkpoint.state_dict_loader import load as load_shares
 
-from deft_lightning.atomic import partial_name, replace_folder, sweep, whole_file
+from deft_lightning._lightning import DataParallelStrategy, unwrapped
+from deft_lightning.atomic import partial_name, replace_folder, sweep
 from deft_lightning.errors import UserError
 from deft_lightning.models import check_shapes, check_state, load_checkpoint, read_checkpoint
-from deft_lightning.models.contents import KEY, problem
-from deft_lightning.models.seal import SealingFile, file_digest, write_digests
+from deft_lightning.models.contents import problem
+from deft_lightning.models.seal import file_digest, write_digests
 from deft_lightning.models.shares import METADATA, SHARED, WEIGHTS, SharePlanner, ShareReader, innermost, read_metadata
-
-
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes under another name, then renames: a save that is cut short leaves the previous checkpoint as it was.
-
-    A digest of every byte is written with it, and compared before it is used; nothing in a checkpoint is executed.
-    """
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        """Save to a local file.
-
-        Raises:
-            UserError: It cannot be written; what was there before still is.
-        """
-        if "://" in str(path):
-            super().save_checkpoint(checkpoint, path, storage_options)
-            return
-        target = Path(path)
-        try:
-            with whole_file(target, sync=True) as partial, partial.open("w+b") as file:
-                sealing = SealingFile(file)
-                torch.save(checkpoint, cast(IO[bytes], sealing))
-                sealing.seal()
-        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-            raise UserError(_why(target, error)) from None
-
-    def load_checkpoint(
-        self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
-    ) -> dict[str, Any]:
-        """Load a local file whose every byte is as it was written; tensors and plain values alone.
-
-        Args:
-            path: The file.
-            map_location: Of files at another address; those on this machine are mapped into its memory.
-            weights_only: False is refused: it would run code that the file names.
-
-        Raises:
-            UserError: It is missing, damaged, malformed, or asks for code to be run.
-        """
-        if weights_only is False:
-            raise UserError(
-                f"{path}: weights_only=False runs code that a checkpoint names; for one of your own that needs it, give"
-                " the trainer plugins=[TorchCheckpointIO()]"
-            )
-        if "://" in str(path):
-            return super().load_checkpoint(path, map_location, weights_only=True)
-        checkpoint = read_checkpoint(path)
-        if KEY in checkpoint and (why := problem(checkpoint)):
-            raise UserError(f"{path}: {why} (--ckpt_path)")
-        return checkpoint
+from deft_lightning.training.checkpoint_io import why_not_saved
 
 
 def _about_shares(folder: Path) -> dict[str, Any]:
@@ -91,17 +41,7 @@ def _about_shares(folder: Path) -> dict[str, Any]:
     return checkpoint
 
 
-def _why(target: Path, error: Exception) -> str:
-    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-    try:
-        full = full or shutil.disk_usage(target.parent).free < 1 << 20
-    except OSError:
-        pass
-    reason = "the disk is full" if full else " ".join(str(error).split())
-    return f"{target}: cannot save the checkpoint: {reason}; earlier ones are intact (--checkpoint.dirpath)"
-
-
-class FSDP2Strategy(ModelParallelStrategy):
+class FSDP2Strategy(DataParallelStrategy):
     """Shards weights, gradients and optimizer state over all ranks (``torch.distributed.fsdp.fully_shard``).
 
     ``--trainer.precision bf16-mixed`` gathers and computes in bfloat16 and reduces gradients in float32, through FSDP
@@ -121,17 +61,11 @@ class FSDP2Strategy(ModelParallelStrategy):
         for name, allowed in (("data_parallel_size", ("auto",)), ("tensor_parallel_size", ("auto", 1))):
             if kwargs.pop(name, "auto") not in allowed:
                 raise UserError(f"fsdp2: {name} cannot be set in this version: weights are sharded over all ranks")
-        super().__init__(
-            data_parallel_size="auto",
-            tensor_parallel_size=1,
-            save_distributed_checkpoint=save_distributed_checkpoint,
-            **kwargs,
-        )
+        super().__init__(save_distributed_checkpoint, **kwargs)
         self.low_precision = False
 
     def setup_environment(self) -> None:
         """Join the other ranks; take mixed precision over from Lightning."""
-        self._data_parallel_size = self.num_nodes * self.num_processes
         if isinstance(self.precision_plugin, MixedPrecision):
             if self.precision_plugin.scaler is not None:
                 raise UserError("fsdp2 cannot train in float16: use --trainer.precision bf16-mixed or 32-true")
@@ -150,11 +84,11 @@ class FSDP2Strategy(ModelParallelStrategy):
         Lightning numbers parameters by their place in the model, which is another one as soon as there are several
         parameter groups: such a file could not go on in one process, nor the other way round.
         """
-        if self._save_distributed_checkpoint:
+        if self.saves_shares:
             return super().optimizer_state(optimizer)
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        optimizer = getattr(optimizer, "_optimizer", optimizer)
-        named: dict[str, Any] = get_optimizer_state_dict(self._module, optimizer, options=options)
+        optimizer = unwrapped(optimizer)
+        named: dict[str, Any] = get_optimizer_state_dict(self._owner, optimizer, options=options)
         if not self.is_global_zero:
             return {}
         number = {name: i for i, name in enumerate(self._names(optimizer))}
@@ -176,10 +110,10 @@ class FSDP2Strategy(ModelParallelStrategy):
             return self._load_shares(path)
         checkpoint = self._agreed(lambda: load_checkpoint(path))
         weights, states = checkpoint.pop("state_dict"), checkpoint.get("optimizer_states", [])
-        check_state(self._module.model, weights)
+        check_state(self._owner.model, weights)
         first = self.is_global_zero
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=first)
-        set_model_state_dict(self._module, weights if first else {}, options=options)
+        set_model_state_dict(self._owner, weights if first else {}, options=options)
         for optimizer, state in zip(self.optimizers, states, strict=False):
             names = list(self._names(optimizer))
             named: dict[str, Any] = {
@@ -188,7 +122,7 @@ class FSDP2Strategy(ModelParallelStrategy):
                     {**group, "params": [names[i] for i in group["params"]]} for group in state["param_groups"]
                 ],
             }
-            set_optimizer_state_dict(self._module, optimizer, named if first else {}, options=options)
+            set_optimizer_state_dict(self._owner, optimizer, named if first else {}, options=options)
         return checkpoint
 
     def _agreed(self, read: Callable[[], Any]) -> Any:
@@ -206,7 +140,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         """Load this rank's part of what many ranks have written, be they as many as now or not."""
         checkpoint: dict[str, Any] = self._agreed(lambda: _about_shares(folder))
         entries = self._agreed(lambda: read_metadata(folder)).state_dict_metadata
-        weights: dict[str, Any] = get_model_state_dict(self._module)
+        weights: dict[str, Any] = get_model_state_dict(self._owner)
         own = {f"{WEIGHTS}{name}": tuple(value.shape) for name, value in weights.items()}
         theirs = {
             name: tuple(entry.size)
@@ -215,12 +149,12 @@ class FSDP2Strategy(ModelParallelStrategy):
         }
         check_shapes(own, theirs, WEIGHTS)
         self._read({"state_dict": weights}, folder)
-        self._module.load_state_dict(weights)
+        self._owner.load_state_dict(weights)
         options = StateDictOptions(cpu_offload=True)
         for number, optimizer in enumerate(self.optimizers):
-            named = {f"optimizer_{number}": get_optimizer_state_dict(self._module, optimizer)}
+            named = {f"optimizer_{number}": get_optimizer_state_dict(self._owner, optimizer)}
             self._read(named, folder)
-            set_optimizer_state_dict(self._module, optimizer, named[f"optimizer_{number}"], options=options)
+            set_optimizer_state_dict(self._owner, optimizer, named[f"optimizer_{number}"], options=options)
         return checkpoint
 
     def _read(self, state: dict[str, Any], folder: Path) -> None:
@@ -230,19 +164,19 @@ class FSDP2Strategy(ModelParallelStrategy):
             raise UserError(f"{folder}: cannot be loaded: {innermost(error)} (--ckpt_path)") from None
 
     @property
-    def _module(self) -> Any:
+    def _owner(self) -> Any:
         assert self.lightning_module is not None
         return self.lightning_module
 
     def _names(self, optimizer: Any) -> Iterator[str]:
         """Names of what an optimizer trains, in the order in which it numbers them."""
-        names = {id(parameter): name for name, parameter in self._module.named_parameters()}
+        names = {id(parameter): name for name, parameter in self._owner.named_parameters()}
         for group in optimizer.param_groups:
             yield from (names[id(parameter)] for parameter in group["params"])
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         """Save a file, or a folder that gets its name once every rank has written its share."""
-        if not self._save_distributed_checkpoint:
+        if not self.saves_shares:
             super().save_checkpoint(checkpoint, filepath, storage_options)
             return
         target = Path(self.broadcast(filepath))
@@ -255,7 +189,7 @@ class FSDP2Strategy(ModelParallelStrategy):
             super().save_checkpoint(checkpoint, partial, storage_options)
             digests = {file.name: file_digest(file) for file in self._written(partial)}
         except Exception as error:
-            problem = _why(target, error)
+            problem = why_not_saved(target, error)
         if self._any(problem is not None):
             if self.is_global_zero:
                 shutil.rmtree(partial, ignore_errors=True)

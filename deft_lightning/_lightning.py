@@ -1,0 +1,147 @@
+"""The only file that touches Lightning's private names; ``tests/test_lightning_names.py`` pins each of them.
+
+Beside the functions here, :class:`~deft_lightning.cli.main.DeftCLI` overrides methods of ``LightningCLI`` that have no
+public counterpart: ``_parse_ckpt_path``, ``_prepare_subcommand_parser``, ``_prepare_subcommand_kwargs``,
+``_run_subcommand``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
+from lightning.pytorch.trainer.states import TrainerFn
+
+# ---------------------------------------------------------------------------------------------------- where a fit is
+
+
+def is_logging_step(trainer: Any) -> bool:
+    """Whether what is logged in this batch is written, by ``log_every_n_steps``; the same on every rank."""
+    return bool(trainer._logger_connector.should_update_logs)
+
+
+def is_accumulating(trainer: Any) -> bool:
+    """Whether the batch in hand is a micro-batch after which the optimizer does not step yet."""
+    return bool(trainer.fit_loop._should_accumulate())
+
+
+def logged_step(trainer: Any) -> int:
+    """Return the step that Lightning's own loggers write beside."""
+    return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+
+# --------------------------------------------------------------------------------------- what belongs to which trainer
+
+
+def trainer_of(module: Any) -> Any | None:
+    """Return the trainer a module is attached to, None before; the public property raises then."""
+    return module._trainer
+
+
+def attach(trainer: Any, module: Any, datamodule: Any | None = None) -> None:
+    """Tell trainer, module and data module of each other, as the loops do for Lightning's own verbs."""
+    if datamodule is not None and module is not None:
+        trainer._data_connector.attach_data(module, datamodule=datamodule)
+    elif datamodule is not None:
+        datamodule.trainer = trainer
+    trainer.strategy._lightning_module = module
+
+
+def attached_module(trainer: Any) -> Any | None:
+    """Return the module of a trainer, None before it has one."""
+    return trainer.strategy._lightning_module
+
+
+def unwrapped(optimizer: Any) -> Any:
+    """Return torch's optimizer inside Lightning's wrapper, or the optimizer itself."""
+    return optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+
+
+# -------------------------------------------------------------------------------------------------------- checkpoints
+
+
+class CheckpointConnector(_CheckpointConnector):
+    """Lightning's restoring, with names for what a subclass reads.
+
+    Args:
+        trainer: The trainer it restores.
+    """
+
+    @classmethod
+    def install(cls, trainer: Any) -> None:
+        """Make a trainer restore through this class."""
+        trainer._checkpoint_connector = cls(trainer)
+
+    @property
+    def path(self) -> Any:
+        """The checkpoint that is being restored, None if none is."""
+        return self._ckpt_path
+
+    @property
+    def contents(self) -> dict[str, Any]:
+        """What was read of it; empty if nothing was."""
+        return self._loaded_checkpoint
+
+    def find(self, stage: TrainerFn, ckpt_path: Any) -> Any:
+        """Return the path to give to Lightning for what a user asked for."""
+        return ckpt_path
+
+    def found(self, stage: TrainerFn, path: Any) -> None:
+        """Look at the path that Lightning has settled on, None for no checkpoint, before anything is read."""
+
+    def _select_ckpt_path(
+        self, state_fn: TrainerFn, ckpt_path: Any, model_provided: bool, model_connected: bool
+    ) -> Any:
+        path = super()._select_ckpt_path(state_fn, self.find(state_fn, ckpt_path), model_provided, model_connected)
+        self.found(state_fn, path)
+        return path
+
+
+class FinalCheckpoint(ModelCheckpoint):
+    """Lightning's checkpoints, which can be asked to save a run's final state, whatever their intervals say."""
+
+    def save_final(self, trainer: Any) -> None:
+        """Save the state as it is, unless it is saved already."""
+        if self._should_skip_saving_checkpoint(trainer):
+            return
+        candidates = self._monitor_candidates(trainer)
+        if self.monitor is None:
+            self._save_topk_checkpoint(trainer, candidates)
+        self._save_last_checkpoint(trainer, candidates)
+
+    def _save_last_checkpoint(self, trainer: Any, monitor_candidates: dict[str, Any]) -> None:
+        """Link to the newest checkpoint; if somebody has removed it, to one that is saved now."""
+        if self.save_last == "link" and self._last_checkpoint_saved and not Path(self._last_checkpoint_saved).exists():
+            self._save_topk_checkpoint(trainer, monitor_candidates)
+        super()._save_last_checkpoint(trainer, monitor_candidates)
+
+
+class DataParallelStrategy(ModelParallelStrategy):
+    """Lightning's strategy for DTensors, with all ranks in its data-parallel dimension and no tensor parallelism.
+
+    Args:
+        save_distributed_checkpoint: A folder to which each rank writes its share, instead of one file.
+        kwargs: As :class:`lightning.pytorch.strategies.ModelParallelStrategy`.
+    """
+
+    def __init__(self, save_distributed_checkpoint: bool = False, **kwargs: Any) -> None:
+        super().__init__(
+            data_parallel_size="auto",
+            tensor_parallel_size=1,
+            save_distributed_checkpoint=save_distributed_checkpoint,
+            **kwargs,
+        )
+
+    @property
+    def saves_shares(self) -> bool:
+        """Whether each rank writes its share of a checkpoint."""
+        return bool(self._save_distributed_checkpoint)
+
+    def setup_environment(self) -> None:
+        """Join the other ranks; ``auto`` would mean that none is data parallel."""
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()

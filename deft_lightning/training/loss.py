@@ -1,0 +1,160 @@
+"""From a batch to the terms of its loss: the model, its head, the objective, the router of a mixture of experts."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from deft_lightning.errors import UserError
+from deft_lightning.functional import IGNORE_INDEX, TokenStats, token_stats
+from deft_lightning.models import (
+    HeadSeam,
+    base_causal_lm,
+    check_causal,
+    check_head,
+    check_packing,
+    fused_forward,
+)
+from deft_lightning.objectives import Objective
+
+
+class NoObjective(NamedTuple):
+    """Stands in for an objective where the statistics alone are wanted.
+
+    Attributes:
+        topk: How many of the largest probabilities the entropy of the largest covers; 0 for none.
+    """
+
+    topk: int
+
+    def __call__(self, stats: TokenStats) -> Tensor:
+        """Return the plain NLL, which nobody reads."""
+        return -stats.log_prob
+
+
+class RouterLoss(NamedTuple):
+    """Auxiliary loss of a mixture of experts.
+
+    Attributes:
+        mean: As the model gives it, a scalar.
+        weighted: Times its factor and the supervised tokens: what is added to the sum of the objective.
+    """
+
+    mean: Tensor
+    weighted: Tensor
+
+
+class StepOutput(NamedTuple):
+    """What one micro-batch gives.
+
+    Attributes:
+        loss: Sum of the objective over the N supervised tokens; without any, a zero that is part of the graph.
+        stats: Their detached statistics.
+        keep: Shape ``(B, T - 1)``: the positions whose next token is supervised.
+        router: The router's loss, None where the model has none.
+    """
+
+    loss: Tensor
+    stats: TokenStats
+    keep: Tensor
+    router: RouterLoss | None = None
+
+    @property
+    def total(self) -> Tensor:
+        """What is differentiated: objective and router together."""
+        return self.loss if self.router is None else self.loss + self.router.weighted
+
+
+class BatchLoss:
+    """Turns batches into the terms of their loss; the first one is checked before anything is trained.
+
+    Args:
+        model: The Hugging Face model, as trained.
+        seam: Its head, where that is fused; None for the model's own.
+        router_factor: Factor on the auxiliary loss of a mixture of experts, None where the model has none.
+
+    Attributes:
+        checked: Whether a batch was checked.
+    """
+
+    def __init__(self, model: Any, seam: HeadSeam | None, router_factor: float | None) -> None:
+        self.model, self.seam, self.router_factor = model, seam, router_factor
+        self.checked = False
+
+    def __call__(self, batch: dict[str, Any], current: Objective, instead: NoObjective | None = None) -> StepOutput:
+        """Return the terms of a batch.
+
+        Args:
+            batch: ``input_ids`` and ``labels`` of shape ``(B, T)``, right-padded; ``labels[:, t]`` is what the model
+                should have said before token t, -100 where nothing is learnt. ``position_ids`` that start again keep
+                examples of a packed row apart.
+            current: The objective in force.
+            instead: Stands in for it where the statistics alone are wanted.
+
+        Raises:
+            UserError: A first batch on which the objective would not be what trains.
+        """
+        if not self.checked:
+            self._check(batch, current)
+            self.checked = True
+        # A callable of statistics with `topk`: all that the head asks of an objective.
+        objective: Any = current if instead is None else instead
+        targets = batch["labels"][:, 1:]
+        keep = targets != IGNORE_INDEX
+        if self.seam is None:
+            output = self.model(**self._inputs(batch))
+            stats = token_stats(output.logits[:, :-1][keep], targets[keep], topk=objective.topk)
+            loss, aux = objective(stats).sum(), getattr(output, "aux_loss", None)
+        else:
+            shifted = torch.nn.functional.pad(targets, (0, 1), value=IGNORE_INDEX)
+            loss, stats, aux = fused_forward(self.model, self.seam, self._inputs(batch), shifted, objective)
+        return StepOutput(loss, stats.detach(), keep, self._router(aux, len(stats.log_prob)))
+
+    def _inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
+        # No attention mask: behind right padding causal attention cannot see it, and SDPA takes its fast path. A
+        # router would count the padding.
+        inputs: dict[str, Any] = {"input_ids": batch["input_ids"], "use_cache": False}
+        if "position_ids" in batch:
+            inputs["position_ids"] = batch["position_ids"]
+        elif self.router_factor is not None:
+            inputs["attention_mask"] = batch.get("attention_mask")
+        return inputs
+
+    def _router(self, aux: Tensor | None, tokens: int) -> RouterLoss | None:
+        if self.router_factor is None:
+            return None
+        if aux is None:
+            raise UserError(
+                f"{type(base_causal_lm(self.model)).__name__} gives no auxiliary loss though its config says"
+                " output_router_logits; set it to false (--model.architecture.output_router_logits false)"
+            )
+        return RouterLoss(aux.detach(), self.router_factor * tokens * aux)
+
+    def _check(self, batch: dict[str, Any], current: Objective) -> None:
+        """Refuse a batch or a model with which the objective would not be what trains."""
+        mask, input_ids = batch.get("attention_mask"), batch["input_ids"]
+        if mask is not None and bool((mask.diff(dim=1) > 0).any()):
+            raise UserError("the batch is left-padded: training wants right padding (padding_side='right')")
+        # Repeated, lest a short batch pass unchecked, or one rank run the model less often than the others.
+        few = input_ids.repeat(1, 4)[:, : max(4, input_ids.shape[1])]
+        check_causal(self.model, few)
+        if "position_ids" in batch:
+            check_packing(self.model, few)
+        if self.seam is not None:
+            check_head(self.model, self.seam, few, current)
+
+
+def noise_of(batch: dict[str, Any], keep: Tensor) -> dict[str, Tensor | None]:
+    """Return noise codes and clean labels of the supervised tokens; None where the batch has none.
+
+    Args:
+        batch: ``noise_code`` and ``clean_labels`` of shape ``(B, T)``, if it has them.
+        keep: Shape ``(B, T - 1)``: the positions whose next token is supervised.
+    """
+    fields = {name: batch.get(name) for name in ("noise_code", "clean_labels")}
+    if all(field is None for field in fields.values()):
+        return fields
+    at = keep.nonzero(as_tuple=True)  # a device is waited for once
+    return {name: None if field is None else field[:, 1:][at] for name, field in fields.items()}

@@ -1,0 +1,110 @@
+"""Sums of training and validation, and the means that are logged of them: exact over micro-batches, steps and ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import MeanMetric, Metric
+
+from deft_lightning.errors import UserError
+from deft_lightning.functional import IGNORE_INDEX
+from deft_lightning.metrics import TokenMeter
+from deft_lightning.training.loss import StepOutput
+
+Log = Callable[..., None]  # LightningModule.log
+
+
+class Meters:
+    """What is added up between two logged steps, and over a validation.
+
+    No part of the module: casting that to bfloat16 leaves these float64 sums alone.
+    """
+
+    def __init__(self) -> None:
+        self.train, self.val, self.val_noisy, self.recovered = (TokenMeter() for _ in range(4))
+        self.router = MeanMetric()
+        self._routed = False
+
+    def to(self, device: torch.device) -> None:
+        """Put the sums where the tokens are."""
+        for name, meter in vars(self).items():
+            if isinstance(meter, Metric):
+                setattr(self, name, meter.to(device))
+
+    def add_training(self, output: StepOutput) -> None:
+        """Add a micro-batch of training."""
+        self.train.update(output.loss, output.stats)
+        if output.router is not None:
+            self._routed = True
+            self.router.update(output.router.mean, max(len(output.stats.log_prob), 1e-9))
+
+    def add_validation(self, output: StepOutput, noise: Mapping[str, Tensor | None], corrupted: bool) -> None:
+        """Add a batch of validation examples; the NLL is plain whatever the objective.
+
+        Args:
+            output: Of the batch.
+            noise: As :func:`~deft_lightning.training.loss.noise_of` returns it.
+            corrupted: Whether the examples are corrupted ones: of them the corrupted tokens alone count.
+        """
+        if not corrupted:
+            self.val.update(output.loss, output.stats)
+            return
+        codes, clean = noise["noise_code"], noise["clean_labels"]
+        stats, zero = output.stats, output.loss.new_zeros(())
+        assert codes is not None and stats.arg_max is not None
+        clean = torch.full_like(codes, IGNORE_INDEX) if clean is None else clean
+        self.val_noisy.update(zero, stats.select(codes > 0))
+        # The same sums with the clean label in place of the corrupted one, where it is known.
+        seen_through = stats._replace(correct=stats.arg_max == clean)
+        self.recovered.update(zero, seen_through.select((codes > 0) & (clean != IGNORE_INDEX)))
+
+    def log_training(self, log: Log, step: int) -> None:
+        """Log the token-weighted means since the last call, on every rank alike, and begin anew.
+
+        Raises:
+            UserError: They are not finite.
+        """
+        means = _taken(self.train)
+        means.pop("tokens")
+        if not bool(torch.isfinite(means["nll"]) & torch.isfinite(means["loss"])):
+            raise UserError(
+                f"the loss is not finite at step {step}: lower --model.optimizer.lr, or use"
+                " --trainer.precision bf16-mixed instead of 16 bits"
+            )
+        for name in ("loss", "nll"):
+            log(f"train/{name}", means.pop(name), prog_bar=True)
+        for name, value in means.items():
+            log(f"train/{name}", value)
+        if self._routed:
+            log("train/router_loss", _taken(self.router))
+
+    def log_validation(self, log: Log, corrupted: bool) -> None:
+        """Log the validation means; they are already global, so no rank averages them again.
+
+        Args:
+            log: Of the module.
+            corrupted: Whether there is a loader of corrupted examples.
+        """
+        means = _taken(self.val)
+        for name in ("loss", "nll", "ppl", "token_accuracy"):
+            log(f"val/{name}", means[name], prog_bar=name == "nll", sync_dist=True)
+        if not corrupted:
+            return
+        noisy, recovered = _taken(self.val_noisy), _taken(self.recovered)
+        if noisy["tokens"] > 0:
+            log("val_noisy/nll", noisy["nll"], sync_dist=True)
+            # Share of the corrupted labels that the model gives as its first choice: what it has memorised.
+            log("val_noisy/reproduced", noisy["token_accuracy"], sync_dist=True)
+        if recovered["tokens"] > 0:
+            # Share of them whose clean label is the first choice: what it has seen through.
+            log("val_noisy/recovered", recovered["token_accuracy"], sync_dist=True)
+
+
+def _taken(meter: Metric) -> Any:
+    """Return what a meter has added up, and empty it."""
+    value = meter.compute()
+    meter.reset()
+    return value

@@ -1,0 +1,247 @@
+"""One optimizer step over many micro-batches and ranks: divided once by its supervised tokens, clipped once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from deft_lightning.functional import IGNORE_INDEX
+from deft_lightning.objectives.base import TrackedGate
+from deft_lightning.training.distributed import local, parameters_of, ranks, whole
+from deft_lightning.training.loss import StepOutput
+from deft_lightning.training.nonfinite import NonfiniteGuard, OnNonfinite, SkippedStep
+
+
+@dataclass
+class StepTotals:
+    """What the ranks add up in an optimizer step, in one all-reduce.
+
+    Attributes:
+        tokens: Supervised tokens of this rank so far; None before the first micro-batch.
+        bad: Micro-batches of this rank whose loss was not finite so far.
+        gates: Sum of a gate over the tokens of this rank so far, float64; None where no mean gate is wanted.
+        batches: Ids of the examples of each micro-batch, and whether its loss was not finite.
+        summed: Tokens, bad micro-batches, wishes to stop and, where wanted, gates of all ranks, once they are known:
+            integers, or float64, which is exact up to 2^53 tokens.
+    """
+
+    tokens: Tensor | None = None
+    bad: Tensor | None = None
+    gates: Tensor | None = None
+    batches: list[tuple[Sequence[str], Tensor]] = field(default_factory=list)
+    summed: Tensor | None = None
+
+    def count(self, tokens: Tensor) -> None:
+        """Add the supervised tokens of a micro-batch."""
+        self.tokens = tokens if self.tokens is None else self.tokens + tokens
+
+    def watch(self, ids: Sequence[str], loss: Tensor) -> None:
+        """Take note of the loss of a micro-batch."""
+        bad = ~torch.isfinite(loss.detach())
+        self.batches.append((ids, bad))
+        self.bad = bad.long() if self.bad is None else self.bad + bad.long()
+
+    def weigh(self, gate: Tensor) -> None:
+        """Add the gates of the tokens of a micro-batch; every rank has to call it, or none."""
+        total = gate.sum(dtype=torch.float64)
+        self.gates = total if self.gates is None else self.gates + total
+
+    def reduce(self, stop: bool) -> Tensor:
+        """Return the supervised tokens of all ranks; every rank has to call it."""
+        assert self.tokens is not None
+        bad = self.tokens.new_zeros(()) if self.bad is None else self.bad
+        counts = [self.tokens, bad.to(self.tokens), torch.full_like(self.tokens, int(stop))]
+        self.summed = torch.stack(counts if self.gates is None else [*(n.double() for n in counts), self.gates])
+        if ranks() > 1:
+            dist.all_reduce(self.summed)
+        return self.summed[0]
+
+    def bad_examples(self) -> list[str]:
+        """Return the ids of the micro-batches whose loss was not finite, of all if it was only the gradient."""
+        guilty = [ids for ids, bad in self.batches if bool(bad)] or [ids for ids, _ in self.batches]
+        return [str(id) for ids in guilty for id in ids]
+
+
+@dataclass
+class RunningMean:
+    """Exponentially weighted mean over the tokens of optimizer steps.
+
+    A ratio of two sums that forget alike: it is right from the first step on, where a decaying mean that starts at 0
+    would have to be corrected, and a step with few tokens counts little.
+
+    Attributes:
+        total: Weighted sum of the values.
+        tokens: Weighted number of tokens.
+    """
+
+    total: float = 0.0
+    tokens: float = 0.0
+
+    @property
+    def mean(self) -> float:
+        """The mean; 1 before the first token."""
+        return self.total / self.tokens if self.tokens else 1.0
+
+    def add(self, total: float, tokens: float, decay: float) -> None:
+        """Add the tokens of a step; those of earlier steps count ``decay`` times what they did."""
+        self.total, self.tokens = decay * self.total + total, decay * self.tokens + tokens
+
+
+class StepNormaliser:
+    """Owner of normalisation: the gradient of a step is that of the mean over all its supervised tokens.
+
+    Micro-batches are counted as they come; when the optimizer steps, the ranks add up what they have in one all-reduce
+    and every gradient is scaled once.
+
+    Args:
+        on_nonfinite: What becomes of a step whose loss or gradient is not finite.
+
+    Attributes:
+        totals: Of the step in hand.
+        gates: Running mean of the gate that the objective tracks.
+        guard: Keeps steps that are not finite from the weights.
+        stop_agreed: Whether any rank had been asked to stop when the last step was made.
+        grad_norm: Norm of the last gradient before clipping, None before the first step.
+        rate: Learning rate of the last step; the schedule moves on before it is logged.
+    """
+
+    def __init__(self, on_nonfinite: OnNonfinite) -> None:
+        self.totals, self.gates, self.guard = StepTotals(), RunningMean(), NonfiniteGuard(on_nonfinite)
+        self.stop_agreed = False
+        self.grad_norm: Tensor | None = None
+        self.rate = 0.0
+        self._seen_before = 0
+        self._seen: Tensor | None = None
+
+    @property
+    def begins_step(self) -> bool:
+        """Whether the next micro-batch is the first of an optimizer step."""
+        return self.totals.tokens is None
+
+    @property
+    def tokens_seen(self) -> int:
+        """Supervised tokens trained on so far, on all ranks."""
+        return self._seen_before + (0 if self._seen is None else int(self._seen))
+
+    def forget(self) -> None:
+        """Forget the micro-batches of a step that was never made."""
+        self.totals = StepTotals()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps."""
+        return {"tokens_seen": self.tokens_seen, "gates": [self.gates.total, self.gates.tokens]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on counting from a checkpoint; what it does not know begins at 0."""
+        self._seen_before, self._seen = int(state.get("tokens_seen", 0)), None
+        self.gates = RunningMean(*state.get("gates", ()))
+
+    def count(self, labels: Tensor) -> None:
+        """Count the supervised tokens of a micro-batch, before it is run.
+
+        Args:
+            labels: Shape ``(B, T)``; the first token of a row has nothing before it that could say it.
+        """
+        self.totals.count((labels[:, 1:] != IGNORE_INDEX).sum())
+
+    def add(self, output: StepOutput, ids: Sequence[str], tracked: TrackedGate | None) -> None:
+        """Take note of what a micro-batch gave.
+
+        Args:
+            output: Its terms.
+            ids: Of its examples, for messages.
+            tracked: The gate whose running mean the objective wants.
+        """
+        if tracked is not None:
+            self.totals.weigh(tracked.objective.gate(output.stats))
+        self.totals.watch(ids, output.loss)
+
+    @contextmanager
+    def step(
+        self,
+        optimizer: Any,
+        backward: Callable[[], Any] | None,
+        accumulate: int,
+        stop: bool,
+        tracked: TrackedGate | None,
+    ) -> Iterator[Callable[[], Any]]:
+        """Give the closure for the optimizer step that is made within, and account for the step.
+
+        The closure divides the gradients once the last micro-batch has given its own. Lightning has divided by
+        ``accumulate`` and DDP or FSDP by the number of ranks; both are multiplied back, so a short last window or a
+        rank without supervised tokens weighs what it should.
+
+        Args:
+            optimizer: The one that steps.
+            backward: Computes the gradients of the last micro-batch.
+            accumulate: Micro-batches of a full step.
+            stop: Whether this rank has been asked to stop.
+            tracked: The gate whose running mean the objective wants.
+        """
+        assert backward is not None
+
+        def closure() -> Any:
+            result = backward()
+            tokens = self.totals.reduce(stop)
+            scale = ranks() * accumulate / tokens.clamp_min(1).float()
+            grads = local(p.grad for p in parameters_of(optimizer) if p.grad is not None)
+            if grads:  # before clipping, loss-scale removal and the logged norm
+                torch._foreach_mul_(grads, scale)
+            return result
+
+        self.rate = float(optimizer.param_groups[0]["lr"])
+        skipped = False
+        try:
+            yield closure
+        except SkippedStep:
+            skipped = True
+        self.guard.note(skipped)
+        assert self.totals.summed is not None
+        if not skipped:
+            tokens = self.totals.summed[0].long()
+            self._seen = tokens if self._seen is None else self._seen + tokens
+            self._remember_gates(tracked)
+        self.stop_agreed = bool(self.totals.summed[2] > 0)
+        self.totals = StepTotals()
+
+    def _remember_gates(self, tracked: TrackedGate | None) -> None:
+        """Add the mean gate of the step, if the objective wants it, to the running one."""
+        if tracked is None:
+            return
+        assert self.totals.summed is not None
+        tokens, *_, gates = self.totals.summed.tolist()
+        if math.isfinite(gates):  # in float16 the loss scaler has left the step out
+            self.gates.add(gates, tokens, tracked.decay)
+
+    def clip_norm(self, optimizer: Any, limit: float | None) -> Tensor:
+        """Return the norm of the gradient, after bounding it: computed once for both.
+
+        Args:
+            optimizer: Its gradients are clipped.
+            limit: Largest norm; None, 0 and below leave gradients as they are, as in Lightning.
+        """
+        parameters = [p for p in parameters_of(optimizer) if p.grad is not None]
+        if limit is not None and limit > 0:
+            self.grad_norm = whole(torch.nn.utils.clip_grad_norm_(parameters, limit))
+        else:
+            self.grad_norm = whole(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+        return self.grad_norm
+
+    def check(self, norm: Tensor, model: Any, step: int) -> None:
+        """Stop or skip a step that is not finite: :meth:`NonfiniteGuard.check`."""
+        self.guard.check(norm, self.totals, model, step)
+
+    def logged(self) -> dict[str, Any]:
+        """Return what is logged of the steps so far, by tag."""
+        values: dict[str, Any] = {"train/tokens": float(self.tokens_seen)}
+        if self.guard.on_nonfinite == "skip":
+            values["train/skipped_steps"] = float(self.guard.skipped)
+        values["train/lr"] = self.rate
+        return values if self.grad_norm is None else {**values, "train/grad_norm": self.grad_norm}

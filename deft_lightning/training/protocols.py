@@ -1,0 +1,67 @@
+"""What the module asks of the data module and of the strategy, whoever has written them."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, TypeGuard
+
+import torch
+from lightning.pytorch.strategies import DDPStrategy
+
+from deft_lightning.errors import UserError
+from deft_lightning.evaluation import TestSet
+
+
+class PromptSource(Protocol):
+    """A data module that gives prompts, as far as the module knows it.
+
+    Attributes:
+        tokenizer: Turns tokens into text.
+        test_sets: What the prompts of each loader belong to, once the loaders are made.
+    """
+
+    tokenizer: Any
+    test_sets: list[TestSet]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prepared example."""
+
+    @property
+    def stop_token_ids(self) -> list[int]:
+        """Tokens at which generation ends."""
+
+
+class ShardingStrategy(Protocol):
+    """A strategy under which every rank holds a share of the weights.
+
+    Attributes:
+        shards_weights: Whether it does.
+        low_precision: Whether weights are gathered in bfloat16.
+    """
+
+    shards_weights: bool
+    low_precision: bool
+
+    @property
+    def root_device(self) -> torch.device:
+        """Of this rank."""
+
+    @property
+    def device_mesh(self) -> Any:
+        """Has the dimension ``data_parallel``."""
+
+
+def shards(strategy: Any) -> TypeGuard[ShardingStrategy]:
+    """Whether a strategy shards the weights; nothing of it is touched that only its set-up knows."""
+    return bool(getattr(type(strategy), "shards_weights", False))
+
+
+def check_strategy(strategy: Any) -> None:
+    """Refuse strategies under which the head would not see its whole weight.
+
+    Raises:
+        UserError: Names those that are supported.
+    """
+    if shards(strategy) or isinstance(strategy, DDPStrategy) or type(strategy).__name__.startswith("SingleDevice"):
+        return
+    raise UserError(f"{type(strategy).__name__} is not supported: use --trainer.strategy auto, ddp, or fsdp2 (sharded)")
