@@ -10,6 +10,7 @@ from deft_lightning._lightning import logged_step
 from deft_lightning.callbacks.drawings import gate_curve
 from deft_lightning.callbacks.marked import marked
 from deft_lightning.callbacks.monitor import add_figure, has_matplotlib, writers
+from deft_lightning.callbacks.watched import watched
 from deft_lightning.errors import UserError
 from deft_lightning.objectives import Objective
 
@@ -44,7 +45,7 @@ class Dashboard(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the layout and the curve, on rank zero alone."""
-        module: Any = pl_module
+        module = watched(pl_module)
         # A schedule may have a focus index at one end of the run only.
         focus = any(objective.deformed is not None for objective in (module.objective, module.current_objective))
         noise = getattr(getattr(trainer, "datamodule", None), "noise", None)
@@ -56,7 +57,7 @@ class Dashboard(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw the curve again if the run has reached another objective; another scale of the same is none."""
-        module: Any = pl_module
+        module = watched(pl_module)
         if trainer.state.fn == "fit" and module.objective.scheduled and module.current_objective != self.drawn:
             self._draw(trainer, module.current_objective)
 
@@ -67,14 +68,21 @@ class Dashboard(Callback):
                 add_figure(writer, "objective/gate", gate_curve(objective), logged_step(trainer))
 
     def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         """Write the first examples of a validation set, on rank zero alone."""
-        tokenizer = getattr(pl_module, "tokenizer", None)
+        module = watched(pl_module)
+        tokenizer = module.tokenizer
         if batch_idx or not self.examples or tokenizer is None or trainer.state.fn != "fit" or trainer.sanity_checking:
             return
         for writer in writers(trainer):
-            gate = pl_module.current_objective.gate(outputs["stats"])
+            gate = module.current_objective.gate(outputs["stats"])
             name = "examples/val_noisy" if dataloader_idx else "examples/val"
             text = marked(tokenizer, batch, gate, self.examples, self.tokens)
             writer.add_text(name, text, global_step=logged_step(trainer))

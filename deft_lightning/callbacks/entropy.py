@@ -8,6 +8,7 @@ from typing import Any
 from lightning.pytorch import Trainer
 
 from deft_lightning.callbacks.monitor import TokenMonitor
+from deft_lightning.callbacks.watched import WatchedModule
 from deft_lightning.functional import TokenStats
 from deft_lightning.metrics import Histogram, PackedHistogram
 
@@ -28,13 +29,13 @@ class EntropyMonitor(TokenMonitor):
         super().__init__(bins)
         self.histograms, self.bins = histograms, bins
 
-    def open(self, trainer: Trainer, module: Any) -> PackedHistogram:
+    def open(self, trainer: Trainer, module: WatchedModule) -> PackedHistogram:
         """Return rows for both entropies and the collision probability."""
         highest = math.log(module.model.config.get_text_config().vocab_size)
         return PackedHistogram([(0.0, highest), (0.0, highest), (0.0, 1.0)], self.bins)
 
     def observe(
-        self, packed: PackedHistogram, module: Any, stats: TokenStats, noise_code: Any, clean_labels: Any
+        self, packed: PackedHistogram, module: WatchedModule, stats: TokenStats, noise_code: Any, clean_labels: Any
     ) -> None:
         """Add both entropies and the collision probability of each token."""
         packed.update(0, stats.entropy)
@@ -42,7 +43,7 @@ class EntropyMonitor(TokenMonitor):
         packed.update(2, stats.collision)
         self.quantiles.update(stats.entropy, -stats.collision.log(), stats.collision)
 
-    def report(self, trainer: Trainer, module: Any, rows: list[Histogram]) -> None:
+    def report(self, trainer: Trainer, module: WatchedModule, rows: list[Histogram]) -> None:
         """Write means, quantiles and histograms."""
         shannon, renyi2, collision = rows
         module.log("entropy/shannon", shannon.mean)

@@ -7,11 +7,12 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 
 from deft_lightning.callbacks.drawings import occupancy
 from deft_lightning.callbacks.locked import LockWatch, locked
 from deft_lightning.callbacks.monitor import TokenMonitor
+from deft_lightning.callbacks.watched import WatchedModule, watched
 from deft_lightning.errors import UserError
 from deft_lightning.functional import TokenStats
 from deft_lightning.metrics import Histogram, PackedHistogram
@@ -70,10 +71,10 @@ class GateMonitor(TokenMonitor):
                 raise UserError(f"gate_monitor.others: {other!r} is there twice")
             self.others[name] = other
 
-    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse objectives that cannot be computed, before anything is trained."""
         self.lock = LockWatch()
-        own = pl_module.objective
+        own = watched(pl_module).objective
         for other in self.others.values():
             if other.topk not in (0, own.topk):
                 raise UserError(
@@ -81,13 +82,13 @@ class GateMonitor(TokenMonitor):
                     f" is not computed for {own!r}; leave it out, or train with it"
                 )
 
-    def open(self, trainer: Trainer, module: Any) -> PackedHistogram:
+    def open(self, trainer: Trainer, module: WatchedModule) -> PackedHistogram:
         """Return rows for gate, p, gradient, locked; locked and p of clean tokens; others; focus, p in bands of it."""
         # Whether there is a focus may change in a run; rows that stay empty cost nothing.
         return PackedHistogram([(0.0, 1.0)] * (FIXED + len(self.others) + 1 + BANDS), self.bins)
 
     def observe(
-        self, packed: PackedHistogram, module: Any, stats: TokenStats, noise_code: Any, clean_labels: Any
+        self, packed: PackedHistogram, module: WatchedModule, stats: TokenStats, noise_code: Any, clean_labels: Any
     ) -> None:
         """Add gate, probability, gradient and focus of each token."""
         current_objective: Objective = module.current_objective
@@ -113,7 +114,7 @@ class GateMonitor(TokenMonitor):
         else:
             self.quantiles.update(gate, prob)
 
-    def report(self, trainer: Trainer, module: Any, rows: list[Histogram]) -> None:
+    def report(self, trainer: Trainer, module: WatchedModule, rows: list[Histogram]) -> None:
         """Write means, quantiles, shares and histograms."""
         gate, prob, gradient, shut, shut_clean, prob_clean = rows[:FIXED]
         others = rows[FIXED : FIXED + len(self.others)]

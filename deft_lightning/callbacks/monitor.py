@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from deft_lightning._lightning import is_accumulating, is_logging_step, logged_step
+from deft_lightning.callbacks.watched import WatchedModule, watched
 from deft_lightning.errors import UserError
 from deft_lightning.functional import TokenStats
 from deft_lightning.metrics import Histogram, PackedHistogram, Quantiles
@@ -32,12 +33,12 @@ class TokenMonitor(Callback):
         self.quantiles = Quantiles([percent / 100 for percent in PERCENT])
         self.reports = 0
 
-    def open(self, trainer: Trainer, module: Any) -> PackedHistogram:
+    def open(self, trainer: Trainer, module: WatchedModule) -> PackedHistogram:
         """Return the empty packed histogram, once the model is known."""
         raise NotImplementedError
 
     def observe(
-        self, packed: PackedHistogram, module: Any, stats: TokenStats, noise_code: Any, clean_labels: Any
+        self, packed: PackedHistogram, module: WatchedModule, stats: TokenStats, noise_code: Any, clean_labels: Any
     ) -> None:
         """Add the N tokens of one micro-batch.
 
@@ -50,7 +51,7 @@ class TokenMonitor(Callback):
         """
         raise NotImplementedError
 
-    def report(self, trainer: Trainer, module: Any, rows: list[Histogram]) -> None:
+    def report(self, trainer: Trainer, module: WatchedModule, rows: list[Histogram]) -> None:
         """Write what was seen in the step, the same keys on every rank."""
         raise NotImplementedError
 
@@ -60,15 +61,16 @@ class TokenMonitor(Callback):
         """Collect on logged steps; report once the optimizer has stepped."""
         if not is_logging_step(trainer):
             return
+        module = watched(pl_module)
         if self.packed is None:
-            self.packed = self.open(trainer, pl_module).to(pl_module.device)
+            self.packed = self.open(trainer, module).to(module.device)
         noise = (outputs.get("noise_code"), outputs.get("clean_labels"))
-        self.observe(self.packed, pl_module, outputs["stats"], *noise)
+        self.observe(self.packed, module, outputs["stats"], *noise)
         if not is_accumulating(trainer):
             rows = self.packed.rows()
             self.packed.reset()
             self.reports += 1
-            self.report(trainer, pl_module, rows)
+            self.report(trainer, module, rows)
             self.quantiles.reset()
 
     def write_scalars(self, trainer: Trainer, values: dict[str, float]) -> None:

@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch import Trainer
 
 from deft_lightning.callbacks.monitor import TokenMonitor
+from deft_lightning.callbacks.watched import WatchedModule
 from deft_lightning.functional import IGNORE_INDEX, TokenStats
 from deft_lightning.metrics import Histogram, PackedHistogram, binned_auroc, spread
 
@@ -25,13 +26,13 @@ class NoiseMonitor(TokenMonitor):
     the ones whose clean label is known, as it is where single tokens were replaced (`TokenReplace`).
     """
 
-    def open(self, trainer: Trainer, module: Any) -> PackedHistogram:
+    def open(self, trainer: Trainer, module: WatchedModule) -> PackedHistogram:
         """Return rows of gate, probability, NLL, gradient and arg-max, each for clean and noisy, and of recovery."""
         # Ranges of nll and gradient do not matter: only their sums are read.
         return PackedHistogram([(0.0, 1.0)] * 13, BINS)
 
     def observe(
-        self, packed: PackedHistogram, module: Any, stats: TokenStats, noise_code: Any, clean_labels: Any
+        self, packed: PackedHistogram, module: WatchedModule, stats: TokenStats, noise_code: Any, clean_labels: Any
     ) -> None:
         """Add each token to its class."""
         if noise_code is None:
@@ -47,7 +48,7 @@ class NoiseMonitor(TokenMonitor):
             known = (noise_code != 0) & (clean_labels != IGNORE_INDEX)
             packed.update(RECOVERED, (stats.arg_max == clean_labels)[known])
 
-    def report(self, trainer: Trainer, module: Any, rows: list[Histogram]) -> None:
+    def report(self, trainer: Trainer, module: WatchedModule, rows: list[Histogram]) -> None:
         """Write the comparison once both classes were seen."""
         clean, noisy, recovered = rows[:6], rows[6:RECOVERED], rows[RECOVERED]
         if not (clean[0].total and noisy[0].total):

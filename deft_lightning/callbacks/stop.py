@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_info
 
 from deft_lightning._lightning import is_accumulating
+from deft_lightning.callbacks.watched import WatchedModule, watched
 
 
 class GracefulStop(Callback):
@@ -26,12 +27,12 @@ class GracefulStop(Callback):
     def __init__(self) -> None:
         self.asked = self.stopped = False
         self._previous: dict[int, Any] = {}
-        self._module: Any = None
+        self._module: WatchedModule | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Listen; from here on, since Lightning has set handlers of its own just before."""
         self.asked = self.stopped = False
-        self._module = pl_module
+        self._module = watched(pl_module)
         self._module.stop_asked = self._module.stop_agreed = False
         # Only the main thread may set handlers.
         if threading.current_thread() is threading.main_thread():
@@ -41,14 +42,16 @@ class GracefulStop(Callback):
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.asked and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.asked = self._module.stop_asked = True
+        self.asked = True
+        if self._module is not None:
+            self._module.stop_asked = True
         rank_zero_info("\nstopping after this step; Ctrl-C again to stop at once")
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Stop between optimizer steps."""
-        if self._module.stop_agreed and not is_accumulating(trainer):
+        if watched(pl_module).stop_agreed and not is_accumulating(trainer):
             trainer.should_stop = self.stopped = True
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

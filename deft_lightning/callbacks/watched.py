@@ -1,0 +1,49 @@
+"""What callbacks read of the module that trains, whoever has written it."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, cast
+
+import torch
+from lightning.pytorch import LightningModule
+
+from deft_lightning.objectives import Objective
+
+
+class WatchedModule(Protocol):
+    """A module that trains with a token objective, as far as callbacks know it.
+
+    Its ``training_step`` gives ``stats``, the detached statistics of the supervised tokens, and where something is
+    known of noise ``noise_code`` and ``clean_labels`` of the same tokens.
+
+    Attributes:
+        objective: The one that was chosen.
+        model: The Hugging Face model, None until it is built.
+        stop_asked: Set on a rank that is asked to stop.
+        stop_agreed: Whether any rank had been asked when the last optimizer step was made.
+    """
+
+    objective: Objective
+    model: Any
+    stop_asked: bool
+    stop_agreed: bool
+
+    @property
+    def current_objective(self) -> Objective:
+        """The objective in force at this point of the run."""
+
+    @property
+    def tokenizer(self) -> Any | None:
+        """Turns tokens into text; None where there is none."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where its tokens are."""
+
+    def log(self, name: str, value: Any) -> None:
+        """Log a value under a tag."""
+
+
+def watched(module: LightningModule) -> WatchedModule:
+    """Return a module as what callbacks watch."""
+    return cast("WatchedModule", module)
