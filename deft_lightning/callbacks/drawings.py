@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from deft_lightning.figures.curves import COLLISIONS, curve_figure, label
+from deft_lightning.figures.curves import COLLISIONS, curve_figure
 from deft_lightning.figures.style import dress, panels, styled
 from deft_lightning.objectives import Objective
+from deft_lightning.objectives.parse import label
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -12,6 +12,7 @@ from typing import Any
 import jsonargparse
 import yaml
 
+from deft_lightning.cli.spellings import spell_out
 from deft_lightning.errors import UserError
 
 MODE = "deft"  # name of the loader below among jsonargparse's
@@ -118,7 +119,7 @@ def load(text: str, path: str = "") -> Any:
         kinds: dict[type, str] = {type(None): "empty", list: "a list", str: "a single text"}
         kind = kinds.get(type(value), "a single value")
         raise UserError(f"{name}: is {kind}, not options as NAME: VALUE")
-    return value
+    return spell_out(value)
 
 
 def _where(error: yaml.YAMLError) -> str:

@@ -92,7 +92,8 @@ def _no_class(said: Complaint, known: Mapping[str, type]) -> str:
     (word,) = said.what
     if not known:
         return f"--{said.key}: there is no class {word}"
-    return f"--{said.key} {word} is unknown.{did_you_mean(word, known)} Known: {', '.join(known)}"
+    name = word.partition("(")[0]
+    return f"--{said.key} {word} is unknown.{did_you_mean(name, known)} Known: {', '.join(known)}"
 
 
 def _no_option(said: Complaint, known: Mapping[str, type]) -> str:

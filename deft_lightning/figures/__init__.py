@@ -12,28 +12,28 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from deft_lightning.figures.bars import comparison_bars
     from deft_lightning.figures.curves import gate_curves, loss_curves
-    from deft_lightning.figures.named import parse_objective
     from deft_lightning.figures.runs import read_run
     from deft_lightning.figures.scatter import gradient_scatter
     from deft_lightning.figures.tokens import TokenSample
     from deft_lightning.figures.trajectories import focus_trajectories, run_figure
+    from deft_lightning.objectives.parse import parse_objective
 
 _HOMES = {
-    "TokenSample": "tokens",
-    "comparison_bars": "bars",
-    "focus_trajectories": "trajectories",
-    "gate_curves": "curves",
-    "gradient_scatter": "scatter",
-    "loss_curves": "curves",
-    "parse_objective": "named",
-    "read_run": "runs",
-    "run_figure": "trajectories",
+    "TokenSample": "figures.tokens",
+    "comparison_bars": "figures.bars",
+    "focus_trajectories": "figures.trajectories",
+    "gate_curves": "figures.curves",
+    "gradient_scatter": "figures.scatter",
+    "loss_curves": "figures.curves",
+    "parse_objective": "objectives.parse",
+    "read_run": "figures.runs",
+    "run_figure": "figures.trajectories",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
-        return getattr(import_module(f"deft_lightning.figures.{_HOMES[name]}"), name)
+        return getattr(import_module(f"deft_lightning.{_HOMES[name]}"), name)
     raise AttributeError(f"module 'deft_lightning.figures' has no attribute {name!r}")
 
 

@@ -129,21 +129,21 @@ def _focus(args: argparse.Namespace) -> list[Path]:
 
 def _gates(args: argparse.Namespace) -> list[Path]:
     from deft_lightning.figures.curves import gate_curves
-    from deft_lightning.figures.named import parse_objective
+    from deft_lightning.objectives.parse import parse_objective
 
     return gate_curves([parse_objective(text) for text in args.objectives], args.output, collision=args.collision)
 
 
 def _losses(args: argparse.Namespace) -> list[Path]:
     from deft_lightning.figures.curves import loss_curves
-    from deft_lightning.figures.named import parse_objective
+    from deft_lightning.objectives.parse import parse_objective
 
     return loss_curves([parse_objective(text) for text in args.objectives], args.output, collision=args.collision)
 
 
 def _scatter(args: argparse.Namespace) -> list[Path]:
-    from deft_lightning.figures.named import parse_objective
     from deft_lightning.figures.scatter import gradient_scatter
+    from deft_lightning.objectives.parse import parse_objective
 
     objectives = [parse_objective(text) for text in args.objectives]
     return gradient_scatter(args.probe, objectives, args.output, most=args.tokens)

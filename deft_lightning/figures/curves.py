@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,27 +13,13 @@ from deft_lightning.errors import UserError
 from deft_lightning.figures.style import Output, dress, legend_beside, line, panels, save, styled
 from deft_lightning.functional import TokenStats
 from deft_lightning.objectives import Objective
+from deft_lightning.objectives.parse import label
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLLISIONS = (0.1, 0.5, 0.9)
 HIGHEST = 5.0  # what is above, such as the loss of NLL near p = 0, leaves the figure
-
-
-def label(objective: Objective) -> str:
-    """Return the legend of an objective: its name, and the options that depart from their defaults."""
-    if type(objective).__repr__ is not Objective.__repr__:  # a user's own may say it in its own way
-        return repr(objective).removesuffix("()")
-    fields: tuple[dataclasses.Field[Any], ...] = (
-        dataclasses.fields(objective) if dataclasses.is_dataclass(objective) else ()
-    )
-    shown = []
-    for field in fields:
-        value, made = getattr(objective, field.name), field.default_factory
-        if value != (field.default if made is dataclasses.MISSING else made()):
-            shown.append(f"{field.name}={label(value) if isinstance(value, Objective) else value}")
-    return type(objective).__name__ + (f"({', '.join(shown)})" if shown else "")
 
 
 def possible(p: Tensor, collision: float) -> Tensor:

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from deft_lightning.errors import UserError
-from deft_lightning.figures.curves import label
 from deft_lightning.figures.style import SHADES, Output, dress, panels, save, styled
 from deft_lightning.figures.tokens import TokenSample
 from deft_lightning.functional import TokenStats
 from deft_lightning.objectives import Objective
+from deft_lightning.objectives.parse import label
 
 MOST = 2000  # points of a panel: beyond, they cover each other
 KINDS = (("o", 9, "clean label"), ("^", 16, "noisy label"))

@@ -14,6 +14,7 @@ from deft_lightning.data import known_noise
 from deft_lightning.data.prepared.cache import source_identity
 from deft_lightning.errors import UserError, did_you_mean
 from deft_lightning.objectives import DEFT, DFT, EAFT, NLL, Cayley, Likelihood, Objective, Tsallis
+from deft_lightning.objectives.parse import short_legend
 
 FIELD = (NLL(), Likelihood(), Tsallis(q=0.5), Cayley(), Cayley(floor=0.5), EAFT(), DFT(), DEFT())
 TUNING = 1000  # seeds from here on choose learning rates; no reported cell has one
@@ -160,7 +161,7 @@ class Cell:
     @property
     def folder(self) -> str:
         """Name of the folder of its run: readable, and without that of the regime, which other cells may share."""
-        name = file_name(repr(self.objective).replace("()", ""))
+        name = file_name(short_legend(repr(self.objective)))
         return f"noise{self.noise:g}-{name}-lr{self.rate:g}-seed{self.seed}-{self.id}"
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from deft_lightning.objectives.parse import short_legend
 from deft_lightning.study.report import ENDS
 
 JUDGED = {
@@ -42,7 +43,7 @@ def _ranking(report: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], about
         seeds = " ".join(f"{sign * value:.2f}" for value in row["worst_seeds"])
         star = " (remedy)" if row["objective"] in report["remedies"] else ""
         lines.append(
-            f"| {short(row['objective'])}{star} | {medians} | {sign * row['worst']:.3f} | {row['regret']:.3f} |"
+            f"| {short_legend(row['objective'])}{star} | {medians} | {sign * row['worst']:.3f} | {row['regret']:.3f} |"
             f" {seeds} |"
         )
     return "\n".join(lines)
@@ -58,7 +59,7 @@ def _margins(report: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> st
     ]  # fmt: skip
     for row in rows:
         seeds = f"{row['median']:+.3f} ({row['low']:+.3f} to {row['high']:+.3f})"
-        lines.append(f"| {short(row['against'])} | {row['margin']:+.3f} | {seeds} |")
+        lines.append(f"| {short_legend(row['against'])} | {row['margin']:+.3f} | {seeds} |")
     return "\n".join(lines)
 
 
@@ -73,7 +74,7 @@ def _table(report: Mapping[str, Any], regime: str, noises: Sequence[float]) -> s
     for name in [*report["objectives"], *report["remedies"]]:
         cells = [found.get((name, noise)) for noise in noises]
         if any(cells):
-            lines.append(f"| {short(name)} | " + " | ".join(_cell(cell, sign) for cell in cells) + " |")
+            lines.append(f"| {short_legend(name)} | " + " | ".join(_cell(cell, sign) for cell in cells) + " |")
     return "\n".join(lines)
 
 
@@ -89,7 +90,7 @@ def _ends(report: Mapping[str, Any], regime: str, noise: float) -> str:
     ]  # fmt: skip
     for row in rows:
         cells = (f"{row[tag]:.3f}" if tag in row else "-" for tag in tags)
-        lines.append(f"| {short(row['objective'])} | {' | '.join(cells)} |")
+        lines.append(f"| {short_legend(row['objective'])} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -104,7 +105,7 @@ def _rates(report: Mapping[str, Any]) -> str:
     ]  # fmt: skip
     found = {(row["objective"], row["regime"], row["noise"]): row["rate"] for row in report["tuned"]}
     for name in report["objectives"]:
-        lines.append(f"| {short(name)} | " + " | ".join(f"{found[name, *place]:g}" for place in places) + " |")
+        lines.append(f"| {short_legend(name)} | " + " | ".join(f"{found[name, *place]:g}" for place in places) + " |")
     return "\n".join(lines)
 
 
@@ -117,8 +118,3 @@ def _cell(row: Mapping[str, Any] | None, sign: int) -> str:
     if row is None:
         return "-"
     return f"{sign * row['mean']:.3f}" + ("" if row["se"] is None else f" ± {row['se']:.3f}")
-
-
-def short(name: str) -> str:
-    """Return a legend without the brackets of an objective that has no settings."""
-    return name.replace("()", "")

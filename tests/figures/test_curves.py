@@ -16,9 +16,10 @@ from torch import Tensor
 
 from deft_lightning.errors import UserError
 from deft_lightning.figures import gate_curves, loss_curves
-from deft_lightning.figures.curves import label, possible
+from deft_lightning.figures.curves import possible
 from deft_lightning.functional import TokenStats
 from deft_lightning.objectives import DEFT, EAFT, NLL, Cayley, Likelihood, Objective, Truncated, Tsallis
+from deft_lightning.objectives.parse import label
 
 
 def curves(figure: Any) -> dict[str, tuple[np.ndarray, np.ndarray]]:

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from deft_lightning.errors import UserError
-from deft_lightning.figures import parse_objective
-from deft_lightning.objectives import DEFT, EAFT, NLL, Cayley, Likelihood, Truncated, Tsallis
+from deft_lightning.objectives import DEFT, EAFT, NLL, Cayley, Floored, Likelihood, Rescaled, Truncated, Tsallis
+from deft_lightning.objectives.parse import label, parse_objective, settings_of, short_legend
 
 
 @pytest.mark.parametrize(
@@ -28,12 +28,12 @@ def test_it_is_what_it_says(text: str, wanted: object) -> None:
 
 
 def test_a_class_of_the_users_own_is_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "my_objectives_for_figures.py").write_text(
+    (tmp_path / "my_objectives_to_parse.py").write_text(
         "from dataclasses import dataclass\nfrom deft_lightning.objectives import Likelihood\n\n\n"
         "@dataclass(frozen=True, repr=False)\nclass Own(Likelihood):\n    power: int = 1\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    found = parse_objective("my_objectives_for_figures.Own(power=3)")
+    found = parse_objective("my_objectives_to_parse.Own(power=3)")
     assert repr(found) == "Own(power=3)" and isinstance(found, Likelihood)
 
 
@@ -53,3 +53,44 @@ def test_anything_else_is_one_line(text: str, wanted: str) -> None:
     with pytest.raises(UserError, match=wanted) as error:
         parse_objective(text)
     assert text in str(error.value) and "\n" not in str(error.value)
+
+
+# --- as settings -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("Cayley(floor=0.5)", {"class_path": "Cayley", "init_args": {"floor": 0.5}}),
+        ("Tsallis(0.3)", {"class_path": "Tsallis", "init_args": {"q": 0.3}}),
+        (
+            "deft_lightning.objectives.Truncated(0.4, keep=below, base=Tsallis(q=0.1))",
+            {
+                "class_path": "deft_lightning.objectives.Truncated",
+                "init_args": {
+                    "threshold": 0.4, "keep": "below", "base": {"class_path": "Tsallis", "init_args": {"q": 0.1}},
+                },
+            },
+        ),
+        ("Rescaled(base=DEFT)", {"class_path": "Rescaled", "init_args": {"base": {"class_path": "DEFT"}}}),
+        ("Cayley(flor=1)", {"class_path": "Cayley", "init_args": {"flor": 1}}),
+    ],
+)  # fmt: skip
+def test_a_call_has_settings(text: str, wanted: object) -> None:
+    assert settings_of(text) == wanted
+
+
+@pytest.mark.parametrize(
+    "text", ["DEFT", "", "a sentence (with brackets)", "Cayleyy(floor=1)", "nowhere.Mine(x=1)", "Cayley(", "os.path(1)",
+             "Cayley(1, 2, 3)", "Cayley(floor=open('x'))", "{a: b}", "Cayley(floor=0.5) and more()"],
+)  # fmt: skip
+def test_other_text_has_none(text: str) -> None:
+    assert settings_of(text) is None
+
+
+@pytest.mark.parametrize(
+    "objective", [DEFT(), Cayley(floor=0.5), Floored(base=Cayley(floor=0.1), floor=0.3), Rescaled()]
+)
+def test_a_legend_is_a_spelling(objective: object) -> None:
+    assert parse_objective(label(objective)) == objective  # type: ignore[arg-type]
+    assert parse_objective(short_legend(repr(objective))) == objective
