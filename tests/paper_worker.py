@@ -1,7 +1,7 @@
 """The paper's configurations on stand-in models; as a script, one rank of ``fit`` with several of them.
 
 ``python paper_worker.py FOLDER`` with LOCAL_RANK, WORLD_SIZE and MASTER_* set joins the other ranks, runs the real
-command line with the files for that number of ranks and leaves ``<WORLD_SIZE>-<RANK>.json`` in FOLDER, what it found.
+command line with the pairs for that number of ranks and leaves ``<WORLD_SIZE>-<RANK>.json`` in FOLDER, what it found.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from paper_pairs import PAIRS, options, parts
 
 from deft_lightning.cli.main import DeftCLI
 from deft_lightning.data.encoding.template import chatml
 from deft_lightning.data.encoding.tokenizer import build_tokenizer
 from deft_lightning.models import from_architecture
 
-CONFIGS = sorted((Path(__file__).resolve().parents[1] / "configs" / "paper").glob("*.yaml"))
-# Run by two ranks: of each task one file an architecture, tied and untied. The others by one, which takes less.
+# Run by two ranks: of each task one pair an architecture, tied and untied. The others by one, which takes less.
 PAIRED = {
     "math-qwen2.5-math-1.5b", "math-llama-3.1-8b", "medical-qwen2.5-7b", "medical-llama-3.2-3b",
     "figfont-qwen2.5-1.5b", "figfont-deepseek-math-7b",
@@ -52,20 +52,6 @@ SPECIAL = {
     "llama": ("<|end_of_text|>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
     "deepseek": ("<|end of sentence|>",),
 }
-
-
-class FitCLI(DeftCLI):
-    """The command line with the verb fit alone: the parsers of the others take longer to build than a run."""
-
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        return {"fit": DeftCLI.subcommands()["fit"]}
-
-
-def parts(config: Path) -> tuple[str, str]:
-    """Return the task and the model that a file's name says."""
-    task, _, model = config.stem.partition("-")
-    return task, model
 
 
 def tokenizer_of(model: str) -> Any:
@@ -129,14 +115,14 @@ def source(task: str, root: Path, ranks: int) -> str:
     return few if task == "figfont" else f"{root / task}.parquet?limit={ranks * ROWS}"
 
 
-def arguments(verb: str, config: Path, root: Path, ranks: int, *more: str) -> list[str]:
-    """The command line of a file with a stand-in model and its rows in place of the real ones."""
-    task, model = parts(config)
+def arguments(verb: str, pair: str, root: Path, ranks: int, *more: str) -> list[str]:
+    """The command line of a pair with a stand-in model and its rows in place of the real ones."""
+    task, model = parts(pair)
     return [
-        verb, "--config", str(config), "--model.pretrained", str(root / "models" / model),
+        verb, *options(pair), "--model.pretrained", str(root / "models" / model),
         "--data.source", source(task, root, ranks), "--data.cache_dir", str(root / "cache"),
         "--trainer.accelerator", "cpu", "--trainer.devices", str(ranks), "--trainer.log_every_n_steps", str(STEPS),
-        "--trainer.default_root_dir", str(root / "logs" / config.stem), "--trainer.enable_progress_bar", "false",
+        "--trainer.default_root_dir", str(root / "logs" / pair), "--trainer.enable_progress_bar", "false",
         "--trainer.enable_model_summary", "false", *more,
     ]  # fmt: skip
 
@@ -145,13 +131,13 @@ def whole(parameter: Any) -> torch.Tensor:
     return (parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter).detach()
 
 
-def fit(config: Path, root: Path, ranks: int) -> dict[str, Any]:
-    """What two steps of a file did."""
+def fit(pair: str, root: Path, ranks: int) -> dict[str, Any]:
+    """What two steps of a pair did."""
     from transformers import AutoModelForCausalLM
 
-    cli = FitCLI(arguments("fit", config, root, ranks, "--trainer.max_steps", str(STEPS), *UNDRAWN))
+    cli = DeftCLI(arguments("fit", pair, root, ranks, "--trainer.max_steps", str(STEPS), *UNDRAWN))
     trainer, module = cli.trainer, cli.model
-    before = dict(AutoModelForCausalLM.from_pretrained(root / "models" / parts(config)[1]).named_parameters())
+    before = dict(AutoModelForCausalLM.from_pretrained(root / "models" / parts(pair)[1]).named_parameters())
     after = {name: whole(parameter) for name, parameter in module.model.named_parameters()}
     optimizer, group = trainer.optimizers[0], trainer.optimizers[0].param_groups[0]
     report = cli.datamodule.reports["train"]
@@ -177,14 +163,14 @@ def fit(config: Path, root: Path, ranks: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Run the files for this number of ranks as one of them."""
+    """Run the pairs for this number of ranks as one of them."""
     root, ranks = Path(sys.argv.pop(1)), int(os.environ["WORLD_SIZE"])
     torch.set_num_threads(1)
     found = {}
-    for config in CONFIGS:
-        if (config.stem in PAIRED) == (ranks == 2):
-            print(f"config: {config.stem}", flush=True)
-            found[config.stem] = fit(config, root, ranks)
+    for pair in PAIRS:
+        if (pair in PAIRED) == (ranks == 2):
+            print(f"pair: {pair}", flush=True)
+            found[pair] = fit(pair, root, ranks)
     (root / f"{ranks}-{os.environ['LOCAL_RANK']}.json").write_text(json.dumps(found), encoding="utf-8")
 
 

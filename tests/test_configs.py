@@ -14,7 +14,7 @@ from deft_lightning.__main__ import main
 
 ROOT = Path(__file__).resolve().parents[1]
 # Those of the verb `study`, and the paper's, have tests of their own.
-CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name not in ("study", "paper"))
+CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if not {"study", "paper"} & set(path.parts))
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
 
 TINY = [

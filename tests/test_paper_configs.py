@@ -1,4 +1,4 @@
-"""The paper's 21 files: what they say, two steps of each under fsdp2, prompts, scoring, and costs."""
+"""The paper's 21 pairs of model and task: what their files say, two steps of each under fsdp2, prompts, scoring, and costs."""
 
 from __future__ import annotations
 
@@ -17,15 +17,13 @@ from unittest import mock
 import pytest
 import torch
 import yaml
+from paper_pairs import PAIRS, PAPER, TASKS, layers, options, pairs_table, parts, written
 from paper_worker import (
-    CONFIGS,
     MODELS,
     PAIRED,
     ROWS,
     STEPS,
-    FitCLI,
     arguments,
-    parts,
     prepare,
     question,
     row,
@@ -35,6 +33,7 @@ from start_ranks import run_ranks
 
 from deft_lightning import InstructionDataModule
 from deft_lightning.__main__ import main
+from deft_lightning.cli.main import DeftCLI
 from deft_lightning.data.benchmarks import read_benchmark
 from deft_lightning.data.encoding.template import chatml
 from deft_lightning.data.sources.read import read
@@ -70,37 +69,70 @@ RECIPES = {
     "medical": Recipe(800, 16, 0.01, 1, 0.0, {"medical"}),
     "figfont": Recipe(800, 16, 1e-5, 1, 0.0, {"figfont"}),
 }
-each_file = pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+each_pair = pytest.mark.parametrize("pair", PAIRS)
 
 
 # --- what they say ---------------------------------------------------------------------------------------------------
 
 
 @functools.cache
-def parsed(config: Path | None) -> dict[str, Any]:
-    """What ``fit --print_config`` makes of a file, or of none."""
+def parsed(*words: str) -> dict[str, Any]:
+    """What ``fit --print_config`` makes of the options."""
     out = io.StringIO()
-    line = ["deft_lightning", "fit", *([] if config is None else ["--config", str(config)]), "--print_config"]
+    line = ["deft_lightning", "fit", *words, "--print_config"]
     with mock.patch.object(sys, "argv", line), contextlib.redirect_stdout(out), pytest.raises(SystemExit) as stop:
-        FitCLI()
+        DeftCLI()
     assert stop.value.code == 0
     found: dict[str, Any] = yaml.safe_load(out.getvalue())
     return found
 
 
-def written(config: Path) -> dict[str, Any]:
-    found: dict[str, Any] = yaml.safe_load(config.read_text(encoding="utf-8"))
-    return found
+BEFORE = json.loads((ROOT / "tests" / "fixtures" / "paper_pairs.json").read_text(encoding="utf-8"))
 
 
-def test_there_is_a_file_for_every_model_and_task() -> None:
-    assert {config.stem for config in CONFIGS} == {f"{task}-{model}" for task in RECIPES for model in HUB}
+def test_there_is_a_file_for_every_model_and_task_and_each_is_used() -> None:
+    assert set(PAIRS) == {f"{task}-{model}" for task in RECIPES for model in HUB} == set(BEFORE)
+    used = {path for pair in PAIRS for path in layers(pair)}
+    assert used == set(PAPER.rglob("*.yaml")) and all(path.is_file() for path in used)
+    assert {path.stem for path in used if path.parent.name == "model"} == set(HUB)
+    assert {path.stem for path in used if path.parent.name == "task"} == set(TASKS)
 
 
-@each_file
-def test_a_file_is_the_papers_recipe(config: Path) -> None:
-    task, name = parts(config)
-    recipe, (model, data, trainer) = RECIPES[task], (parsed(config)[key] for key in ("model", "data", "trainer"))
+@each_pair
+def test_the_files_of_a_pair_resolve_to_the_settings_of_the_one_file_it_once_had(pair: str, tmp_path: Path) -> None:
+    (tmp_path / "whole.yaml").write_text(yaml.safe_dump(BEFORE[pair]), encoding="utf-8")
+    whole, layered = parsed("--config", str(tmp_path / "whole.yaml")), parsed(*options(pair))
+    assert layered == whole
+
+
+def test_medicine_without_the_prompts_of_a_family_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    prepare(tmp_path)
+    pq.write_table(pa.Table.from_pylist([row("medical", i) for i in range(4)]), tmp_path / "medical.parquet")
+    words = arguments(
+        "fit", "medical-qwen2.5-7b", tmp_path, 1, "--trainer.strategy", "auto", "--trainer.max_steps", "1"
+    )
+    extra = words.index(str(PAPER / "pair" / "medical-qwen.yaml"))
+    with (
+        pytest.raises(SystemExit) as stop,
+        mock.patch.object(sys, "argv", ["deft_lightning", *words[: extra - 1], *words[extra + 1 :]]),
+    ):
+        main()
+    assert stop.value.code == 2
+    assert "medical.parquet, row 1" in capsys.readouterr().err
+
+
+@each_pair
+def test_a_pair_is_the_papers_recipe(pair: str) -> None:
+    task, name = parts(pair)
+    recipe, (model, data, trainer) = (
+        RECIPES[task],
+        (parsed(*options(pair))[key] for key in ("model", "data", "trainer")),
+    )
     assert model["pretrained"] == HUB[name] and model["head"] == "fused" and model["lora"] is None
     assert model["objective"] == {"class_path": "deft_lightning.objectives.DEFT", "init_args": {"eps": 0.0}}
     optimizer, schedule = model["optimizer"], model["scheduler"]
@@ -122,10 +154,11 @@ def test_a_file_is_the_papers_recipe(config: Path) -> None:
     assert generation["top_p"] == 1.0
 
 
-@each_file
-def test_the_head_of_a_file_says_how_256_comes_out_on_other_numbers_of_devices(config: Path) -> None:
-    (line,) = [line for line in config.read_text(encoding="utf-8").splitlines() if "accumulate_grad_batches" in line]
-    size, trainer = parsed(config)["data"]["batch_size"], parsed(config)["trainer"]
+@each_pair
+def test_the_file_of_a_task_says_how_256_comes_out_on_other_numbers_of_devices(pair: str) -> None:
+    lines = [line for path in layers(pair) for line in path.read_text(encoding="utf-8").splitlines()]
+    (line,) = [line for line in lines if "accumulate_grad_batches" in line]
+    size, trainer = parsed(*options(pair))["data"]["batch_size"], parsed(*options(pair))["trainer"]
     assert f"{trainer['devices']} devices x {size} examples x {trainer['accumulate_grad_batches']} = 256" in line
     windows = int(line.rpartition("on n devices ")[2].removesuffix(" / n"))
     assert all(size * n * (windows // n) == 256 and windows % n == 0 for n in (1, 2, 4, 8, 16))
@@ -145,11 +178,11 @@ def look_up(tree: Any, at: tuple[str, ...]) -> Any:
     return tree
 
 
-@each_file
-def test_a_file_states_nothing_but_departures_from_the_defaults(config: Path) -> None:
-    for at, value in leaves(written(config)):
-        assert look_up(parsed(config), at) == value
-        assert look_up(parsed(None), at) != value, f"{'.'.join(at)} is the default"
+@each_pair
+def test_files_state_nothing_but_departures_from_the_defaults(pair: str) -> None:
+    for at, value in leaves(written(pair)):
+        assert look_up(parsed(*options(pair)), at) == value
+        assert look_up(parsed(), at) != value, f"{'.'.join(at)} is the default"
 
 
 # --- two steps of each -----------------------------------------------------------------------------------------------
@@ -167,17 +200,17 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def found(root: Path) -> dict[str, list[dict[str, Any]]]:
-    """What each rank found in every file, run once: a rank takes longer to start than to train."""
+    """What each rank found with every pair, run once: a rank takes longer to start than to train."""
     run_ranks(ROOT / "tests" / "paper_worker.py", root, worlds=[1, 2])
     results = [json.loads((root / f"{world}-{rank}.json").read_text()) for world, rank in RANKS]
-    return {config.stem: [result[config.stem] for result in results if config.stem in result] for config in CONFIGS}
+    return {pair: [result[pair] for result in results if pair in result] for pair in PAIRS}
 
 
-@each_file
-def test_a_stand_in_trains_for_two_steps_under_fsdp2(config: Path, found: dict[str, list[dict[str, Any]]]) -> None:
-    task, model = parts(config)
-    recipe, ranks = RECIPES[task], found[config.stem]
-    assert len(ranks) == (2 if config.stem in PAIRED else 1)
+@each_pair
+def test_a_stand_in_trains_for_two_steps_under_fsdp2(pair: str, found: dict[str, list[dict[str, Any]]]) -> None:
+    task, model = parts(pair)
+    recipe, ranks = RECIPES[task], found[pair]
+    assert len(ranks) == (2 if pair in PAIRED else 1)
     for rank in ranks:
         assert rank["strategy"] == "FSDP2Strategy" and rank["sharded"]
         assert rank["bfloat16"] and rank["shares"] == ["torch.float32"]
@@ -197,7 +230,7 @@ def test_a_stand_in_trains_for_two_steps_under_fsdp2(config: Path, found: dict[s
 
 
 def test_two_ranks_run_every_task_on_every_architecture() -> None:
-    pairs = [parts(config) for config in CONFIGS if config.stem in PAIRED]
+    pairs = [parts(pair) for pair in PAIRS if pair in PAIRED]
     kinds = [(task, MODELS[model]["model_type"], MODELS[model]["tie_word_embeddings"]) for task, model in pairs]
     assert {kind[:2] for kind in kinds} == {(task, kind) for task in RECIPES for kind in ("qwen2", "llama")}
     assert {kind[1:] for kind in kinds} == {(kind, tied) for kind in ("qwen2", "llama") for tied in (True, False)}
@@ -206,11 +239,11 @@ def test_two_ranks_run_every_task_on_every_architecture() -> None:
 # --- prompts ---------------------------------------------------------------------------------------------------------
 
 
-def trained_on(config: Path, root: Path) -> tuple[Any, str, str]:
-    """The tokenizer of a file's run, and a row of its training data as text: all of it, and what is learnt."""
-    task, model = parts(config)
+def trained_on(pair: str, root: Path) -> tuple[Any, str, str]:
+    """The tokenizer of a pair's run, and a row of its training data as text: all of it, and what is learnt."""
+    task, model = parts(pair)
     (root / f"{task}.jsonl").write_text(json.dumps(row(task, 7)) + "\n", encoding="utf-8")
-    settings = {**written(config)["data"], "source": str(root / f"{task}.jsonl"), "cache": False}
+    settings = {**written(pair)["data"], "source": str(root / f"{task}.jsonl"), "cache": False}
     data = InstructionDataModule(**settings)
     tokenizer = tokenizer_of(model)
     data.use_tokenizer(tokenizer)
@@ -225,8 +258,8 @@ def trained_on(config: Path, root: Path) -> tuple[Any, str, str]:
 
 @pytest.mark.parametrize("model", MODELS)
 def test_a_prompt_with_its_turns_written_in_gets_no_second_template(model: str, tmp_path: Path) -> None:
-    (config,) = [path for path in CONFIGS if parts(path) == ("medical", model)]
-    tokenizer, text, learnt = trained_on(config, tmp_path)
+    pair = f"medical-{model}"
+    tokenizer, text, learnt = trained_on(pair, tmp_path)
     extra = row("medical", 7)["extra_info"]
     assert learnt == extra["qwen_reponse_no_thinking"] + tokenizer.eos_token
     if model.startswith("deepseek"):  # the file has no prompt for it
@@ -237,11 +270,11 @@ def test_a_prompt_with_its_turns_written_in_gets_no_second_template(model: str, 
 
 @pytest.mark.parametrize("model", MODELS)
 def test_a_benchmarks_question_gets_the_turns_of_the_training_prompts(model: str, tmp_path: Path) -> None:
-    (config,) = [path for path in CONFIGS if parts(path) == ("medical", model)]
-    tokenizer, text, learnt = trained_on(config, tmp_path)
+    pair = f"medical-{model}"
+    tokenizer, text, learnt = trained_on(pair, tmp_path)
     rows = {"a": [{"question": "Which number follows 7?", "options": {"A": "8", "B": "6"}, "answer_idx": "A"}]}
     (tmp_path / "test.json").write_text(json.dumps({**rows, "b": rows["a"]}), encoding="utf-8")
-    told = written(config)["data"]["benchmark_instruction"]
+    told = written(pair)["data"]["benchmark_instruction"]
     _, (prompt, _) = read_benchmark(find_benchmark("medical"), str(tmp_path / "test.json"), tokenizer, told)
     before, asked, after = text.rstrip("\n").removesuffix(learnt).partition(question(7))
     assert asked
@@ -251,8 +284,8 @@ def test_a_benchmarks_question_gets_the_turns_of_the_training_prompts(model: str
 
 @pytest.mark.parametrize("model", MODELS)
 def test_mathematics_gets_the_template_of_its_tokenizer_once(model: str, tmp_path: Path) -> None:
-    (config,) = [path for path in CONFIGS if parts(path) == ("math", model)]
-    tokenizer, text, learnt = trained_on(config, tmp_path)
+    pair = f"math-{model}"
+    tokenizer, text, learnt = trained_on(pair, tmp_path)
     extra = row("math", 7)["extra_info"]
     end = "<|im_end|>" if model.startswith("qwen") else tokenizer.eos_token
     assert learnt == extra["answer"] + end
@@ -264,8 +297,8 @@ def test_figfont_rows_are_those_of_the_authors_script(model: str) -> None:
     """It takes items 0 to 39999 and 40000 to 44999 of one seed; item i of seed s is item 0 of seed s + i."""
     import reasoning_gym
 
-    (config,) = [path for path in CONFIGS if parts(path) == ("figfont", model)]
-    data = written(config)["data"]
+    pair = f"figfont-{model}"
+    data = written(pair)["data"]
     items = reasoning_gym.create_dataset(
         "figlet_font", size=10, seed=42, min_word_len=2, max_word_len=5, space_letters=True
     )
@@ -306,8 +339,7 @@ def test_the_exported_model_is_tested_and_its_predictions_score_the_same(
     name: str, root: Path, found: dict[str, list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str], tmp_path: Path,
 ) -> None:  # fmt: skip
-    (config,) = [path for path in CONFIGS if path.stem == name]
-    wanted, rows = RECIPES[parts(config)[0]].benchmarks, write_tests(root)
+    wanted, rows = RECIPES[parts(name)[0]].benchmarks, write_tests(root)
     export, output = found[name][0]["export"], tmp_path / "predictions.jsonl"
     # As docs/paper.md has it, on one process and with a few tokens.
     scoring = [
@@ -321,12 +353,12 @@ def test_the_exported_model_is_tested_and_its_predictions_score_the_same(
         main()
         return capsys.readouterr().out
 
-    tested = figures(run(*arguments("test", config, root, 1, *scoring)))
+    tested = figures(run(*arguments("test", name, root, 1, *scoring)))
     assert {line.split()[0] for line in tested[1:] if not line.startswith(" ")} == wanted
-    figure = {"math": "avg@16", "medical": "macro_compat", "figfont": "jaro_winkler"}[parts(config)[0]]
+    figure = {"math": "avg@16", "medical": "macro_compat", "figfont": "jaro_winkler"}[parts(name)[0]]
     assert sum(f" {figure} " in line for line in tested) == len(wanted)
     if name.startswith("medical"):  # the figures of which need most of what predict writes
-        run(*arguments("predict", config, root, 1, *scoring, "--predictions.output", str(output)))
+        run(*arguments("predict", name, root, 1, *scoring, "--predictions.output", str(output)))
         assert figures(run("score", str(output), "--output", str(tmp_path / "figures.json"))) == tested
         assert f"test/medical/{figure}" in json.loads((tmp_path / "figures.json").read_text())
 
@@ -402,11 +434,11 @@ def test_a_row_of_the_table_comes_out_by_hand() -> None:
     assert run.memory(run.fewest) <= 72 < run.memory(run.fewest // 2)
 
 
-def test_the_page_has_the_tables_of_the_script_and_names_every_file() -> None:
+def test_the_page_has_the_tables_of_the_script_and_names_every_pair() -> None:
     from paper_cost import TASKS, models_table, runs_table
 
     page = (ROOT / "docs" / "paper.md").read_text(encoding="utf-8")
     assert models_table() in page and runs_table(TASKS, 0.4) in page
     for task, found in TASKS.items():
         assert f"| {task} | {found.rows:,} | {found.tokens:g} | {found.learnt:g} | {found.padding:g} |" in page
-    assert all(f"`{config.stem}`" in page for config in CONFIGS)
+    assert all(f"`{pair}`" in page for pair in PAIRS) and pairs_table() in page

@@ -1,7 +1,7 @@
-"""What each file of configs/paper needs, computed: tokens, FLOPs, hours, memory. Nothing is run.
+"""What each pair of configs/paper needs, computed: tokens, FLOPs, hours, memory. Nothing is run.
 
     python tests/benchmarks/paper_cost.py [--mfu 0.4] [--task math=500,400,1.7]
-    python tests/benchmarks/paper_cost.py --measure configs/paper/math-qwen2.5-7b.yaml [--tokenizer DIR] [--source ROWS]
+    python tests/benchmarks/paper_cost.py --measure math-qwen2.5-7b [--tokenizer DIR] [--source ROWS]
 
 The first prints the tables of docs/paper.md from the published shapes of the models and from what is assumed of the
 rows: tokens of one, those that are learnt, and how many times as many are computed because a micro-batch is padded to
@@ -11,13 +11,15 @@ its longest row. The second counts these three on the rows themselves.
 from __future__ import annotations
 
 import argparse
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-PAPER = Path(__file__).resolve().parents[2] / "configs" / "paper"
+from paper_pairs import PAIRS, written
+
 GIB = 2**30
 PEAK = {"H100": 989e12, "A100": 312e12}  # bfloat16 FLOP/s of the data sheets (SXM), dense
 ROOM = 72.0  # GiB of the 79 of an 80 GB GPU: the estimate is rough
@@ -122,7 +124,7 @@ TASKS = {
 
 @dataclass(frozen=True)
 class Run:
-    """A file of configs/paper."""
+    """A pair of configs/paper."""
 
     name: str
     shape: Shape
@@ -188,12 +190,12 @@ class Run:
 
 
 def runs(tasks: dict[str, Task]) -> list[Run]:
-    """Return every file, by task and then by model."""
+    """Return every pair, by task and then by model."""
     found = []
     for task in tasks:
         for model, shape in MODELS.items():
-            config = yaml.safe_load((PAPER / f"{task}-{model}.yaml").read_text(encoding="utf-8"))
-            found.append(Run(f"{task}-{model}", shape, tasks[task], config))
+            pair = f"{task}-{model}"
+            found.append(Run(pair, shape, tasks[task], written(pair)))
     return found
 
 
@@ -217,7 +219,7 @@ def models_table() -> str:
 
 
 def runs_table(tasks: dict[str, Task], mfu: float) -> str:
-    """Return what each file needs."""
+    """Return what each pair needs."""
     rows = [
         [
             f"`{run.name}`", f"{run.positions / 1e6:.0f} M", f"{run.flops / 1e18:.2f}",
@@ -228,17 +230,17 @@ def runs_table(tasks: dict[str, Task], mfu: float) -> str:
     ]  # fmt: skip
     hours = [f"{gpu} hours" for gpu in PEAK]
     return table(
-        ["file", "positions", "10^18 FLOP", *hours, "8 GPUs, each", "fewest of 80 GB", "cache of a test batch"], rows
+        ["pair", "positions", "10^18 FLOP", *hours, "8 GPUs, each", "fewest of 80 GB", "cache of a test batch"], rows
     )
 
 
-def measure(config: Path, tokenizer: str | None, source: str | None) -> None:
-    """Print what a file's rows are, as they are trained on."""
+def measure(pair: str, tokenizer: str | None, source: str | None) -> None:
+    """Print what a pair's rows are, as they are trained on."""
     import numpy as np
 
     from deft_lightning import InstructionDataModule
 
-    settings = yaml.safe_load(config.read_text(encoding="utf-8"))
+    settings = written(pair)
     name = tokenizer or settings["model"]["pretrained"]
     options = {**settings["data"], "tokenizer": name, **({"source": source} if source else {})}
     data = InstructionDataModule(**options)
@@ -259,9 +261,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mfu", type=float, default=0.4, help="share of the peak that training reaches")
     parser.add_argument("--task", action="append", default=[], help="NAME=tokens,learnt,padding of its rows")
-    parser.add_argument("--measure", type=Path, help="file whose rows are counted instead")
+    parser.add_argument("--measure", choices=PAIRS, metavar="TASK-MODEL", help="pair whose rows are counted instead")
     parser.add_argument("--tokenizer", help="with --measure: in place of the model's")
-    parser.add_argument("--source", help="with --measure: in place of the file's")
+    parser.add_argument("--source", help="with --measure: in place of the pair's")
     args = parser.parse_args()
     if args.measure:
         measure(args.measure, args.tokenizer, args.source)
