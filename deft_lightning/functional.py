@@ -75,6 +75,10 @@ def deformed_log(log_prob: Tensor, alpha: Tensor | float) -> Tensor:
 
     Returns:
         The loss per token, in the shape and dtype of ``log_prob``.
+
+    Example:
+        >>> deformed_log(torch.tensor([0.5, 0.5]).log(), torch.tensor([0.0, 1.0]))
+        tensor([0.6931, 0.5000])
     """
     alpha = torch.as_tensor(alpha, dtype=log_prob.dtype, device=log_prob.device)
     return cast("Tensor", _DeformedLog.apply(log_prob, alpha.detach()))
@@ -152,6 +156,11 @@ def token_stats(logits: Tensor, targets: Tensor, *, ignore_index: int = IGNORE_I
 
     Returns:
         Statistics in the shape of ``targets``, float32 (float64 for float64 logits).
+
+    Example:
+        >>> stats = token_stats(torch.tensor([[0.0, 0.0], [2.0, 0.0]]), torch.tensor([0, 1]))
+        >>> stats.log_prob.exp(), stats.correct
+        (tensor([0.5000, 0.1192]), tensor([ True, False]))
     """
     keep = targets != ignore_index
     stats = TokenStats(*cast("tuple[Any, ...]", _LogSoftmaxStats.apply(logits, targets.masked_fill(~keep, 0), topk)))
@@ -172,6 +181,13 @@ def token_loss(logits: Tensor, targets: Tensor, objective: LossFn, ignore_index:
 
     Returns:
         Shape ``(...)``, float32 (float64 for float64 logits), 0 where ignored; differentiable in ``logits``.
+
+    Example:
+        >>> import torch
+        >>> from deft_lightning.objectives import NLL
+        >>> logits = torch.tensor([[0.0, 0.0], [2.0, 0.0], [1.0, 1.0]])
+        >>> token_loss(logits, torch.tensor([0, 0, -100]), NLL())
+        tensor([0.6931, 0.1269, 0.0000])
     """
     keep = targets != ignore_index
     stats = token_stats(logits[keep], targets[keep], ignore_index=ignore_index, topk=getattr(objective, "topk", 0))

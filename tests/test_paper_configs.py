@@ -1,4 +1,4 @@
-"""The paper's 21 pairs of model and task: what their files say, two steps of each under fsdp2, prompts, scoring, and costs."""
+"""The paper's 21 pairs of model and task: settings, two steps of each under fsdp2, prompts, scoring, and costs."""
 
 from __future__ import annotations
 

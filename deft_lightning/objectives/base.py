@@ -124,6 +124,12 @@ class Objective(ABC):
 
         Returns:
             A detached tensor in the shape of ``stats.log_prob``; 1 for NLL.
+
+        Example:
+            >>> from deft_lightning.functional import token_stats
+            >>> from deft_lightning.objectives import NLL
+            >>> NLL().gate(token_stats(torch.zeros(2, 5), torch.tensor([0, 1])))
+            tensor([1., 1.])
         """
         # inference_mode(False) and the clones let validation, which Lightning runs under inference mode, ask too.
         with torch.inference_mode(False), torch.enable_grad():

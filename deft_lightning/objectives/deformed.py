@@ -24,7 +24,15 @@ class NLL(DeformedLog):
 
 @dataclass(frozen=True, repr=False)
 class Likelihood(DeformedLog):
-    """Likelihood, ``1 - p``: gate ``p``, focus 1. "-p" in arXiv 2510.00526 and 2602.11424."""
+    """Likelihood, ``1 - p``: gate ``p``, focus 1. "-p" in arXiv 2510.00526 and 2602.11424.
+
+    Example:
+        >>> import torch
+        >>> from deft_lightning.functional import token_stats
+        >>> stats = token_stats(torch.tensor([[0.0, 0.0], [2.0, 0.0]]), torch.tensor([0, 1]))
+        >>> Likelihood()(stats), Likelihood().gate(stats)
+        (tensor([0.5000, 0.8808]), tensor([0.5000, 0.1192]))
+    """
 
     def focus(self, stats: TokenStats) -> Tensor:
         """Return 1 for every token."""

@@ -29,6 +29,10 @@ def parse_objective(text: str) -> Objective:
 
     Raises:
         UserError: No such class or option, a value it refuses, or text that is none of this.
+
+    Example:
+        >>> parse_objective("Rescaled(base=Cayley(floor=0.5))").base
+        Cayley(floor=0.5)
     """
     try:
         tree = ast.parse(text.strip(), mode="eval").body
@@ -50,6 +54,10 @@ def settings_of(text: str) -> dict[str, Any] | None:
 
     Returns:
         The settings; None for text that is no such call of an objective, a bare name among it.
+
+    Example:
+        >>> settings_of("Cayley(floor=0.5)")
+        {'class_path': 'Cayley', 'init_args': {'floor': 0.5}}
     """
     called = CALL.fullmatch(text)
     if called is None or not (called["name"] in known_objectives() or called["name"].rpartition(".")[2][:1].isupper()):
@@ -79,7 +87,13 @@ def _settings(node: ast.Call, text: str) -> dict[str, Any]:
 
 
 def label(objective: Objective) -> str:
-    """Return the legend of an objective: its name, and the options that depart from their defaults."""
+    """Return the legend of an objective: its name, and the options that depart from their defaults.
+
+    Example:
+        >>> from deft_lightning.objectives import Cayley, DEFT, Floored
+        >>> label(DEFT()), label(Floored(base=Cayley(floor=0.5)))
+        ('DEFT', 'Floored(base=Cayley(floor=0.5))')
+    """
     if type(objective).__repr__ is not Objective.__repr__:  # a user's own may say it in its own way
         return repr(objective).removesuffix("()")
     fields: tuple[dataclasses.Field[Any], ...] = (
