@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 from typing import Any, NoReturn
 
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
+from deft_lightning.atomic import whole_file
 from deft_lightning.cli.config_files import MODE, bounded
 from deft_lightning.cli.messages import one_line
 from deft_lightning.cli.verbs import PROGRAM
@@ -52,6 +54,11 @@ class DeftParser(LightningArgumentParser):
             if group in found and not isinstance(found[group], Namespace):
                 raise UserError(f"{group}: expected options below it, as NAME: VALUE, not {found[group]!r}")
         return found
+
+    def save(self, cfg: Namespace, path: Any, *args: Any, **kwargs: Any) -> None:
+        """Write a configuration; the file appears under its name once it is complete."""
+        with whole_file(Path(path)) as partial:
+            super().save(cfg, str(partial), *args, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print one line and exit with status 2."""

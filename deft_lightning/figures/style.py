@@ -11,6 +11,7 @@ from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
+from deft_lightning.atomic import whole_file
 from deft_lightning.errors import UserError
 from deft_lightning.terminal import visible
 
@@ -167,9 +168,10 @@ def save(figure: Figure, output: Output) -> list[Path]:
     literal(figure)
     for path in written:
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            dated = path.suffix.lower() in (".svg", ".svgz")
-            figure.savefig(path, dpi=DPI, metadata={"Date": None} if dated else None)
+            form = path.suffix.lower().removeprefix(".")
+            metadata = {"Date": None} if form in ("svg", "svgz") else None
+            with whole_file(path) as partial:
+                figure.savefig(partial, format=form, dpi=DPI, metadata=metadata)
         except OSError as error:
             raise UserError(f"{path}: the figure cannot be written ({error.strerror or error})") from None
     return written

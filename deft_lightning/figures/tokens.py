@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from deft_lightning.atomic import whole_file
 from deft_lightning.errors import UserError
 from deft_lightning.functional import TokenStats
 
@@ -75,15 +76,9 @@ class TokenSample:
 
     def save(self, path: str | Path) -> None:
         """Write the sample; the file appears under its name once it is complete."""
-        target = Path(path)
-        partial = target.with_name(f".{target.name}.part")
-        try:
-            with partial.open("wb") as file:
-                arrays: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
-                np.savez_compressed(file, **arrays)
-            partial.replace(target)
-        finally:
-            partial.unlink(missing_ok=True)
+        arrays: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        with whole_file(Path(path)) as partial, partial.open("wb") as file:
+            np.savez_compressed(file, **arrays)
 
     @classmethod
     def load(cls, path: str | Path) -> TokenSample:

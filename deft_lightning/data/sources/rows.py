@@ -11,6 +11,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+from deft_lightning.atomic import whole_file
 from deft_lightning.errors import UserError
 from deft_lightning.terminal import visible
 
@@ -88,9 +89,8 @@ class BadRows:
             path: File to write, replaced if it is there; its folder is made if it is not.
         """
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         # A path or a column may hold tabs and line breaks, and half surrogates.
-        with path.open("w", encoding="utf-8", newline="\n") as file:
+        with whole_file(path) as partial, partial.open("w", encoding="utf-8", newline="\n") as file:
             for line in [("file", "row", "field", "problem"), *self._lines]:
                 file.write("\t".join(visible(" ".join(cell.split())) for cell in line) + "\n")
         return path

@@ -8,6 +8,7 @@ from typing import Any
 from lightning_utilities.core.rank_zero import rank_zero_info
 
 from deft_lightning._lightning import attach
+from deft_lightning.atomic import whole_file
 from deft_lightning.data.prepared.build import title
 from deft_lightning.data.preview import page
 from deft_lightning.errors import UserError
@@ -32,7 +33,7 @@ def preview(trainer: Any, module: Any, datamodule: Any | None, output: str, spli
         raise UserError(f"preview: there are no {split} examples (--split, --data.validation_fraction)")
     reports = [str(report) for report in datamodule.reports.values()]
     path = Path(output)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page(f"{title(datamodule.source)}: {split}", samples, reports), encoding="utf-8")
+    with whole_file(path) as partial:
+        partial.write_text(page(f"{title(datamodule.source)}: {split}", samples, reports), encoding="utf-8")
     rank_zero_info(f"preview: {path.resolve()}")
     return path
