@@ -249,7 +249,7 @@ def parsers() -> dict[str, list[LightningArgumentParser]]:
     built = Built.__new__(Built)
     with suppress(StopIteration):
         built.__init__([])  # type: ignore[misc]
-    return {verb: [parser] for verb, parser in built._subcommand_parsers.items()}
+    return {verb: [built._parser(verb)] for verb in built.subcommands()}
 
 
 def run(

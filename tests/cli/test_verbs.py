@@ -104,7 +104,7 @@ class Unbuilt(Exception):
 def test_only_the_parser_of_the_verb_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
     class Stopped(DeftCLI):
         def parse_arguments(self, parser: object, args: object) -> None:
-            raise Unbuilt({verb: len(one._option_string_actions) for verb, one in self._subcommand_parsers.items()})
+            raise Unbuilt({verb: len(self._parser(verb)._option_string_actions) for verb in self.subcommands()})
 
     def options(words: list[str]) -> dict[str, int]:
         with pytest.raises(Unbuilt) as built:
