@@ -32,7 +32,7 @@ from deft_lightning.callbacks import (
 )
 from deft_lightning.data.examples import Prepared
 from deft_lightning.data.loading.collate import TrainCollator
-from deft_lightning.data.loading.order import ShardedSampler
+from deft_lightning.data.loading.sampler import ShardedSampler
 from deft_lightning.data.noise import Noise, TokenReplace
 from deft_lightning.errors import UserError
 from deft_lightning.evaluation import Generation

@@ -11,18 +11,18 @@ from typing import Any
 
 from deft_lightning.data.encoding.encode import prompts
 from deft_lightning.data.examples import Example, Prompt
-from deft_lightning.data.prepared.build import unique_ids
+from deft_lightning.data.prepared.ids import unique_ids
+from deft_lightning.data.settings import Benchmarks
 from deft_lightning.data.sources.read import read
 from deft_lightning.data.sources.rows import Located, Row, RowError
 from deft_lightning.errors import UserError
 from deft_lightning.evaluation.benchmarks import Benchmark, TestSet, find_benchmark
 from deft_lightning.evaluation.graders.choice import label_of
 
-Benchmarks = dict[str, str | None] | list[str] | str
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
-def chosen(benchmarks: Benchmarks | None) -> list[tuple[Benchmark, str]]:
+def named_benchmarks(benchmarks: Benchmarks | None) -> list[tuple[Benchmark, str]]:
     """Return the benchmarks that ``--data.benchmarks`` names, each with where its rows are.
 
     Raises:
@@ -33,7 +33,7 @@ def chosen(benchmarks: Benchmarks | None) -> list[tuple[Benchmark, str]]:
     if isinstance(benchmarks, str):
         benchmarks = [benchmarks]
     named = benchmarks if isinstance(benchmarks, Mapping) else dict.fromkeys(benchmarks)
-    found = []
+    pairs: list[tuple[Benchmark, str]] = []
     for name, source in named.items():
         benchmark = find_benchmark(name)
         where = source or benchmark.default
@@ -42,11 +42,12 @@ def chosen(benchmarks: Benchmarks | None) -> list[tuple[Benchmark, str]]:
                 f"--data.benchmarks: {name} has no rows of its own; say where they are: --data.benchmarks"
                 f" '{{{name}: FILE}}'"
             )
-        found.append((benchmark, where))
-    twice = [b.name for b, _ in found if sum(b.name == other.name for other, _ in found) > 1]
+        pairs.append((benchmark, where))
+    names = [benchmark.name for benchmark, _ in pairs]
+    twice = [name for name in names if names.count(name) > 1]
     if twice:
         raise UserError(f"--data.benchmarks: {twice[0]} is named twice")
-    return found
+    return pairs
 
 
 def read_benchmark(

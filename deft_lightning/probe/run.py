@@ -14,7 +14,8 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 
 from deft_lightning._version import __version__
 from deft_lightning.atomic import whole_file
-from deft_lightning.data.prepared.build import progress, title
+from deft_lightning.data.prepared.recipe import title
+from deft_lightning.data.progress import progress
 from deft_lightning.errors import UserError
 from deft_lightning.figures.tokens import NAME, TokenSample
 from deft_lightning.metrics import exact_auroc

@@ -57,12 +57,12 @@ def map_alone(args: argparse.Namespace) -> dict[str, float]:
     from datasets import Dataset, disable_caching
 
     from deft_lightning.data.encoding.template import render
-    from deft_lightning.data.prepared.build import read_examples
+    from deft_lightning.data.prepared.recipe import read_examples
 
     with tempfile.TemporaryDirectory() as cache:
         data = module(args, cache)
         data._settle_tokenizer()
-        recipe, tokenizer = data._recipe(), data.tokenizer
+        recipe, tokenizer = data.settings.recipe(), data.tokenizer
         examples = read_examples(args.source, recipe, None)
         rows = Dataset.from_list([{"text": render(tokenizer, e.messages, prompt=False)} for e in examples])
         tokenizer("warm up")

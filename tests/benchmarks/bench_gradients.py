@@ -80,7 +80,7 @@ def step(case: dict[str, Any], strategy: str, rank: int, world: int) -> dict[str
 
     from deft_lightning import Trainer
     from deft_lightning.data.loading.collate import TrainCollator
-    from deft_lightning.data.loading.order import ShardedSampler
+    from deft_lightning.data.loading.sampler import ShardedSampler
 
     trained, content = module(case), rows(case["packing"])
     sampler = ShardedSampler(len(content), rank=rank, world=world, seed=0, shuffle=False, even=True)

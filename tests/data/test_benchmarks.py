@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from deft_lightning.data import InstructionDataModule
-from deft_lightning.data.benchmarks import chosen, read_benchmark
+from deft_lightning.data.benchmarks import named_benchmarks, read_benchmark
 from deft_lightning.data.encoding.tokenizer import build_tokenizer
 from deft_lightning.data.examples import Prompt
 from deft_lightning.errors import UserError
@@ -33,7 +33,7 @@ def write(path: Path, rows: Any) -> str:
 
 
 def load(tokenizer: Any, name: str, source: str, instruction: str | None = None) -> tuple[TestSet, list[Prompt]]:
-    ((benchmark, where),) = chosen({name: source})
+    ((benchmark, where),) = named_benchmarks({name: source})
     return read_benchmark(benchmark, where, tokenizer, instruction)
 
 
@@ -135,9 +135,17 @@ def test_final_answers_of_rows(value: Any, answer: str) -> None:
 
 def test_benchmarks_are_named_with_or_without_their_rows() -> None:
     defaults = {name: benchmark.default for name, benchmark in BENCHMARKS.items()}
-    assert chosen(None) == []
-    assert chosen("gsm8k") == chosen(["gsm8k"]) == chosen({"gsm8k": None}) == [(BENCHMARKS["gsm8k"], defaults["gsm8k"])]
-    assert [where for _, where in chosen({"gsm8k": "a.jsonl", "math500": "b.jsonl"})] == ["a.jsonl", "b.jsonl"]
+    assert named_benchmarks(None) == []
+    assert (
+        named_benchmarks("gsm8k")
+        == named_benchmarks(["gsm8k"])
+        == named_benchmarks({"gsm8k": None})
+        == [(BENCHMARKS["gsm8k"], defaults["gsm8k"])]
+    )
+    assert [where for _, where in named_benchmarks({"gsm8k": "a.jsonl", "math500": "b.jsonl"})] == [
+        "a.jsonl",
+        "b.jsonl",
+    ]
 
 
 def test_a_benchmark_of_ones_own_is_named_by_its_path(tokenizer: Any, tmp_path: Path) -> None:

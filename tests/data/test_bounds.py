@@ -16,8 +16,8 @@ from tiny_llama import save_tiny_llama
 from deft_lightning.cli.main import run
 from deft_lightning.data.encoding import bounds
 from deft_lightning.data.encoding.bounds import TemplateCost
-from deft_lightning.data.encoding.encode import prompts, tokenise
-from deft_lightning.data.encoding.template import encode, encode_prompt, end_of_turn, set_template
+from deft_lightning.data.encoding.encode import encode, encode_prompt, prompts, tokenise
+from deft_lightning.data.encoding.template import end_of_turn, set_template
 from deft_lightning.data.encoding.tokenizer import build_tokenizer
 from deft_lightning.data.examples import Example
 from deft_lightning.errors import UserError

@@ -23,7 +23,8 @@ import pytest
 
 from deft_lightning.__main__ import main
 from deft_lightning.data import InstructionDataModule
-from deft_lightning.data.encoding.template import encode, set_template
+from deft_lightning.data.encoding.encode import encode
+from deft_lightning.data.encoding.template import set_template
 from deft_lightning.data.encoding.tokenizer import build_tokenizer
 from deft_lightning.data.examples import Example
 from deft_lightning.data.records.formats import detect_format, normalise

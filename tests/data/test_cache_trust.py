@@ -21,6 +21,7 @@ import pytest
 
 from deft_lightning.data import InstructionDataModule, Noise, TokenReplace
 from deft_lightning.data.prepared import cache as cache_module
+from deft_lightning.data.prepared import folder as folder_module
 from deft_lightning.data.prepared.cache import FILES, _seal, cached
 from deft_lightning.data.prepared.workers import in_order
 from deft_lightning.errors import UserError
@@ -199,16 +200,14 @@ def test_a_strangers_folder_runs_nothing_and_is_one_line(
 
 
 def test_rows_that_change_while_they_are_read_are_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from deft_lightning.data import module
-
-    whole = module.build
+    prepare = folder_module.build
 
     def build(*args: Any) -> None:
-        whole(*args)
+        prepare(*args)
         with (tmp_path / "rows.jsonl").open("a") as file:
             file.write('{"question": "a", "answer": "b"}\n')
 
-    monkeypatch.setattr(module, "build", build)
+    monkeypatch.setattr(folder_module, "build", build)
     with pytest.raises(UserError, match="has changed while it was read"):
         ready(tmp_path)
     assert not list((tmp_path / "cache" / "data").iterdir())

@@ -22,7 +22,7 @@ from torch.utils.data import DistributedSampler
 
 from deft_lightning.data import InstructionDataModule, Noise, ResponseSwap, TokenReplace
 from deft_lightning.data.encoding.tokenizer import build_tokenizer
-from deft_lightning.data.loading.order import ShardedSampler
+from deft_lightning.data.loading.sampler import ShardedSampler
 from deft_lightning.errors import UserError
 
 Rows = list[dict[str, Any]]
@@ -647,8 +647,8 @@ def test_a_tokenizer_that_cannot_be_loaded_is_one_line(tmp_path: Path, name: str
 
 def test_the_model_lends_its_tokenizer(tmp_path: Path) -> None:
     data = make(tmp_path, qa(20))
-    module = SimpleNamespace(pretrained=saved_tokenizer(tmp_path))
-    data.trainer = SimpleNamespace(lightning_module=module, global_rank=0, world_size=1)  # type: ignore[assignment]
+    module = SimpleNamespace(pretrained=saved_tokenizer(tmp_path), trust_remote_code=False)
+    data.trainer = SimpleNamespace(lightning_module=module, strategy=None, global_rank=0, world_size=1)  # type: ignore[assignment]
     data.setup("fit")
     assert len(data.tokenizer) == 300
 
@@ -720,7 +720,7 @@ def test_lightning_leaves_the_samplers_alone(tmp_path: Path) -> None:
 
 
 def on_rank(data: InstructionDataModule, rank: int, world: int) -> InstructionDataModule:
-    data.trainer = SimpleNamespace(lightning_module=None, global_rank=rank, world_size=world)  # type: ignore[assignment]
+    data.trainer = SimpleNamespace(lightning_module=None, strategy=None, global_rank=rank, world_size=world)  # type: ignore[assignment]
     return data
 
 

@@ -28,8 +28,8 @@ from deft_lightning.data import (
     TokenReplace,
     known_noise,
 )
-from deft_lightning.data.encoding.encode import corrupt_responses, corrupt_tokens
 from deft_lightning.data.examples import Example, Prepared
+from deft_lightning.data.noise.apply import corrupt_responses, corrupt_tokens
 from deft_lightning.data.noise.base import Vocabulary
 
 Ids = NDArray[np.int64]

@@ -11,20 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deft_lightning.data import CharNoise, Edit, Noise, NoiseOp, OptionFlip, ResponseSwap, StepEdit, TokenReplace
-from deft_lightning.data.encoding.encode import (
-    Applied,
-    Report,
-    corrupt_responses,
-    corrupt_tokens,
-    label_counts,
-    tokenise,
-    vocabulary,
-)
-from deft_lightning.data.encoding.template import encode, set_template
-from deft_lightning.data.encoding.tokenizer import build_tokenizer
+from deft_lightning.data.encoding.encode import encode, tokenise
+from deft_lightning.data.encoding.template import set_template
+from deft_lightning.data.encoding.tokenizer import build_tokenizer, vocabulary
 from deft_lightning.data.examples import Example, Prepared
 from deft_lightning.data.noise import AnswerCorrupt, Mark, apply_edits
+from deft_lightning.data.noise.apply import Applied, corrupt_responses, corrupt_tokens
 from deft_lightning.data.noise.edits import whole
+from deft_lightning.data.prepared.report import Report
 from deft_lightning.errors import UserError
 
 quick = settings(deadline=None, max_examples=150, derandomize=True)
@@ -313,9 +307,9 @@ def test_noise_of_many_operations_reaches_the_tokens(template: str) -> None:
     assert [a.name for a in applied] == [type(op).__name__ for op in OPS]
     assert all(0 < a.changed <= a.eligible == 60 for a in applied if a.name != "OptionFlip")
     # Tokens corrupted later keep the truth of the rest.
-    after = corrupt_tokens(
-        rows, Noise(ops=[*OPS, TokenReplace(rate=0.2)]), vocabulary(tokenizer, label_counts(rows, len(tokenizer)))
-    )
+    labels = np.concatenate([row.labels[row.labels >= 0] for row in rows])
+    words = vocabulary(tokenizer, np.bincount(labels, minlength=len(tokenizer)))
+    after = corrupt_tokens(rows, Noise(ops=[*OPS, TokenReplace(rate=0.2)]), words)
     for before, row in zip(rows, after, strict=True):
         hit = before.labels != row.labels
         assert (row.noise_code[hit] == 8).all() and (row.noise_code[~hit] == before.noise_code[~hit]).all()

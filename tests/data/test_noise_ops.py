@@ -38,10 +38,10 @@ from deft_lightning.data import (
     TokenReplace,
     known_noise,
 )
-from deft_lightning.data.encoding.encode import corrupt_responses, label_counts, vocabulary
-from deft_lightning.data.encoding.tokenizer import build_tokenizer
+from deft_lightning.data.encoding.tokenizer import build_tokenizer, vocabulary
 from deft_lightning.data.examples import Example
 from deft_lightning.data.noise import apply_edits
+from deft_lightning.data.noise.apply import corrupt_responses
 from deft_lightning.data.noise.base import exact_count
 from deft_lightning.data.noise.options import options
 from deft_lightning.data.noise.steps import steps
@@ -605,7 +605,7 @@ def test_a_single_letter_is_not_lost() -> None:
 def trained() -> tuple[Any, Vocabulary]:
     texts = [f"The cat {w} sat on 12 mats, and {w * 2} dogs ran; so {w}!" for w in ("blue", "red", "tall", "7", "old")]
     tokenizer = build_tokenizer(texts * 4, 420)
-    return tokenizer, vocabulary(tokenizer, label_counts([], len(tokenizer)))
+    return tokenizer, vocabulary(tokenizer, np.zeros(len(tokenizer), dtype=np.int64))
 
 
 def test_a_confusable_token_is_of_the_same_class_and_near_in_length() -> None:

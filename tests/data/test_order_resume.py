@@ -41,7 +41,7 @@ def ready(folder: Path, count: int = 96, *, rank: int = 0, world: int = 1, **opt
     data = InstructionDataModule(
         str(path), **{"validation_fraction": 0.0, "batch_size": 2, "tokenizer_size": 0, "max_length": 100, **options}
     )
-    data.trainer = SimpleNamespace(lightning_module=None, global_rank=rank, world_size=world)  # type: ignore[assignment]
+    data.trainer = SimpleNamespace(lightning_module=None, strategy=None, global_rank=rank, world_size=world)  # type: ignore[assignment]
     data.setup("fit")
     return data
 

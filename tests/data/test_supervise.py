@@ -246,7 +246,7 @@ def test_fewer_corrupted_examples_than_ranks_do_not_stop_a_run(tmp_path: Path) -
     corrupted = sum(any(part["noise_code"]) for part in parts(data.train_dataloader()).values())
     assert 0 < corrupted < 8
     for rank in range(8):
-        data.trainer = SimpleNamespace(lightning_module=None, global_rank=rank, world_size=8)  # type: ignore[assignment]
+        data.trainer = SimpleNamespace(lightning_module=None, strategy=None, global_rank=rank, world_size=8)  # type: ignore[assignment]
         data.val_dataloader()
 
 

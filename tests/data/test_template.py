@@ -18,8 +18,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import PreTrainedTokenizerFast
 
 from deft_lightning.data import InstructionDataModule
-from deft_lightning.data.encoding.encode import prompts, tokenise
-from deft_lightning.data.encoding.template import encode, set_template
+from deft_lightning.data.encoding.encode import encode, prompts, tokenise
+from deft_lightning.data.encoding.template import set_template
 from deft_lightning.data.encoding.tokenizer import build_tokenizer
 from deft_lightning.data.examples import Example, Message
 from deft_lightning.data.noise.edits import whole

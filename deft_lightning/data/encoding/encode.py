@@ -1,211 +1,133 @@
-"""From examples to prepared tokens: noise, template, tokens, truncation, and the count of what was lost on the way."""
+"""Examples become tokens and labels, with the code of the noise in each; prompts become tokens to go on from."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal, cast
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
-from lightning_utilities.core.rank_zero import rank_zero_warn
 
-from deft_lightning.data.encoding.bounds import TemplateCost
-from deft_lightning.data.encoding.template import (
+from deft_lightning.data.encoding.bounds import TemplateCost, bounded
+from deft_lightning.data.encoding.spans import Rendering, lay_out, lay_out_prompt
+from deft_lightning.data.encoding.supervise import (
     NOT_SUPERVISED,
-    Encoded,
-    encode_many,
-    encode_marked,
-    encode_prompt,
-    markers,
+    Supervise,
+    learnt,
+    noise_codes,
+    reaches_across,
+    turns,
 )
+from deft_lightning.data.encoding.template import origin
+from deft_lightning.data.encoding.tokenizer import markers
 from deft_lightning.data.examples import Example, Ints, Prepared, Prompt
-from deft_lightning.data.lazy import Lazy, Made
-from deft_lightning.data.noise import Noise, ResponseNoise, TokenNoise
-from deft_lightning.data.noise.edits import Mark, apply_edits
-from deft_lightning.data.noise.vocabulary import Vocabulary
+from deft_lightning.data.noise.edits import Mark
 from deft_lightning.data.sources.rows import RowError
 from deft_lightning.errors import UserError
 from deft_lightning.functional import IGNORE_INDEX
 
-Supervise = Literal["assistant", "last", "all"]
 
-
-@dataclass(frozen=True)
-class Applied:
-    """What an operation on responses did to a split.
+class Encoded(NamedTuple):
+    """Tokens of one example.
 
     Attributes:
-        name: Class of the operation.
-        rate: Share of the examples it was asked for.
-        eligible: Examples that were open to it: they end with a response and are not trusted.
-        changed: Those whose response it changed. Less than the rate where it found nothing to corrupt.
+        input_ids: Shape ``(T,)``.
+        turn: Shape ``(T,)``: number of the message a supervised token belongs to, -1 elsewhere.
+        noise_code: Shape ``(T,)``: operation that corrupted the token, 0 where it is clean.
     """
 
-    name: str
-    rate: float
-    eligible: int
-    changed: int
-
-    def __str__(self) -> str:
-        """Return a part of the line for the log."""
-        return f"{self.name}: {self.changed / max(self.eligible, 1):.1%} of {self.eligible:,} examples changed"
+    input_ids: Ints
+    turn: Ints
+    noise_code: Ints
 
 
-@dataclass
-class Report:
-    """What became of the examples of a split."""
+def encode(tokenizer: Any, example: Example, marks: Sequence[Mark] = ()) -> Encoded:
+    """Tokenise an example that has messages or text.
 
-    name: str
-    examples: int = 0
-    tokens: int = 0
-    supervised: int = 0
-    noisy: int = 0
-    noisy_examples: int = 0
-    truncated: int = 0
-    dropped: int = 0
-    sampled: bool = False
-    applied: list[Applied] = field(default_factory=list)
+    A template with ``{% generation %}`` marks its own spans. Any other is rendered turn by turn: what the assistant's
+    turn adds to the prompt that generation would have seen is supervised, up to and including the turn's last special
+    token, so that a separator after the end of the turn is not.
 
-    def add(self, example: Prepared) -> bool:
-        """Count an example; return whether it has a supervised token left."""
-        supervised = int((example.labels != IGNORE_INDEX).sum())
-        if not supervised:
-            self.dropped += 1
-            return False
-        noisy = int((example.noise_code > 0).sum())
-        self.examples += 1
-        self.tokens += len(example.input_ids)
-        self.supervised += supervised
-        self.noisy += noisy
-        self.noisy_examples += noisy > 0
-        return True
+    Args:
+        tokenizer: With its chat template.
+        example: The example; with marks, a conversation that ends with a response.
+        marks: Noise in that response.
 
-    @classmethod
-    def load(cls, fields: dict[str, Any]) -> Report:
-        """Return the report that ``asdict`` took apart."""
-        return cls(**{**fields, "applied": [Applied(**one) for one in fields["applied"]]})
-
-    def merge(self, part: Report) -> None:
-        """Add the counts of some of the examples."""
-        for name in ("examples", "tokens", "supervised", "noisy", "noisy_examples", "truncated", "dropped"):
-            setattr(self, name, getattr(self, name) + getattr(part, name))
-
-    def count_noise(self, rows: Any) -> None:
-        """Count what token noise adds, on all examples, or on two thousand of more than twenty thousand."""
-        total = len(rows.examples)
-        step = 1 if total <= 20_000 else total // 2000
-        seen = [rows.example(at) for at in range(0, total, step)]
-        self.noisy = step * sum(int((example.noise_code > 0).sum()) for example in seen)
-        self.noisy_examples = step * sum(bool(example.noise_code.any()) for example in seen)
-        self.sampled = step > 1
-
-    def explain(self, examples: int, supervised_before: int, max_length: int, problems: Sequence[str]) -> None:
-        """Raise the reason why no example is left."""
-        if not examples:
-            raise UserError(f"{self.name}: no usable row; the first problem: {problems[0]}")
-        if not supervised_before:
-            raise UserError(
-                f"{self.name}: the chat template or the labels leave no supervised token in any of {examples}"
-                " examples (--data.chat_template)"
-            )
-        raise UserError(
-            f"{self.name}: all {examples} examples are fully masked at max_length {max_length}: raise --data.max_length"
-        )
-
-    def __str__(self) -> str:
-        """Return one line for the log."""
-        parts = [
-            f"{self.name}: {self.examples} examples, {self.tokens} tokens,"
-            f" {self.supervised / max(self.tokens, 1):.0%} supervised"
-        ]
-        if self.noisy:
-            share = self.noisy / max(self.supervised, 1)
-            about = "about " if self.sampled else ""
-            parts.append(f"{about}{self.noisy_examples} examples with noise ({share:.1%} of the supervised tokens)")
-        parts += map(str, self.applied)
-        if self.truncated:
-            parts.append(f"{self.truncated} truncated")
-        if self.dropped:
-            parts.append(f"{self.dropped} dropped for want of a supervised token within max_length")
-        return "; ".join(parts)
-
-
-Changed = dict[int, tuple[Example, list[Mark]]]
-
-
-def corrupted(examples: Lazy[Example] | Sequence[Example], noise: Noise) -> tuple[Changed, list[Applied]]:
-    """Apply the operations on responses.
-
-    Memory holds the ids of the examples, and those that are changed.
-
-    Returns:
-        The examples that are changed, by position, each with the letters of its response that are noise; and what each
-        operation did.
+    Raises:
+        UserError: The template rewrites earlier turns, or leaves out a message, a call of a tool, or the tools.
     """
-    changed: Changed = {}
-    applied: list[Applied] = []
-    if not any(isinstance(op, ResponseNoise) for op in noise.ops):
-        return changed, applied
-    open_to, ids, responses = [], [], 0
-    for i, example in enumerate(examples):
-        if example.response is not None:
-            responses += 1
-            if not noise.trusts(example.id):
-                open_to.append(i)
-                ids.append(example.id)
+    (encoded,) = encode_many(tokenizer, [example], [marks])
+    if isinstance(encoded, UserError):
+        raise encoded
+    return encoded
 
-    def now(position: int) -> Example:
-        i = open_to[position]
-        return changed[i][0] if i in changed else examples[i]
 
-    answers = Made(len(ids), lambda position: now(position).response or "")
-    asked = Made(len(ids), lambda position: _last_user_turn(now(position)))
-    for number, (op, salt) in enumerate(zip(noise.ops, noise.salts(), strict=True), 1):
-        if not isinstance(op, ResponseNoise):
-            continue
-        name, count = type(op).__name__, 0
-        if not responses:
-            rank_zero_warn(f"{name} does nothing: no example ends with a response (--data.noise.ops)")
-        fresh: Changed = {}
-        for position, edits in op.edits(
-            salt, ids, cast("Sequence[str]", answers), cast("Sequence[str]", asked)
-        ).items():
-            i, before = open_to[position], now(position)
-            old = before.response or ""
-            answer, moved = apply_edits(old, edits, number, changed[i][1] if i in changed else [])
-            if answer == old:
+def encode_many(
+    tokenizer: Any, examples: Sequence[Example], marks: Sequence[Sequence[Mark]]
+) -> list[Encoded | UserError]:
+    """Tokenise examples as :func:`encode` does, in one call of the tokenizer; a refused one gives its error."""
+    plain = {at: _text(tokenizer, example.text) for at, example in enumerate(examples) if example.text is not None}
+    results: list[Encoded | UserError | Rendering] = []
+    with bounded(origin(tokenizer)) as clock:
+        for at, example in enumerate(examples):
+            if at in plain:
+                results.append(plain[at])
                 continue
-            end = [Mark(len(answer), len(answer), number)] if op.whole else []
-            marks = [*(mark for mark in moved if not end or mark.start < len(answer)), *end]
-            fresh[i] = replace(before, messages=(*before.prompt, {"role": "assistant", "content": answer})), marks
-            count += 1
-        changed.update(fresh)
-        applied.append(Applied(name, op.rate, len(open_to), count))
-        if not count and op.rate * len(open_to) > 20:  # by chance once in a hundred million times
-            rank_zero_warn(
-                f"{name} changed none of {len(open_to)} responses: they hold nothing that it looks for"
-                " (--data.noise.ops)"
-            )
-    # An operation may have restored what an earlier one broke.
-    return {i: new for i, new in changed.items() if new[0].messages != examples[i].messages}, applied
+            clock.next(example.where)
+            try:
+                results.append(lay_out(tokenizer, list(example.messages or ()), example.where, example.tools))
+            except UserError as error:
+                results.append(error)
+    encodings = iter(_encodings(tokenizer, [item.text for item in results if isinstance(item, Rendering)]))
+    ends = frozenset(markers(tokenizer).tolist())
+    return [
+        _conversation(tokenizer, example, item, next(encodings), ends, noise) if isinstance(item, Rendering) else item
+        for example, item, noise in zip(examples, results, marks, strict=True)
+    ]
 
 
-def corrupt_responses(
-    examples: Sequence[Example], noise: Noise
-) -> tuple[list[Example], list[list[Mark]], list[Applied]]:
-    """Apply the operations on responses to examples in memory.
-
-    Returns:
-        The examples; of each, which letters of its response are noise, empty where it is clean; and what each
-        operation did.
-    """
-    changed, applied = corrupted(examples, noise)
-    pairs = [changed.get(i, (example, [])) for i, example in enumerate(examples)]
-    return [example for example, _ in pairs], [marks for _, marks in pairs], applied
+def _text(tokenizer: Any, text: str) -> Encoded:
+    ids = tokenizer(text).input_ids
+    ids = ids if ids[-1:] == [tokenizer.eos_token_id] else [*ids, tokenizer.eos_token_id]
+    zeros = np.zeros(len(ids), dtype=np.int64)
+    return Encoded(np.array(ids, dtype=np.int64), zeros, zeros)
 
 
-def _last_user_turn(example: Example) -> str:
-    return next((turn["content"] for turn in reversed(example.prompt) if turn["role"] == "user"), "")
+def _conversation(
+    tokenizer: Any, example: Example, rendering: Rendering, encoding: Any, ends: frozenset[int], marks: Sequence[Mark]
+) -> Encoded:
+    ids, offsets = encoding.ids, encoding.offsets
+    # Generation would begin at the start of a span: a token that reaches across it is taken apart.
+    if reaches_across(rendering, offsets):
+        array, starts, stops = _tokens(tokenizer, rendering.text, [start for start, _, _ in rendering.spans])
+        ids, offsets = array.tolist(), list(zip(starts.tolist(), stops.tolist(), strict=True))
+    turn = turns(rendering, ids, offsets, ends)
+    last = len(example.messages or ()) - 1
+    codes = noise_codes(rendering, offsets, turn, example.response or "", last, marks)
+    return Encoded(np.array(ids, dtype=np.int64), turn, codes)
+
+
+def _encodings(tokenizer: Any, texts: list[str]) -> list[Any]:
+    """Tokens and offsets of texts, without the lists of masks that nobody reads."""
+    if not texts:
+        return []
+    options = {"add_special_tokens": False, "return_attention_mask": False, "return_token_type_ids": False}
+    return list(tokenizer(texts, **options).encodings)
+
+
+def _tokens(tokenizer: Any, text: str, cuts: Sequence[int]) -> tuple[Ints, Ints, Ints]:
+    """Return tokens with their first and last letter; none reaches across a cut, where generation would begin."""
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    ids = np.array(encoded.input_ids, dtype=np.int64)
+    starts, ends = np.array(encoded.offset_mapping, dtype=np.int64).reshape(-1, 2).T
+    for cut in cuts:
+        if ((starts < cut) & (cut < ends)).any():
+            head = _tokens(tokenizer, text[:cut], [c for c in cuts if c < cut])
+            tail = _tokens(tokenizer, text[cut:], [c - cut for c in cuts if c > cut])
+            ids, starts, ends = (np.concatenate([a, b]) for a, b in zip(head, tail, strict=True))
+            starts[len(head[0]) :] += cut
+            ends[len(head[0]) :] += cut
+            break
+    return ids, starts, ends
 
 
 def _given_tokens(example: Example, vocab_size: int) -> Encoded | UserError:
@@ -220,7 +142,7 @@ def _given_tokens(example: Example, vocab_size: int) -> Encoded | UserError:
             f"{field}[{at}]",
             "unknown token",
         )
-    return Encoded(ids, np.where(labels == IGNORE_INDEX, NOT_SUPERVISED, 0))
+    return Encoded(ids, np.where(labels == IGNORE_INDEX, NOT_SUPERVISED, 0), np.zeros_like(labels))
 
 
 def tokenise(
@@ -236,79 +158,28 @@ def tokenise(
     """
     prepared = []
     size = len(tokenizer)
-    plain = [e for e, noisy in zip(examples, marks, strict=True) if not e.tokens and not noisy]
-    texts = iter(encode_many(tokenizer, plain))
-    for example, noisy in zip(examples, marks, strict=True):
-        codes: Ints | None = None
-        encoded: Encoded | UserError
-        if noisy:
-            try:
-                encoded, codes = encode_marked(tokenizer, example, noisy)
-            except UserError as error:
-                encoded = error
-        else:
-            encoded = _given_tokens(example, size) if example.tokens else next(texts)
+    written = [at for at, example in enumerate(examples) if not example.tokens]
+    texts = iter(encode_many(tokenizer, [examples[at] for at in written], [marks[at] for at in written]))
+    for example in examples:
+        encoded = _given_tokens(example, size) if example.tokens else next(texts)
         if isinstance(encoded, UserError):
             if refused is None or isinstance(encoded, TemplateCost):
                 raise encoded
             refused.append(encoded)
             continue
-        supervised = encoded.turn != NOT_SUPERVISED
-        if example.messages and supervise == "last":
-            supervised &= encoded.turn == encoded.turn.max(initial=NOT_SUPERVISED)
-        if example.messages and supervise == "all":
-            supervised = np.ones_like(supervised)
+        supervised = learnt(encoded.turn, supervise if example.messages else "assistant")
         supervised[:1] = False  # nothing predicts the first token
         source = np.array(example.tokens[1], dtype=np.int64) if example.tokens else encoded.input_ids
         labels = np.where(supervised, source, IGNORE_INDEX)
-        noise_code = np.zeros_like(labels) if codes is None else np.where(supervised, codes, 0)
-        prepared.append(Prepared(example.id, encoded.input_ids, labels, noise_code))
+        prepared.append(Prepared(example.id, encoded.input_ids, labels, encoded.noise_code * supervised))
     return prepared
 
 
-def label_counts(prepared: Iterable[Prepared], size: int) -> Ints:
-    """Return how often each of ``size`` tokens is a label."""
-    counts = np.zeros(size, dtype=np.int64)
-    for example in prepared:
-        counts += np.bincount(example.labels[example.labels != IGNORE_INDEX], minlength=size)
-    return counts
-
-
-def vocabulary(tokenizer: Any, counts: Ints) -> Vocabulary:
-    """Return what token noise may draw from: every token that is not special, its count as a label, its spelling.
-
-    Args:
-        tokenizer: The tokenizer.
-        counts: Shape ``(V,)``: how often each token is a label of the training split.
-    """
-    ids = np.setdiff1d(np.arange(len(tokenizer)), markers(tokenizer))
-    return Vocabulary(ids, counts[ids], tuple(tokenizer.convert_ids_to_tokens(ids.tolist())))
-
-
-def corrupt_tokens(prepared: Sequence[Prepared], noise: Noise, words: Vocabulary, epoch: int = 0) -> list[Prepared]:
-    """Apply the operations on single tokens, as they are in an epoch."""
-    return [corrupt_example(example, noise, words, epoch) for example in prepared]
-
-
-def corrupt_example(example: Prepared, noise: Noise, words: Vocabulary, epoch: int = 0) -> Prepared:
-    """Apply the operations on single tokens, as they are in an epoch, to one example."""
-    if noise.trusts(example.id):
-        return example
-    at = np.flatnonzero(example.labels != IGNORE_INDEX)
-    ids, labels, codes = example.input_ids.copy(), example.labels.copy(), example.noise_code.copy()
-    for number, (op, salt) in enumerate(zip(noise.ops, noise.salts(), strict=True), 1):
-        if not isinstance(op, TokenNoise):
-            continue
-        before = labels[at]
-        wrong = op.at_epoch(epoch).corrupt_tokens(salt, example.id, before, words, example.skipped)
-        hit = at[wrong != before]
-        labels[hit] = wrong[wrong != before]
-        # An earlier operation may have broken what this one restores; a swapped response stays wrong.
-        codes[hit] = np.where(labels[hit] == example.labels[hit], example.noise_code[hit], number)
-        if op.target == "text":
-            ids[hit] = labels[hit]
-    clean = np.where(example.noise_code == 0, example.labels, IGNORE_INDEX)
-    return Prepared(example.id, ids, labels, codes, clean, example.skipped)
+def encode_prompt(tokenizer: Any, example: Example) -> tuple[str, list[int]]:
+    """Return what generation starts from: the prefix of the tokens that :func:`encode` would give."""
+    with bounded(origin(tokenizer), example.where):
+        text, cuts = lay_out_prompt(tokenizer, list(example.prompt), example.where, example.tools)
+    return text, _tokens(tokenizer, text, cuts)[0].tolist()
 
 
 def prompts(tokenizer: Any, examples: Sequence[Example]) -> list[Prompt]:

@@ -1,13 +1,19 @@
-"""Tokenizers: load one, or build one from the data when a model is trained from scratch."""
+"""Tokenizers: load one, or build one from the data when a model is trained from scratch; what they stand for."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from deft_lightning.config_sizes import check_sizes
+from deft_lightning.data.examples import Ints
+from deft_lightning.data.noise.vocabulary import Vocabulary
 from deft_lightning.errors import UserError, reason_of
+from deft_lightning.hashing import key
 from deft_lightning.trust import check_tokenizer, read_settings
 
 PAD, END = "<|pad|>", "<|end|>"
@@ -80,3 +86,31 @@ def load_tokenizer(name: str, trust: bool = False) -> Any:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+@functools.lru_cache(maxsize=8)
+def markers(tokenizer: Any) -> Ints:
+    """Return the tokens that stand outside the text: special ones, and others that were added to the vocabulary."""
+    return np.array(sorted({*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}), dtype=np.int64)
+
+
+def vocabulary(tokenizer: Any, counts: Ints) -> Vocabulary:
+    """Return what token noise may draw from: every token that is not special, its count as a label, its spelling.
+
+    Args:
+        tokenizer: The tokenizer.
+        counts: Shape ``(V,)``: how often each token is a label of the training split.
+    """
+    ids = np.setdiff1d(np.arange(len(tokenizer)), markers(tokenizer))
+    return Vocabulary(ids, counts[ids], tuple(tokenizer.convert_ids_to_tokens(ids.tolist())))
+
+
+def tokenizer_identity(tokenizer: Any) -> str:
+    """Return a hash of everything about a tokenizer that changes tokens or labels."""
+    # A version, how its author truncated and padded, which means nothing here, and then everything else.
+    parts = (
+        tokenizer.backend_tokenizer.to_str().partition('"added_tokens"')[2],
+        tokenizer.chat_template,
+        sorted(tokenizer.special_tokens_map.items()),
+    )
+    return f"{key(*parts):032x}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from deft_lightning.data.prepared.build import Recipe, title
+from deft_lightning.data.prepared.recipe import Recipe, title
 from deft_lightning.data.records.formats import detect_format, normalise
 from deft_lightning.data.sources.read import read_many
 from deft_lightning.data.sources.rows import BadRows
@@ -26,7 +26,7 @@ def flags(recipe: Recipe, field: str) -> dict[str, bool]:
     Raises:
         UserError: No row has it, or it holds something else.
     """
-    found: dict[str, bool] = {}
+    wrong: dict[str, bool] = {}
     formats: dict[str, str] = {}
     rows = read_many(recipe.source, subset=recipe.subset, split=recipe.split, on_bad_row=BadRows(), seed=recipe.seed)
     for where, record, name in rows:
@@ -41,9 +41,9 @@ def flags(recipe: Recipe, field: str) -> dict[str, bool]:
             if name not in formats:
                 auto = recipe.format == "auto"
                 formats[name] = detect_format(record, where, recipe.column_map) if auto else recipe.format
-            found[normalise(record, where, formats[name], recipe.column_map).id] = WORDS[str(value).lower()]
+            wrong[normalise(record, where, formats[name], recipe.column_map).id] = WORDS[str(value).lower()]
         except UserError:  # left out of the training rows as well
             continue
-    if not found:
+    if not wrong:
         raise UserError(f"--truth {field}: no row of {title(recipe.source)} has it")
-    return found
+    return wrong

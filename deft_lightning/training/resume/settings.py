@@ -71,7 +71,11 @@ def settings(trainer: Any) -> dict[str, Any]:
     if getattr(module, "lora", None) is not None:
         found["model.lora.dropout"] = module.lora.dropout  # other adapters are not resumed at all
     if data is not None:
-        found |= {**_options(data, "data", NOT_DATA), **_data(data)}
+        found |= {
+            **_options(data, "data", NOT_DATA),
+            **_options(getattr(data, "settings", data), "data", NOT_DATA),
+            **_data(data),
+        }
     if trainer.optimizers:
         found["model.optimizer"] = of_optimizer(trainer.optimizers[0])
         schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
@@ -102,7 +106,7 @@ def _data(data: Any) -> dict[str, Any]:
     template = getattr(getattr(data, "tokenizer", None), "chat_template", None)
     if template is not None:
         found["data.chat_template"] = hashlib.blake2b(str(template).encode(), digest_size=8).hexdigest()
-    if "train" in getattr(data, "_rows", {}):
+    if "train" in getattr(data, "reports", {}):
         found["examples"] = data.size("train")
     return found
 

@@ -1,0 +1,64 @@
+"""Everything that decides what is prepared, and the examples that it reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from deft_lightning.data.encoding.supervise import Supervise
+from deft_lightning.data.examples import Example
+from deft_lightning.data.noise import Noise
+from deft_lightning.data.records.formats import detect_format, normalise
+from deft_lightning.data.sources.read import read_many
+from deft_lightning.data.sources.rows import BadRows
+from deft_lightning.errors import UserError
+from deft_lightning.terminal import visible
+
+Source = str | list[str] | dict[str, float]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides what is prepared; see :class:`~deft_lightning.data.InstructionDataModule`."""
+
+    source: Source
+    format: str
+    column_map: dict[str, str]
+    subset: str | None
+    split: str
+    validation_source: Source | None
+    validation_fraction: float
+    seed: int
+    on_bad_row: str
+    tokenizer_size: int
+    max_length: int
+    keep: str
+    supervise: Supervise
+    noise: Noise
+
+    def skip(self, bad: BadRows) -> BadRows | None:
+        """Return what takes note of rows that cannot be used; None to stop at the first."""
+        return bad if self.on_bad_row == "skip" else None
+
+
+def read_examples(
+    source: Source, recipe: Recipe, skip: Callable[[UserError], None] | None, *, need_response: bool = True
+) -> Iterator[Example]:
+    """Yield the normalised rows of one source or several; rows that cannot be used are told to ``skip``, or raise."""
+    formats: dict[str, str] = {}
+    rows = read_many(source, subset=recipe.subset, split=recipe.split, on_bad_row=skip, seed=recipe.seed)
+    for where, record, name in rows:
+        try:
+            format = formats.get(name, recipe.format)
+            if format == "auto":
+                format = formats[name] = detect_format(record, where, recipe.column_map, need_response=need_response)
+            yield normalise(record, where, format, recipe.column_map, need_response=need_response)
+        except UserError as error:
+            if skip is None:
+                raise
+            skip(error)
+
+
+def title(source: Source | None) -> str:
+    """Return the name of a source, or of several, for messages."""
+    return visible(source if isinstance(source, str) else ", ".join(source or ()))

@@ -1,0 +1,126 @@
+"""The settings of a data module, checked together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+from deft_lightning.data.encoding.supervise import Supervise
+from deft_lightning.data.noise import Noise
+from deft_lightning.data.prepared.recipe import Recipe, Source
+from deft_lightning.data.records.formats import FIELDS, Format
+from deft_lightning.errors import UserError, did_you_mean
+
+Benchmarks = dict[str, str | None] | list[str] | str
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings:
+    """What :class:`~deft_lightning.data.InstructionDataModule` is made with, under the same names.
+
+    Raises:
+        UserError: A value that means nothing, or two that exclude each other; the message names the option.
+    """
+
+    source: Source | None
+    format: Format
+    column_map: dict[str, str]
+    subset: str | None
+    split: str
+    validation_source: Source | None
+    validation_fraction: float
+    test_source: str | None
+    benchmarks: Benchmarks | None
+    benchmark_instruction: str | None
+    on_bad_row: Literal["error", "skip"]
+    tokenizer: str | None
+    tokenizer_size: int
+    chat_template: str | None
+    max_length: int
+    keep: Literal["start", "end"]
+    supervise: Supervise
+    packing: bool
+    batch_size: int
+    max_tokens_per_batch: int | None
+    group_by_length: bool
+    eval_batch_size: int | None
+    num_workers: int
+    num_proc: int
+    cache_dir: str | None
+    cache: bool
+    seed: int
+    noise: Noise
+
+    def __post_init__(self) -> None:
+        """Refuse what means nothing."""
+        if not 0.0 <= self.validation_fraction < 1.0:
+            raise UserError(f"--data.validation_fraction {self.validation_fraction} is outside [0, 1)")
+        if self.format not in get_args(Format):
+            raise UserError(f"--data.format {self.format!r}; known: {', '.join(get_args(Format))}")
+        for name in self.column_map:
+            if name not in FIELDS:
+                raise UserError(f"--data.column_map.{name}: no such field.{did_you_mean(name, FIELDS)}")
+        if self.on_bad_row not in ("error", "skip"):
+            raise UserError(f"--data.on_bad_row must be error or skip, not {self.on_bad_row!r}")
+        if self.keep not in ("start", "end"):
+            raise UserError(f"--data.keep must be start or end, not {self.keep!r}")
+        if self.supervise not in get_args(Supervise):
+            raise UserError(f"--data.supervise must be assistant, last or all, not {self.supervise!r}")
+        self._check_batches()
+        self._check_numbers()
+        if self.benchmarks and self.test_source is not None:
+            raise UserError("--data.test_source and --data.benchmarks exclude each other: leave one of them out")
+
+    def _check_batches(self) -> None:
+        tokens = self.max_tokens_per_batch
+        if self.packing and self.group_by_length:
+            raise UserError("--data.group_by_length means nothing with --data.packing: packed rows are full")
+        if tokens is not None and self.group_by_length:
+            raise UserError("--data.max_tokens_per_batch groups by length already; leave out --data.group_by_length")
+        if self.packing and tokens is not None and tokens < self.max_length:
+            raise UserError(
+                f"--data.max_tokens_per_batch {tokens} is less than a packed row of --data.max_length {self.max_length}"
+            )
+
+    def _check_numbers(self) -> None:
+        if self.num_workers < 0 or self.tokenizer_size < 0:
+            raise UserError("--data.num_workers and --data.tokenizer_size must not be negative")
+        for name, value in (
+            ("batch_size", self.batch_size),
+            ("max_length", self.max_length),
+            ("eval_batch_size", self.eval_batch_size),
+            ("max_tokens_per_batch", self.max_tokens_per_batch),
+            ("num_proc", self.num_proc),
+        ):
+            if value is not None and value < 1:
+                raise UserError(f"--data.{name} must be at least 1, got {value}")
+
+    @property
+    def examples_per_evaluation_batch(self) -> int:
+        """Examples per device in validation, test and predict."""
+        return self.eval_batch_size or self.batch_size
+
+    @property
+    def tests_apart(self) -> bool:
+        """Whether `test` and `predict` need no training rows."""
+        return self.test_source is not None or bool(self.benchmarks)
+
+    def recipe(self, source: Source | None = None) -> Recipe:
+        """Return what is prepared, of another source if one is given.
+
+        Raises:
+            UserError: Nothing says where the rows are.
+        """
+        source = source or self.source
+        if not source:
+            raise UserError("no data: set --data.source to a file, a hub id or reasoning_gym:<task>")
+        return Recipe(
+            source, self.format, self.column_map, self.subset, self.split, self.validation_source,
+            self.validation_fraction, self.seed, self.on_bad_row, self.tokenizer_size, self.max_length, self.keep,
+            self.supervise, self.noise,
+        )  # fmt: skip
+
+    def noise_of(self, split: str) -> Noise:
+        """Return the noise of a split as it is prepared: `validation` is clean, beside it is `validation_noisy`."""
+        corrupted = split == "validation_noisy" or (split == "train" and "train" in self.noise.splits)
+        return self.noise if corrupted else replace(self.noise, ops=[])
