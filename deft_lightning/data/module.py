@@ -20,13 +20,13 @@ from deft_lightning.data.loading.prompts import fitting, prompts_of, read_all
 from deft_lightning.data.noise import Noise
 from deft_lightning.data.prepared.cache import Temporary, cache_root
 from deft_lightning.data.prepared.folder import prepared_folder
-from deft_lightning.data.prepared.recipe import Source
 from deft_lightning.data.prepared.report import Report
 from deft_lightning.data.prepared.truth import flags
 from deft_lightning.data.preview import Sample
 from deft_lightning.data.protocols import Run
 from deft_lightning.data.records.formats import Format
 from deft_lightning.data.settings import Benchmarks, DataSettings
+from deft_lightning.data.sources.given import Settled, Source, TestSource, settled
 from deft_lightning.data.splits import Splits
 from deft_lightning.evaluation.benchmarks import TestSet
 
@@ -38,6 +38,7 @@ class InstructionDataModule(LightningDataModule):
         source: A file (.jsonl, .json, .csv, .tsv, .parquet, .arrow, text also as .gz or .zst), a folder or a pattern of
             such files, a hub id (`?subset=&split=&streaming=&limit=`), or `reasoning_gym:<task>[?option=value&...]`
             (generated, no network). Several: a list, or a weight for each (0.5: a half chosen by hash, 2: twice).
+            From Python also rows: a list of dicts, or a `datasets.Dataset`.
         format: Layout of a row; auto looks at the first one. messages, sharegpt (conversations), prompt_completion,
             alpaca (instruction, input, output or response), question_answer, text, tokens (input_ids, labels).
         column_map: Canonical field to the column that holds it, dotted for nested ones, for example
@@ -82,7 +83,7 @@ class InstructionDataModule(LightningDataModule):
         split: str = "train",
         validation_source: Source | None = None,
         validation_fraction: float = 0.05,
-        test_source: str | None = None,
+        test_source: TestSource | None = None,
         benchmarks: Benchmarks | None = None,
         benchmark_instruction: str | None = None,
         on_bad_row: Literal["error", "skip"] = "error",
@@ -106,8 +107,9 @@ class InstructionDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         self.settings = DataSettings(
-            source=source, format=format, column_map=dict(column_map or {}), subset=subset, split=split,
-            validation_source=validation_source, validation_fraction=validation_fraction, test_source=test_source,
+            source=settled(source, "--data.source"), format=format, column_map=dict(column_map or {}), subset=subset,
+            split=split, validation_source=settled(validation_source, "--data.validation_source"),
+            validation_fraction=validation_fraction, test_source=settled(test_source, "--data.test_source"),
             benchmarks=benchmarks, benchmark_instruction=benchmark_instruction, on_bad_row=on_bad_row,
             tokenizer=tokenizer, tokenizer_size=tokenizer_size, chat_template=chat_template, max_length=max_length,
             keep=keep, supervise=supervise, packing=packing, batch_size=batch_size,
@@ -125,7 +127,7 @@ class InstructionDataModule(LightningDataModule):
     # --- settings that others read -----------------------------------------------------------------------------------
 
     @property
-    def source(self) -> Source | None:
+    def source(self) -> Settled | None:
         """Where the training rows are."""
         return self.settings.source
 
@@ -149,13 +151,13 @@ class InstructionDataModule(LightningDataModule):
         self.settings = replace(self.settings, batch_size=size)
 
     @property
-    def test_source(self) -> str | None:
+    def test_source(self) -> Settled | None:
         """Rows for `test` and `predict`; may be set between runs."""
         return self.settings.test_source
 
     @test_source.setter
-    def test_source(self, source: str | None) -> None:
-        self.settings = replace(self.settings, test_source=source)
+    def test_source(self, source: TestSource | None) -> None:
+        self.settings = replace(self.settings, test_source=settled(source, "--data.test_source"))
 
     # --- the tokenizer ------------------------------------------------------------------------------------------------
 

@@ -7,8 +7,9 @@ from typing import Literal, get_args
 
 from deft_lightning.data.encoding.supervise import Supervise
 from deft_lightning.data.noise import Noise
-from deft_lightning.data.prepared.recipe import Recipe, Source
+from deft_lightning.data.prepared.recipe import Recipe
 from deft_lightning.data.records.formats import FIELDS, Format
+from deft_lightning.data.sources.given import Settled
 from deft_lightning.errors import UserError, did_you_mean
 
 Benchmarks = dict[str, str | None] | list[str] | str
@@ -22,14 +23,14 @@ class DataSettings:
         UserError: A value that means nothing, or two that exclude each other; the message names the option.
     """
 
-    source: Source | None
+    source: Settled | None
     format: Format
     column_map: dict[str, str]
     subset: str | None
     split: str
-    validation_source: Source | None
+    validation_source: Settled | None
     validation_fraction: float
-    test_source: str | None
+    test_source: Settled | None
     benchmarks: Benchmarks | None
     benchmark_instruction: str | None
     on_bad_row: Literal["error", "skip"]
@@ -105,7 +106,7 @@ class DataSettings:
         """Whether `test` and `predict` need no training rows."""
         return self.test_source is not None or bool(self.benchmarks)
 
-    def recipe(self, source: Source | None = None) -> Recipe:
+    def recipe(self, source: Settled | None = None) -> Recipe:
         """Return what is prepared, of another source if one is given.
 
         Raises:

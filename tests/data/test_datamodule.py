@@ -17,6 +17,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from instruction_rows import on_rank, write
 from lightning.pytorch import LightningModule, Trainer
 from torch.utils.data import DistributedSampler
 
@@ -34,11 +35,6 @@ def qa(n: int, start: int = 0) -> Rows:
         {"question": f"What is {i} + {i}" + "?" * (1 + i % 3), "answer": f"{i} + {i} is {2 * i}" + "!" * (i % 5)}
         for i in range(start, start + n)
     ]
-
-
-def write(path: Path, rows: Iterable[object]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
 
 
 def make(folder: Path, rows: Iterable[object], **options: Any) -> InstructionDataModule:
@@ -648,7 +644,8 @@ def test_a_tokenizer_that_cannot_be_loaded_is_one_line(tmp_path: Path, name: str
 def test_the_model_lends_its_tokenizer(tmp_path: Path) -> None:
     data = make(tmp_path, qa(20))
     module = SimpleNamespace(pretrained=saved_tokenizer(tmp_path), trust_remote_code=False)
-    data.trainer = SimpleNamespace(lightning_module=module, strategy=None, global_rank=0, world_size=1)  # type: ignore[assignment]
+    trainer = SimpleNamespace(lightning_module=module, strategy=None, global_rank=0, world_size=1)
+    data.trainer = trainer  # type: ignore[assignment]
     data.setup("fit")
     assert len(data.tokenizer) == 300
 
@@ -717,11 +714,6 @@ def test_lightning_leaves_the_samplers_alone(tmp_path: Path) -> None:
     data = fitted(tmp_path, qa(40))
     for loader in (data.train_dataloader(), data.val_dataloader(), data.test_dataloader(), data.predict_dataloader()):
         assert not isinstance(loader, list) and isinstance(loader.sampler, DistributedSampler)
-
-
-def on_rank(data: InstructionDataModule, rank: int, world: int) -> InstructionDataModule:
-    data.trainer = SimpleNamespace(lightning_module=None, strategy=None, global_rank=rank, world_size=world)  # type: ignore[assignment]
-    return data
 
 
 def test_ranks_share_the_examples(tmp_path: Path) -> None:

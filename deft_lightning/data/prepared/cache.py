@@ -23,6 +23,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from deft_lightning.atomic import is_partial, partial_name, remove, sweep
 from deft_lightning.data.sources.files import suffix
+from deft_lightning.data.sources.given import GivenRows
 from deft_lightning.errors import UserError
 from deft_lightning.hashing import key
 
@@ -52,13 +53,15 @@ def file_identity(path: Path) -> str:
         return hashlib.file_digest(content, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
-def source_identity(source: str) -> str:
-    """Return what a source is known by beside its name: the content of its files, nothing for the hub and tasks."""
+def source_identity(source: str | GivenRows) -> str:
+    """Return what a source is known by beside its name: its content; nothing for the hub and tasks."""
+    if isinstance(source, GivenRows):
+        return source.digest
     found = [(str(file), file_identity(file)) for file in source_files(source)]
     return repr(found) if found else ""
 
 
-def source_state(sources: Iterable[str]) -> list[tuple[str, int, int, int]]:
+def source_state(sources: Iterable[str | GivenRows]) -> list[tuple[str, int, int, int]]:
     """Return what tells that somebody wrote to the files of sources: size, time of change and number of each."""
     files = [file for source in sources for file in source_files(source) if suffix(file)]
     # What is prepared right now may lie below a folder that is a source.
@@ -66,8 +69,10 @@ def source_state(sources: Iterable[str]) -> list[tuple[str, int, int, int]]:
     return [(name, found.st_size, found.st_mtime_ns, found.st_ino) for name, found in known]
 
 
-def source_files(source: str) -> list[Path]:
-    """Return the files that a source names, in order of name; none of the hub and of tasks."""
+def source_files(source: str | GivenRows) -> list[Path]:
+    """Return the files that a source names, in order of name; none of the hub, of tasks, and of rows handed over."""
+    if isinstance(source, GivenRows):
+        return []
     name = re.sub(r"\?\w+=.*$", "", source) if not source.startswith("reasoning_gym:") else source
     for choice in (source, name, re.sub(r"\[[^\]]*\]$", "", name)):
         path = Path(choice).expanduser()

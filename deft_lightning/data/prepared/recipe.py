@@ -9,24 +9,23 @@ from deft_lightning.data.encoding.supervise import Supervise
 from deft_lightning.data.examples import Example
 from deft_lightning.data.noise import Noise
 from deft_lightning.data.records.formats import detect_format, normalise
+from deft_lightning.data.sources.given import GivenRows, Settled
 from deft_lightning.data.sources.read import read_many
 from deft_lightning.data.sources.rows import BadRows
 from deft_lightning.errors import UserError
 from deft_lightning.terminal import visible
-
-Source = str | list[str] | dict[str, float]
 
 
 @dataclass(frozen=True)
 class Recipe:
     """Everything that decides what is prepared; see :class:`~deft_lightning.data.InstructionDataModule`."""
 
-    source: Source
+    source: Settled
     format: str
     column_map: dict[str, str]
     subset: str | None
     split: str
-    validation_source: Source | None
+    validation_source: Settled | None
     validation_fraction: float
     seed: int
     on_bad_row: str
@@ -42,7 +41,7 @@ class Recipe:
 
 
 def read_examples(
-    source: Source, recipe: Recipe, skip: Callable[[UserError], None] | None, *, need_response: bool = True
+    source: Settled, recipe: Recipe, skip: Callable[[UserError], None] | None, *, need_response: bool = True
 ) -> Iterator[Example]:
     """Yield the normalised rows of one source or several; rows that cannot be used are told to ``skip``, or raise."""
     formats: dict[str, str] = {}
@@ -59,6 +58,6 @@ def read_examples(
             skip(error)
 
 
-def title(source: Source | None) -> str:
+def title(source: Settled | None) -> str:
     """Return the name of a source, or of several, for messages."""
-    return visible(source if isinstance(source, str) else ", ".join(source or ()))
+    return visible(str(source) if isinstance(source, str | GivenRows) else ", ".join(source or ()))

@@ -10,9 +10,10 @@ import numpy as np
 from deft_lightning.data.examples import Example, Ints
 from deft_lightning.data.lazy import Lazy
 from deft_lightning.data.prepared.ids import unique_ids
-from deft_lightning.data.prepared.recipe import Recipe, Source, read_examples, title
+from deft_lightning.data.prepared.recipe import Recipe, read_examples, title
 from deft_lightning.data.prepared.spool import ROWS, SpooledExamples, Writer, row_of
 from deft_lightning.data.progress import progress
+from deft_lightning.data.sources.given import Settled
 from deft_lightning.data.sources.rows import BadRows
 from deft_lightning.errors import UserError
 from deft_lightning.hashing import uniform
@@ -66,7 +67,7 @@ def split_rows(recipe: Recipe, folder: Path, bad: BadRows) -> dict[str, View]:
     return splits
 
 
-def _spool(source: Source, recipe: Recipe, path: Path, bad: BadRows) -> SpooledExamples:
+def _spool(source: Settled, recipe: Recipe, path: Path, bad: BadRows) -> SpooledExamples:
     with Writer(path, ROWS) as out:
         for example in progress(read_examples(source, recipe, recipe.skip(bad)), f"reading {title(source)}"):
             out.add(row_of(example))

@@ -16,6 +16,7 @@ from deft_lightning.data.sources.columnar import without_fill
 from deft_lightning.data.sources.files import read_file, suffix
 from deft_lightning.data.sources.folders import split_files
 from deft_lightning.data.sources.generated import read_task
+from deft_lightning.data.sources.given import GivenRows, Settled
 from deft_lightning.data.sources.rows import BadRows, Located, RowError
 from deft_lightning.errors import UserError, did_you_mean, reason_of
 from deft_lightning.hashing import key, uniform
@@ -27,7 +28,7 @@ OPTIONS = ("split", "subset", "streaming", "limit")
 
 
 def read(
-    source: str,
+    source: str | GivenRows,
     *,
     subset: str | None = None,
     split: str = "train",
@@ -42,7 +43,7 @@ def read(
             pattern such as ``data/*.jsonl`` (files in order of name), a hub id, or
             ``reasoning_gym:<task>[?option=value&...]``. All but the last take the options below behind a question
             mark, which then win: ``org/name?subset=main&split=test&streaming=true&limit=1000``. ``hub:org/name`` is a
-            hub id although there is a folder of that name.
+            hub id although there is a folder of that name. Or rows that were handed over.
         subset: Configuration name of a hub dataset.
         split: Split of a hub dataset or folder; ``name[test]`` as the source names another one. In a folder, names of
             files say it (``train-00000.parquet``, ``test/rows.jsonl``); where none does, all are ``train``.
@@ -54,13 +55,17 @@ def read(
     Raises:
         UserError: The source does not exist, is empty or cannot be read.
     """
-    name, own = _options(source)
-    settings = {"subset": subset, "split": split, "streaming": streaming, "limit": limit, **own}
-    limit = settings.pop("limit")
+    if isinstance(source, GivenRows):
+        located = source.read()
+    else:
+        name, own = _options(source)
+        settings = {"subset": subset, "split": split, "streaming": streaming, "limit": limit, **own}
+        limit = settings.pop("limit")
+        located = _open(name, **settings)
     if limit is not None and limit < 1:
         raise UserError(f"{source}: limit must be at least 1, got {limit} (--data.source)")
     number = 0
-    for number, (where, record) in enumerate(_open(name, **settings), 1):
+    for number, (where, record) in enumerate(located, 1):
         if not isinstance(record, RowError):
             yield where, record
         elif on_bad_row is None:
@@ -73,26 +78,27 @@ def read(
         raise UserError(f"{source}: is empty (--data.source)")
 
 
-def weights(source: str | Sequence[str] | Mapping[str, float]) -> dict[str, float]:
-    """Return sources with their weights: 1 for each that is named once.
+def weights(source: Settled) -> dict[str | GivenRows, float]:
+    """Return sources with their weights: 1 for each that is named once, and for rows that were handed over.
 
     Raises:
         UserError: There is none, or a weight is not a finite number of at least 0.
     """
+    if isinstance(source, GivenRows):
+        return {source: 1.0}
     if isinstance(source, str):
         source = [source]
-    if not isinstance(source, Mapping):
-        source = {name: float(list(source).count(name)) for name in source}
-    for name, weight in source.items():
+    shares = source if isinstance(source, Mapping) else {name: float(list(source).count(name)) for name in source}
+    for name, weight in shares.items():
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
             raise UserError(f"--data.source: the weight of {name} must be a number of at least 0, got {weight!r}")
-    if not any(source.values()):
+    if not any(shares.values()):
         raise UserError("--data.source: no source has a weight above 0")
-    return dict(source)
+    return dict(shares.items())
 
 
 def read_many(
-    source: str | Sequence[str] | Mapping[str, float],
+    source: Settled,
     *,
     subset: str | None = None,
     split: str = "train",
@@ -123,7 +129,7 @@ def read_many(
         for where, record in read(name, subset=subset, split=split, on_bad_row=on_bad_row):
             chosen = share > 0 and uniform(seed, "mix", _digest(record)) < share
             for _ in range(whole + chosen):
-                yield where, record, name
+                yield where, record, str(name)
 
 
 def _digest(record: Any) -> int:

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from deft_lightning._lightning import unwrapped
 from deft_lightning.data.prepared.cache import source_files
+from deft_lightning.data.sources.given import GivenRows
 from deft_lightning.data.sources.read import weights
 from deft_lightning.terminal import visible
 
@@ -111,8 +112,10 @@ def _data(data: Any) -> dict[str, Any]:
     return found
 
 
-def content(source: str) -> str:
+def content(source: str | GivenRows) -> str:
     """Return what a source holds, whatever its files are called: a digest; the name itself of the hub and of tasks."""
+    if isinstance(source, GivenRows):
+        return source.digest
     files = source_files(source)
     if not files:
         return source

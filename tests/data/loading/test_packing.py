@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import random
 from collections.abc import Callable, Iterable
@@ -16,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from instruction_rows import write
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -29,7 +29,7 @@ from deft_lightning.data.loading.collate import TrainCollator
 from deft_lightning.data.loading.packing import best_fit_decreasing, bounded_batches, exact_fit, grouped, pack
 from deft_lightning.errors import UserError
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 SHARED = ROOT.parent / "shared"
 quick = settings(deadline=None, max_examples=150, derandomize=True)
 
@@ -311,11 +311,6 @@ def talks(count: int) -> list[dict[str, Any]]:
             turns.append({"role": "assistant", "content": f"ok {i} " + "so " * rng.randint(0, 9)})
         rows.append({"id": f"t{i}", "messages": turns})
     return rows
-
-
-def write(path: Path, rows: Iterable[object]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
 
 
 def ready(folder: Path, rows: Iterable[object], **options: Any) -> InstructionDataModule:

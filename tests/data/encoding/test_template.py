@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from instruction_rows import write
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -735,11 +736,6 @@ def test_the_built_tokenizer_does_not_depend_on_the_order_of_its_texts() -> None
 
 
 # --- where generation stops -----------------------------------------------------------------------------------------
-
-
-def write(path: Path, rows: Sequence[dict[str, Any]]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
 
 
 ROWS = [{"question": f"What is {i}?", "answer": f"It is {i}."} for i in range(12)]

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import random
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from instruction_rows import on_rank, write
 
 from deft_lightning import InstructionDataModule, SFTModule, Trainer
 from deft_lightning.data import Noise, ResponseSwap, TokenReplace
@@ -20,11 +19,6 @@ from deft_lightning.objectives import DEFT, NLL
 
 Part = dict[str, Any]
 FIELDS = ("input_ids", "labels", "clean_labels", "noise_code")
-
-
-def write(path: Path, rows: Iterable[object]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
 
 
 def ready(folder: Path, rows: Iterable[object], **options: Any) -> InstructionDataModule:
@@ -246,8 +240,7 @@ def test_fewer_corrupted_examples_than_ranks_do_not_stop_a_run(tmp_path: Path) -
     corrupted = sum(any(part["noise_code"]) for part in parts(data.train_dataloader()).values())
     assert 0 < corrupted < 8
     for rank in range(8):
-        data.trainer = SimpleNamespace(lightning_module=None, strategy=None, global_rank=rank, world_size=8)  # type: ignore[assignment]
-        data.val_dataloader()
+        on_rank(data, rank, 8).val_dataloader()
 
 
 def tiny(objective: Any = None, head: Any = "fused", width: int = 16, rate: float = 1e-2) -> SFTModule:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 import subprocess
@@ -12,17 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from instruction_rows import write
 
 from deft_lightning.data.sources.read import BadRows, read, read_many, weights
 from deft_lightning.data.sources.rows import RowError
 from deft_lightning.errors import UserError
 
 N = 4000
-
-
-def write(path: Path, rows: list[Any]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +74,7 @@ def test_the_choice_is_the_same_in_every_process_and_another_with_every_seed(fil
         "import sys\nfrom deft_lightning.data.sources.read import read_many\n"
         "print(sum(int(r['question'][1:]) for _, r, _ in read_many({sys.argv[1]: 0.3})))"
     )
-    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "PYTHONHASHSEED": "7"}
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3]), "PYTHONHASHSEED": "7"}
     done = subprocess.run([sys.executable, "-c", code, files[0]], env=env, capture_output=True, text=True, check=True)
     here = counts({files[0]: 0.3})
     assert int(done.stdout) == sum(int(question[1:]) for question in here)

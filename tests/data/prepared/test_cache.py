@@ -13,13 +13,14 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pytest
 import torch
+from instruction_rows import write
 
 from deft_lightning.data import InstructionDataModule, Noise, ResponseNoise, ResponseSwap, TokenReplace
 from deft_lightning.data.encoding.tokenizer import build_tokenizer
@@ -33,11 +34,6 @@ def rows(count: int, start: int = 0) -> list[dict[str, str]]:
         {"question": f"What is {i}?", "answer": f"It is {i}." + "!" * (i % 4), "other": f"Not {i}."}
         for i in range(start, start + count)
     ]
-
-
-def write(path: Path, content: Iterable[object]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in content), encoding="utf-8")
-    return str(path)
 
 
 BASE: dict[str, Any] = {"validation_fraction": 0.25, "batch_size": 4, "tokenizer_size": 300, "max_length": 64}

@@ -7,11 +7,11 @@ import json
 import random
 from collections.abc import Iterable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from instruction_rows import on_rank
 
 from deft_lightning import InstructionDataModule, SFTModule, Trainer
 from deft_lightning.callbacks import Checkpoint
@@ -41,7 +41,7 @@ def ready(folder: Path, count: int = 96, *, rank: int = 0, world: int = 1, **opt
     data = InstructionDataModule(
         str(path), **{"validation_fraction": 0.0, "batch_size": 2, "tokenizer_size": 0, "max_length": 100, **options}
     )
-    data.trainer = SimpleNamespace(lightning_module=None, strategy=None, global_rank=rank, world_size=world)  # type: ignore[assignment]
+    on_rank(data, rank, world)
     data.setup("fit")
     return data
 

@@ -49,7 +49,7 @@ from deft_lightning.data.noise.vocabulary import NEAR, Vocabulary
 from deft_lightning.errors import UserError
 
 quick = settings(deadline=None, max_examples=60, derandomize=True)
-SHARED = Path(__file__).resolve().parents[2].parent / "shared"
+SHARED = Path(__file__).resolve().parents[3].parent / "shared"
 
 OPS: list[ResponseNoise] = [
     ResponseSwap(),
@@ -212,7 +212,7 @@ def digest() -> str:
 
 
 def test_processes_agree_whatever_the_seed_of_their_hashes() -> None:
-    path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[2])])
+    path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[3])])
     env = {**os.environ, "PYTHONHASHSEED": "12345", "PYTHONPATH": path}
     script = "import test_noise_ops; print(test_noise_ops.digest())"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env, check=True)

@@ -260,7 +260,7 @@ def test_a_hub_id_that_cannot_be_reached_is_one_line_and_soon() -> None:
     )
     done = subprocess.run(
         [sys.executable, "-c", code],
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(__file__).parents[3])},
         capture_output=True, text=True, timeout=100, check=True,
     )  # fmt: skip
     assert len(done.stdout.splitlines()) == 1
