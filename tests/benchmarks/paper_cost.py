@@ -246,7 +246,7 @@ def measure(pair: str, tokenizer: str | None, source: str | None) -> None:
     data = InstructionDataModule(**options)
     data.prepare_data()
     data.setup()
-    lengths, size, report = data._rows["train"].examples.lengths(), data.batch_size, data.reports["train"]
+    lengths, size, report = data.splits["train"].examples.lengths(), data.batch_size, data.reports["train"]
     drawn = np.stack([np.random.default_rng(seed).permutation(lengths) for seed in range(20)])
     whole = drawn[:, : len(lengths) // size * size].reshape(20, -1, size)
     padding = whole.max(2).sum() * size / whole.sum()

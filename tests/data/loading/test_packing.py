@@ -614,7 +614,7 @@ def test_rows_of_all_of_gsm8k_with_an_ordinary_vocabulary_are_full(tmp_path: Pat
         str(source), tokenizer_size=4096, packing=True, validation_fraction=0.0, max_length=1024, num_proc=2
     )
     data.setup("fit")
-    rows = data._rows["train"]
+    rows = data.splits["train"]
     assert len(rows.examples) == 7473
     assert rows.examples.lengths().sum() / (1024 * len(rows)) >= 0.99
 
