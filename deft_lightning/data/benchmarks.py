@@ -101,9 +101,9 @@ def _item(benchmark: Benchmark, row: Row, instruction: str | None) -> _Item:
     text = benchmark.prompt(question, context, options, instruction)
     record: dict[str, Any] = {"options": options} if options else {}
     for field in ("source", "error"):
-        found = _optional(benchmark, row, field)
-        if found is not None and str(found).strip():
-            record[field] = str(found)
+        value = _optional(benchmark, row, field)
+        if value is not None and str(value).strip():
+            record[field] = str(value)
     digest = hashlib.blake2b(json.dumps([text, gold]).encode(), digest_size=8).hexdigest()
     own = _optional(benchmark, row, "id")
     id = str(own) if isinstance(own, str | int) and str(own).strip() else digest

@@ -124,8 +124,6 @@ class InstructionDataModule(LightningDataModule):
         self._turn_ends: list[int] | None = None  # None until the rows are announced
         self._temporary: Temporary | None = None
 
-    # --- settings that others read -----------------------------------------------------------------------------------
-
     @property
     def source(self) -> Settled | None:
         """Where the training rows are."""
@@ -159,18 +157,13 @@ class InstructionDataModule(LightningDataModule):
     def test_source(self, source: TestSource | None) -> None:
         self.settings = replace(self.settings, test_source=settled(source, "--data.test_source"))
 
-    # --- the tokenizer ------------------------------------------------------------------------------------------------
-
     @property
     def tokenizer(self) -> Any:
         """The tokenizer with its chat template; None before it is named, given or built."""
         return self._tokenizer.current
 
     def use_tokenizer(self, tokenizer: Any) -> None:
-        """Use a tokenizer object, for example a checkpoint's, instead of naming or building one.
-
-        A ``chat_template`` that was asked for still wins over the tokenizer's own.
-        """
+        """Use a tokenizer object, for example a checkpoint's; a ``chat_template`` asked for wins over its own."""
         self._tokenizer.use(tokenizer)
 
     @property
@@ -189,8 +182,6 @@ class InstructionDataModule(LightningDataModule):
             self._tokenizer.load(name, run.trust_remote_code)
         else:
             self._tokenizer.load_built(self._folder())
-
-    # --- preparing ----------------------------------------------------------------------------------------------------
 
     def _folder(self) -> Path:
         """Return the folder of the prepared data, prepared now if nobody has."""
@@ -219,8 +210,6 @@ class InstructionDataModule(LightningDataModule):
             self._turn_ends = announce(self._splits, self.settings, self.trainer)
             if self.settings.packing:
                 self._splits.pack()
-
-    # --- what was prepared --------------------------------------------------------------------------------------------
 
     @property
     def splits(self) -> Splits:
@@ -256,26 +245,16 @@ class InstructionDataModule(LightningDataModule):
         return self.splits.spread(split, count)
 
     def samples(self, split: str, count: int) -> list[Sample]:
-        """Describe some examples as they are trained on, to be looked at before anything is trained.
-
-        Args:
-            split: train, validation, or validation_noisy.
-            count: How many; they are spread over the split.
-        """
+        """Describe some examples, spread over the split, as they are trained on, to be looked at before."""
         return self.splits.samples(split, count)
 
     def batches_of(self, split: str, positions: Sequence[int]) -> Iterator[tuple[list[int], dict[str, Any]]]:
-        """Yield examples in batches that need no more memory than those of training, with their positions.
-
-        They meet in an order drawn from `seed`, as in training; one example a row, packed or not.
-        """
-        return self.splits.batches_of(split, positions)
+        """Yield examples in batches that need no more memory than those of training, with their positions."""
+        return self._loaders().some(self.splits[split], positions)
 
     def truths(self, field: str) -> dict[str, bool]:
         """Return what a column of the training rows says of each example, by id."""
         return flags(self.settings.recipe(), field)
-
-    # --- loaders ------------------------------------------------------------------------------------------------------
 
     def _loaders(self) -> LoaderFactory:
         return LoaderFactory(self.settings, Run.of(self.trainer), self.tokenizer.pad_token_id)
@@ -299,25 +278,23 @@ class InstructionDataModule(LightningDataModule):
 
     def test_dataloader(self) -> list[DataLoader[Any]] | DataLoader[Any]:
         """Return left-padded prompts with their gold responses; one loader for each benchmark, if any are named."""
-        loaders = self._prompt_loaders(need_response=True)
-        return loaders if self.benchmarks else loaders[0]
+        return self._prompt_loaders(need_response=True)
 
     def predict_dataloader(self) -> list[DataLoader[Any]] | DataLoader[Any]:
         """Return left-padded prompts; rows without a response are welcome, but for those of benchmarks."""
-        loaders = self._prompt_loaders(need_response=False)
-        return loaders if self.benchmarks else loaders[0]
+        return self._prompt_loaders(need_response=False)
 
-    def _prompt_loaders(self, need_response: bool) -> list[DataLoader[Any]]:
+    def _prompt_loaders(self, need_response: bool) -> list[DataLoader[Any]] | DataLoader[Any]:
         loaders = self._loaders()
         sets = [fitting(*prompts, loaders.run.positions) for prompts in self._prompts(need_response)]
         self.test_sets = [tests for tests, _ in sets]
-        return [loaders.prompts(ready) for _, ready in sets]
+        made = [loaders.prompts(ready) for _, ready in sets]
+        return made if self.benchmarks else made[0]
 
     def _prompts(self, need_response: bool) -> list[tuple[TestSet, list[Prompt]]]:
         if self.benchmarks:
             asked = self.settings.benchmark_instruction
             return [read_benchmark(benchmark, rows, self.tokenizer, asked) for benchmark, rows in self.benchmarks]
-        if self.test_source is None:
-            return [(TestSet(), prompts_of(self.tokenizer, self.splits.held_out, need_response))]
-        examples = read_all(self.settings.recipe(self.test_source), need_response)
-        return [(TestSet(), prompts_of(self.tokenizer, examples, need_response))]
+        apart = self.test_source is not None
+        rows = read_all(self.settings.recipe(self.test_source), need_response) if apart else self.splits.held_out
+        return [(TestSet(), prompts_of(self.tokenizer, rows, need_response))]

@@ -65,7 +65,7 @@ def sample(
     """
     ids, labels, codes = (array.tolist() for array in (example.input_ids, example.labels, example.noise_code))
     first = list(cut) if keep == "end" else []
-    whole, shift = [*first, *ids, *([] if keep == "end" else cut)], len(first)
+    shown, shift = [*first, *ids, *([] if keep == "end" else cut)], len(first)
 
     def what(at: int) -> Fate:
         if not shift <= at < shift + len(ids):
@@ -77,13 +77,13 @@ def sample(
         return ("context" if label == IGNORE_INDEX else "supervised"), ""
 
     pieces: list[Piece] = []
-    for start, end, text in _letters(tokenizer, whole):
+    for start, end, text in _letters(tokenizer, shown):
         kind, note = _together([what(at) for at in range(start, end)])
         if pieces and (pieces[-1].kind, pieces[-1].note) == (kind, note):
             pieces[-1] = Piece(pieces[-1].text + text, kind, note)
         else:
             pieces.append(Piece(text, kind, note))
-    hidden = length - len(whole)
+    hidden = length - len(shown)
     if hidden:
         more = Piece(f" … {hidden} more tokens … ", "cut")
         pieces = [more, *pieces] if keep == "end" else [*pieces, more]
@@ -99,24 +99,24 @@ def _letters(tokenizer: Any, ids: Sequence[int]) -> Iterator[tuple[int, int, str
     context, start = 0, 0
     for end in range(1, len(ids) + 1):
         before, after = tokenizer.decode(ids[context:start]), tokenizer.decode(ids[context:end])
-        whole = after.startswith(before) and not after.endswith(HALF)
-        if whole or end == len(ids):
+        complete = after.startswith(before) and not after.endswith(HALF)
+        if complete or end == len(ids):
             yield start, end, after[len(before) :] if after.startswith(before) else tokenizer.decode(ids[start:end])
             context, start = start, end
 
 
 def _together(fates: Sequence[Fate]) -> Fate:
     """Return what is said of a letter of several tokens: the first of noisy, supervised, cut, context."""
-    kind = next(kind for kind in ORDER if any(kind == found for found, _ in fates))
+    kind = next(kind for kind in ORDER if any(kind == of_token for of_token, _ in fates))
     return kind, "; ".join(dict.fromkeys(note for _, note in fates if note))
 
 
-def as_text(found: Sample) -> str:
+def as_text(sample: Sample) -> str:
     """Return a sample for a terminal or a log: ``[supervised]``, ``{noisy}``, ``~cut off~``, context as it is."""
     marks = {"context": ("", ""), "supervised": ("[", "]"), "noisy": ("{", "}"), "cut": ("~", "~")}
     parts: list[str] = []
     last: Kind = "context"
-    for piece in found.pieces:
+    for piece in sample.pieces:
         if piece.kind != last:
             parts += [marks[last][1], marks[piece.kind][0]]
             last = piece.kind
@@ -143,12 +143,12 @@ def page(title: str, samples: Iterable[Sample], reports: Sequence[str]) -> str:
     """Return an HTML page of samples that needs nothing but itself."""
     legend = " ".join(f'<span class="{kind}">{escape(text)}</span>' for kind, text in MEANING.items())
     body = [f'<p class="legend">{legend}</p>', *(f"<p>{_shown(report)}</p>" for report in reports)]
-    for found in samples:
-        counts = f"{found.tokens} tokens, {found.supervised} supervised"
-        counts += f", {found.noisy} noisy" if found.noisy else ""
-        counts += f", {found.cut} cut off" if found.cut else ""
-        tokens = "".join(map(_span, found.pieces))
-        body.append(f"<article><header>{_shown(found.id)}: {counts}</header><pre>{tokens}</pre></article>")
+    for sample in samples:
+        counts = f"{sample.tokens} tokens, {sample.supervised} supervised"
+        counts += f", {sample.noisy} noisy" if sample.noisy else ""
+        counts += f", {sample.cut} cut off" if sample.cut else ""
+        tokens = "".join(map(_span, sample.pieces))
+        body.append(f"<article><header>{_shown(sample.id)}: {counts}</header><pre>{tokens}</pre></article>")
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{_shown(title)}</title>'
         f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head>'

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,8 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from deft_lightning.data.encoding.tokenizer import markers, vocabulary
 from deft_lightning.data.examples import Example, Prepared
 from deft_lightning.data.lazy import Lazy
-from deft_lightning.data.loading.collate import TrainCollator
 from deft_lightning.data.loading.dataset import PreparedDataset
-from deft_lightning.data.loading.packing import bounded_batches, pack
+from deft_lightning.data.loading.packing import pack
 from deft_lightning.data.noise import TokenNoise
 from deft_lightning.data.prepared.cache import DONE
 from deft_lightning.data.prepared.report import Report
@@ -113,25 +111,6 @@ class Splits:
             sample(self._tokenizer, dataset.example(at), names, *dataset.examples.cut(at), keep=self._settings.keep)
             for at in self.spread(split, count)
         ]
-
-    def batches_of(self, split: str, positions: Sequence[int]) -> Iterator[tuple[list[int], dict[str, Any]]]:
-        """Yield examples in batches that need no more memory than those of training, with their positions.
-
-        They meet in an order drawn from `seed`, as in training; one example a row, packed or not.
-        """
-        dataset, size = self[split], self._settings.batch_size
-        lengths, limit = dataset.examples.lengths(), self._settings.max_tokens_per_batch
-        if limit is None and self._settings.packing:
-            limit = size * self._settings.max_length
-        if limit is None:
-            order = [positions[i] for i in np.random.default_rng([self._settings.seed]).permutation(len(positions))]
-            batches = [order[start : start + size] for start in range(0, len(order), size)]
-        else:
-            grouped = bounded_batches([int(lengths[at]) for at in positions], limit, self._settings.seed)
-            batches = [[positions[i] for i in batch] for batch in grouped]
-        collate = TrainCollator(self._tokenizer.pad_token_id)
-        for batch in batches:
-            yield batch, collate([dataset.example(at) for at in batch])
 
     def pack(self) -> None:
         """Put several examples into a row, in every split."""

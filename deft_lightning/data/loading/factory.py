@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
@@ -46,6 +47,25 @@ class LoaderFactory:
         """Return left-padded prompts to generate for."""
         collate = PromptCollator(self.pad_id)
         return self._loader(prompts, collate, self.settings.examples_per_evaluation_batch, train=False)
+
+    def some(self, rows: PreparedDataset, positions: Sequence[int]) -> Iterator[tuple[list[int], dict[str, Any]]]:
+        """Yield some examples in batches that need no more memory than those of training, with their positions.
+
+        They meet in an order drawn from the seed, as in training; one example a row, packed or not.
+        """
+        size, limit, seed = self.settings.batch_size, self.settings.max_tokens_per_batch, self.settings.seed
+        if limit is None and self.settings.packing:
+            limit = size * self.settings.max_length
+        if limit is None:
+            order = [positions[i] for i in np.random.default_rng([seed]).permutation(len(positions))]
+            batches = [order[start : start + size] for start in range(0, len(order), size)]
+        else:
+            lengths = rows.examples.lengths()
+            grouped = bounded_batches([int(lengths[at]) for at in positions], limit, seed)
+            batches = [[positions[i] for i in batch] for batch in grouped]
+        collate = TrainCollator(self.pad_id)
+        for batch in batches:
+            yield batch, collate([rows.example(at) for at in batch])
 
     def _of_rows(self, rows: PreparedDataset, size: int, train: bool) -> DataLoader[Any]:
         packing, max_tokens = self.settings.packing, self.settings.max_tokens_per_batch

@@ -87,10 +87,10 @@ class ExampleNoise(ResponseNoise):
     ) -> dict[int, list[Edit]]:
         """Return the edits of the selected responses."""
         # Without `exact`, who is selected is known without a look at the text: most of it need not be read.
-        chosen = range(len(ids)) if self.exact else self.select(salt, ids, range(len(ids)))
-        made = {i: self.edit(salt, ids[i], responses[i], prompts[i]) for i in chosen}
-        found = {i: edits for i, edits in made.items() if edits is not None}
-        return {i: found[i] for i in self.select(salt, ids, found)} if self.exact else found
+        candidates = range(len(ids)) if self.exact else self.select(salt, ids, range(len(ids)))
+        made = {i: self.edit(salt, ids[i], responses[i], prompts[i]) for i in candidates}
+        possible = {i: edits for i, edits in made.items() if edits is not None}
+        return {i: possible[i] for i in self.select(salt, ids, possible)} if self.exact else possible
 
 
 class TokenNoise(NoiseOp):

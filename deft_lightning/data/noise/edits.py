@@ -46,7 +46,7 @@ def apply_edits(text: str, edits: Sequence[Edit], code: int, marks: Sequence[Mar
     """
     edits = [edit for edit in edits if text[edit.start : edit.end] != edit.text]
     parts: list[str] = []
-    found: list[Mark] = []
+    moved: list[Mark] = []
     cuts: dict[int, int] = {}
     at = shift = 0
     for edit in [*edits, None]:
@@ -60,15 +60,15 @@ def apply_edits(text: str, edits: Sequence[Edit], code: int, marks: Sequence[Mar
                 if at <= mark.start < start or (edit is None and mark.start == len(text)):
                     cuts.setdefault(mark.start + shift, mark.code)
             elif max(mark.start, at) < min(mark.end, start):
-                found.append(Mark(max(mark.start, at) + shift, min(mark.end, start) + shift, mark.code))
+                moved.append(Mark(max(mark.start, at) + shift, min(mark.end, start) + shift, mark.code))
         if edit is not None:
             if new:
-                found.append(Mark(start + shift, start + shift + len(new), code))
+                moved.append(Mark(start + shift, start + shift + len(new), code))
             else:
                 cuts[start + shift] = code
             at, shift = end, shift + len(new) - (end - start)
-    found += [Mark(place, place, by) for place, by in cuts.items()]
-    return "".join(parts), sorted(found)
+    moved += [Mark(place, place, by) for place, by in cuts.items()]
+    return "".join(parts), sorted(moved)
 
 
 def whole(text: str, code: int) -> list[Mark]:

@@ -46,9 +46,9 @@ def cache_root(choice: str | None) -> Path:
 
 def file_identity(path: Path) -> str:
     """Return what a file is known by: a hash of its content, or path, size and time of change if it is large."""
-    found = path.stat()
-    if found.st_size > HASHED:
-        return f"{path.resolve()}:{found.st_size}:{found.st_mtime_ns}"
+    known = path.stat()
+    if known.st_size > HASHED:
+        return f"{path.resolve()}:{known.st_size}:{known.st_mtime_ns}"
     with path.open("rb") as content:
         return hashlib.file_digest(content, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
@@ -57,8 +57,8 @@ def source_identity(source: str | GivenRows) -> str:
     """Return what a source is known by beside its name: its content; nothing for the hub and tasks."""
     if isinstance(source, GivenRows):
         return source.digest
-    found = [(str(file), file_identity(file)) for file in source_files(source)]
-    return repr(found) if found else ""
+    contents = [(str(file), file_identity(file)) for file in source_files(source)]
+    return repr(contents) if contents else ""
 
 
 def source_state(sources: Iterable[str | GivenRows]) -> list[tuple[str, int, int, int]]:
@@ -66,7 +66,7 @@ def source_state(sources: Iterable[str | GivenRows]) -> list[tuple[str, int, int
     files = [file for source in sources for file in source_files(source) if suffix(file)]
     # What is prepared right now may lie below a folder that is a source.
     known = [(str(file), file.stat()) for file in files if not any(map(is_partial, file.parents))]
-    return [(name, found.st_size, found.st_mtime_ns, found.st_ino) for name, found in known]
+    return [(name, state.st_size, state.st_mtime_ns, state.st_ino) for name, state in known]
 
 
 def source_files(source: str | GivenRows) -> list[Path]:
@@ -79,8 +79,8 @@ def source_files(source: str | GivenRows) -> list[Path]:
         files = sorted(path.rglob("*")) if path.is_dir() else [path]
         if not path.exists() and glob.has_magic(choice):
             files = sorted(map(Path, glob.glob(str(path), recursive=True)))
-        if found := [file for file in files if file.is_file()]:
-            return found
+        if present := [file for file in files if file.is_file()]:
+            return present
     return []
 
 
@@ -107,13 +107,13 @@ def cached(root: Path, parts: list[object], build: Callable[[Path], None]) -> Pa
             _swept.add(root)
             _sweep(root)
             sweep(Path(tempfile.gettempdir()), f".{TEMPORARY}-*")
-        if _whole(target):
+        if _intact(target):
             return target
         root.mkdir(parents=True, exist_ok=True)
         lock = FileLock(root / f"{name}.lock")
         with lock, _ended_by_sigterm():
             try:
-                if not _whole(target, told=True):
+                if not _intact(target, warn=True):
                     _build(target, build)
             finally:
                 # While it is held: who waits for it makes it anew. Of two that build all the same one is refused.
@@ -136,7 +136,7 @@ def _build(target: Path, build: Callable[[Path], None]) -> None:
         try:
             partial.rename(target)
         except OSError:
-            if not _whole(target):
+            if not _intact(target):
                 raise
     finally:
         remove(partial)
@@ -186,12 +186,12 @@ class Temporary:
 
 def _state(folder: Path) -> dict[str, os.stat_result]:
     """Every file below a folder; links and whatever else is no file too, but nothing behind a link."""
-    found = {}
+    states = {}
     for place, folders, names in os.walk(folder):
         links = [name for name in folders if Path(place, name).is_symlink()]
         for path in (Path(place, name) for name in (*names, *links)):
-            found[path.relative_to(folder).as_posix()] = path.lstat()
-    return found
+            states[path.relative_to(folder).as_posix()] = path.lstat()
+    return states
 
 
 def _digest(path: Path) -> str:
@@ -208,8 +208,8 @@ def _seal(folder: Path) -> None:
     (folder / FILES).write_text(json.dumps(_signed(files), indent=1), encoding="utf-8")
 
 
-def _whole(folder: Path, *, told: bool = False) -> bool:
-    """Whether a folder is as it was written; if asked to, tell which file is not."""
+def _intact(folder: Path, *, warn: bool = False) -> bool:
+    """Whether a folder is as it was written; if asked to, warn of the file that is not."""
     if folder.is_symlink() or not folder.is_dir():
         return False
     state = _state(folder)
@@ -219,7 +219,7 @@ def _whole(folder: Path, *, told: bool = False) -> bool:
     damaged = _damaged(folder, state)
     if damaged is None:
         _verified[folder] = times
-    elif told:
+    elif warn:
         rank_zero_warn(f"{folder / damaged}: is not as it was written; the data is prepared again")
     return damaged is None
 
@@ -236,7 +236,7 @@ def _damaged(folder: Path, state: dict[str, os.stat_result]) -> str | None:
             return FILES
     except (FileNotFoundError, ValueError, TypeError, KeyError, RecursionError):
         return FILES
-    found = state.keys() - {FILES}
-    if not isinstance(files, dict) or (odd := sorted(found ^ files.keys())):
+    names = state.keys() - {FILES}
+    if not isinstance(files, dict) or (odd := sorted(names ^ files.keys())):
         return odd[0] if isinstance(files, dict) else FILES
-    return next((name for name in sorted(found) if _digest(folder / name) != files[name]), None)
+    return next((name for name in sorted(names) if _digest(folder / name) != files[name]), None)

@@ -102,8 +102,8 @@ def _mapped(numbers: pa.Array) -> np.ndarray[Any, Any]:
     """A view of a column of numbers; pyarrow's own would import pandas, half a second."""
     if not len(numbers):
         return np.zeros(0, dtype=np.dtype(str(numbers.type)))
-    whole = np.frombuffer(numbers.buffers()[1], dtype=np.dtype(str(numbers.type)))
-    return whole[numbers.offset : numbers.offset + len(numbers)]
+    stored = np.frombuffer(numbers.buffers()[1], dtype=np.dtype(str(numbers.type)))
+    return stored[numbers.offset : numbers.offset + len(numbers)]
 
 
 class Table(Lazy[T]):

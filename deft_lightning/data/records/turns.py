@@ -46,26 +46,26 @@ def read_turns(row: Row, field: str, turns: Any, role_key: str, content_key: str
         role = turn.get(role_name)
         if absent(role):
             raise row.fail(f"{at}.{role_name}", f"is missing (the message has {columns(turn)})", "missing")
-        said = role.strip().lower() if isinstance(role, str) else str(role)
-        known = ALIASES.get(said, said)
+        spelt = role.strip().lower() if isinstance(role, str) else str(role)
+        known = ALIASES.get(spelt, spelt)
         if known not in ROLES:
             every = [*ROLES, *ALIASES]
             hint = did_you_mean(str(role)[:40], every)
             problem = f"unknown role {str(role)[:40]!r}; known: {', '.join(every)}.{hint}"
             raise row.fail(f"{at}.{role_name}", problem, "role")
-        messages.append(_message(row, at, turn, said, content_name))
+        messages.append(_message(row, at, turn, spelt, content_name))
     return messages
 
 
-def _message(row: Row, at: str, turn: Mapping[str, Any], said: str, content_name: str) -> Message:
-    role, content = ALIASES.get(said, said), turn.get(content_name)
+def _message(row: Row, at: str, turn: Mapping[str, Any], spelt: str, content_name: str) -> Message:
+    role, content = ALIASES.get(spelt, spelt), turn.get(content_name)
     calls = turn.get("tool_calls") or turn.get("function_call")  # the latter is what OpenAI wrote before 2024
     if role == "assistant" and not absent(calls):
         calls = row.unpack(calls)
-        found = _calls(row, f"{at}.tool_calls", calls if isinstance(calls, list) else [calls])
+        described = _calls(row, f"{at}.tool_calls", calls if isinstance(calls, list) else [calls])
         spoken = "" if absent(content) else row.text(f"{at}.{content_name}", content, empty=True)
-        return {"role": role, "content": spoken, "tool_calls": found}
-    if said in ("function_call", "tool_call") and (written := _written_calls(row, content)):
+        return {"role": role, "content": spoken, "tool_calls": described}
+    if spelt in ("function_call", "tool_call") and (written := _written_calls(row, content)):
         # ShareGPT writes a call as the JSON of it: the template has its own way to put that.
         return {"role": role, "content": "", "tool_calls": _calls(row, f"{at}.{content_name}", written)}
     if absent(content):

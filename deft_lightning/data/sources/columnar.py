@@ -41,18 +41,18 @@ def read_arrow(path: Path) -> Located:
             file = pa.ipc.open_file(source) if magic == b"ARROW1" else pa.ipc.open_stream(source)
         except Exception as error:
             raise UserError(f"{path}: is not an arrow file ({error})") from None
-        whole = (file.get_batch(i) for i in range(file.num_record_batches)) if magic == b"ARROW1" else file
-        parts = (batch.slice(at, BATCH) for batch in whole for at in range(0, batch.num_rows, BATCH))
+        stored = (file.get_batch(i) for i in range(file.num_record_batches)) if magic == b"ARROW1" else file
+        parts = (batch.slice(at, BATCH) for batch in stored for at in range(0, batch.num_rows, BATCH))
         yield from _batches(path, file.schema.names, lambda: parts)
 
 
 def _batches(path: Path, names: list[str], batches: Callable[[], Iterable[Any]]) -> Located:
     check_names(path, names)
     number = 0
-    found = iter(batches())
+    following = iter(batches())
     while True:
         try:
-            batch = next(found)
+            batch = next(following)
         except StopIteration:
             return
         except Exception as error:  # damaged pages and buffers

@@ -43,8 +43,8 @@ def read_file(path: Path) -> Located:
     try:
         mode = path.stat().st_mode
         if not stat.S_ISREG(mode):
-            told = "a named pipe" if stat.S_ISFIFO(mode) else "a folder" if stat.S_ISDIR(mode) else "a device or socket"
-            raise UserError(f"{path}: is {told} and no file; what it gives must be saved first (--data.source)")
+            what = "a named pipe" if stat.S_ISFIFO(mode) else "a folder" if stat.S_ISDIR(mode) else "a device or socket"
+            raise UserError(f"{path}: is {what} and no file; what it gives must be saved first (--data.source)")
         if not kind:
             raise UserError(
                 f"{path}: unknown file type {path.suffix!r}; known: {', '.join([*TEXT, *BINARY])}, text also as"
@@ -134,18 +134,18 @@ def _csv(path: Path, file: IO[str]) -> Located:
             row = next(rows)
         except _TooLong as error:
             # One line is a whole record if every quote in it is closed in it.
-            whole = lines.number == before + 1 and (error.quotes + rest_of_line(file)) % 2 == 0
-            if header is None or not whole:  # no end of the record is known
-                told = "" if header is None else "; a quote that opens in it is not closed"
-                raise UserError(f"{where}, after line {before}: {too_long('').problem}{told}") from None
+            one_line = lines.number == before + 1 and (error.quotes + rest_of_line(file)) % 2 == 0
+            if header is None or not one_line:  # no end of the record is known
+                reason = "" if header is None else "; a quote that opens in it is not closed"
+                raise UserError(f"{where}, after line {before}: {too_long('').problem}{reason}") from None
             number, row = number + 1, []
             yield where, too_long(where)
         except StopIteration:
             return
         except csv.Error as error:
             if header is None or "end of data" in str(error):
-                told = "a quote that opens in it is never closed" if "end of data" in str(error) else str(error)
-                raise UserError(f"{where}, after line {before}: is not {'TSV' if tabs else 'CSV'} ({told})") from None
+                reason = "a quote that opens in it is never closed" if "end of data" in str(error) else str(error)
+                raise UserError(f"{where}, after line {before}: is not {'TSV' if tabs else 'CSV'} ({reason})") from None
             number, row = number + 1, []
             yield where, RowError(where, f"is not {'TSV' if tabs else 'CSV'} ({error})", kind="ragged")
         before = lines.number

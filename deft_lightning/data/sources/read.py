@@ -123,12 +123,12 @@ def read_many(
         UserError: As for :func:`read` and :func:`weights`.
     """
     for name, weight in weights(source).items():
-        whole, share = int(weight), weight - int(weight)
+        repeats, share = int(weight), weight - int(weight)
         if not weight:
             continue
         for where, record in read(name, subset=subset, split=split, on_bad_row=on_bad_row):
-            chosen = share > 0 and uniform(seed, "mix", _digest(record)) < share
-            for _ in range(whole + chosen):
+            once_more = share > 0 and uniform(seed, "mix", _digest(record)) < share
+            for _ in range(repeats + once_more):
                 yield where, record, str(name)
 
 
@@ -147,8 +147,8 @@ def _options(source: str) -> tuple[str, dict[str, Any]]:
     name, _, query = source.rpartition("?")
     if not name or source.startswith("reasoning_gym:") or not re.fullmatch(r"\w+=[^&]*(&\w+=[^&]*)*", query):
         return source, {}
-    found: dict[str, Any] = dict(parse_qsl(query, keep_blank_values=True))
-    for option, value in found.items():
+    options: dict[str, Any] = dict(parse_qsl(query, keep_blank_values=True))
+    for option, value in options.items():
         if option not in OPTIONS:
             raise UserError(
                 f"{source}: no such option {option!r}.{did_you_mean(option, OPTIONS)} Known: {', '.join(OPTIONS)}"
@@ -157,21 +157,21 @@ def _options(source: str) -> tuple[str, dict[str, Any]]:
         if option == "streaming":
             if value.lower() not in ("true", "false"):
                 raise UserError(f"{source}: streaming must be true or false, got {value!r} (--data.source)")
-            found[option] = value.lower() == "true"
+            options[option] = value.lower() == "true"
         elif option == "limit":
             if not re.fullmatch(r"\d{1,18}", value):
                 raise UserError(f"{source}: limit must be a whole number, got {value!r} (--data.source)")
-            found[option] = int(value)
-    return name, found
+            options[option] = int(value)
+    return name, options
 
 
 def _open(source: str, subset: str | None, split: str, streaming: bool) -> Located:
     if source.startswith("reasoning_gym:"):
         return read_task(source)
     # "part-[01]" is a pattern if there are such files, else it names a split.
-    found = re.fullmatch(r"(.+)\[([\w.:%+-]+)\]", source)
-    if found and not _exists(source) and not glob.glob(os.path.expanduser(source)):
-        source, split = found[1], found[2]
+    with_split = re.fullmatch(r"(.+)\[([\w.:%+-]+)\]", source)
+    if with_split and not _exists(source) and not glob.glob(os.path.expanduser(source)):
+        source, split = with_split[1], with_split[2]
     if source.startswith("hub:"):
         return _datasets(source.removeprefix("hub:"), subset, split, streaming)
     path = Path(source).expanduser()
