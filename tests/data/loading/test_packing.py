@@ -519,7 +519,7 @@ class Leaky(LlamaForCausalLM):
 def in_one_line(model: Any, head: Any = "dense") -> str:
     """What training on a packed batch says."""
     module = SFTModule(architecture={"model_type": "llama"}, head=head)
-    module.model = model
+    module.model, module.batch_loss = module.source.place(lambda: model, None)
     batch = TrainCollator(pad_id=0, packed=True)(packed_rows(97))
     with pytest.raises(UserError) as caught:
         module.loss_and_stats(batch)
@@ -535,7 +535,7 @@ def test_a_model_in_which_packed_examples_see_each_other_is_refused(cls: Any) ->
     assert cls.__name__ in in_one_line(model)
     # Not because of anything else about it: unpacked it trains.
     module = SFTModule(architecture={"model_type": "llama"}, head="dense")
-    module.model = model
+    module.model, module.batch_loss = module.source.place(lambda: model, None)
     loss, *_ = module.loss_and_stats(TrainCollator(pad_id=0)([row[0] for row in packed_rows(97)]))
     assert torch.isfinite(loss)
 
@@ -554,7 +554,7 @@ def test_a_recurrent_model_is_refused() -> None:
 
 def test_a_model_that_keeps_examples_apart_is_not_refused() -> None:
     module = SFTModule(architecture={"model_type": "llama"}, head="dense")
-    module.model = built("llama")
+    module.model, module.batch_loss = module.source.place(lambda: built("llama"), None)
     loss, stats, _ = module.loss_and_stats(TrainCollator(pad_id=0, packed=True)(packed_rows(97)))
     assert torch.isfinite(loss) and len(stats.log_prob) == sum(n - 1 for n in (7, 1, 12, 5, 9, 8))
 
