@@ -3,8 +3,9 @@
     python tests/kill_runs.py [--kills 20] [--strategy auto|ddp|fsdp2] [--steps 300] [--seed 0]
 
 Every run is ``python -m deft_lightning fit`` in a process group of its own, ended by SIGKILL at a moment drawn from
-the seed, some before the first step, and continued with ``--ckpt_path last``. At the end the weights must be those of
-the run that was left alone, bit for bit; no process may be left, and no file that cannot be read.
+the seed, some before the first step, and continued with ``--ckpt_path last``; every second one while a checkpoint is
+half-written. At the end the weights must be those of the run that was left alone, bit for bit; no process may be left,
+and no file that cannot be read.
 """
 
 from __future__ import annotations
@@ -79,6 +80,11 @@ def checkpoints(home: Path) -> list[Path]:
     return [path for path in home.rglob("*.ckpt") if path.exists() and not path.is_symlink()]
 
 
+def half_written(home: Path) -> list[Path]:
+    """Checkpoints that are being written, or were when their writer was killed."""
+    return [path for path in home.rglob(".*.ckpt.*") if path.exists()]
+
+
 def final(home: Path, steps: int) -> dict[str, torch.Tensor]:
     """The weights a run ended with."""
     found = [torch.load(path, weights_only=True) for path in checkpoints(home)]
@@ -95,7 +101,8 @@ def kill_and_go_on(root: Path, kills: int, steps: int, strategy: str, seed: int,
         steps: Optimizer steps of the whole run.
         strategy: ``auto``, ``ddp`` or ``fsdp2``; the latter on two ranks.
         seed: Of the moments.
-        longest: Seconds after its start that a run is killed at the latest.
+        longest: Seconds after its start that a run is killed at the latest; every second one is killed up to 50 ms
+            after it has begun to write a checkpoint.
     """
     draw = random.Random(seed)
     rows = ({"question": f"{i} + {i * 7}", "answer": str(8 * i) * (1 + i % 3)} for i in range(90))
@@ -103,11 +110,14 @@ def kill_and_go_on(root: Path, kills: int, steps: int, strategy: str, seed: int,
     arguments, alone, killed = command(root, steps, strategy), root / "alone", root / "killed"
     process = begin(root, alone, arguments)
     assert process.wait(600) == 0, (alone / "log").read_text()[-2000:]
-    moments, saved = [], []
+    moments, saved, halves = [], [], 0
     while len(moments) < kills:
         resume = ["--ckpt_path", "last"] if checkpoints(killed) else []
-        process = begin(root, killed, [*arguments, *resume])
-        moment = draw.uniform(0.0, longest)
+        before = set(half_written(killed))
+        process, writing = begin(root, killed, [*arguments, *resume]), len(moments) % 2 == 1
+        while writing and process.poll() is None and not set(half_written(killed)) - before:
+            time.sleep(0.0005)
+        moment = draw.uniform(0.0, 0.05 if writing else longest)
         try:
             process.wait(moment)
         except subprocess.TimeoutExpired:
@@ -121,6 +131,7 @@ def kill_and_go_on(root: Path, kills: int, steps: int, strategy: str, seed: int,
             assert not left(process.pid), "a process is left"
             for path in checkpoints(killed):
                 torch.load(path, weights_only=True)  # each is whole
+            halves += bool(half_written(killed))
             newest = [torch.load(path, weights_only=True)["global_step"] for path in checkpoints(killed)]
             saved.append(max(newest, default=0))
         else:
@@ -131,7 +142,7 @@ def kill_and_go_on(root: Path, kills: int, steps: int, strategy: str, seed: int,
     one, other = final(alone, steps), final(killed, steps)
     return {
         "strategy": strategy, "kills": len(moments), "seconds": [round(m, 2) for m in moments],
-        "newest step after each kill": saved,
+        "newest step after each kill": saved, "kills that left a half-written checkpoint": halves,
         "largest difference of a weight": max(float((one[name] - other[name]).abs().max()) for name in one),
         "partial files left": len([path for path in killed.rglob(".*ckpt*")]),
     }  # fmt: skip

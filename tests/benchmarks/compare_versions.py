@@ -46,15 +46,16 @@ def take_turns(folder: Path, steps: int) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
     class Turns(Callback):
-        begun = 0.0
+        begun, count = 0.0, 0
 
         def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, index: int) -> None:
-            if index % steps == 0:
-                if index:
+            if self.count % steps == 0:
+                if self.count:
                     print(time.process_time() - self.begun, file=answers, flush=True)
                 if not sys.stdin.readline():
                     os._exit(0)
                 self.begun = time.process_time()
+            self.count += 1
 
     add = cli.DeftCLI.instantiate_trainer
 
