@@ -10,7 +10,8 @@ from deft_lightning.cli.dispatch import dispatch
 from deft_lightning.terminal import guarded
 
 if TYPE_CHECKING:
-    from deft_lightning import InstructionDataModule, SFTModule
+    from deft_lightning.data.module import InstructionDataModule
+    from deft_lightning.training.module import SFTModule
 
 
 def run(module: type[SFTModule] | None = None, data: type[InstructionDataModule] | None = None) -> None:

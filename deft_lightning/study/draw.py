@@ -17,7 +17,8 @@ from deft_lightning.figures.style import dress, legend_beside, line, panels, sav
 from deft_lightning.objectives import DEFT, NLL, Cayley, Likelihood
 from deft_lightning.objectives.parse import short_legend
 from deft_lightning.study.cells import start, start_from
-from deft_lightning.study.plan import Study, file_name
+from deft_lightning.study.files import file_name
+from deft_lightning.study.plan import Study
 from deft_lightning.study.tables import JUDGED
 
 SEEN = (NLL(), Likelihood(), Cayley(), DEFT())

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from deft_lightning.atomic import whole_file, whole_folder
+from deft_lightning.data.prepared.cache import source_identity
 
 
 @contextmanager
@@ -34,3 +37,20 @@ def write_text(target: Path, content: str) -> None:
     """Write text; the file appears under its name once it is complete."""
     with whole_file(target) as partial:
         partial.write_text(content, encoding="utf-8")
+
+
+@lru_cache
+def files_of(*sources: str) -> str:
+    """Return a hash of the content of the files that sources name; empty where there are none: a hub id, a task."""
+    found = [source_identity(source) if source else "" for source in sources]
+    return digest(found) if any(found) else ""
+
+
+def file_name(text: str) -> str:
+    """Return a text as a name of a file or folder."""
+    return "".join(c if c.isalnum() or c in ".-" else "_" for c in text).strip("_")
+
+
+def digest(value: Any) -> str:
+    """Return a hash of a value made of plain types."""
+    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=8).hexdigest()

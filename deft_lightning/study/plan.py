@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import lru_cache
 from typing import Any, Literal
 
 from deft_lightning._version import __version__
 from deft_lightning.data import known_noise
-from deft_lightning.data.prepared.cache import source_identity
 from deft_lightning.errors import UserError, did_you_mean
 from deft_lightning.objectives import DEFT, DFT, EAFT, NLL, Cayley, Likelihood, Objective, Tsallis
 from deft_lightning.objectives.parse import short_legend
+from deft_lightning.study.files import digest, file_name, files_of
 
 FIELD = (NLL(), Likelihood(), Tsallis(q=0.5), Cayley(), Cayley(floor=0.5), EAFT(), DFT(), DEFT())
 TUNING = 1000  # seeds from here on choose learning rates; no reported cell has one
@@ -279,23 +276,6 @@ class Study:
                     for seed in range(self.headline_seeds) if rate is not None else ():
                         assert rate is not None
                         yield self.cell(name, objective, noise, rate, seed)
-
-
-@lru_cache
-def files_of(*sources: str) -> str:
-    """Return a hash of the content of the files that sources name; empty where there are none: a hub id, a task."""
-    found = [source_identity(source) if source else "" for source in sources]
-    return digest(found) if any(found) else ""
-
-
-def file_name(text: str) -> str:
-    """Return a text as a name of a file or folder."""
-    return "".join(c if c.isalnum() or c in ".-" else "_" for c in text).strip("_")
-
-
-def digest(value: Any) -> str:
-    """Return a hash of a value made of plain types."""
-    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
 def _positive(what: str, **values: float) -> None:

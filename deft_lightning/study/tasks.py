@@ -10,8 +10,7 @@ from deft_lightning.data.records.formats import detect_format, normalise
 from deft_lightning.data.sources.read import read
 from deft_lightning.errors import UserError
 from deft_lightning.hashing import uniform
-from deft_lightning.study.files import complete_folder
-from deft_lightning.study.plan import digest, files_of
+from deft_lightning.study.files import complete_folder, digest, files_of
 
 
 class Task(NamedTuple):

@@ -9,14 +9,7 @@ from torch import Tensor
 
 from deft_lightning.errors import UserError
 from deft_lightning.functional import IGNORE_INDEX, TokenStats, token_stats
-from deft_lightning.models import (
-    HeadSeam,
-    base_causal_lm,
-    check_causal,
-    check_head,
-    check_packing,
-    fused_forward,
-)
+from deft_lightning.models import HeadSeam, base_causal_lm, check_causal, check_head, check_packing, fused_forward
 from deft_lightning.objectives import Objective
 
 

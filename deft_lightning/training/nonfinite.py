@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
@@ -11,9 +11,7 @@ from torch import Tensor
 
 from deft_lightning.errors import UserError
 from deft_lightning.training.distributed import gather, local
-
-if TYPE_CHECKING:
-    from deft_lightning.training.normaliser import StepTotals
+from deft_lightning.training.totals import StepTotals
 
 NAMED = 5  # how many examples, and how many parameters, a message names
 PATIENCE = 20  # steps in a row that may be skipped

@@ -5,11 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from deft_lightning.functional import IGNORE_INDEX
@@ -17,81 +15,7 @@ from deft_lightning.objectives.base import TrackedGate
 from deft_lightning.training.distributed import local, parameters_of, ranks, whole
 from deft_lightning.training.loss import StepOutput
 from deft_lightning.training.nonfinite import NonfiniteGuard, OnNonfinite, SkippedStep
-
-
-@dataclass
-class StepTotals:
-    """What the ranks add up in an optimizer step, in one all-reduce.
-
-    Attributes:
-        tokens: Supervised tokens of this rank so far; None before the first micro-batch.
-        bad: Micro-batches of this rank whose loss was not finite so far.
-        gates: Sum of a gate over the tokens of this rank so far, float64; None where no mean gate is wanted.
-        batches: Ids of the examples of each micro-batch, and whether its loss was not finite.
-        summed: Tokens, bad micro-batches, wishes to stop and, where wanted, gates of all ranks, once they are known:
-            integers, or float64, which is exact up to 2^53 tokens.
-    """
-
-    tokens: Tensor | None = None
-    bad: Tensor | None = None
-    gates: Tensor | None = None
-    batches: list[tuple[Sequence[str], Tensor]] = field(default_factory=list)
-    summed: Tensor | None = None
-
-    def count(self, tokens: Tensor) -> None:
-        """Add the supervised tokens of a micro-batch."""
-        self.tokens = tokens if self.tokens is None else self.tokens + tokens
-
-    def watch(self, ids: Sequence[str], loss: Tensor) -> None:
-        """Take note of the loss of a micro-batch."""
-        bad = ~torch.isfinite(loss.detach())
-        self.batches.append((ids, bad))
-        self.bad = bad.long() if self.bad is None else self.bad + bad.long()
-
-    def weigh(self, gate: Tensor) -> None:
-        """Add the gates of the tokens of a micro-batch; every rank has to call it, or none."""
-        total = gate.sum(dtype=torch.float64)
-        self.gates = total if self.gates is None else self.gates + total
-
-    def reduce(self, stop: bool) -> Tensor:
-        """Return the supervised tokens of all ranks; every rank has to call it."""
-        assert self.tokens is not None
-        bad = self.tokens.new_zeros(()) if self.bad is None else self.bad
-        counts = [self.tokens, bad.to(self.tokens), torch.full_like(self.tokens, int(stop))]
-        self.summed = torch.stack(counts if self.gates is None else [*(n.double() for n in counts), self.gates])
-        if ranks() > 1:
-            dist.all_reduce(self.summed)
-        return self.summed[0]
-
-    def bad_examples(self) -> list[str]:
-        """Return the ids of the micro-batches whose loss was not finite, of all if it was only the gradient."""
-        guilty = [ids for ids, bad in self.batches if bool(bad)] or [ids for ids, _ in self.batches]
-        return [str(id) for ids in guilty for id in ids]
-
-
-@dataclass
-class RunningMean:
-    """Exponentially weighted mean over the tokens of optimizer steps.
-
-    A ratio of two sums that forget alike: it is right from the first step on, where a decaying mean that starts at 0
-    would have to be corrected, and a step with few tokens counts little.
-
-    Attributes:
-        total: Weighted sum of the values.
-        tokens: Weighted number of tokens.
-    """
-
-    total: float = 0.0
-    tokens: float = 0.0
-
-    @property
-    def mean(self) -> float:
-        """The mean; 1 before the first token."""
-        return self.total / self.tokens if self.tokens else 1.0
-
-    def add(self, total: float, tokens: float, decay: float) -> None:
-        """Add the tokens of a step; those of earlier steps count ``decay`` times what they did."""
-        self.total, self.tokens = decay * self.total + total, decay * self.tokens + tokens
+from deft_lightning.training.totals import RunningMean, StepTotals
 
 
 class StepNormaliser:

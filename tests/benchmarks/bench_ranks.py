@@ -38,7 +38,7 @@ def worker(args: argparse.Namespace) -> None:
     from torch.utils.data import DataLoader
 
     from deft_lightning import SFTModule, Trainer
-    from deft_lightning.training.normaliser import StepTotals
+    from deft_lightning.training.totals import StepTotals
 
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)

@@ -25,11 +25,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from deft_lightning import SFTModule, Trainer
-from deft_lightning.models import (
-    base_causal_lm,
-    find_head,
-    fused_forward,
-)
+from deft_lightning.models import base_causal_lm, find_head, fused_forward
 from deft_lightning.objectives import DEFT, Objective
 
 DENSE = "use --model.head dense"

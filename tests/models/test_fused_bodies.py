@@ -43,11 +43,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from deft_lightning import SFTModule
-from deft_lightning.models import (
-    LoRA,
-    base_causal_lm,
-    save_hugging_face,
-)
+from deft_lightning.models import LoRA, base_causal_lm, save_hugging_face
 
 
 def all_gradients(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:

@@ -24,12 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutput
 
 from deft_lightning.errors import UserError
-from deft_lightning.models import (
-    LoRA,
-    base_causal_lm,
-    check_head,
-    find_head,
-)
+from deft_lightning.models import LoRA, base_causal_lm, check_head, find_head
 from deft_lightning.objectives import DEFT
 
 

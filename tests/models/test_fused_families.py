@@ -30,11 +30,7 @@ from tiny import (
 
 from deft_lightning.errors import UserError
 from deft_lightning.functional import TokenStats
-from deft_lightning.models import (
-    check_causal,
-    check_head,
-    find_head,
-)
+from deft_lightning.models import check_causal, check_head, find_head
 from deft_lightning.objectives import DEFT, EAFT, Cayley, Objective
 
 

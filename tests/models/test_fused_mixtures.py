@@ -33,11 +33,7 @@ from tiny import (
 from torch import Tensor, nn
 
 from deft_lightning.errors import UserError
-from deft_lightning.models import (
-    LoRA,
-    add_adapters,
-    router_loss_factor,
-)
+from deft_lightning.models import LoRA, add_adapters, router_loss_factor
 
 
 def padded(batch: dict[str, Tensor], columns: int) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from deft_lightning.objectives import DEFT, NLL, Likelihood
 from deft_lightning.study import Base, Regime, Study
 from deft_lightning.study.cells import base_folder
 from deft_lightning.study.command import read_options
-from deft_lightning.study.plan import files_of
+from deft_lightning.study.files import files_of
 from deft_lightning.study.tasks import task_files
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -9,14 +9,7 @@ import numpy as np
 
 from deft_lightning.data.encoding.bounds import TemplateCost, bounded
 from deft_lightning.data.encoding.spans import Rendering, lay_out, lay_out_prompt
-from deft_lightning.data.encoding.supervise import (
-    NOT_SUPERVISED,
-    Supervise,
-    learnt,
-    noise_codes,
-    reaches_across,
-    turns,
-)
+from deft_lightning.data.encoding.supervise import NOT_SUPERVISED, Supervise, learnt, noise_codes, reaches_across, turns
 from deft_lightning.data.encoding.template import origin
 from deft_lightning.data.encoding.tokenizer import markers
 from deft_lightning.data.examples import Example, Ints, Prepared, Prompt
