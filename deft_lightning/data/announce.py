@@ -8,6 +8,7 @@ from pathlib import Path
 from lightning.pytorch import Trainer
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
+from deft_lightning.atomic import whole_file
 from deft_lightning.data.prepared.build import BAD_ROWS
 from deft_lightning.data.prepared.recipe import title
 from deft_lightning.data.preview import as_text
@@ -56,6 +57,6 @@ def _keep_bad_rows(folder: Path, trainer: Trainer | None) -> Path:
         return folder / BAD_ROWS
     target = Path(log_dir) / BAD_ROWS
     if trainer.is_global_zero:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(folder / BAD_ROWS, target)
+        with whole_file(target) as partial:
+            shutil.copyfile(folder / BAD_ROWS, partial)
     return target

@@ -190,6 +190,24 @@ locating = pytest.mark.parametrize("template", [name for name in TEMPLATES if na
 each_size = pytest.mark.parametrize("size", [262, 400])
 
 
+@each_template
+@each_size
+@settings(quick, max_examples=25)
+@given(texts=st.lists(st.sampled_from(TEXTS), min_size=1, max_size=4), data=st.data())
+def test_marks_change_no_token_label_or_turn(template: str, size: int, texts: list[str], data: st.DataObject) -> None:
+    tokenizer, examples = tokenizer_of(template, size), [talk(text) for text in texts]
+    marks: list[list[Mark]] = []
+    for text in texts:  # none, or a part of the last turn
+        start = data.draw(st.integers(0, len(text)))
+        end = data.draw(st.integers(start, len(text)))
+        marks.append([Mark(start, end, 1)] if data.draw(st.booleans()) else [])
+    clean, noisy = tokenise(tokenizer, examples, [[] for _ in examples]), tokenise(tokenizer, examples, marks)
+    for example, mark, before, after in zip(examples, marks, clean, noisy, strict=True):
+        assert after.input_ids.tolist() == before.input_ids.tolist() and after.labels.tolist() == before.labels.tolist()
+        assert encode(tokenizer, example, mark).turn.tolist() == encode(tokenizer, example).turn.tolist()
+        assert bool(after.noise_code.any()) <= bool(mark) and not before.noise_code.any()
+
+
 @locating
 @each_size
 @settings(quick, max_examples=25)
