@@ -34,6 +34,15 @@ def logged_step(trainer: Any) -> int:
     return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
 
 
+def restore_place_in_data(trainer: Any) -> None:
+    """Give the training loader its place from a checkpoint, where it was made before the checkpoint was restored.
+
+    Whatever counts the steps of a run makes it, a schedule that is planned over epochs for one; Lightning hands the
+    place to a loader that it makes afterwards alone, and would begin the epoch again.
+    """
+    trainer.fit_loop._load_combined_loader_states()
+
+
 # --------------------------------------------------------------------------------------- what belongs to which trainer
 
 
@@ -115,7 +124,9 @@ class FinalCheckpoint(ModelCheckpoint):
 
     def _save_last_checkpoint(self, trainer: Any, monitor_candidates: dict[str, Any]) -> None:
         """Link to the newest checkpoint; if somebody has removed it, to one that is saved now."""
-        if self.save_last == "link" and self._last_checkpoint_saved and not Path(self._last_checkpoint_saved).exists():
+        newest = self._last_checkpoint_saved
+        writing = getattr(trainer.strategy.checkpoint_io, "pending", lambda _: False)
+        if self.save_last == "link" and newest and not Path(newest).exists() and not writing(newest):
             self._save_topk_checkpoint(trainer, monitor_candidates)
         super()._save_last_checkpoint(trainer, monitor_candidates)
 

@@ -76,6 +76,9 @@ ATTRIBUTES: dict[str, tuple[Callable[[], Any], Callable[[Any], bool], str]] = {
 }  # fmt: skip
 METHODS: dict[str, tuple[type | Callable[[], Any], list[str], str]] = {
     "_should_accumulate": (lambda: trainer().fit_loop, [], "steps and micro-batches are told apart no more"),
+    "_load_combined_loader_states": (
+        lambda: trainer().fit_loop, [], "a run whose schedule is planned over epochs begins its epoch again if resumed",
+    ),
     "_select_ckpt_path": (
         _CheckpointConnector, ["state_fn", "ckpt_path", "model_provided", "model_connected"],
         "--ckpt_path last means this run's own, and nothing is refused before data is prepared",

@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
-from deft_lightning._lightning import CheckpointConnector, attached_module
+from deft_lightning._lightning import CheckpointConnector, attached_module, restore_place_in_data
 from deft_lightning.errors import UserError
 from deft_lightning.models.contents import KEY
 from deft_lightning.training.resume.last import line_of
@@ -134,6 +134,7 @@ class Restoring(CheckpointConnector):
         asked = [[_without_params(group) for group in one.param_groups] for one in optimizers]
         with self._of("states of optimizer, schedule and loops"):
             super().restore_training_state()
+            restore_place_in_data(self.trainer)
         for name in changed_arguments(before, self._settings) - RATES:  # the command line wins over the checkpoint
             for group, own_group in zip(optimizers[0].param_groups, asked[0], strict=True):
                 if name in own_group:
