@@ -76,6 +76,8 @@ def make_trainer(root: Path, world: int, *callbacks: Any, **options: Any) -> Tra
             "enable_model_summary": False,
             "num_sanity_val_steps": 0,
             "log_every_n_steps": 1,
+            "monitors": False,
+            "gradient_clip_val": None,
             "default_root_dir": str(root),
             "callbacks": list(callbacks),
             **{name: value() if name == "strategy" else value for name, value in options.items()},

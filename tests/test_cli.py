@@ -287,10 +287,11 @@ def test_checkpoint_and_progress_switches_of_the_trainer_are_honoured(cli: Cli, 
     assert not list(tmp_path.rglob("*.ckpt"))
 
 
-def test_runs_without_a_logger_share_a_folder_and_keep_each_export(cli: Cli, tmp_path: Path) -> None:
+def test_runs_without_a_logger_have_folders_of_their_own_with_an_export_each(cli: Cli, tmp_path: Path) -> None:
     for _ in range(2):
         cli("fit", *TINY, "--trainer.logger", "false", "--after_fit.test", "false")
-    assert {path.parent.name for path in tmp_path.rglob("model.safetensors")} == {"export", "export-1"}
+    exports = {str(path.parent.relative_to(tmp_path)) for path in tmp_path.rglob("model.safetensors")}
+    assert {export[-16:] for export in exports} == {"version_0/export", "version_1/export"}
 
 
 def test_checkpoint_every_n_steps(cli: Cli, tmp_path: Path) -> None:

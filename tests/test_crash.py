@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from concurrent.futures.process import BrokenProcessPool
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -81,12 +82,12 @@ def test_an_unexpected_error_goes_to_a_file_and_names_the_checkpoint(
 def test_what_fails_after_training_leaves_the_checkpoint_and_can_be_repeated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import deft_lightning.training.trainer as trainers
+    exporter = import_module("deft_lightning.training.verbs.export")
 
     def full(*args: Any, **kwargs: Any) -> None:
         raise OSError(28, "No space left on device", str(tmp_path / "model.safetensors"))
 
-    monkeypatch.setattr(trainers, "save_hugging_face", full)
+    monkeypatch.setattr(exporter, "save_hugging_face", full)
     status, line = end(options(tmp_path), monkeypatch, capsys)
     checkpoint = tmp_path / "logs" / "version_0" / "checkpoints" / "step=4.ckpt"
     assert status == 2 and f"{tmp_path / 'model.safetensors'}: the disk is full; export failed" in line

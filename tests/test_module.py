@@ -84,6 +84,8 @@ def make_module(pretrained: str, **options: Any) -> SFTModule:
 
 def make_trainer(root: Path, *callbacks: Callback, **options: Any) -> Trainer:
     defaults: dict[str, Any] = {
+        "monitors": False,
+        "gradient_clip_val": None,
         "accelerator": "cpu",
         "devices": 1,
         "max_epochs": 1,

@@ -56,7 +56,8 @@ def fit(
     trainer = Trainer(
         max_steps=total, max_epochs=epochs, default_root_dir=str(root), logger=False,
         callbacks=[Stop(steps), checkpoint],
-        enable_progress_bar=False, enable_model_summary=False, accelerator="cpu", **kw,
+        enable_progress_bar=False, enable_model_summary=False, accelerator="cpu", monitors=False,
+        gradient_clip_val=None, **kw,
     )  # fmt: skip
     trainer.fit(module, data, ckpt_path=resume)
     assert trainer.global_step == steps

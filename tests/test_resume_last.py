@@ -172,7 +172,7 @@ def test_last_is_resumed_from_python_wherever_checkpoints_lie(tmp_path: Path) ->
 def test_a_last_one_that_has_changed_on_the_way_names_the_one_before(tmp_path: Path) -> None:
     source, saver = rows(tmp_path / "rows.jsonl"), {"save_top_k": -1, "every_n_train_steps": 1}
     fit(tmp_path, source, 2, saver=saver)
-    newest, older = (tmp_path / "checkpoints" / f"step={step}.ckpt" for step in (2, 1))
+    newest, older = (tmp_path / "version_0" / "checkpoints" / f"step={step}.ckpt" for step in (2, 1))
     raw = bytearray(newest.read_bytes())
     raw[len(raw) // 2] ^= 0x40
     newest.write_bytes(raw)

@@ -74,7 +74,7 @@ def said(caplog: pytest.LogCaptureFixture) -> Log:
 
 
 def saved(world: Path) -> Path:
-    return world / "checkpoints" / "step=3.ckpt"
+    return world / "version_0" / "checkpoints" / "step=3.ckpt"
 
 
 def error(*args: Any, **options: Any) -> str:
@@ -110,7 +110,7 @@ DIFFERENT: dict[str, tuple[dict[str, Any], list[str]]] = {
     "batches": (
         {"data": {"batch_size": 2}, "accumulate_grad_batches": 2, "gradient_clip_val": 0.5},
         [
-            "trainer.accumulate_grad_batches: 1 -> 2", "trainer.gradient_clip_val: None -> 0.5",
+            "trainer.accumulate_grad_batches: 1 -> 2", "trainer.gradient_clip_val: 1.0 -> 0.5",
             "data.batch_size: 4 -> 2",
         ],
     ),
@@ -162,7 +162,7 @@ def test_a_schedule_of_torch_keeps_what_it_began_with_and_says_so(world: Path, t
         return lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, step_size=size)
 
     fit(tmp_path / "first", str(world / "rows.jsonl"), 3, model={"scheduler": every(2)})
-    first = tmp_path / "first" / "checkpoints" / "step=3.ckpt"
+    first = tmp_path / "first" / "version_0" / "checkpoints" / "step=3.ckpt"
     options = {"scheduler": every(4), "optimizer": lambda groups: adam(groups, lr=1e-2)}
     trainer, _ = fit(tmp_path / "second", str(world / "rows.jsonl"), 4, first, model=options)
     assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(1e-5)
@@ -272,7 +272,7 @@ def test_other_adapters_are_refused(
 def test_the_same_adapters_under_another_dropout_are_resumed(world: Path, tmp_path: Path, said: Log) -> None:
     source = str(world / "rows.jsonl")
     fit(tmp_path / "a", source, 1, model={"lora": LoRA(r=2)})
-    path = tmp_path / "a" / "checkpoints" / "step=1.ckpt"
+    path = tmp_path / "a" / "version_0" / "checkpoints" / "step=1.ckpt"
     trainer, _ = fit(tmp_path / "b", source, 2, path, model={"lora": LoRA(r=2, alpha=4, dropout=0.1)})
     assert trainer.global_step == 2 and "model.lora.dropout: 0.0 -> 0.1" in said()
 
@@ -280,7 +280,7 @@ def test_the_same_adapters_under_another_dropout_are_resumed(world: Path, tmp_pa
 def test_weights_alone_are_not_resumed_but_validated(world: Path, tmp_path: Path) -> None:
     source = str(world / "rows.jsonl")
     fit(tmp_path, source, 1, saver={"save_weights_only": True})
-    path = tmp_path / "checkpoints" / "step=1.ckpt"
+    path = tmp_path / "version_0" / "checkpoints" / "step=1.ckpt"
     line = error(tmp_path, source, 6, path)
     assert str(path) in line and "--checkpoint.save_weights_only" in line and "--model.pretrained" in line
     trainer = Trainer(default_root_dir=str(tmp_path), accelerator="cpu", logger=False, enable_progress_bar=False)
@@ -291,7 +291,7 @@ def test_weights_alone_are_not_resumed_but_validated(world: Path, tmp_path: Path
 def test_epochs_that_are_behind_a_checkpoint_are_counted_and_no_others(world: Path, tmp_path: Path, said: Log) -> None:
     source, epochs = str(world / "rows.jsonl"), {"steps": -1, "max_epochs": 2}
     fit(tmp_path / "two", source, **epochs)
-    (path,) = (tmp_path / "two" / "checkpoints").glob("step=8.ckpt")
+    (path,) = (tmp_path / "two" / "version_0" / "checkpoints").glob("step=8.ckpt")
     assert "--trainer.max_epochs 1" in error(tmp_path, source, -1, path, max_epochs=1)
     trainer, _ = fit(tmp_path / "more", source, -1, path, max_epochs=3)
     assert trainer.global_step == 12
@@ -378,7 +378,11 @@ def test_a_checkpoint_cannot_name_a_file_that_saving_then_deletes(where: str, wo
         }
         torch.save(held, tmp_path / "stranger.ckpt")
         fit(
-            tmp_path / "run", str(world / "rows.jsonl"), 6, tmp_path / "stranger.ckpt", saver={"every_n_train_steps": 1}
+            tmp_path / "run",
+            str(world / "rows.jsonl"),
+            6,
+            tmp_path / "stranger.ckpt",
+            saver={"every_n_train_steps": 1, "dirpath": str(folder)},
         )
         assert theirs.read_text() == "kept"
     if where == "theirs.txt":  # beside the checkpoints of this run, but none

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -43,6 +44,14 @@ class Checkpoint(FinalCheckpoint):
             save_on_train_epoch_end=None,
         )
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Settle on the run's own folder before a fit, whatever its logger; nothing else saves."""
+        if stage != "fit":
+            return
+        if self.dirpath is None and hasattr(trainer, "run_folder") and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self.dirpath = str(Path(str(trainer.log_dir)) / "checkpoints")
+        super().setup(trainer, pl_module, stage)
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -53,6 +62,8 @@ class Checkpoint(FinalCheckpoint):
             self.save_final(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the final state if no validation or epoch end has."""
+        """Save the final state if no validation or epoch end has; a `fast_dev_run` keeps nothing."""
+        if getattr(trainer, "fast_dev_run", False):
+            return
         self.save_final(trainer)
         super().on_train_end(trainer, pl_module)

@@ -10,7 +10,7 @@ from deft_lightning._lightning import logged_step
 from deft_lightning.callbacks.drawings import gate_curve
 from deft_lightning.callbacks.marked import marked
 from deft_lightning.callbacks.monitor import add_figure, has_matplotlib, writers
-from deft_lightning.callbacks.watched import watched
+from deft_lightning.callbacks.watched import is_watched, watched
 from deft_lightning.errors import UserError
 from deft_lightning.objectives import Objective
 
@@ -45,6 +45,8 @@ class Dashboard(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the layout and the curve, on rank zero alone."""
+        if not is_watched(pl_module):
+            return
         module = watched(pl_module)
         # A schedule may have a focus index at one end of the run only.
         focus = any(objective.deformed is not None for objective in (module.objective, module.current_objective))
@@ -57,8 +59,10 @@ class Dashboard(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw the curve again if the run has reached another objective; another scale of the same is none."""
+        if not is_watched(pl_module) or trainer.state.fn != "fit":
+            return
         module = watched(pl_module)
-        if trainer.state.fn == "fit" and module.objective.scheduled and module.current_objective != self.drawn:
+        if module.objective.scheduled and module.current_objective != self.drawn:
             self._draw(trainer, module.current_objective)
 
     def _draw(self, trainer: Trainer, objective: Objective) -> None:
@@ -78,7 +82,7 @@ class Dashboard(Callback):
     ) -> None:
         """Write the first examples of a validation set, on rank zero alone."""
         module = watched(pl_module)
-        tokenizer = module.tokenizer
+        tokenizer = module.tokenizer if is_watched(pl_module) else None
         if batch_idx or not self.examples or tokenizer is None or trainer.state.fn != "fit" or trainer.sanity_checking:
             return
         for writer in writers(trainer):

@@ -12,7 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from deft_lightning.callbacks.drawings import occupancy
 from deft_lightning.callbacks.locked import LockWatch, locked
 from deft_lightning.callbacks.monitor import TokenMonitor
-from deft_lightning.callbacks.watched import WatchedModule, watched
+from deft_lightning.callbacks.watched import WatchedModule, is_watched, watched
 from deft_lightning.errors import UserError
 from deft_lightning.functional import TokenStats
 from deft_lightning.metrics import Histogram, PackedHistogram
@@ -74,6 +74,8 @@ class GateMonitor(TokenMonitor):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse objectives that cannot be computed, before anything is trained."""
         self.lock = LockWatch()
+        if not is_watched(pl_module):
+            return
         own = watched(pl_module).objective
         for other in self.others.values():
             if other.topk not in (0, own.topk):

@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from deft_lightning._lightning import is_accumulating, is_logging_step, logged_step
-from deft_lightning.callbacks.watched import WatchedModule, watched
+from deft_lightning.callbacks.watched import WatchedModule, is_watched, watched
 from deft_lightning.errors import UserError
 from deft_lightning.functional import TokenStats
 from deft_lightning.metrics import Histogram, PackedHistogram, Quantiles
@@ -59,7 +59,7 @@ class TokenMonitor(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Collect on logged steps; report once the optimizer has stepped."""
-        if not is_logging_step(trainer):
+        if not is_watched(pl_module) or not is_logging_step(trainer):
             return
         module = watched(pl_module)
         if self.packed is None:

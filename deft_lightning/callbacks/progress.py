@@ -30,7 +30,7 @@ class SFTProgressBar(TQDMProgressBar):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Count tokens; the count is a plain number in the batch, so nothing waits for the device."""
-        self._tokens += batch.get("num_tokens", 0)
+        self._tokens += batch.get("num_tokens", 0) if isinstance(batch, dict) else 0
         now = time.perf_counter()
         if now - self._since > 1.0:
             self._rate, self._tokens, self._since = self._tokens / (now - self._since), 0, now

@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_info
 
 from deft_lightning._lightning import is_accumulating
-from deft_lightning.callbacks.watched import WatchedModule, watched
+from deft_lightning.callbacks.watched import WatchedModule, is_watched, watched
 
 
 class GracefulStop(Callback):
@@ -51,7 +51,9 @@ class GracefulStop(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Stop between optimizer steps."""
-        if watched(pl_module).stop_agreed and not is_accumulating(trainer):
+        # A module that has no such agreement is stopped rank by rank.
+        agreed = watched(pl_module).stop_agreed if is_watched(pl_module) else self.asked
+        if agreed and not is_accumulating(trainer):
             trainer.should_stop = self.stopped = True
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -44,6 +44,11 @@ class WatchedModule(Protocol):
         """Log a value under a tag."""
 
 
+def is_watched(module: LightningModule) -> bool:
+    """Whether a module trains with a token objective; in any other there is nothing to watch."""
+    return hasattr(module, "objective")
+
+
 def watched(module: LightningModule) -> WatchedModule:
     """Return a module as what callbacks watch."""
     return cast("WatchedModule", module)

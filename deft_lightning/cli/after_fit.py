@@ -39,7 +39,7 @@ def run_after_fit(trainer: Trainer, module: Any, datamodule: Any, export: bool, 
     wanted: list[tuple[str, Callable[[], Any]]] = []
     folder, output = trainer.log_dir, ""
     if export and folder is not None:
-        # Without a logger, runs share a folder: an earlier export is not overwritten, and not a reason to fail.
+        # An earlier export is not overwritten, and not a reason to fail.
         names = itertools.chain(["export"], (f"export-{i}" for i in itertools.count(1)))
         output = str(next(path for name in names if not (path := Path(folder) / name).exists()))
         wanted.append(("export", partial(trainer.export, module, output=output, datamodule=datamodule)))
@@ -106,8 +106,8 @@ def saved(trainer: Any) -> str:
 
 def log_folder(trainer: Any) -> Path | None:
     """Return a run's log folder without asking other ranks, which may be gone; None if there is none."""
-    for logger in trainer.loggers:
-        place = getattr(logger, "log_dir", None) or logger.save_dir
+    places = [getattr(logger, "log_dir", None) or logger.save_dir for logger in trainer.loggers]
+    for place in (trainer.run_folder.known, *places):
         if place is not None and Path(place).is_dir():
             return Path(place)
     return None

@@ -42,15 +42,10 @@ from deft_lightning.data import InstructionDataModule
 from deft_lightning.errors import UserError
 from deft_lightning.models import tokenizer_from_checkpoint
 from deft_lightning.training.module import SFTModule
+from deft_lightning.training.recipe import TRAINER_DEFAULTS
 from deft_lightning.training.resume import refuse, run_folder
 from deft_lightning.training.trainer import Trainer
 
-TRAINER_DEFAULTS: dict[str, Any] = {
-    "gradient_clip_val": 1.0,
-    "log_every_n_steps": 10,
-    "default_root_dir": "logs",
-    "use_distributed_sampler": False,  # the data module shards by itself
-}
 OPTIMIZER = {
     "class_path": "torch.optim.AdamW",
     "init_args": {"lr": 5e-5, "betas": [0.9, 0.95], "weight_decay": 0.01},

@@ -151,7 +151,7 @@ def _trainer(steps: int, root: Path, folder: Path | None) -> Trainer:
         accelerator="cpu", devices=1, logger=logger, callbacks=monitors if folder else [], max_steps=steps,
         gradient_clip_val=1.0, log_every_n_steps=max(1, steps // POINTS), val_check_interval=max(1, steps // LOOKS),
         check_val_every_n_epoch=None, num_sanity_val_steps=0, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, default_root_dir=str(root), use_distributed_sampler=False,
+        enable_model_summary=False, default_root_dir=str(root), use_distributed_sampler=False, monitors=False,
     )  # fmt: skip
 
 

@@ -1,14 +1,18 @@
-"""Checkpoint files that are there whole or not at all, and of which nothing is executed."""
+"""Checkpoint files that are there whole or not at all, written at once or in the background; nothing of them is run."""
 
 from __future__ import annotations
 
 import errno
 import shutil
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any, cast
 
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch.plugins.io import AsyncCheckpointIO, CheckpointIO
+from lightning_utilities.core.apply_func import apply_to_collection
 
 from deft_lightning.atomic import whole_file
 from deft_lightning.errors import UserError
@@ -76,3 +80,83 @@ def why_not_saved(target: Path, error: Exception) -> str:
         pass
     reason = "the disk is full" if full else " ".join(str(error).split())
     return f"{target}: cannot save the checkpoint: {reason}; earlier ones are intact (--checkpoint.dirpath)"
+
+
+class BackgroundCheckpointIO(CheckpointIO):
+    """Saves and removes in another thread, in the order in which it was asked: what Lightning's ``async`` is here.
+
+    Lightning's own removes the previous checkpoint before the new one is written, so that a run that is killed in
+    between has none.
+
+    Args:
+        inner: Writes and reads.
+    """
+
+    def __init__(self, inner: CheckpointIO) -> None:
+        self.inner = inner
+        self._executor: ThreadPoolExecutor | None = None
+        self._tasks: list[tuple[str, Future[None]]] = []
+
+    def pending(self, path: Any) -> bool:
+        """Whether a checkpoint has been saved but is not written yet."""
+        return any(name == str(path) and not task.done() for name, task in self._tasks)
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """Take a copy of the state as it is, and write it in the background.
+
+        Raises:
+            UserError: An earlier one could not be written.
+        """
+        copied = apply_to_collection(checkpoint, torch.Tensor, lambda tensor: tensor.detach().clone())
+        self._submit(path, self.inner.save_checkpoint, copied, path, storage_options)
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """Remove a checkpoint once those saved before are written."""
+        self._submit(path, self.inner.remove_checkpoint, path)
+
+    def load_checkpoint(
+        self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Load a checkpoint once all that was saved is written."""
+        self._finish(wait=True)
+        return self.inner.load_checkpoint(path, map_location, weights_only)
+
+    def teardown(self) -> None:
+        """Wait until everything is written.
+
+        Raises:
+            UserError: Something could not be.
+        """
+        executor, self._executor = self._executor, None
+        if executor is not None:
+            executor.shutdown(wait=True)
+        self._finish(wait=True)
+
+    def _submit(self, path: Any, call: Callable[..., None], *arguments: Any) -> None:
+        self._finish(wait=False)
+        self._executor = self._executor or ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._tasks.append((str(path), self._executor.submit(call, *arguments)))
+
+    def _finish(self, wait: bool) -> None:
+        """Raise what has failed of that which is done."""
+        done = [task for _, task in self._tasks if wait or task.done()]
+        self._tasks = [(name, task) for name, task in self._tasks if task not in done]
+        for task in done:
+            task.result()
+
+
+def checkpoint_plugins(plugins: Any) -> list[Any]:
+    """Return the plugins of a trainer with a checkpoint IO that leaves checkpoints whole; another one stays as it is.
+
+    Args:
+        plugins: As the trainer takes them. Lightning's ``AsyncCheckpointIO`` becomes :class:`BackgroundCheckpointIO`.
+    """
+    given = [] if plugins is None else list(plugins) if isinstance(plugins, (list, tuple)) else [plugins]
+    if not any(isinstance(plugin, CheckpointIO) for plugin in given):
+        return [*given, AtomicCheckpointIO()]
+    return [
+        BackgroundCheckpointIO(plugin.checkpoint_io or AtomicCheckpointIO())
+        if isinstance(plugin, AsyncCheckpointIO)
+        else plugin
+        for plugin in given
+    ]

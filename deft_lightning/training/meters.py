@@ -81,26 +81,26 @@ class Meters:
         if self._routed:
             log("train/router_loss", _taken(self.router))
 
-    def log_validation(self, log: Log, corrupted: bool) -> None:
-        """Log the validation means; they are already global, so no rank averages them again.
+    def log_validation(self, log: Log, corrupted: bool) -> dict[str, Tensor]:
+        """Log the validation means, and return them by tag; they are already global, so no rank averages them again.
 
         Args:
             log: Of the module.
             corrupted: Whether there is a loader of corrupted examples.
         """
         means = _taken(self.val)
-        for name in ("loss", "nll", "ppl", "token_accuracy"):
-            log(f"val/{name}", means[name], prog_bar=name == "nll", sync_dist=True)
-        if not corrupted:
-            return
-        noisy, recovered = _taken(self.val_noisy), _taken(self.recovered)
-        if noisy["tokens"] > 0:
-            log("val_noisy/nll", noisy["nll"], sync_dist=True)
-            # Share of the corrupted labels that the model gives as its first choice: what it has memorised.
-            log("val_noisy/reproduced", noisy["token_accuracy"], sync_dist=True)
-        if recovered["tokens"] > 0:
-            # Share of them whose clean label is the first choice: what it has seen through.
-            log("val_noisy/recovered", recovered["token_accuracy"], sync_dist=True)
+        values = {f"val/{name}": means[name] for name in ("loss", "nll", "ppl", "token_accuracy")}
+        if corrupted:
+            noisy, recovered = _taken(self.val_noisy), _taken(self.recovered)
+            if noisy["tokens"] > 0:
+                # Share of the corrupted labels that the model gives as its first choice: what it has memorised.
+                values |= {"val_noisy/nll": noisy["nll"], "val_noisy/reproduced": noisy["token_accuracy"]}
+            if recovered["tokens"] > 0:
+                # Share of them whose clean label is the first choice: what it has seen through.
+                values["val_noisy/recovered"] = recovered["token_accuracy"]
+        for tag, value in values.items():
+            log(tag, value, prog_bar=tag == "val/nll", sync_dist=True)
+        return values
 
 
 def _taken(meter: Metric) -> Any:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from lightning_utilities.core.rank_zero import rank_zero_info
 
 from deft_lightning.errors import UserError
 from deft_lightning.models import (
     LoRA,
     add_adapters,
+    base_causal_lm,
     build_sharded,
     check_fits,
     check_pretrained,
@@ -20,7 +26,7 @@ from deft_lightning.models import (
     router_loss_factor,
     vocabulary_digest,
 )
-from deft_lightning.models.load import Dtype
+from deft_lightning.models.load import Dtype, ready
 from deft_lightning.ops import Backend
 from deft_lightning.training.loss import BatchLoss
 from deft_lightning.training.protocols import shards
@@ -31,7 +37,7 @@ from deft_lightning.trust import check_attention
 class ModelSource:
     """Builds or loads the model of a run; arguments as those of :class:`deft_lightning.SFTModule`."""
 
-    pretrained: str | None
+    pretrained: Any
     architecture: dict[str, Any] | None
     dtype: Dtype
     attention: str | None
@@ -42,6 +48,11 @@ class ModelSource:
     head_backend: Backend
     compile: bool
 
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> Self:
+        """Return the source that the arguments of a module describe, whatever else is among them."""
+        return cls(**{field.name: settings[field.name] for field in fields(cls)})
+
     def __post_init__(self) -> None:
         """Refuse what cannot be loaded, and must not be, before data is prepared."""
         if self.head not in ("fused", "dense"):
@@ -49,8 +60,49 @@ class ModelSource:
         if self.head_backend not in ("auto", "torch", "triton"):
             raise UserError(f"--model.head_backend must be auto, torch or triton, not {self.head_backend!r}")
         check_attention(self.attention, self.trust_remote_code, "--model.attention")
-        if self.pretrained is not None:
+        if self.given:
+            check_causal_lm(self.pretrained)
+            if self.attention is not None:
+                raise UserError("attention is a setting of the model that was given: set it there")
+        elif self.pretrained is not None:
             check_pretrained(self.pretrained, self.trust_remote_code, self.attention)
+
+    @property
+    def given(self) -> bool:
+        """Whether the model itself was given, rather than its name."""
+        return self.pretrained is not None and not isinstance(self.pretrained, str)
+
+    @property
+    def name(self) -> str | None:
+        """Hub id or folder of the model; of one that was given the folder it was loaded from, if that exists."""
+        if not self.given:
+            return self.pretrained
+        folder = str(getattr(base_causal_lm(self.pretrained).config, "_name_or_path", "") or "")
+        return folder if folder and (Path(folder) / "tokenizer_config.json").is_file() else None
+
+    def settle_tokenizer(self, data: Any | None, own: Any | None) -> None:
+        """Give the data the tokenizer of a model that was given, and say which that is.
+
+        Args:
+            data: The data module, None without one.
+            own: Tokenizer of the checkpoint that the model comes from.
+
+        Raises:
+            UserError: There is none: one that is built from the data is no tokenizer of this model.
+        """
+        if not self.given or data is None or not hasattr(data, "use_tokenizer"):
+            return
+        if getattr(data, "tokenizer_name", None) is not None or getattr(data, "tokenizer", None) is not None:
+            return
+        if own is not None:
+            data.use_tokenizer(own)
+            rank_zero_info("tokenizer: the checkpoint's")
+        elif self.name is not None:
+            rank_zero_info(f"tokenizer: the one in {self.name}, from which the model was loaded")
+        else:
+            raise UserError(
+                "the model that was given names no folder with a tokenizer: give InstructionDataModule(tokenizer=...)"
+            )
 
     def build(self, tokenizer: Any | None, longest: int) -> Any:
         """Return the model in train mode; on the meta device its weights hold nothing.
@@ -62,7 +114,9 @@ class ModelSource:
         Raises:
             UserError: No model is named, or the data does not fit it.
         """
-        if self.pretrained is not None:
+        if self.given:
+            model = self._given()
+        elif self.pretrained is not None:
             model = load_pretrained(self.pretrained, self.dtype, self.attention, self.trust_remote_code)
         elif self.architecture is not None:
             model = from_architecture(self.architecture, tokenizer, self.dtype, self.attention)
@@ -71,7 +125,17 @@ class ModelSource:
         check_fits(model, tokenizer, longest)
         if self.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        return model if self.lora is None else add_adapters(model, self.lora)
+        adapted = hasattr(model, "get_base_model")
+        return model if self.lora is None or adapted else add_adapters(model, self.lora)
+
+    def _given(self) -> Any:
+        """The model that was given, itself; under the meta device its shapes."""
+        if torch.get_default_device().type != "meta":
+            return ready(self.pretrained)
+        causal = base_causal_lm(self.pretrained)
+        shapes = ready(type(causal)(copy.deepcopy(causal.config)).to(causal.dtype))
+        # Adapters of its own are added anew, by the same settings.
+        return shapes if causal is self.pretrained or self.lora is None else add_adapters(shapes, self.lora)
 
     def place(self, build: Callable[[], Any], strategy: Any | None) -> tuple[Any, BatchLoss]:
         """Return the model where a strategy wants it, and what makes a loss of it.
@@ -93,6 +157,22 @@ class ModelSource:
         if self.compile:
             compile_body(model)
         return model, loss
+
+
+def check_causal_lm(model: Any) -> None:
+    """Refuse an object that is no causal language model of transformers, with adapters or without.
+
+    Raises:
+        UserError: It is something else.
+    """
+    from transformers import PreTrainedModel
+
+    causal = base_causal_lm(model)
+    if not isinstance(causal, PreTrainedModel) or causal.get_output_embeddings() is None:
+        raise UserError(
+            f"pretrained: {type(model).__name__} is neither the name of a model nor a causal language model of"
+            " transformers"
+        )
 
 
 def check_vocabulary(tokenizer: Any | None, digest: str | None) -> None:

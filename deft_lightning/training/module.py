@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -20,13 +20,16 @@ from deft_lightning.models.contents import KEY
 from deft_lightning.objectives import DEFT, Objective, RunState
 from deft_lightning.ops import Backend
 from deft_lightning.training.distributed import ranks
+from deft_lightning.training.hyper_parameters import hyper_parameters
 from deft_lightning.training.loss import NoObjective, noise_of
 from deft_lightning.training.meters import Meters
 from deft_lightning.training.model_source import ModelSource, check_vocabulary
 from deft_lightning.training.nonfinite import OnNonfinite
 from deft_lightning.training.normaliser import StepNormaliser
-from deft_lightning.training.optim import CosineWithWarmup, adamw, make_optimizer, planned_steps
+from deft_lightning.training.optim import CosineWithWarmup, adamw
+from deft_lightning.training.optimizers import make_optimizer, planned_steps, step_plateaus
 from deft_lightning.training.protocols import PromptSource, check_strategy
+from deft_lightning.training.restored import restored
 from deft_lightning.training.seeding import reseed
 
 OptimizerCallable = Callable[[Iterable[Any]], Optimizer]
@@ -39,12 +42,14 @@ class SFTModule(LightningModule):
     The gradient of an optimizer step is that of the mean loss over all its supervised tokens: all micro-batches, all
     ranks, whatever their lengths. `training_step` returns a sum; the division happens once.
 
+    From Python, `pretrained` may be a transformers model itself, which is trained in place.
+
     Args:
         objective: Token objective; a name of this package's, or the class path of your own.
         pretrained: Hub id or folder of a causal language model; wins over `architecture`.
         architecture: `model_type` and options of a transformers config, for random weights.
         optimizer: Called with parameter groups; biases and norms are exempt from weight decay.
-        scheduler: Called with the optimizer; stepped each optimizer step.
+        scheduler: Called with the optimizer; stepped each optimizer step. `null` is a constant rate.
         head: `fused` never holds the logits of a batch; `dense` uses the model's own.
         head_backend: Row kernel of the fused head: `triton` (CUDA), `torch`, or `auto`, Triton where it runs.
         lora: Train low-rank adapters only; `--model.lora.r 16` switches them on.
@@ -63,10 +68,10 @@ class SFTModule(LightningModule):
     def __init__(
         self,
         objective: Objective = DEFT(),  # noqa: B008 - frozen
-        pretrained: str | None = None,
+        pretrained: str | None = None,  # or a model: the command line knows names alone
         architecture: dict[str, Any] | None = None,
         optimizer: OptimizerCallable = adamw,
-        scheduler: SchedulerCallable = CosineWithWarmup,
+        scheduler: SchedulerCallable | None = CosineWithWarmup,
         head: Literal["fused", "dense"] = "fused",
         head_backend: Backend = "auto",
         lora: LoRA | None = None,
@@ -78,20 +83,21 @@ class SFTModule(LightningModule):
         generation: Generation = Generation(),  # noqa: B008 - frozen
         trust_remote_code: bool = False,
     ) -> None:
+        given = dict(locals())
         super().__init__()
-        self.objective, self.pretrained, self.architecture = objective, pretrained, architecture
+        self.source = ModelSource.of(given)
+        self.objective, self.pretrained, self.architecture = objective, self.source.name, architecture
         self.optimizer_callable, self.scheduler_callable = optimizer, scheduler
         self.head, self.head_backend, self.compile_layers = head, head_backend, compile
         self.lora, self.dtype_name, self.attention = lora, dtype, attention
         self.gradient_checkpointing, self.generation = gradient_checkpointing, generation
         self.on_nonfinite, self.trust_remote_code = on_nonfinite, trust_remote_code
-        self.source = ModelSource(
-            pretrained, architecture, dtype, attention, lora, gradient_checkpointing, trust_remote_code, head,
-            head_backend, compile,
-        )  # fmt: skip
+        self.save_hyperparameters(hyper_parameters({**given, "pretrained": self.pretrained}))
         self.normaliser, self.meters, self.evaluator = StepNormaliser(on_nonfinite), Meters(), Evaluator(generation)
         self.model: Any = None
         self.batch_loss: Any = None
+        self.own_tokenizer: Any = None  # of a checkpoint that the module was made of
+        self.lr: float | None = None  # set by Lightning's lr_find: the peak in place of the optimizer's own
         self.stop_asked = self.stop_agreed = False
         self._run, self._steps = RunState(), 0
         self._about: dict[str, Any] | None = None
@@ -103,8 +109,8 @@ class SFTModule(LightningModule):
 
     @property
     def tokenizer(self) -> Any | None:
-        """The data module's tokenizer, if there is one."""
-        return getattr(self.prompts, "tokenizer", None)
+        """The data module's tokenizer, if there is one, else that of a checkpoint the module was made of."""
+        return getattr(self.prompts, "tokenizer", None) or self.own_tokenizer
 
     @property
     def current_objective(self) -> Objective:
@@ -125,7 +131,20 @@ class SFTModule(LightningModule):
         """Steps left out so far because their loss or gradient was not finite."""
         return self.normaliser.guard.skipped
 
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, map_location: Any = None, **arguments: Any) -> Self:  # type: ignore[override]
+        """Return a module with the model and the settings of a checkpoint: a file, or a folder of shares.
+
+        Arguments win over its settings. Nothing that it names is imported: give an objective of your own.
+        """
+        return restored(cls, checkpoint_path, map_location, arguments)
+
     # ---------------------------------------------------------------- model and loss
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Settle the tokenizer of a model that was given, before data is prepared with another; add no callback."""
+        self.source.settle_tokenizer(self.prompts, self.own_tokenizer)
+        return []
 
     def setup(self, stage: str) -> None:
         """Refuse strategies under which the head would not see its whole weight; begin the objective's course."""
@@ -147,26 +166,17 @@ class SFTModule(LightningModule):
         return self.model(input_ids=input_ids, use_cache=False, **kwargs)
 
     def loss_and_stats(self, batch: dict[str, Any]) -> tuple[Tensor, TokenStats, Tensor]:
-        """Return the summed loss, the statistics of the supervised tokens, and where they are.
+        """Return the sum of the objective, the statistics of the N supervised tokens, and where they are.
 
-        Args:
-            batch: As for :class:`~deft_lightning.training.loss.BatchLoss`.
-
-        Returns:
-            The sum of the objective over the N supervised tokens, the router's loss of a mixture of experts included;
-            their detached statistics; the mask ``(B, T - 1)`` of positions whose next token is supervised.
+        The router's loss of a mixture of experts is in the sum. The batch is as for
+        :class:`~deft_lightning.training.loss.BatchLoss`, the mask ``(B, T - 1)`` of positions whose next token counts.
         """
         output = self.batch_loss(batch, self.current_objective)
         return output.total, output.stats, output.keep
 
     @torch.no_grad()
     def statistics(self, batch: dict[str, Any], topk: int = 0) -> tuple[TokenStats, Tensor]:
-        """Return the statistics of the supervised tokens and where they are, whatever the objective; no gradient.
-
-        Args:
-            batch: As for :meth:`loss_and_stats`.
-            topk: Also the entropy of that many largest probabilities.
-        """
+        """Return the statistics and where the tokens are, without gradient; also the entropy of the `topk` largest."""
         output = self.batch_loss(batch, self.current_objective, NoObjective(topk))
         return output.stats, output.keep
 
@@ -174,7 +184,7 @@ class SFTModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Build the optimizer and the schedule; plan the schedule over the trainer's optimizer steps."""
-        return make_optimizer(self.model, self.optimizer_callable, self.scheduler_callable, self.trainer)
+        return make_optimizer(self.model, self.optimizer_callable, self.scheduler_callable, self.trainer, self.lr)
 
     def on_fit_start(self) -> None:
         """Put the sums where the tokens are; forget the micro-batches of a fit that was interrupted."""
@@ -240,8 +250,14 @@ class SFTModule(LightningModule):
         return {"stats": output.stats}
 
     def on_validation_epoch_end(self) -> None:
-        """Log the validation means."""
-        self.meters.log_validation(self.log, corrupted=len(self.trainer.num_val_batches) > 1)
+        """Log the validation means, and let schedules see them that wait for one."""
+        means = self.meters.log_validation(self.log, corrupted=len(self.trainer.num_val_batches) > 1)
+        step_plateaus(self.trainer, means)
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any | None) -> None:
+        """Step a schedule; one that waits for a metric has been stepped at the end of the validation."""
+        if metric is None:
+            scheduler.step()
 
     def generate(self, batch: dict[str, Any], longest: int = 0) -> list[list[Completion]]:
         """Complete the left-padded prompts of a batch; one list of samples for each, none for a filler."""

@@ -1,9 +1,9 @@
-"""Optimizer and learning-rate schedule of the paper's recipe."""
+"""Optimizer and learning-rate schedule of the paper's recipe, and Muon."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -11,6 +11,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from deft_lightning.errors import UserError
+from deft_lightning.training.muon import MuonAdamW
+
+__all__ = ["CosineWithWarmup", "MuonAdamW", "adamw"]
 
 
 def adamw(params: Iterable[Any]) -> Optimizer:
@@ -72,51 +75,3 @@ class CosineWithWarmup(LRScheduler):
     def get_lr(self) -> list[float | Any]:
         """Return the rates of the current step."""
         return [rate * self.factor(self.last_epoch) for rate in self.base_lrs]
-
-
-def make_optimizer(
-    model: torch.nn.Module, optimizer: Callable[..., Optimizer], scheduler: Callable[..., LRScheduler], trainer: Any
-) -> dict[str, Any]:
-    """Return optimizer and schedule as Lightning wants them; biases and norms are exempt from weight decay.
-
-    Args:
-        model: What is trained.
-        optimizer: Called with parameter groups.
-        scheduler: Called with the optimizer.
-        trainer: Its optimizer steps are what the schedule is planned over.
-
-    Raises:
-        UserError: One of them refuses its settings, or the run has no end to plan for.
-    """
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in trained if p.ndim >= 2]},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    try:
-        built = optimizer([group for group in groups if group["params"]])
-    except (ValueError, TypeError) as error:
-        raise UserError(f"--model.optimizer: {error}") from None
-    try:
-        schedule = scheduler(built)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"--model.scheduler: {error}") from None
-    if isinstance(schedule, CosineWithWarmup) and schedule.total_steps is None:
-        schedule.plan(planned_steps(trainer, "the schedule"))
-    return {"optimizer": built, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-
-def planned_steps(trainer: Any, what: str) -> int:
-    """Return the number of optimizer steps of a run, for something that needs it.
-
-    Args:
-        trainer: Knows its limits.
-        what: Needs it, for the message.
-
-    Raises:
-        UserError: The run has no end.
-    """
-    steps = trainer.estimated_stepping_batches
-    if math.isinf(steps) or steps < 0:
-        raise UserError(f"{what} needs an end: set --trainer.max_epochs or --trainer.max_steps")
-    return int(steps)

@@ -1,4 +1,4 @@
-"""Trainer with the verbs ``export``, ``preview``, ``probe``; the paper's defaults belong to the command line."""
+"""Trainer that trains as the command line does, with the verbs ``export``, ``preview`` and ``probe``."""
 
 from __future__ import annotations
 
@@ -8,18 +8,26 @@ from typing import Any
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch import Trainer as LightningTrainer
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.plugins.io import CheckpointIO
 
 from deft_lightning.training import fsdp2, verbs  # noqa: F401 - the first makes --trainer.strategy fsdp2 known
-from deft_lightning.training.checkpoint_io import AtomicCheckpointIO
+from deft_lightning.training.checkpoint_io import checkpoint_plugins
 from deft_lightning.training.logs import lasting
+from deft_lightning.training.recipe import with_callbacks, with_defaults
 from deft_lightning.training.resume import CheckpointFinder, Restoring
+from deft_lightning.training.run_folder import RunFolder
+
+MONITORS = "monitors"  # an option for Python alone: on the command line each monitor has a key of its own
 
 
 class Trainer(LightningTrainer):
-    """Lightning's Trainer; runs go to ``<default_root_dir>/version_N`` and can be exported.
+    """Lightning's Trainer with the recipe of `fit`; runs go to ``<default_root_dir>/version_N`` and can be exported.
 
-    Without ``max_epochs`` it stops after ``max_steps`` or ``max_time``, or after one epoch if neither is given.
+    What is not given is as on the command line: gradients are clipped at 1.0, metrics logged every 10 steps to
+    TensorBoard under ``logs``, the newest state is saved, tokens are watched (GateMonitor, EntropyMonitor,
+    NoiseMonitor, Dashboard), SIGINT and SIGTERM end a run with its state saved. A callback that is given takes the
+    place of that of its kind; ``enable_checkpointing=False``, ``enable_progress_bar=False`` and ``monitors=False``
+    leave theirs out. Without ``max_epochs`` it stops after ``max_steps`` or ``max_time``, or after one epoch if neither
+    is given.
 
     Args:
         args: As Lightning's.
@@ -27,20 +35,25 @@ class Trainer(LightningTrainer):
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        if kwargs.get("logger") in (None, True):
-            kwargs["logger"] = TensorBoardLogger(kwargs.get("default_root_dir") or ".", name="")
+        monitors = bool(kwargs.pop(MONITORS, True))
+        kwargs.update(with_defaults(kwargs))
+        kwargs["callbacks"] = with_callbacks(kwargs, monitors)
+        kwargs["plugins"] = checkpoint_plugins(kwargs.get("plugins"))
+        if kwargs.get("logger") in (None, True) and not kwargs.get("barebones"):
+            kwargs["logger"] = TensorBoardLogger(kwargs["default_root_dir"], name="", default_hp_metric=False)
         if kwargs.get("max_epochs") is None and not args:
             limited = kwargs.get("max_steps") not in (None, -1) or kwargs.get("max_time") is not None
             kwargs["max_epochs"] = -1 if limited else 1
-        plugins = kwargs.get("plugins") or []
-        plugins = list(plugins) if isinstance(plugins, (list, tuple)) else [plugins]
-        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
-            kwargs["plugins"] = [*plugins, AtomicCheckpointIO()]
         super().__init__(*args, **kwargs)
         Restoring.install(self)
-        self.finder = CheckpointFinder(self)
+        self.finder, self.run_folder = CheckpointFinder(self), RunFolder(self)
         for logger in self.loggers:
             lasting(logger)
+
+    @property
+    def log_dir(self) -> str | None:
+        """The folder of the run; every rank has to ask. None in a `fast_dev_run`, which keeps nothing."""
+        return None if getattr(self, "fast_dev_run", False) else self.run_folder.path
 
     def export(
         self,

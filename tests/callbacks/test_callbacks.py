@@ -88,6 +88,8 @@ def constant(optimizer: torch.optim.Optimizer) -> Any:
 
 def make_trainer(root: Path, *callbacks: Callback, **options: Any) -> Trainer:
     defaults: dict[str, Any] = {
+        "monitors": False,
+        "gradient_clip_val": None,
         "accelerator": "cpu",
         "devices": 1,
         "max_epochs": 1,

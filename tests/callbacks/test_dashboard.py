@@ -58,7 +58,7 @@ def fit(
     )  # fmt: skip
     callbacks = [GateMonitor(others=[NLL(), Likelihood()]), EntropyMonitor(), NoiseMonitor(), dashboard]
     trainer = Trainer(
-        accelerator="cpu", devices=1, max_steps=9, log_every_n_steps=1, val_check_interval=3,
+        accelerator="cpu", devices=1, max_steps=9, log_every_n_steps=1, val_check_interval=3, gradient_clip_val=None,
         check_val_every_n_epoch=None, callbacks=callbacks, default_root_dir=str(folder), enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, **options,
     )  # fmt: skip
@@ -243,7 +243,7 @@ def test_without_matplotlib_everything_else_is_there(tmp_path: Path, monkeypatch
 
 def test_a_csv_logger_gets_the_same_numbers(run: Path, tmp_path: Path) -> None:
     trainer = fit(tmp_path, Dashboard(), logger=CSVLogger(str(tmp_path), name="csv"))
-    with (Path(str(trainer.log_dir)) / "metrics.csv").open() as file:
+    with (Path(str(trainer.loggers[0].log_dir)) / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert not list(tmp_path.rglob("events.out*"))
     found = events(run)

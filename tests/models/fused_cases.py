@@ -202,7 +202,7 @@ def trainer_in(root: Path, **options: Any) -> Trainer:
     return Trainer(
         accelerator="cpu", devices=1, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, num_sanity_val_steps=0, log_every_n_steps=1, default_root_dir=str(root),
-        **{"logger": False, "max_epochs": 1, **options},
+        **{"logger": False, "max_epochs": 1, "monitors": False, "gradient_clip_val": None, **options},
     )  # fmt: skip
 
 

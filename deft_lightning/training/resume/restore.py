@@ -109,10 +109,12 @@ class Restoring(CheckpointConnector):
                 super().restore_training_state()
             return
         self._settings, held = settings(self.trainer), self.contents
+        # A run that keeps no checkpoints needs no folder for them.
+        folder = self.trainer.log_dir if self.trainer.checkpoint_callbacks else None
         self._run = {
             "id": (own := secrets.token_hex(8)),
             "line": [*line_of(held, self.path), own] if held else [own],
-            "folder": str(Path(self.trainer.log_dir).resolve()) if self.trainer.log_dir else None,
+            "folder": str(Path(folder).resolve()) if folder else None,
             "started": time.time(),
         }
         if not held:

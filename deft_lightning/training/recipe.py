@@ -1,0 +1,76 @@
+"""How a run is trained unless somebody says otherwise: one place for the command line and for Python."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
+
+from deft_lightning.callbacks import (
+    Checkpoint,
+    Dashboard,
+    EntropyMonitor,
+    GateMonitor,
+    GracefulStop,
+    MetricCheck,
+    NoiseMonitor,
+    RankWatch,
+    SFTProgressBar,
+)
+
+TRAINER_DEFAULTS: dict[str, Any] = {
+    "gradient_clip_val": 1.0,
+    "log_every_n_steps": 10,
+    "default_root_dir": "logs",
+    "use_distributed_sampler": False,  # the data module shards by itself
+}
+MONITORS = (GateMonitor, EntropyMonitor, NoiseMonitor, Dashboard)
+WATCHES = (GracefulStop, RankWatch, MetricCheck)
+# Kinds of which a run has one at most: whoever brings another kind of it has chosen.
+KINDS: dict[type[Callback], type[Callback]] = {Checkpoint: ModelCheckpoint, SFTProgressBar: ProgressBar}
+
+
+def with_defaults(options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of a trainer with those of the recipe that were not given.
+
+    Args:
+        options: Arguments of the trainer; what is None there is taken as it is.
+    """
+    settings = {**TRAINER_DEFAULTS, **options}
+    if settings["default_root_dir"] is None:
+        settings["default_root_dir"] = TRAINER_DEFAULTS["default_root_dir"]
+    if settings.get("barebones"):
+        # Nothing but the loop is to be measured; what the recipe would add there Lightning refuses.
+        given = _listed(settings.get("callbacks"))
+        settings["callbacks"] = [one for one in given if not isinstance(one, (*MONITORS, *KINDS))]
+        if settings["log_every_n_steps"] == TRAINER_DEFAULTS["log_every_n_steps"]:
+            settings["log_every_n_steps"] = None
+        return settings
+    return settings
+
+
+def with_callbacks(options: dict[str, Any], monitors: bool) -> list[Callback]:
+    """Return the callbacks of a run: those that were given, and those of the recipe whose kind is not among them.
+
+    Args:
+        options: Arguments of the trainer.
+        monitors: Whether those are wanted that watch tokens, and arrange what they log.
+    """
+    given = _listed(options.get("callbacks"))
+    if options.get("barebones"):
+        return given
+    wanted: list[type[Callback]] = [*(MONITORS if monitors else ()), *WATCHES]
+    if options.get("enable_progress_bar") is not False:
+        wanted.insert(0, SFTProgressBar)
+    if options.get("enable_checkpointing") is not False:
+        wanted.insert(0, Checkpoint)
+    missing = [kind for kind in wanted if not any(isinstance(one, KINDS.get(kind, kind)) for one in given)]
+    return [*given, *(kind() for kind in missing)]
+
+
+def _listed(callbacks: Callback | Iterable[Callback] | None) -> list[Callback]:
+    if callbacks is None:
+        return []
+    return [callbacks] if isinstance(callbacks, Callback) else list(callbacks)
