@@ -12,7 +12,6 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from deft_lightning._lightning import is_accumulating, is_logging_step, trainer_of
-from deft_lightning.errors import UserError
 from deft_lightning.evaluation import Completion, Evaluator, Generation, TestSet, prediction_records
 from deft_lightning.functional import TokenStats
 from deft_lightning.models import LoRA, check_state, describe, is_sharded
@@ -28,7 +27,7 @@ from deft_lightning.training.nonfinite import OnNonfinite
 from deft_lightning.training.normaliser import StepNormaliser
 from deft_lightning.training.optim import CosineWithWarmup, adamw
 from deft_lightning.training.optimizers import make_optimizer, planned_steps, step_plateaus
-from deft_lightning.training.protocols import PromptSource, check_strategy
+from deft_lightning.training.protocols import PromptSource, check_strategy, stop_tokens_of, test_sets_of
 from deft_lightning.training.restored import restored
 from deft_lightning.training.seeding import reseed
 
@@ -41,7 +40,6 @@ class SFTModule(LightningModule):
 
     The gradient of an optimizer step is that of the mean loss over all its supervised tokens: all micro-batches, all
     ranks, whatever their lengths. `training_step` returns a sum; the division happens once.
-
     From Python, `pretrained` may be a transformers model itself, which is trained in place.
 
     Args:
@@ -99,8 +97,7 @@ class SFTModule(LightningModule):
         self.own_tokenizer: Any = None  # of a checkpoint that the module was made of
         self.lr: float | None = None  # set by Lightning's lr_find: the peak in place of the optimizer's own
         self.stop_asked = self.stop_agreed = False
-        self._run, self._steps = RunState(), 0
-        self._about: dict[str, Any] | None = None
+        self._run, self._steps, self._about = RunState(), 0, dict[str, Any]()
 
     @property
     def prompts(self) -> PromptSource | None:
@@ -138,8 +135,6 @@ class SFTModule(LightningModule):
         Arguments win over its settings. Nothing that it names is imported: give an objective of your own.
         """
         return restored(cls, checkpoint_path, map_location, arguments)
-
-    # ---------------------------------------------------------------- model and loss
 
     def configure_callbacks(self) -> list[Callback]:
         """Settle the tokenizer of a model that was given, before data is prepared with another; add no callback."""
@@ -179,8 +174,6 @@ class SFTModule(LightningModule):
         """Return the statistics and where the tokens are, without gradient; also the entropy of the `topk` largest."""
         output = self.batch_loss(batch, self.current_objective, NoObjective(topk))
         return output.stats, output.keep
-
-    # ---------------------------------------------------------------- training
 
     def configure_optimizers(self) -> Any:
         """Build the optimizer and the schedule; plan the schedule over the trainer's optimizer steps."""
@@ -237,8 +230,6 @@ class SFTModule(LightningModule):
             if self.objective.tracks is not None:
                 self.log("objective/scale", self._run.scale)
 
-    # ---------------------------------------------------------------- validation, test, predict
-
     def on_validation_start(self) -> None:
         """Put the sums where the tokens are."""
         self.meters.to(self.device)
@@ -261,16 +252,12 @@ class SFTModule(LightningModule):
 
     def generate(self, batch: dict[str, Any], longest: int = 0) -> list[list[Completion]]:
         """Complete the left-padded prompts of a batch; one list of samples for each, none for a filler."""
-        if self.prompts is None or self.tokenizer is None:
-            raise UserError("generation needs the data module's tokenizer")
-        stops, together = self.prompts.stop_token_ids, ranks() > 1 and is_sharded(self.model)
+        stops, together = stop_tokens_of(self.prompts), ranks() > 1 and is_sharded(self.model)
         return self.evaluator.complete(self.model, self.tokenizer, batch, stops, longest=longest, together=together)
 
     @property
     def _test_sets(self) -> list[TestSet]:
-        if self.prompts is None:
-            raise UserError("test needs the data module: it knows the prompts and who grades them")
-        return self.prompts.test_sets
+        return test_sets_of(self.prompts)
 
     def on_predict_start(self) -> None:
         """Check the prompts."""
@@ -295,11 +282,9 @@ class SFTModule(LightningModule):
         """Log the figures of every loader's prompts over all ranks, and print them as one table."""
         self.evaluator.report(self._test_sets, self.log, self.global_rank, self.trainer.world_size)
 
-    # ---------------------------------------------------------------- checkpoints
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what `export` needs, so that a checkpoint stands alone, and where the run stands."""
-        if self._about is None:
+        if not self._about:
             stops = self.prompts.stop_token_ids if self.prompts is not None else []
             self._about = describe(self.model, self.tokenizer, self.lora, stops)
         run = {"objective": repr(self.objective), "training": list(self._run), **self.normaliser.state_dict()}

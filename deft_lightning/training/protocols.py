@@ -31,6 +31,28 @@ class PromptSource(Protocol):
         """Tokens at which generation ends."""
 
 
+def test_sets_of(prompts: PromptSource | None) -> list[TestSet]:
+    """Return what the prompts of each loader belong to.
+
+    Raises:
+        UserError: There is no data module.
+    """
+    if prompts is None:
+        raise UserError("test needs the data module: it knows the prompts and who grades them")
+    return prompts.test_sets
+
+
+def stop_tokens_of(prompts: PromptSource | None) -> list[int]:
+    """Return the tokens at which generation ends.
+
+    Raises:
+        UserError: There is no data module with a tokenizer.
+    """
+    if prompts is None or prompts.tokenizer is None:
+        raise UserError("generation needs the data module's tokenizer")
+    return prompts.stop_token_ids
+
+
 class ShardingStrategy(Protocol):
     """A strategy under which every rank holds a share of the weights.
 
