@@ -347,9 +347,18 @@ def exported(root: Path, world: int) -> Found:
 class Broken(SFTModule):
     """Its loss is not a number where example p9 is."""
 
-    def _terms(self, batch: dict[str, Any]) -> Any:
-        loss, *rest = super()._terms(batch)
-        return (loss * float("nan") if "p9" in batch["example_id"] else loss, *rest)
+    def configure_model(self) -> None:
+        built = self.model is not None
+        super().configure_model()
+        if built:
+            return
+        terms = self.batch_loss
+
+        def broken(batch: dict[str, Any], *others: Any) -> Any:
+            output = terms(batch, *others)
+            return output._replace(loss=output.loss * float("nan")) if "p9" in batch["example_id"] else output
+
+        self.batch_loss = broken
 
 
 def skipped(root: Path, world: int) -> Found:

@@ -82,7 +82,8 @@ class DeftCLI(LightningCLI):
             save_config_callback=SaveConfigCallback,
             save_config_kwargs={"overwrite": True},
             trainer_class=Trainer,
-            trainer_defaults=TRAINER_DEFAULTS,
+            # The data module shards by itself; from Python loaders may be anybody's, which Lightning then shards.
+            trainer_defaults={**TRAINER_DEFAULTS, "use_distributed_sampler": False},
             seed_everything_default=0,
             parser_class=DeftParser,
             parser_kwargs={"description": "Fine-tune causal language models on imperfect instruction data."},

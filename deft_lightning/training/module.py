@@ -206,7 +206,8 @@ class SFTModule(LightningModule):
     ) -> None:
         """Divide the summed gradients by the supervised tokens of the whole step, then step."""
         accumulate, tracked = self.trainer.accumulate_grad_batches, self.current_objective.tracks
-        with self.normaliser.step(optimizer, optimizer_closure, accumulate, self.stop_asked, tracked) as closure:
+        given = (optimizer, optimizer_closure, accumulate, lambda: self.stop_asked, tracked)
+        with self.normaliser.step(*given) as closure:
             super().optimizer_step(epoch, batch_idx, optimizer, closure)
         self.stop_agreed = self.normaliser.stop_agreed
 
@@ -242,8 +243,7 @@ class SFTModule(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log the validation means, and let schedules see them that wait for one."""
-        means = self.meters.log_validation(self.log, corrupted=len(self.trainer.num_val_batches) > 1)
-        step_plateaus(self.trainer, means)
+        step_plateaus(self.trainer, self.meters.log_validation(self.log, len(self.trainer.num_val_batches) > 1))
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any | None) -> None:
         """Step a schedule; one that waits for a metric has been stepped at the end of the validation."""

@@ -93,7 +93,7 @@ class StepNormaliser:
         optimizer: Any,
         backward: Callable[[], Any] | None,
         accumulate: int,
-        stop: bool,
+        stop: Callable[[], bool],
         tracked: TrackedGate | None,
     ) -> Iterator[Callable[[], Any]]:
         """Give the closure for the optimizer step that is made within, and account for the step.
@@ -106,14 +106,14 @@ class StepNormaliser:
             optimizer: The one that steps.
             backward: Computes the gradients of the last micro-batch.
             accumulate: Micro-batches of a full step.
-            stop: Whether this rank has been asked to stop.
+            stop: Whether this rank has been asked to stop; asked after the backward pass, in which it may be.
             tracked: The gate whose running mean the objective wants.
         """
         assert backward is not None
 
         def closure() -> Any:
             result = backward()
-            tokens = self.totals.reduce(stop)
+            tokens = self.totals.reduce(stop())
             scale = ranks() * accumulate / tokens.clamp_min(1).float()
             grads = local(p.grad for p in parameters_of(optimizer) if p.grad is not None)
             if grads:  # before clipping, loss-scale removal and the logged norm

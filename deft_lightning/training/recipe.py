@@ -24,7 +24,6 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "gradient_clip_val": 1.0,
     "log_every_n_steps": 10,
     "default_root_dir": "logs",
-    "use_distributed_sampler": False,  # the data module shards by itself
 }
 MONITORS = (GateMonitor, EntropyMonitor, NoiseMonitor, Dashboard)
 WATCHES = (GracefulStop, RankWatch, MetricCheck)
