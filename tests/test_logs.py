@@ -140,4 +140,4 @@ def test_a_log_that_cannot_be_opened_ends_a_run_before_it_begins(fit: Any, tmp_p
 def test_a_logger_is_made_lasting_once() -> None:
     logger = lasting(Remote(1, RuntimeError()))
     kind = type(logger)
-    assert type(lasting(logger)) is kind and isinstance(logger, Remote) and kind.__name__ == "Remote"
+    assert type(lasting(logger)) is kind and isinstance(logger, Remote) and kind.__name__ == "LastingRemote"

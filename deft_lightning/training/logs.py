@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
@@ -99,10 +100,16 @@ def lasting(logger: Any) -> Any:
     kind = type(logger)
     if not issubclass(kind, Logger) or issubclass(kind, LastingLogger):
         return logger
-    first = LastingTensorBoard if issubclass(kind, TensorBoardLogger) else LastingLogger
     # Its class and not its methods: what its own methods call of each other passes here too.
-    logger.__class__ = type(kind.__name__, (first, kind), {"__module__": kind.__module__, "__doc__": kind.__doc__})
+    logger.__class__ = _lasting_kind(kind)
     return logger
+
+
+@lru_cache
+def _lasting_kind(kind: type) -> type:
+    first = LastingTensorBoard if issubclass(kind, TensorBoardLogger) else LastingLogger
+    # A name of its own: `--trainer.logger NAME` is looked for among all classes of loggers.
+    return type(f"Lasting{kind.__name__}", (first, kind), {"__module__": __name__, "__doc__": kind.__doc__})
 
 
 def cause_outside(error: BaseException | None) -> OSError | None:
@@ -117,7 +124,11 @@ def cause_outside(error: BaseException | None) -> OSError | None:
 
 
 def _line(logger: Any, outside: OSError | None, error: Exception) -> str:
-    where = getattr(logger, "log_dir", None) or getattr(logger, "save_dir", None) or type(logger).__name__
+    where = (
+        getattr(logger, "log_dir", None)
+        or getattr(logger, "save_dir", None)
+        or type(logger).__name__.removeprefix("Lasting")
+    )
     reason = " ".join(str(getattr(outside, "strerror", None) or error or type(error).__name__).split())
     if outside is None:
         return visible(f"{where}: a value could not be logged and is left out ({reason}); the run goes on")
