@@ -108,6 +108,8 @@ class BackgroundCheckpointIO(CheckpointIO):
             UserError: An earlier one could not be written.
         """
         copied = apply_to_collection(checkpoint, torch.Tensor, lambda tensor: tensor.detach().clone())
+        if "://" not in str(path):  # Lightning links `last.ckpt` to it at once, whoever is faster
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
         self._submit(path, self.inner.save_checkpoint, copied, path, storage_options)
 
     def remove_checkpoint(self, path: Any) -> None:
