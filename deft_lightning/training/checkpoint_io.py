@@ -6,6 +6,7 @@ import errno
 import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -109,7 +110,8 @@ class BackgroundCheckpointIO(CheckpointIO):
         """
         copied = apply_to_collection(checkpoint, torch.Tensor, lambda tensor: tensor.detach().clone())
         if "://" not in str(path):  # Lightning links `last.ckpt` to it at once, whoever is faster
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            with suppress(OSError):  # the writer meets it too, and tells
+                Path(path).parent.mkdir(parents=True, exist_ok=True)
         self._submit(path, self.inner.save_checkpoint, copied, path, storage_options)
 
     def remove_checkpoint(self, path: Any) -> None:
