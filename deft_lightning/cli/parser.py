@@ -60,6 +60,10 @@ class DeftParser(LightningArgumentParser):
         with whole_file(Path(path)) as partial:
             super().save(cfg, str(partial), *args, **kwargs)
 
+    def format_help(self, *args: Any, **kwargs: Any) -> str:
+        """Return the help without the backspace by which jsonargparse joins `--print_config` and its flags."""
+        return super().format_help(*args, **kwargs).replace(" \b", "")
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print one line and exit with status 2."""
         if not self.exit_on_error:

@@ -38,6 +38,12 @@ def test_the_table_has_ten_verbs_with_a_home_and_a_line_each() -> None:
     assert set(DeftCLI.subcommands()) == {verb.name for verb in VERBS.values() if verb.home == TRAINER}
 
 
+def test_the_help_of_a_verb_has_no_control_characters() -> None:
+    """One that is printed is shown escaped: a backspace of the parser's was."""
+    done = command("export", "--help")
+    assert "--print_config[=flags]" in done.stdout and "\\x" not in done.stdout and "\b" not in done.stdout
+
+
 def test_help_lists_every_verb_before_torch_is_imported() -> None:
     done = command("--help")
     assert done.returncode == 0 and "torch" not in done.stderr and told(done) == []
