@@ -18,6 +18,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from deft_lightning import SFTModule
+
 ROOT = Path(__file__).resolve().parents[1]
 RUNS = ("single", "lora", "shares")
 
@@ -82,6 +84,17 @@ def test_a_checkpoint_is_exported_as_before(saved: Path, name: str) -> None:
     checkpoint = f"{name}/version_0/checkpoints/step=6.ckpt"
     command(saved, "export", "--ckpt_path", checkpoint, "--output", f"out/{name}")
     assert difference(saved / "out" / name / "model.safetensors", saved / name / "step6.safetensors") < 1e-7
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_module_comes_back_from_a_checkpoint_of_a_file_and_of_shares(saved: Path, name: str) -> None:
+    module = SFTModule.load_from_checkpoint(saved / name / "version_0" / "checkpoints" / "step=6.ckpt")
+    assert repr(module.objective) == ("Cayley()" if name == "lora" else "DEFT()")
+    exported, ids = load_file(saved / name / "step6.safetensors"), torch.arange(4, 12)[None]
+    if name != "lora":  # whose adapters are not merged in the module
+        state = module.model.state_dict()
+        assert all(torch.equal(state[key], value) for key, value in exported.items())
+    assert torch.isfinite(module(ids).logits).all()
 
 
 @pytest.mark.parametrize("name", RUNS)

@@ -7,6 +7,7 @@ from typing import Any
 
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
+from lightning_utilities.core.rank_zero import rank_zero_info
 
 from deft_lightning.callbacks import (
     Checkpoint,
@@ -43,10 +44,13 @@ def with_defaults(options: dict[str, Any]) -> dict[str, Any]:
     if settings.get("barebones"):
         # Nothing but the loop is to be measured; what the recipe would add there Lightning refuses.
         given = _listed(settings.get("callbacks"))
-        settings["callbacks"] = [one for one in given if not isinstance(one, (*MONITORS, *KINDS))]
+        left_out = [one for one in given if isinstance(one, (*MONITORS, *KINDS))]
+        settings["callbacks"] = [one for one in given if one not in left_out]
+        if left_out:
+            names = ", ".join(type(one).__name__ for one in left_out)
+            rank_zero_info(f"--trainer.barebones: nothing is watched or saved; left out: {names}")
         if settings["log_every_n_steps"] == TRAINER_DEFAULTS["log_every_n_steps"]:
             settings["log_every_n_steps"] = None
-        return settings
     return settings
 
 
