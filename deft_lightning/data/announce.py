@@ -20,7 +20,7 @@ SHOWN = 1200  # letters of an example in the log
 
 
 def announce(splits: Splits, settings: DataSettings, trainer: Trainer | None) -> list[int]:
-    """Tell what was skipped, counted and will be learnt, with two examples.
+    """Tell what was decided, skipped, counted and will be learnt, with two examples.
 
     Args:
         splits: The prepared rows.
@@ -30,6 +30,8 @@ def announce(splits: Splits, settings: DataSettings, trainer: Trainer | None) ->
     Returns:
         The special tokens that end the responses.
     """
+    for remark in splits.remarks:
+        rank_zero_info(remark)
     if splits.skipped:
         listed = _keep_bad_rows(splits.folder, trainer)
         rank_zero_warn(

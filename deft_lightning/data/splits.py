@@ -40,6 +40,7 @@ class Splits:
         held_out: The validation examples as they were read.
         skipped: How many rows could not be used.
         bad_rows: What is wrong with the first of them.
+        remarks: What was decided about the sources, a line each.
 
     Raises:
         UserError: The folder holds something else.
@@ -76,6 +77,7 @@ class Splits:
             self.reports[name] = Report.load(counted)
         self.skipped: int = meta["skipped"]
         self.bad_rows: list[str] = meta["bad_rows"]
+        self.remarks: list[str] = meta.get("remarks", [])
 
     def __getitem__(self, split: str) -> PreparedDataset:
         """Return the rows of a split."""

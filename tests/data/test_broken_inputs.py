@@ -141,7 +141,7 @@ JSONL: dict[str, Case] = {
     "comma before the brace": between(b'{"question": "a", "answer": "b",}', "is not JSON"),
     "single quotes": between(b"{'question': 'a', 'answer': 'b'}", "is not JSON"),
     "two objects on a line": between(lines(QA).strip() * 2, "is not JSON (Extra data"),
-    "a list on a line": between([QA], "expected an object with named fields, got list"),
+    "a list on a line": between([QA], "is a list and no object; write one object a line"),
     "a number on a line": between(3, "got int"),
     "a text on a line": between("hello", "got str"),
     "null on a line": between(None, "got NoneType"),
@@ -167,9 +167,8 @@ JSONL: dict[str, Case] = {
     "answer an object": between(qa(answer={"a": 1}), "field 'answer': expected text, got dict"),
     "answer a nested list": between(qa(answer=[["a"]]), "field 'answer': expected text, got list"),
     "another layout among the rows": between({"instruction": "a", "output": "b"}, "missing field 'question' (the row"),
-    "a list over lines": Case(
-        "rows.jsonl", b"[\n" + lines(QA) + b"]\n", 3, {1: "is not JSON", 3: "is not JSON"},
-    ),
+    "a list over lines": Case("rows.jsonl", b"[\n" + lines(QA) + b"]\n", 1, check=response("4")),
+    "a bracket among the lines": between(b"[", "an object has to be on one line"),
     "UTF-16": Case("rows.jsonl", lines(QA).decode().encode("utf-16"), fatal="is not UTF-8 text; it looks like UTF-16"),
     "UTF-16 without a mark": Case("rows.jsonl", lines(QA).decode().encode("utf-16-le"), fatal="looks like UTF-16"),
     # Read as they are:
@@ -288,9 +287,12 @@ FILES: dict[str, Case] = {
     "json over CRLF": Case("rows.json", json.dumps([QA], indent=2).replace("\n", "\r\n").encode(), 1),
     "csv of a header alone": Case("rows.csv", b"question,answer\n", fatal="is empty"),
     "csv without a header": Case("rows.csv", b"1 + 1?,2\n2 + 2?,4\n", 1, {1: "the fields 1 + 1?, 2 fit no known"}),
-    "csv with semicolons": Case("rows.csv", b"question;answer\na;b\n", fatal="has one column, 'question;answer'"),
-    "csv with tabs": Case("rows.csv", b"question\tanswer\na\tb\n", fatal="(.tsv: tabs)"),
-    "tsv with commas": Case("rows.tsv", b"question,answer\na,b\n", fatal="(.csv: commas)"),
+    "csv with semicolons": Case("rows.csv", b"question;answer\na;4\n", 1, check=response("4")),
+    "csv with tabs": Case("rows.csv", b"question\tanswer\na\t4\n", 1, check=response("4")),
+    "tsv with commas": Case("rows.tsv", b"question,answer\na,4\n", 1, check=response("4")),
+    "csv with semicolons that nothing agrees on": Case(
+        "rows.csv", b"frage;antwort\na;b\nc;d;e\n", fatal="has one column, 'frage;antwort'"
+    ),
     "csv with a column twice": Case("rows.csv", b"question,answer,answer\na,b,c\n", fatal="two columns are named"),
     "csv with a row too long": Case("rows.csv", b"question,answer\na,b\nc,d,e\nf,g\n", 3, {2: "has more fields"}),
     "csv with a row too short": Case("rows.csv", b"question,answer\na,b\nc\nf,g\n", 3, {2: "missing field 'answer'"}),
@@ -618,8 +620,8 @@ def test_calls_that_the_built_tokenizers_template_cannot_write_are_one_line(tmp_
 
 TOLD = [
     "line cut short", "nested too deeply", "half a surrogate escaped", "role unknown", "gz cut short", "json cut short",
-    "csv with a quote left open", "csv with semicolons", "parquet that is text", "a column that is not there", "UTF-16",
-    "parquet with bytes that are not UTF-8",
+    "csv with a quote left open", "csv with semicolons that nothing agrees on", "parquet that is text",
+    "a column that is not there", "UTF-16", "parquet with bytes that are not UTF-8",
 ]  # fmt: skip
 
 

@@ -23,6 +23,7 @@ from deft_lightning.data.prepared.report import Report
 from deft_lightning.data.prepared.split import View, split_rows
 from deft_lightning.data.prepared.spool import ROWS, TOKENS, Writer, row_of
 from deft_lightning.data.progress import progress
+from deft_lightning.data.sources.remarks import Remarks
 from deft_lightning.data.sources.rows import BadRows
 from deft_lightning.errors import UserError
 
@@ -42,8 +43,8 @@ def build(recipe: Recipe, tokenizer: Any | None, chat_template: str | None, fold
     Raises:
         UserError: A row that cannot be used (file, row, field), or nothing is left to train on.
     """
-    bad = BadRows()
-    splits = split_rows(recipe, folder, bad)
+    bad, remarks = BadRows(), Remarks()
+    splits = split_rows(recipe, folder, bad, remarks)
     if tokenizer is None:
         train = splits["train"]
         if all(train[at].tokens for at in range(len(train))):
@@ -75,7 +76,7 @@ def build(recipe: Recipe, tokenizer: Any | None, chat_template: str | None, fold
         (folder / spool).unlink(missing_ok=True)
     if len(bad):
         bad.write(folder / BAD_ROWS)
-    meta = {"reports": reports, "skipped": len(bad), "bad_rows": bad.first}
+    meta = {"reports": reports, "skipped": len(bad), "bad_rows": bad.first, "remarks": remarks.lines()}
     (folder / DONE).write_text(json.dumps(meta, indent=2), encoding="utf-8")
 
 

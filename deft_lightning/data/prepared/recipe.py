@@ -8,12 +8,16 @@ from dataclasses import dataclass
 from deft_lightning.data.encoding.supervise import Supervise
 from deft_lightning.data.examples import Example
 from deft_lightning.data.noise import Noise
-from deft_lightning.data.records.formats import detect_format, normalise
+from deft_lightning.data.records.formats import FIELDS, detect_format, normalise
 from deft_lightning.data.sources.given import GivenRows, Settled
+from deft_lightning.data.sources.layouts import Expected
 from deft_lightning.data.sources.read import read_many
-from deft_lightning.data.sources.rows import BadRows
+from deft_lightning.data.sources.remarks import OnRemark, Remark, SayOnce
+from deft_lightning.data.sources.rows import BadRows, spelt_otherwise
 from deft_lightning.errors import UserError
 from deft_lightning.terminal import visible
+
+HEADERS = 1000  # sets of columns whose spelling is looked at
 
 
 @dataclass(frozen=True)
@@ -41,11 +45,25 @@ class Recipe:
 
 
 def read_examples(
-    source: Settled, recipe: Recipe, skip: Callable[[UserError], None] | None, *, need_response: bool = True
+    source: Settled,
+    recipe: Recipe,
+    skip: Callable[[UserError], None] | None,
+    *,
+    need_response: bool = True,
+    on_remark: OnRemark | None = None,
 ) -> Iterator[Example]:
-    """Yield the normalised rows of one source or several; rows that cannot be used are told to ``skip``, or raise."""
+    """Yield the normalised rows of one source or several; rows that cannot be used are told to ``skip``, or raise.
+
+    What was decided about a source is told to ``on_remark``; default: it is said.
+    """
     formats: dict[str, str] = {}
-    rows = read_many(source, subset=recipe.subset, split=recipe.split, on_bad_row=skip, seed=recipe.seed)
+    headers: set[tuple[str, ...]] = set()
+    expected = Expected(recipe.format, recipe.column_map, need_response)
+    on_remark = SayOnce() if on_remark is None else on_remark
+    rows = read_many(
+        source, subset=recipe.subset, split=recipe.split, on_bad_row=skip, seed=recipe.seed, expected=expected,
+        on_remark=on_remark,
+    )  # fmt: skip
     for where, record, name in rows:
         try:
             format = formats.get(name, recipe.format)
@@ -56,6 +74,12 @@ def read_examples(
             if skip is None:
                 raise
             skip(error)
+            continue
+        if (header := (name, *record)) not in headers and len(headers) < HEADERS:
+            headers.add(header)
+            if columns := spelt_otherwise(record, FIELDS, recipe.column_map):
+                read = ", ".join(f"{column!r} as {field}" for column, field in columns.items())
+                on_remark(Remark("names", f"{name}: read {read}"))
 
 
 def title(source: Settled | None) -> str:

@@ -14,6 +14,7 @@ from deft_lightning.data.prepared.recipe import Recipe, read_examples, title
 from deft_lightning.data.prepared.spool import ROWS, SpooledExamples, Writer, row_of
 from deft_lightning.data.progress import progress
 from deft_lightning.data.sources.given import Settled
+from deft_lightning.data.sources.remarks import Remarks
 from deft_lightning.data.sources.rows import BadRows
 from deft_lightning.errors import UserError
 from deft_lightning.hashing import uniform
@@ -43,20 +44,21 @@ def _view(rows: SpooledExamples) -> View:
     return View(rows, np.arange(len(rows)), renamed)
 
 
-def split_rows(recipe: Recipe, folder: Path, bad: BadRows) -> dict[str, View]:
+def split_rows(recipe: Recipe, folder: Path, bad: BadRows, remarks: Remarks) -> dict[str, View]:
     """Read the rows into a folder and return those of each split.
 
     Args:
         recipe: What to read.
         folder: Where the rows are kept while they are prepared.
         bad: Takes note of rows that cannot be used.
+        remarks: Takes note of what was decided about the sources.
 
     Raises:
         UserError: A row that cannot be used (file, row, field), or nothing is left to train on.
     """
-    every = _view(_spool(recipe.source, recipe, folder / "rows.arrow", bad))
+    every = _view(_spool(recipe.source, recipe, folder / "rows.arrow", bad, remarks))
     if recipe.validation_source is not None:
-        validation = _view(_spool(recipe.validation_source, recipe, folder / "validation_rows.arrow", bad))
+        validation = _view(_spool(recipe.validation_source, recipe, folder / "validation_rows.arrow", bad, remarks))
         return {"train": every, "validation": validation}
     draws = (uniform(recipe.seed, "split", digest) for digest in every.rows.column("digest"))
     held_out = np.fromiter(draws, dtype=np.float64) < recipe.validation_fraction
@@ -67,9 +69,10 @@ def split_rows(recipe: Recipe, folder: Path, bad: BadRows) -> dict[str, View]:
     return splits
 
 
-def _spool(source: Settled, recipe: Recipe, path: Path, bad: BadRows) -> SpooledExamples:
+def _spool(source: Settled, recipe: Recipe, path: Path, bad: BadRows, remarks: Remarks) -> SpooledExamples:
+    examples = read_examples(source, recipe, recipe.skip(bad), on_remark=remarks)
     with Writer(path, ROWS) as out:
-        for example in progress(read_examples(source, recipe, recipe.skip(bad)), f"reading {title(source)}"):
+        for example in progress(examples, f"reading {title(source)}"):
             out.add(row_of(example))
     if not out.count:
         problem = f"no usable row; the first problem: {bad.first[0]}" if bad.first else "no row (--data.source)"

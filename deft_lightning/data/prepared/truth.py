@@ -7,7 +7,9 @@ from typing import Any
 
 from deft_lightning.data.prepared.recipe import Recipe, title
 from deft_lightning.data.records.formats import detect_format, normalise
+from deft_lightning.data.sources.layouts import Expected
 from deft_lightning.data.sources.read import read_many
+from deft_lightning.data.sources.remarks import Remarks
 from deft_lightning.data.sources.rows import BadRows
 from deft_lightning.errors import UserError
 
@@ -28,7 +30,10 @@ def flags(recipe: Recipe, field: str) -> dict[str, bool]:
     """
     wrong: dict[str, bool] = {}
     formats: dict[str, str] = {}
-    rows = read_many(recipe.source, subset=recipe.subset, split=recipe.split, on_bad_row=BadRows(), seed=recipe.seed)
+    rows = read_many(
+        recipe.source, subset=recipe.subset, split=recipe.split, on_bad_row=BadRows(), seed=recipe.seed,
+        expected=Expected(recipe.format, recipe.column_map), on_remark=Remarks(),
+    )  # fmt: skip
     for where, record, name in rows:
         value: Any = record
         for part in field.split("."):

@@ -1,53 +1,19 @@
-"""Rows of JSON: an object a line, or a list that is read through a window."""
+"""Rows of JSON: an object a line, a list, an object that is one row, or one that holds a list of them."""
 
 from __future__ import annotations
 
-import json
-import re
-from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
-from pathlib import Path
-from typing import IO, Any
+from itertools import chain, repeat
+from typing import IO, Any, cast
 
+from deft_lightning.data.sources.json_window import CHUNK, Decoder, Window, why
+from deft_lightning.data.sources.layouts import Expected, is_conversation, is_message, is_parts
+from deft_lightning.data.sources.remarks import Remark
 from deft_lightning.data.sources.rows import LONGEST, Located, RowError, is_text, too_long
 from deft_lightning.errors import UserError
 
-CHUNK = 1 << 20  # letters of a .json file looked at together
 WHOLE = 4 * LONGEST  # letters of a .json file that is no list, and so is read as a whole
-BLANKS = re.compile(r"[ \t\r\n]*")
-
-
-class _Decoder:
-    """JSON decoder that notices keys given twice, of which all but the last would be lost."""
-
-    def __init__(self) -> None:
-        self.twice: list[str] = []
-        self._decoder = json.JSONDecoder(object_pairs_hook=self._object)
-
-    def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(pairs)
-        if len(result) < len(pairs):
-            self.twice += [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
-        return result
-
-    def decode(self, text: str, at: int | None = None) -> tuple[Any, int]:
-        """Return a value and where it ends; without a place to start at, the text must be one value."""
-        self.twice.clear()
-        return (self._decoder.decode(text), len(text)) if at is None else self._decoder.raw_decode(text, at)
-
-    def checked(self, where: str, record: Any, text: str) -> Any:
-        """Return the record, or what is wrong with it although it is JSON."""
-        if not is_text(text):
-            return RowError(where, "is not UTF-8 text", kind="not UTF-8")
-        if self.twice:
-            return RowError(where, f"has the key {self.twice[0]!r} twice in one object", kind="key twice")
-        return record
-
-
-def _why(error: Exception) -> str:
-    if isinstance(error, RecursionError):
-        return "it is nested too deeply"
-    return str(error) if isinstance(error, json.JSONDecodeError) else str(error).split(":")[0]
 
 
 def rest_of_line(file: IO[str]) -> int:
@@ -60,14 +26,61 @@ def rest_of_line(file: IO[str]) -> int:
     return quotes
 
 
-def read_lines(path: Path, file: IO[str]) -> Located:
-    """Yield the object of each line; blank lines are none but count, and bad lines yield the error."""
-    decoder = _Decoder()
-    for number, line in enumerate(iter(partial(file.readline, LONGEST + 1), ""), 1):
-        # Files with a mark at their start may have been put one behind the other.
-        if not (text := line.strip().removeprefix("\ufeff")):
+# --- an object a line ------------------------------------------------------------------------------------------------
+
+
+class _PutBack:
+    """A file with some text in front of what is left of it."""
+
+    def __init__(self, text: str, file: IO[str]) -> None:
+        self._text, self._at, self._file = text, 0, file
+
+    def readline(self, size: int) -> str:
+        end = self._text.find("\n", self._at) + 1 or len(self._text)
+        line = self._text[self._at : min(end, self._at + size)]
+        self._at += len(line)
+        ended = line.endswith("\n") or len(line) == size
+        return line if ended else line + self._file.readline(size - len(line))
+
+
+def read_lines(name: str, file: IO[str], expected: Expected) -> Located:
+    """Yield the object of each line; blank lines are none but count, and bad lines yield the error.
+
+    A file that is a list, or whose objects go on over several lines, is read as what it is.
+    """
+    blank, first = _next_line(file)
+    decoder, opening = Decoder(), _content(first)
+    start: Iterable[str] = chain(repeat("\n", blank), [first])
+    long = len(first) > LONGEST and not first.endswith("\n")
+    if opening[:1] == "[" or (opening[:1] == "{" and not long):
+        record = None if long else _value(decoder, opening)
+        if record is None:
+            window = Window(file, first, blank + 1)
+            if opening[0] == "[":
+                yield name, Remark("list", f"{name}: holds one list, of which each item is a row")
+                yield from _list(name, window)
+                return
+            if _over_lines(window):
+                yield name, Remark("objects", f"{name}: objects take several lines; row N is the object number N")
+                yield from _objects(name, window)
+                return
+            start, file = repeat("\n", blank), cast(IO[str], _PutBack(window.text, file))
+        elif isinstance(record, list) and not is_conversation(record):
+            more, second = _next_line(file)
+            if not second:
+                yield name, Remark("list", f"{name}: holds one list, of which each item is a row")
+                yield from ((f"{name}, row {number}", item) for number, item in enumerate(record, 1))
+                return
+            start = chain(start, repeat("\n", more), [second])
+    yield from _lines(name, start, file)
+
+
+def _lines(name: str, start: Iterable[str], file: IO[str]) -> Located:
+    decoder = Decoder()
+    for number, line in enumerate(chain(start, iter(partial(file.readline, LONGEST + 1), "")), 1):
+        if not (text := _content(line)):
             continue
-        where = f"{path}, row {number}"
+        where = f"{name}, row {number}"
         if len(line) > LONGEST and not line.endswith("\n"):
             del line, text  # two copies of what is not used
             yield where, too_long(where)
@@ -76,89 +89,101 @@ def read_lines(path: Path, file: IO[str]) -> Located:
         try:
             record, _ = decoder.decode(text)
         except (ValueError, RecursionError) as error:  # besides broken JSON, integers of more than 4300 digits
-            why = f"is not JSON ({_why(error)})" if is_text(text) else "is not UTF-8 text"
-            yield where, RowError(where, why, kind="not JSON" if is_text(text) else "not UTF-8")
+            problem = f"is not JSON ({why(error)})" if is_text(text) else "is not UTF-8 text"
+            if text in ("{", "["):
+                problem += "; an object has to be on one line, or every object of the file over several"
+            yield where, RowError(where, problem, kind="not JSON" if is_text(text) else "not UTF-8")
         else:
+            if isinstance(record, list) and not is_conversation(record):
+                problem = "is a list and no object; write one object a line, or one list as the whole file"
+                record = RowError(where, problem, kind="type")
             yield where, decoder.checked(where, record, text)
 
 
-class _Window:
-    """A text file through a window that moves on, so that what is read past can be let go."""
-
-    def __init__(self, path: Path, file: IO[str]) -> None:
-        self.path, self.file, self.decoder = path, file, _Decoder()
-        self.text, self.at, self.line = "", 0, 1
-
-    def grow(self) -> bool:
-        """Let go of what is read past and read on; False at the end of the file."""
-        # By as much as there is: a long row is then parsed a few times, not once for every chunk.
-        more = self.file.read(max(CHUNK, len(self.text) - self.at))
-        if not more:
-            return False
-        self.line += self.text.count("\n", 0, self.at)
-        self.text, self.at = self.text[self.at :] + more, 0
-        return True
-
-    def peek(self) -> str:
-        """Return the next letter that is no blank, which stays; an empty string at the end."""
-        while True:
-            found = BLANKS.match(self.text, self.at)
-            self.at = found.end() if found else self.at
-            if self.at < len(self.text):
-                return self.text[self.at]
-            if not self.grow():
-                return ""
-
-    def room(self, where: str) -> bool:
-        """Refuse a value that goes on beyond the longest row: behind it, nobody knows where the next one begins."""
-        if len(self.text) - self.at > LONGEST:
-            raise too_long(where)
-        return True
-
-    def value(self, where: str) -> Any:
-        """Return the value that begins here and move past it."""
-        while True:
-            try:
-                value, end = self.decoder.decode(self.text, self.at)
-            except json.JSONDecodeError as error:
-                # Perhaps it is only the window that ends here; a literal or an escape is at most 9 letters long.
-                cut = error.msg.startswith("Unterminated string") or error.pos >= len(self.text) - 9
-                if cut and self.room(where) and self.grow():
-                    continue
-                raise self.broken(where, error.msg, error.pos) from None
-            except (ValueError, RecursionError) as error:
-                raise self.broken(where, _why(error), self.at) from None
-            # A number may go on: after "1e+" only the 1 was read.
-            if end > len(self.text) - 3 and self.room(where) and self.grow():
-                continue
-            record = self.decoder.checked(where, value, self.text[self.at : end])
-            self.at = end
-            return record
-
-    def broken(self, where: str, problem: str, at: int | None = None) -> UserError:
-        """Return the error for a place in the window: one broken value hides where the next begins."""
-        line = self.line + self.text.count("\n", 0, self.at if at is None else at)
-        return UserError(f"{where}: is not JSON ({problem} at line {line})")
+def _next_line(file: IO[str]) -> tuple[int, str]:
+    """Return the next line that is not blank, empty at the end of the file, and how many are before it."""
+    blank = 0
+    for line in iter(partial(file.readline, LONGEST + 1), ""):
+        if _content(line):
+            return blank, line
+        blank += 1
+    return blank, ""
 
 
-def read_list(path: Path, file: IO[str]) -> Located:
-    """Yield the rows of a list without holding it, or of an object that holds one list, which is read whole."""
-    window = _Window(path, file)
+def _content(line: str) -> str:
+    # Files with a mark at their start may have been put one behind the other.
+    return line.strip().removeprefix("\ufeff")
+
+
+def _value(decoder: Decoder, text: str) -> Any:
+    """Return the value that a line is; None if it is not one."""
+    try:
+        return decoder.decode(text)[0]
+    except (ValueError, RecursionError):
+        return None
+
+
+# --- a list, an object -----------------------------------------------------------------------------------------------
+
+
+def _over_lines(window: Window) -> bool:
+    """Return whether the value that begins here ends on a later line; the window stays where it is."""
+    try:
+        window.peek()
+        window.value("")
+    except UserError:
+        return False
+    ended, window.at = window.at, 0
+    return "\n" in window.text[:ended].strip()
+
+
+def _objects(name: str, window: Window) -> Located:
+    number = 0
+    while window.peek():
+        number += 1
+        yield f"{name}, row {number}", window.value(f"{name}, row {number}")
+
+
+def read_list(name: str, file: IO[str], expected: Expected) -> Located:
+    """Yield the rows of a list without holding it; of an object, which is read whole, itself or those it holds."""
+    window = Window(file)
     if not (first := window.peek()):
         return
-    if first != "[":
-        text = window.text + file.read(WHOLE)
-        if len(text) > WHOLE:
-            raise UserError(
-                f"{path}: is no list of rows and longer than {WHOLE:,} characters, too long to be read as a whole; one"
-                " object a line is .jsonl"
-            )
-        yield from _json_object(path, text)
+    if first == "[":
+        yield from _list(name, window)
         return
+    text = window.text + file.read(WHOLE)
+    if len(text) > WHOLE:
+        raise UserError(
+            f"{name}: is no list of rows and longer than {WHOLE:,} characters, too long to be read as a whole; one"
+            " object a line is .jsonl"
+        )
+    yield from _object(name, text, expected)
+
+
+def _list(name: str, window: Window) -> Located:
+    """Yield the items of the list that begins in a window; if all of them are turns, the conversation that they are."""
+    turns: list[Any] = []
+    letters = 0
+    for where, record in _items(name, window):
+        if letters <= LONGEST and len(turns) == int(where.rpartition(" ")[2]) - 1 and is_message(record):
+            turns.append(record)
+            letters += window.length
+            continue
+        # One that is none makes rows of those before it.
+        yield from ((f"{name}, row {number}", turn) for number, turn in enumerate(turns, 1))
+        turns = []
+        yield where, record
+    if turns:
+        yield f"{name}, row 1", turns
+
+
+def _items(name: str, window: Window) -> Iterator[tuple[str, Any]]:
+    window.peek()
     window.at += 1
     number = 0
     while (following := window.peek()) != "]" or number:
-        where = f"{path}, row {number + 1}"
+        where = f"{name}, row {number + 1}"
         if number and following == "]":
             break
         if number:
@@ -170,21 +195,53 @@ def read_list(path: Path, file: IO[str]) -> Located:
         yield where, window.value(where)
     window.at += 1
     if window.peek():
-        raise window.broken(str(path), "there is more after the list; one object a line is .jsonl")
+        raise window.broken(name, "there is more after the list; one object a line is .jsonl")
 
 
-def _json_object(path: Path, text: str) -> Located:
-    decoder = _Decoder()
+def _object(name: str, text: str, expected: Expected) -> Located:
+    decoder = Decoder()
     if not is_text(text):
-        raise UserError(f"{path}: is not UTF-8 text")
+        raise UserError(f"{name}: is not UTF-8 text")
     try:
         content, _ = decoder.decode(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: is not JSON ({_why(error)}); one object a line is .jsonl") from None
-    lists = [value for value in content.values() if isinstance(value, list)] if isinstance(content, dict) else []
-    if len(lists) != 1:
-        raise UserError(f"{path}: expected a list of rows, or an object that holds one list")
+        raise UserError(f"{name}: is not JSON ({why(error)}); one object a line is .jsonl") from None
+    lists = {key: value for key, value in content.items() if isinstance(value, list)} if _is_object(content) else {}
+    rows = [key for key, value in lists.items() if _is_rows(value)]
     if decoder.twice:
-        raise UserError(f"{path}: has the key {decoder.twice[0]!r} twice in one object")
-    for number, record in enumerate(lists[0], 1):
-        yield f"{path}, row {number}", record
+        raise UserError(f"{name}: has the key {decoder.twice[0]!r} twice in one object")
+    if form := expected.form(content):
+        if len(rows) == 1 and form == "text" and expected.form(lists[rows[0]][0]) not in ("", "text"):
+            raise UserError(
+                f"{name}: has the field 'text' of a row and a list of rows, {rows[0]!r}; keep one of the two, or leave"
+                " out the text with --data.column_map.text none"
+            )
+        if rows:
+            yield name, Remark("one row", f"{name}: is read as one row ({form}); {', '.join(rows)} is a field of it")
+        yield f"{name}, row 1", content
+        return
+    if len(lists) != 1:
+        columns = len(content) > 1 and _is_columns(content) if _is_object(content) else False
+        hint = "; it holds columns: pandas writes rows with to_json(orient='records')" if columns else ""
+        raise UserError(f"{name}: expected a row, a list of rows, or an object that holds one list{hint}")
+    if is_conversation(next(iter(lists.values()))):  # under a name that only a column_map can tell
+        yield f"{name}, row 1", content
+        return
+    for number, record in enumerate(next(iter(lists.values())), 1):
+        yield f"{name}, row {number}", record
+
+
+def _is_rows(value: list[Any]) -> bool:
+    return bool(value) and all(map(_is_object, value)) and not is_conversation(value) and not is_parts(value)
+
+
+def _is_object(value: Any) -> bool:
+    return isinstance(value, Mapping)
+
+
+def _is_columns(content: Mapping[str, Any]) -> bool:
+    """Return whether an object is a table that is written column by column, as lists or as objects by row."""
+    values = list(content.values())
+    if all(isinstance(value, list) for value in values):
+        return len({len(value) for value in values}) == 1
+    return all(_is_object(value) for value in values) and len({tuple(value) for value in values}) == 1

@@ -17,6 +17,8 @@ from deft_lightning.data.sources.files import read_file, suffix
 from deft_lightning.data.sources.folders import split_files
 from deft_lightning.data.sources.generated import read_task
 from deft_lightning.data.sources.given import GivenRows, Settled
+from deft_lightning.data.sources.layouts import Expected, is_conversation
+from deft_lightning.data.sources.remarks import OnRemark, Remark, SayOnce
 from deft_lightning.data.sources.rows import BadRows, Located, RowError
 from deft_lightning.errors import UserError, did_you_mean, reason_of
 from deft_lightning.hashing import key, uniform
@@ -24,6 +26,7 @@ from deft_lightning.hashing import key, uniform
 __all__ = ["BadRows", "Located", "OnBadRow", "read", "read_many", "weights"]
 
 OnBadRow = Callable[[UserError], None]
+ANY = Expected()
 OPTIONS = ("split", "subset", "streaming", "limit")
 
 
@@ -35,12 +38,14 @@ def read(
     streaming: bool = False,
     limit: int | None = None,
     on_bad_row: OnBadRow | None = None,
+    expected: Expected = ANY,
+    on_remark: OnRemark | None = None,
 ) -> Located:
     """Yield ``(where, record)`` of every row, where being "file, row N" (from 1) for messages.
 
     Args:
-        source: A file (.jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow; text also as .gz or .zst), a folder or a
-            pattern such as ``data/*.jsonl`` (files in order of name), a hub id, or
+        source: A file (.jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow; text also as .gz, .bz2, .xz or .zst), a
+            folder or a pattern such as ``data/*.jsonl`` (files in order of name), a hub id, or
             ``reasoning_gym:<task>[?option=value&...]``. All but the last take the options below behind a question
             mark, which then win: ``org/name?subset=main&split=test&streaming=true&limit=1000``. ``hub:org/name`` is a
             hub id although there is a folder of that name. Or rows that were handed over.
@@ -51,6 +56,9 @@ def read(
         limit: Only the first rows, bad ones counted; at least 1.
         on_bad_row: Told of a row that is no record, which is then left out; default: raise. What spoils the rest of a
             file, such as compression that is cut short, is raised all the same.
+        expected: What the rows are expected to be: a ``.json`` of one such row is that row, and separators that give
+            such a header are taken.
+        on_remark: Told of what was decided about a file; default: the first of each kind is said.
 
     Raises:
         UserError: The source does not exist, is empty or cannot be read.
@@ -61,13 +69,19 @@ def read(
         name, own = _options(source)
         settings = {"subset": subset, "split": split, "streaming": streaming, "limit": limit, **own}
         limit = settings.pop("limit")
-        located = _open(name, **settings)
+        located = _open(name, expected=expected, **settings)
     if limit is not None and limit < 1:
         raise UserError(f"{source}: limit must be at least 1, got {limit} (--data.source)")
+    on_remark = SayOnce() if on_remark is None else on_remark
     number = 0
-    for number, (where, record) in enumerate(located, 1):
+    for where, record in located:
+        if isinstance(record, Remark):
+            on_remark(record)
+            continue
+        number += 1
         if not isinstance(record, RowError):
-            yield where, record
+            # A list of turns has no name that it could be known by.
+            yield where, {"messages": record} if is_conversation(record) else record
         elif on_bad_row is None:
             raise record
         else:
@@ -104,6 +118,8 @@ def read_many(
     split: str = "train",
     on_bad_row: OnBadRow | None = None,
     seed: int = 0,
+    expected: Expected = ANY,
+    on_remark: OnRemark | None = None,
 ) -> Iterator[tuple[str, Any, str]]:
     """Yield ``(where, record, source)`` of several sources, one after the other, each weighted by its rows.
 
@@ -118,6 +134,8 @@ def read_many(
         split: As for :func:`read`.
         on_bad_row: As for :func:`read`; told of every bad row of a source once, whatever the weight.
         seed: Of the choice.
+        expected: As for :func:`read`.
+        on_remark: As for :func:`read`.
 
     Raises:
         UserError: As for :func:`read` and :func:`weights`.
@@ -126,7 +144,9 @@ def read_many(
         repeats, share = int(weight), weight - int(weight)
         if not weight:
             continue
-        for where, record in read(name, subset=subset, split=split, on_bad_row=on_bad_row):
+        for where, record in read(
+            name, subset=subset, split=split, on_bad_row=on_bad_row, expected=expected, on_remark=on_remark
+        ):
             once_more = share > 0 and uniform(seed, "mix", _digest(record)) < share
             for _ in range(repeats + once_more):
                 yield where, record, str(name)
@@ -165,7 +185,7 @@ def _options(source: str) -> tuple[str, dict[str, Any]]:
     return name, options
 
 
-def _open(source: str, subset: str | None, split: str, streaming: bool) -> Located:
+def _open(source: str, expected: Expected, subset: str | None, split: str, streaming: bool) -> Located:
     if source.startswith("reasoning_gym:"):
         return read_task(source)
     # "part-[01]" is a pattern if there are such files, else it names a split.
@@ -176,18 +196,18 @@ def _open(source: str, subset: str | None, split: str, streaming: bool) -> Locat
         return _datasets(source.removeprefix("hub:"), subset, split, streaming)
     path = Path(source).expanduser()
     if _exists(source) and path.is_file():
-        return read_file(path)
+        return read_file(path, expected=expected)
     if _exists(source) and path.is_dir():
         files = [] if subset or not split.isidentifier() else split_files(path, split)
-        return _files(files) if files else _datasets(str(path), subset, split, streaming)
+        return _files(files, expected) if files else _datasets(str(path), subset, split, streaming)
     if glob.has_magic(source):
         matches = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
         files = [file for file in matches if not file.is_dir()]
         if not files:
             raise UserError(f"{source}: no file matches the pattern (--data.source)")
-        return _files(files)
+        return _files(files, expected)
     if _exists(source):
-        return read_file(path)  # a pipe or a device, which it refuses
+        return read_file(path, expected=expected)  # a pipe or a device, which it refuses
     # "data/rows.txt" reads like a hub id, unless there is such a folder here.
     beside = len(path.parts) > 1 and path.parent.is_dir()
     if _looks_like_hub_id(source) and not beside:
@@ -206,9 +226,9 @@ def _looks_like_hub_id(source: str) -> bool:
     return re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", source) is not None and not suffix(Path(source))
 
 
-def _files(files: Sequence[Path]) -> Located:
+def _files(files: Sequence[Path], expected: Expected) -> Located:
     for file in files:
-        yield from read_file(file)
+        yield from read_file(file, expected=expected)
 
 
 # --- the hub ---------------------------------------------------------------------------------------------------------

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import date, datetime
 from decimal import Decimal
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -116,14 +118,35 @@ def columns(record: Mapping[Any, Any]) -> str:
     return ", ".join(names if len(names) <= 20 else [*names[:20], f"and {len(names) - 20} more"])
 
 
-def check_names(path: Path, names: Iterable[str]) -> None:
+def check_names(file: str, names: Iterable[str]) -> None:
     """Refuse columns of the same name.
 
     Raises:
         UserError: Two columns share a name.
     """
     if twice := [name for name, count in Counter(names).items() if count > 1]:
-        raise UserError(f"{path}: two columns are named {twice[0][:80]!r}, and only one of them could be read")
+        raise UserError(f"{file}: two columns are named {twice[0][:80]!r}, and only one of them could be read")
+
+
+def folded(name: str) -> str:
+    """Return a name without what a header may write otherwise: capitals, blanks for underscores, blanks around it."""
+    return re.sub(r"[\s_]+", "_", name.strip().strip("\ufeff\u200b").strip()).casefold()
+
+
+@lru_cache(maxsize=256)
+def _spellings(names: tuple[Any, ...]) -> dict[str, list[str]]:
+    spelt: dict[str, list[str]] = {}
+    for name in names:
+        if isinstance(name, str):
+            spelt.setdefault(folded(name), []).append(name)
+    return spelt
+
+
+def spelt_otherwise(record: Mapping[Any, Any], fields: Iterable[str], column_map: Mapping[str, str]) -> dict[str, str]:
+    """Return the columns that are read as a field although they are spelt otherwise, each with the field."""
+    row = Row(record, "", column_map)
+    names = {field: row.name(field) for field in fields if field not in column_map}
+    return {name: field for field, name in names.items() if name != field}
 
 
 class Row:
@@ -140,8 +163,22 @@ class Row:
         return RowError(self.where, problem, field, kind)
 
     def name(self, field: str) -> str:
-        """Where a field is looked up, after ``column_map``."""
-        return self.column_map.get(field, field)
+        """Where a field is looked up: after ``column_map``, under its name, or under one that differs in its spelling.
+
+        Raises:
+            RowError: Two columns differ from the field, and from each other, in spelling alone.
+        """
+        if field in self.column_map or field in self.record:
+            return self.column_map.get(field, field)
+        spelt = self._spelt.get(folded(field), [field])
+        if len(spelt) > 1:
+            both = " and ".join(map(repr, spelt))
+            raise self.fail(field, f"{both} could both be it; --data.column_map.{field} says which", "names")
+        return spelt[0]
+
+    @cached_property
+    def _spelt(self) -> dict[str, list[str]]:
+        return _spellings(tuple(self.record))
 
     def get(self, field: str) -> Any:
         """Return the value of a field, following dotted keys; None when absent, or NaN as pandas writes absence."""

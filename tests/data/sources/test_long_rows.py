@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import gzip
 import json
+import lzma
 import multiprocessing
 import os
 import resource
 import sys
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -180,6 +182,20 @@ def test_a_window_of_zstd_that_takes_the_memory_is_one_line(tmp_path: Path) -> N
     # A frame without a size whose window is 2^41 bytes, and an empty last block.
     path.write_bytes(b"\x28\xb5\x2f\xfd\x00\xf8" + b"\x01\x00\x00")
     with pytest.raises(UserError, match=r"a\.jsonl\.zst: "):
+        list(read(str(path)))
+
+
+def test_a_window_of_xz_that_takes_the_memory_is_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl.xz"
+    content = lzma.compress(GOOD, preset=0)
+    path.write_bytes(content)
+    assert sum(1 for _ in read(str(path))) == 1
+    at = content.index(b"\x21\x01") + 2  # LZMA2, one byte of properties
+    header = bytearray(content[12 : 12 + 4 * (content[12] + 1)])
+    header[at - 12] = 36  # 2^30 bytes
+    header[-4:] = zlib.crc32(header[:-4]).to_bytes(4, "little")
+    path.write_bytes(content[:12] + header + content[12 + len(header) :])
+    with pytest.raises(UserError, match=r"a\.jsonl\.xz: .*[Mm]emory"):
         list(read(str(path)))
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import bz2
 import csv
 import json
+import lzma
 import os
 import re
 import subprocess
@@ -146,7 +148,8 @@ BROKEN: dict[str, tuple[str, bytes, list[str]]] = {
     "csv of a header alone": ("rows.csv", b"question,answer\n", ["is empty"]),
     "broken line": ("rows.jsonl", b'{"a": 1}\n{"a": 2\n{"a": 3}\n', ["row 2", "is not JSON"]),
     "two objects on a line": ("rows.jsonl", b'{"a": 1}{"a": 2}\n', ["row 1", "is not JSON"]),
-    "json list in a jsonl file": ("rows.jsonl", b'[\n{"a": 1}\n]\n', ["row 1", "is not JSON"]),
+    "json list in a jsonl file, cut short": ("rows.jsonl", b'[\n{"a": 1}\n', ["row 2", "is not JSON"]),
+    "lists on the lines of a jsonl file": ("rows.jsonl", b'[{"a": 1}]\n[{"a": 2}]\n', ["row 1", "is a list"]),
     "broken json": ("rows.json", b'[{"a": 1},', ["is not JSON"]),
     "jsonl in a json file": ("rows.json", b'{"a": 1}\n{"a": 2}\n', ["is not JSON", ".jsonl"]),
     "object without a list": ("rows.json", b'{"a": {"q": 1}}', ["list of rows"]),
@@ -161,7 +164,12 @@ BROKEN: dict[str, tuple[str, bytes, list[str]]] = {
     "parquet that is none": ("rows.parquet", b"question,answer\n", ["is not a parquet file"]),
     "empty parquet file": ("rows.parquet", b"", ["is not a parquet file"]),
     "unknown suffix": ("rows.txt", b"hello", ["'.txt'", ".jsonl", ".json", ".csv", ".parquet", "--data.source"]),
-    "an unknown compression": ("rows.jsonl.bz2", b"BZh", ["'.bz2'", ".jsonl", ".gz"]),
+    "an unknown compression": ("rows.jsonl.lz4", b"BZh", ["'.lz4'", ".jsonl", ".gz", ".xz"]),
+    "bz2 that is text": ("rows.jsonl.bz2", b"hello", ["Invalid data stream"]),
+    "bz2 cut short": ("rows.jsonl.bz2", bz2.compress(b'{"a": 1}')[:-5], ["cut short"]),
+    "xz that is text": ("rows.jsonl.xz", b"hello", ["cut short or damaged"]),
+    "xz cut short": ("rows.jsonl.xz", lzma.compress(b'{"a": 1}')[:-5], ["cut short"]),
+    "xz with a flipped bit": ("rows.jsonl.xz", lzma.compress(b'{"a": 1}')[:-30] + b"x" * 30, ["cut short or damaged"]),
     "compressed and cut short": ("rows.jsonl.gz", b"\x1f\x8b", ["cut short"]),
     "no suffix": ("rows", b"hello", [".jsonl", "--data.source"]),
 }

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import bz2
 import csv
 import gzip
 import json
+import lzma
 import os
 import tracemalloc
 from collections.abc import Callable, Iterator
@@ -16,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from deft_lightning.data.sources import json_rows
+from deft_lightning.data.sources import json_window
 from deft_lightning.data.sources.read import read
 from deft_lightning.errors import UserError
 
@@ -63,6 +65,14 @@ WRITERS: dict[str, Callable[[Path], bytes]] = {
     "two gzip members.jsonl.gz": lambda _: gzip.compress(jsonl(ROWS[:9])) + gzip.compress(jsonl(ROWS[9:])),
     "rows.jsonl.zst": lambda _: zstd(jsonl(ROWS)),
     "two frames.jsonl.zst": lambda _: zstd(jsonl(ROWS[:9])) + zstd(jsonl(ROWS[9:])),
+    "rows.jsonl.bz2": lambda _: bz2.compress(jsonl(ROWS)),
+    "two streams.jsonl.bz2": lambda _: bz2.compress(jsonl(ROWS[:9])) + bz2.compress(jsonl(ROWS[9:])),
+    "rows.csv.bz2": lambda folder: bz2.compress(separated(ROWS, ",", folder)),
+    "rows.jsonl.xz": lambda _: lzma.compress(jsonl(ROWS)),
+    "rows.json.xz": lambda _: lzma.compress(json.dumps(ROWS).encode()),
+    "two streams.jsonl.xz": lambda _: (
+        lzma.compress(jsonl(ROWS[:9])) + bytes(8) + lzma.compress(jsonl(ROWS[9:])) + bytes(4)
+    ),
     "rows.json.gz": lambda _: gzip.compress(json.dumps(ROWS).encode()),
     "rows.json.zst": lambda _: zstd(json.dumps({"data": ROWS}).encode()),
     "rows.tsv": lambda folder: separated(ROWS, "\t", folder),
@@ -327,7 +337,7 @@ VALUES: list[Any] = [
 def test_a_list_reads_the_same_wherever_the_window_ends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int, indent: int | None, ascii: bool
 ) -> None:
-    monkeypatch.setattr(json_rows, "CHUNK", chunk)
+    monkeypatch.setattr(json_window, "CHUNK", chunk)
     text = json.dumps(VALUES, indent=indent, ensure_ascii=ascii)
     (tmp_path / "rows.json").write_text(f" \n{text}\n ", encoding="utf-8")
     assert [row for _, row in read(f"{tmp_path}/rows.json")] == VALUES
@@ -345,7 +355,7 @@ def test_a_list_reads_the_same_wherever_the_window_ends(
 def test_a_broken_list_is_one_line_after_the_rows_before_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, read_before: int, chunk: int
 ) -> None:
-    monkeypatch.setattr(json_rows, "CHUNK", max(chunk, len(text) // 50))
+    monkeypatch.setattr(json_window, "CHUNK", max(chunk, len(text) // 50))
     (tmp_path / "rows.json").write_text(text)
     rows, found = read(f"{tmp_path}/rows.json"), []
     with pytest.raises(UserError, match="is not JSON") as caught:
@@ -356,7 +366,7 @@ def test_a_broken_list_is_one_line_after_the_rows_before_it(
 
 
 def test_the_line_of_a_break_is_its_line_in_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(json_rows, "CHUNK", 50)
+    monkeypatch.setattr(json_window, "CHUNK", 50)
     lines = [json.dumps({"a": "x" * (i % 70)}) + "," for i in range(200)]
     lines[150] = '{"a" 1},'
     (tmp_path / "rows.json").write_text("[\n" + "\n".join(lines) + "\n]")
