@@ -16,6 +16,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["DEFT_LIGHTNING_CACHE"] = _cache.name
 
 import torch  # noqa: E402 - threads are counted at its import
+from worlds import save_tiny_llama, sums, write_rows  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -39,6 +40,19 @@ def no_group_of_ranks_is_left() -> Iterator[None]:
         os.environ.pop(name, None)
         if value is not None:
             os.environ[name] = value
+
+
+@pytest.fixture(scope="module")
+def pretrained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with a tiny random Llama and a byte tokenizer; a file's PRETRAINED says what differs."""
+    options = {"spread": 0.3, **getattr(request.module, "PRETRAINED", {})}
+    return save_tiny_llama(tmp_path_factory.mktemp("pretrained"), **options)
+
+
+@pytest.fixture(scope="module")
+def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A file with the ROWS of the test's file, or with sums."""
+    return write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl", getattr(request.module, "ROWS", None) or sums())
 
 
 def pytest_configure(config: pytest.Config) -> None:

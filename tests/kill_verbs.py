@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from kill_runs import ROOT, environment, left
 from safetensors.torch import load_file
+from worlds import largest_difference
 
 STUDY = """
 regimes:
@@ -84,13 +85,6 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
 
-def difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
-    """Largest difference of a weight; infinite where names differ."""
-    if one.keys() != other.keys():
-        return float("inf")
-    return max(float((one[name] - other[name]).abs().max()) for name in one)
-
-
 def half_written(root: Path) -> list[str]:
     """What stands under a name that is not final, or in the folder of temporary files."""
     found: list[Path] = []
@@ -130,7 +124,7 @@ def values(folder: Path) -> dict[str, Any]:
 
 def same(verb: str, one: Any, other: Any) -> float:
     """Largest difference of a weight; of reports, 0 if they are equal and 1 if not."""
-    return difference(one, other) if verb == "export" else float(one != other)
+    return largest_difference(one, other) if verb == "export" else float(one != other)
 
 
 def kill(verb: str, root: Path, kills: int, seed: int) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from paper_pairs import PAIRS, options, parts
+from worlds import whole_tensor
 
 from deft_lightning.cli.main import DeftCLI
 from deft_lightning.data.encoding.template import chatml
@@ -127,10 +128,6 @@ def arguments(verb: str, pair: str, root: Path, ranks: int, *more: str) -> list[
     ]  # fmt: skip
 
 
-def whole(parameter: Any) -> torch.Tensor:
-    return (parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter).detach()
-
-
 def fit(pair: str, root: Path, ranks: int) -> dict[str, Any]:
     """What two steps of a pair did."""
     from transformers import AutoModelForCausalLM
@@ -138,7 +135,7 @@ def fit(pair: str, root: Path, ranks: int) -> dict[str, Any]:
     cli = DeftCLI(arguments("fit", pair, root, ranks, "--trainer.max_steps", str(STEPS), *UNDRAWN))
     trainer, module = cli.trainer, cli.model
     before = dict(AutoModelForCausalLM.from_pretrained(root / "models" / parts(pair)[1]).named_parameters())
-    after = {name: whole(parameter) for name, parameter in module.model.named_parameters()}
+    after = {name: whole_tensor(parameter) for name, parameter in module.model.named_parameters()}
     optimizer, group = trainer.optimizers[0], trainer.optimizers[0].param_groups[0]
     report = cli.datamodule.reports["train"]
     return {

@@ -10,15 +10,15 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from given_tokens import statistics_of
 from lightning.pytorch import Callback
-from torch import Tensor
 from torch.utils.data import DataLoader
+from worlds import adam, bare_trainer, constant, random_example, weights
 
 from deft_lightning import InstructionDataModule, SFTModule, Trainer
 from deft_lightning.callbacks import (
@@ -41,15 +41,13 @@ from deft_lightning.models import LoRA
 from deft_lightning.objectives import DEFT, NLL, Likelihood, Objective, Rescaled, Schedule, Tsallis
 
 GLOBAL_BATCH = 8
+quick_adam = partial(adam, lr=1e-2)
 Found = dict[str, Any]
 
 
 def prepared(seed: int, learnt: int) -> Prepared:
     """Random tokens of which the last ``learnt`` are supervised."""
-    length = 6 + seed % 5 + learnt
-    ids = np.random.default_rng(seed).integers(6, 262, length)
-    labels = np.where(np.arange(length) >= length - learnt, ids, -100)
-    return Prepared(f"p{seed}", ids, labels, np.zeros(length, dtype=np.int64))
+    return random_example(seed, 6 + seed % 5 + learnt, learnt)
 
 
 def uneven(count: int) -> list[Prepared]:
@@ -57,32 +55,10 @@ def uneven(count: int) -> list[Prepared]:
     return [prepared(i, 1 + (3 * i * i) % 9) for i in range(count)]
 
 
-def weights(module: SFTModule) -> dict[str, Tensor]:
-    """The trained weights, whole; every rank of a sharded model has to ask for them."""
-    trained = {name: p.detach() for name, p in module.model.named_parameters() if p.requires_grad}
-    return {name: (p.full_tensor() if hasattr(p, "full_tensor") else p).clone() for name, p in trained.items()}
-
-
 def make_trainer(root: Path, world: int, *callbacks: Any, **options: Any) -> Trainer:
-    return Trainer(
-        **{
-            "accelerator": "cpu",
-            "devices": world,
-            "strategy": sys.argv[2] if world > 1 else "auto",
-            "max_epochs": 1,
-            "logger": False,
-            "enable_checkpointing": any(isinstance(callback, Checkpoint) for callback in callbacks),
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "num_sanity_val_steps": 0,
-            "log_every_n_steps": 1,
-            "monitors": False,
-            "gradient_clip_val": None,
-            "default_root_dir": str(root),
-            "callbacks": list(callbacks),
-            **{name: value() if name == "strategy" else value for name, value in options.items()},
-        }
-    )
+    strategy = sys.argv[2] if world > 1 else "auto"
+    given = {name: value() if name == "strategy" else value for name, value in options.items()}
+    return bare_trainer(root, *callbacks, **{"devices": world, "strategy": strategy, **given})
 
 
 def make_module(root: Path, rate: float = 0.5, **options: Any) -> SFTModule:
@@ -110,7 +86,7 @@ def train(
     trainer = make_trainer(root, world, *callbacks, **options)
     trainer.fit(module, loader)
     return {
-        "weights": weights(module),
+        "weights": weights(module.model),
         "steps": trainer.global_step,
         "tokens": module.tokens_seen,
         "grad_norm": trainer.callback_metrics["train/grad_norm"].clone(),
@@ -188,7 +164,7 @@ def watched(root: Path, world: int) -> Found:
     trainer = make_trainer(folder, world, *monitors, logger=None, max_epochs=2)
     trainer.fit(module, data(root, world))
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    return {"metrics": metrics, "log_dir": trainer.log_dir, "weights": weights(module)}
+    return {"metrics": metrics, "log_dir": trainer.log_dir, "weights": weights(module.model)}
 
 
 class Given(SFTModule):
@@ -207,7 +183,7 @@ class Given(SFTModule):
 def given(root: Path, world: int) -> Found:
     """Two optimizer steps of two micro-batches, watched; the last micro-batch has fewer tokens on one rank."""
     torch.manual_seed(0)
-    module = Given(pretrained=str(root / "pretrained"), optimizer=adam, scheduler=constant)
+    module = Given(pretrained=str(root / "pretrained"), optimizer=quick_adam, scheduler=constant)
     monitors = [GateMonitor(others=[NLL(), Tsallis(0.5)]), EntropyMonitor(), NoiseMonitor(), Dashboard()]
     options = {"accumulate_grad_batches": 2, "logger": None}
     trainer = make_trainer(root / f"given{world}", world, *monitors, **options)
@@ -253,7 +229,7 @@ def packed(root: Path, world: int) -> Found:
     loaded = data(root, world, packing=True, max_length=64, batch_size=2 // world, noise=Noise())
     trainer = make_trainer(root, world, max_epochs=2)
     trainer.fit(module, loaded)
-    return {"weights": weights(module), "steps": trainer.global_step, "tokens": module.tokens_seen,
+    return {"weights": weights(module.model), "steps": trainer.global_step, "tokens": module.tokens_seen,
             "grad_norm": trainer.callback_metrics["train/grad_norm"].clone(),
             "nll": trainer.callback_metrics["train/nll"].clone()}  # fmt: skip
 
@@ -272,10 +248,6 @@ def built(root: Path, world: int) -> Found:
     make_trainer(root, world, max_steps=1).fit(module, DataLoader(uneven(8), 4, collate_fn=TrainCollator(0)))  # type: ignore[arg-type]
     held = sum((p.to_local() if hasattr(p, "to_local") else p).numel() for p in module.model.parameters())
     return {"devices": seen, "share": held / sum(p.numel() for p in module.model.parameters())}
-
-
-def adam(parameters: Any) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameters, lr=1e-2)
 
 
 def run_to(root: Path, world: int, steps: int, resume: str | None = None, **options: Any) -> tuple[SFTModule, str]:
@@ -329,7 +301,7 @@ def exchanged(root: Path, world: int) -> Found:
         _, path = run_to(root, 1, 2)
         first.write_bytes(Path(path).read_bytes())
     module, path = run_to(root, world, 4, str(first))
-    return {"weights": weights(module), "checkpoint": path}
+    return {"weights": weights(module.model), "checkpoint": path}
 
 
 def exported(root: Path, world: int) -> Found:
@@ -363,22 +335,18 @@ class Broken(SFTModule):
 
 def skipped(root: Path, world: int) -> Found:
     torch.manual_seed(0)
-    module = Broken(pretrained=str(root / "pretrained"), optimizer=adam, scheduler=constant, on_nonfinite="skip")
+    module = Broken(pretrained=str(root / "pretrained"), optimizer=quick_adam, scheduler=constant, on_nonfinite="skip")
     return {**fit_in_order(root, world, module), "skipped": module.skipped}
 
 
 def raised(root: Path, world: int) -> Found:
     torch.manual_seed(0)
-    module = Broken(pretrained=str(root / "pretrained"), optimizer=adam, scheduler=constant)
+    module = Broken(pretrained=str(root / "pretrained"), optimizer=quick_adam, scheduler=constant)
     try:
         fit_in_order(root, world, module)
     except UserError as error:
-        return {"error": str(error), "weights": weights(module)}
+        return {"error": str(error), "weights": weights(module.model)}
     return {}
-
-
-def constant(optimizer: Any) -> Any:
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
 
 
 def fit_in_order(root: Path, world: int, module: SFTModule, *callbacks: Any, **options: Any) -> Found:
@@ -388,7 +356,7 @@ def fit_in_order(root: Path, world: int, module: SFTModule, *callbacks: Any, **o
     loader = DataLoader(examples, 8 // world, sampler=sampler, collate_fn=TrainCollator(0))  # type: ignore[arg-type]
     trainer = make_trainer(root, world, *callbacks, **options)
     trainer.fit(module, loader)
-    return {"weights": weights(module), "steps": trainer.global_step, "tokens": module.tokens_seen}
+    return {"weights": weights(module.model), "steps": trainer.global_step, "tokens": module.tokens_seen}
 
 
 class Terminate(Callback):

@@ -10,33 +10,16 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_module import (
-    HELD_OUT,
-    batches_of,
-    data,
-    deft,
-    initial,
-    loader,
-    make_module,
-    make_trainer,
-    nll,
-    prepared,
-    pretrained,
-    source,
-    still,
-    supervised,
-    window_gradient,
-    write_rows,
-)
+from test_module import HELD_OUT, batches_of, data, deft, initial, loader, make_module, nll, supervised, window_gradient
 from torch import Tensor
+from worlds import UNEVEN, bare_trainer, random_example, read_events, still, write_rows
 
 from deft_lightning import SFTModule
 from deft_lightning.callbacks import Checkpoint, GateMonitor
 from deft_lightning.errors import UserError
 from deft_lightning.objectives import DEFT, DFT, EAFT, NLL, Floored, Likelihood, Objective, Rescaled, Schedule
 
-__all__ = ["pretrained", "source"]  # fixtures
+ROWS = UNEVEN
 RATE = 0.5
 Loss = Callable[[Tensor, Tensor], Tensor]
 windows = pytest.mark.parametrize(("size", "accumulate"), [(8, 1), (3, 3), (1, 8)])  # of the same eight examples
@@ -82,7 +65,7 @@ def assert_same_weights(found: Any, wanted: Any, pretrained: str) -> None:
 
 
 def scalars(trainer: Any, tag: str) -> list[float]:
-    events = EventAccumulator(trainer.log_dir, size_guidance={"scalars": 0}).Reload()
+    events = read_events(trainer.log_dir)
     return [event.value for event in events.Scalars(tag)] if tag in events.Tags()["scalars"] else []
 
 
@@ -111,7 +94,7 @@ def test_each_step_of_a_schedule_follows_the_loss_of_its_share_of_the_run(
     wanted = by_hand(pretrained, batch, [lambda model, loss=loss: loss for loss in (nll, nll, half, deft)])
     module = make_module(pretrained, objective=Schedule(switch=0.25, blend=0.5), head=head, optimizer=slow_sgd)
     course = Course()
-    trainer = make_trainer(tmp_path, course, max_epochs=4, accumulate_grad_batches=accumulate)
+    trainer = bare_trainer(tmp_path, course, max_epochs=4, accumulate_grad_batches=accumulate)
     trainer.fit(module, data(source, batch_size=size))
     assert trainer.global_step == 4
     assert_same_weights(module.model, wanted, pretrained)
@@ -135,7 +118,7 @@ def test_a_linear_floor_sinks_over_the_optimizer_steps(pretrained: str, source: 
     ]
     objective = Floored(base=Likelihood(), floor=0.8, decay="linear")
     module = make_module(pretrained, objective=objective, optimizer=slow_sgd)
-    make_trainer(tmp_path, max_epochs=4, accumulate_grad_batches=4).fit(module, data(source, batch_size=2))
+    bare_trainer(tmp_path, max_epochs=4, accumulate_grad_batches=4).fit(module, data(source, batch_size=2))
     assert_same_weights(module.model, by_hand(pretrained, batch, losses), pretrained)
 
 
@@ -145,7 +128,7 @@ def test_a_schedule_between_objectives_that_need_other_statistics_trains(
 ) -> None:
     """The entropy that the first needs stays there, for a comparison too."""
     module = make_module(pretrained, objective=Schedule(first=EAFT(k=5), then=DEFT(), switch=0.5), head=head)
-    trainer = make_trainer(tmp_path, GateMonitor(others=[EAFT(k=5)]), max_epochs=4, logger=None)
+    trainer = bare_trainer(tmp_path, GateMonitor(others=[EAFT(k=5)]), max_epochs=4, logger=None)
     trainer.fit(module, data(source))
     own, other = scalars(trainer, "gate/mean"), scalars(trainer, "counterfactual/EAFT_k_5_normalizer_log_k/gate")
     assert own[:2] == pytest.approx(other[:2], rel=1e-6)
@@ -156,7 +139,7 @@ def test_a_schedule_between_objectives_that_need_other_statistics_trains(
 
 def test_monitors_show_the_gate_in_force(pretrained: str, source: str, tmp_path: Path) -> None:
     module = make_module(pretrained, objective=Schedule(switch=0.5), optimizer=still)
-    trainer = make_trainer(tmp_path, GateMonitor(), max_epochs=4, logger=None)
+    trainer = bare_trainer(tmp_path, GateMonitor(), max_epochs=4, logger=None)
     trainer.fit(module, data(source))
     (batch,) = batches_of(pretrained, source, 8)
     shut = mean_gate(initial(pretrained), batch)
@@ -170,7 +153,7 @@ def test_a_run_without_an_end_is_one_line_for_what_depends_on_it(
 ) -> None:
     module = make_module(pretrained, objective=objective)
     with pytest.raises(UserError, match=r"needs an end: set --trainer\.max_epochs") as refused:
-        make_trainer(tmp_path, max_epochs=-1).fit(module, data(source))
+        bare_trainer(tmp_path, max_epochs=-1).fit(module, data(source))
     assert repr(objective) in str(refused.value) and "\n" not in str(refused.value)
 
 
@@ -182,7 +165,7 @@ def test_a_run_without_an_end_is_fine_for_what_does_not(
         def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
             trainer.should_stop = trainer.global_step >= 3
 
-    trainer = make_trainer(tmp_path, Enough(), max_epochs=-1)
+    trainer = bare_trainer(tmp_path, Enough(), max_epochs=-1)
     trainer.fit(make_module(pretrained, objective=objective), data(source))
     assert trainer.global_step == 3
 
@@ -210,7 +193,7 @@ def test_each_rescaled_step_is_divided_by_the_mean_gate_of_those_before(
     wanted = by_hand(pretrained, batch, [rescaled] * 4)
     assert max(scales) > 1.1, "a scale of one shows nothing"
     module = make_module(pretrained, objective=Rescaled(decay=0.5), head=head, optimizer=slow_sgd)
-    trainer = make_trainer(tmp_path, max_epochs=4, accumulate_grad_batches=accumulate, logger=None)
+    trainer = bare_trainer(tmp_path, max_epochs=4, accumulate_grad_batches=accumulate, logger=None)
     trainer.fit(module, data(source, batch_size=size))
     assert scalars(trainer, "objective/scale") == pytest.approx(scales, rel=1e-4)
     assert_same_weights(module.model, wanted, pretrained)
@@ -218,7 +201,7 @@ def test_each_rescaled_step_is_divided_by_the_mean_gate_of_those_before(
 
 def test_a_gate_that_is_shut_is_not_scaled_up_without_bound(pretrained: str, source: str, tmp_path: Path) -> None:
     module = make_module(pretrained, objective=Rescaled(base=Likelihood()), optimizer=still)
-    trainer = make_trainer(tmp_path, GateMonitor(), max_epochs=2, logger=None)
+    trainer = bare_trainer(tmp_path, GateMonitor(), max_epochs=2, logger=None)
     trainer.fit(module, data(source))
     (batch,) = batches_of(pretrained, source, 8)
     with torch.no_grad():
@@ -230,9 +213,9 @@ def test_a_gate_that_is_shut_is_not_scaled_up_without_bound(pretrained: str, sou
 
 def test_tokens_weigh_alike_and_a_window_without_any_changes_no_mean(pretrained: str, tmp_path: Path) -> None:
     """Windows of 9, 0 and 2 tokens: the mean is over eleven."""
-    examples = [prepared(1, 16, 9), prepared(2, 7, 0), prepared(3, 6, 2), prepared(4, 6, 2)]
+    examples = [random_example(1, 16, 9), random_example(2, 7, 0), random_example(3, 6, 2), random_example(4, 6, 2)]
     module = make_module(pretrained, objective=Rescaled(decay=0.9), optimizer=still)
-    trainer = make_trainer(tmp_path, logger=None)
+    trainer = bare_trainer(tmp_path, logger=None)
     trainer.fit(module, loader(examples, 1))
     model = initial(pretrained)
     first, third = (mean_gate(model, next(iter(loader([examples[i]], 1)))) for i in (0, 2))
@@ -244,7 +227,7 @@ def test_tokens_weigh_alike_and_a_window_without_any_changes_no_mean(pretrained:
 
 def test_nothing_is_tracked_or_logged_where_nothing_is_rescaled(pretrained: str, source: str, tmp_path: Path) -> None:
     module = make_module(pretrained, objective=Schedule())
-    trainer = make_trainer(tmp_path, max_epochs=2, logger=None)
+    trainer = bare_trainer(tmp_path, max_epochs=2, logger=None)
     trainer.fit(module, data(source))
     assert scalars(trainer, "objective/scale") == [] and len(scalars(trainer, "train/loss")) == 2
     assert module.normaliser.gates.tokens == 0
@@ -269,7 +252,7 @@ class Broken(SFTModule):
 
 def test_a_step_that_is_left_out_leaves_the_mean_gate_alone(pretrained: str, source: str, tmp_path: Path) -> None:
     module = Broken(objective=Rescaled(), pretrained=pretrained, optimizer=still, on_nonfinite="skip")
-    trainer = make_trainer(tmp_path, max_epochs=3, logger=None)
+    trainer = bare_trainer(tmp_path, max_epochs=3, logger=None)
     trainer.fit(module, data(source))
     assert module.skipped == 1
     (batch,) = batches_of(pretrained, source, 8)
@@ -295,7 +278,7 @@ def test_validation_uses_what_is_in_force_and_a_checkpoint_remembers_it(
     loaded = data(source, validation_source=write_rows(tmp_path / "val.jsonl", HELD_OUT))
     module = make_module(pretrained, objective=Schedule(switch=0.6), optimizer=still)
     course, kept = Course(), Checkpoint(save_top_k=-1)
-    trainer = make_trainer(tmp_path, course, kept, max_epochs=4, num_sanity_val_steps=2, logger=None)
+    trainer = bare_trainer(tmp_path, course, kept, max_epochs=4, num_sanity_val_steps=2, logger=None)
     trainer.fit(module, loaded)
     plain, gated = (held_out(initial(pretrained), loss, pretrained, tmp_path) for loss in (nll, deft))
     assert abs(plain - gated) > 0.1
@@ -305,7 +288,7 @@ def test_validation_uses_what_is_in_force_and_a_checkpoint_remembers_it(
 
     def validated(path: str | None) -> float:
         again = make_module(pretrained, objective=Schedule(switch=0.6))
-        (found,) = make_trainer(tmp_path).validate(again, loaded, ckpt_path=path, verbose=False, weights_only=True)
+        (found,) = bare_trainer(tmp_path).validate(again, loaded, ckpt_path=path, verbose=False, weights_only=True)
         return float(found["val/loss"])
 
     files = {path.name: str(path) for path in Path(kept.dirpath or "").glob("step*.ckpt")}
@@ -319,11 +302,11 @@ def test_a_rescaled_checkpoint_validates_to_the_loss_that_fit_logged(
 ) -> None:
     loaded = data(source, validation_source=write_rows(tmp_path / "val.jsonl", HELD_OUT))
     kept = Checkpoint()
-    trainer = make_trainer(tmp_path, kept, max_epochs=3, logger=None)
+    trainer = bare_trainer(tmp_path, kept, max_epochs=3, logger=None)
     trainer.fit(make_module(pretrained, objective=Rescaled(), optimizer=slow_sgd), loaded)
     logged, scale = scalars(trainer, "val/loss")[-1], scalars(trainer, "objective/scale")[-1]
     again = make_module(pretrained, objective=Rescaled())
-    found = make_trainer(tmp_path).validate(again, loaded, ckpt_path=kept.best_model_path, verbose=False)
+    found = bare_trainer(tmp_path).validate(again, loaded, ckpt_path=kept.best_model_path, verbose=False)
     assert found[0]["val/loss"] == pytest.approx(logged, rel=1e-5)
     gated = held_out(again.model.double(), deft, pretrained, tmp_path)
     assert abs(scale - 1) > 0.05 and logged == pytest.approx(scale * gated, rel=1e-4)
@@ -333,13 +316,13 @@ def test_a_rescaled_checkpoint_validates_to_the_loss_that_fit_logged(
 
 def test_a_checkpoint_from_before_there_was_a_course_is_loaded(pretrained: str, source: str, tmp_path: Path) -> None:
     kept = Checkpoint()
-    make_trainer(tmp_path, kept).fit(make_module(pretrained, optimizer=still), data(source))
+    bare_trainer(tmp_path, kept).fit(make_module(pretrained, optimizer=still), data(source))
     saved = torch.load(kept.best_model_path, weights_only=True)
     for name in ("training", "gates"):
         del saved["deft_lightning"][name]
     torch.save(saved, tmp_path / "old.ckpt")
     module = make_module(pretrained, objective=Rescaled(base=Schedule()))
-    trainer = make_trainer(tmp_path, max_epochs=2)
+    trainer = bare_trainer(tmp_path, max_epochs=2)
     trainer.fit(module, data(source), ckpt_path=str(tmp_path / "old.ckpt"))
     assert trainer.global_step == 2 and module.current_objective.deformed == DEFT()
 
@@ -348,7 +331,7 @@ def test_a_second_fit_starts_its_schedule_anew(pretrained: str, source: str, tmp
     module = make_module(pretrained, objective=Schedule(then=DFT(), switch=0.5), optimizer=still)
     for _ in range(2):
         course = Course()
-        make_trainer(tmp_path, course, max_epochs=2).fit(module, data(source))
+        bare_trainer(tmp_path, course, max_epochs=2).fit(module, data(source))
         assert [objective.deformed for objective in course.trained] == [NLL(), None]
 
 
@@ -359,7 +342,7 @@ def test_micro_batches_of_a_fit_that_broke_off_are_forgotten(pretrained: str, so
 
     module = make_module(pretrained, objective=Rescaled(), optimizer=still)
     with pytest.raises(RuntimeError, match="enough"):
-        make_trainer(tmp_path, Break(), accumulate_grad_batches=2).fit(module, data(source, batch_size=4))
-    make_trainer(tmp_path, accumulate_grad_batches=2).fit(module, data(source, batch_size=4))
+        bare_trainer(tmp_path, Break(), accumulate_grad_batches=2).fit(module, data(source, batch_size=4))
+    bare_trainer(tmp_path, accumulate_grad_batches=2).fit(module, data(source, batch_size=4))
     (batch,) = batches_of(pretrained, source, 8)
     assert module.normaliser.gates.tokens == module.tokens_seen == len(supervised(initial(pretrained), batch)[1])

@@ -8,13 +8,13 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from worlds import conversation, write_rows
 
 from deft_lightning import __version__
 from deft_lightning.__main__ import main
@@ -308,16 +308,7 @@ def test_checkpoint_every_n_steps(cli: Cli, tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.rglob("step=*.ckpt")} == {f"step={i}.ckpt" for i in range(1, 5)}
 
 
-def jsonl(path: Path, *rows: Any) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
-
-
-def chat(*turns: tuple[str, str]) -> dict[str, Any]:
-    return {"messages": [{"role": role, "content": content} for role, content in turns]}
-
-
-GOOD = chat(("user", "hi"), ("assistant", "hello"))
+GOOD = conversation(("user", "hi"), ("assistant", "hello"))
 
 
 def bad_input(name: str, path: Path) -> tuple[list[str], list[str]]:
@@ -325,21 +316,24 @@ def bad_input(name: str, path: Path) -> tuple[list[str], list[str]]:
     file = path / "rows.jsonl"
     cases: dict[str, tuple[Callable[[], list[str]], list[str]]] = {
         "unknown role": (
-            lambda: ["--data.source", jsonl(file, GOOD, chat(("usr", "hi"), ("assistant", "ho")))],
+            lambda: ["--data.source", write_rows(file, [GOOD, conversation(("usr", "hi"), ("assistant", "ho"))])],
             ["rows.jsonl, row 2", "messages[0].role", "'usr'", "user"],
         ),
         "missing column": (
-            lambda: ["--data.source", jsonl(file, {"question": "a", "answer": "b"}, {"question": "a", "answr": "b"})],
+            lambda: [
+                "--data.source",
+                write_rows(file, [{"question": "a", "answer": "b"}, {"question": "a", "answr": "b"}]),
+            ],
             ["rows.jsonl, row 2", "'answer'", "answr"],
         ),
-        "empty file": (lambda: ["--data.source", jsonl(file)], ["rows.jsonl", "empty"]),
+        "empty file": (lambda: ["--data.source", write_rows(file, [])], ["rows.jsonl", "empty"]),
         "empty response": (
-            lambda: ["--data.source", jsonl(file, GOOD, GOOD, chat(("user", "hi"), ("assistant", " ")))],
+            lambda: ["--data.source", write_rows(file, [GOOD, GOOD, conversation(("user", "hi"), ("assistant", " "))])],
             ["rows.jsonl, row 3", "messages[1].content", "empty"],
         ),
         "unknown format": (lambda: ["--data.format", "alpacca"], ["--data.format", "alpaca", "alpacca"]),
         "columns of no format": (
-            lambda: ["--data.source", jsonl(file, {"a": 1, "b": 2})],
+            lambda: ["--data.source", write_rows(file, [{"a": 1, "b": 2}])],
             ["rows.jsonl, row 1", "a, b"],
         ),
         "rate": (
@@ -402,7 +396,7 @@ def test_bad_input_is_one_line(name: str, cli: Cli, tmp_path: Path, capsys: pyte
 
 
 def test_an_error_of_a_real_process_has_no_traceback(tmp_path: Path) -> None:
-    source = jsonl(tmp_path / "rows.jsonl", GOOD, chat(("usr", "hi"), ("assistant", "ho")))
+    source = write_rows(tmp_path / "rows.jsonl", [GOOD, conversation(("usr", "hi"), ("assistant", "ho"))])
     command = [sys.executable, "-m", "deft_lightning", "fit", *TINY, "--data.source", source]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
     assert done.returncode == 2
@@ -440,7 +434,7 @@ def test_a_checkpoint_brings_its_tokenizer_although_the_training_rows_changed(
     """A tokenizer built from other rows has other merges under the same ids."""
     first = [{"question": f"word{i}", "answer": f"alpha beta {i}"} for i in range(80)]
     second = [{"question": f"{i} zzz", "answer": f"gamma qqq {i}"} for i in range(80)]
-    one, two = jsonl(tmp_path / "one.jsonl", *first), jsonl(tmp_path / "two.jsonl", *second)
+    one, two = write_rows(tmp_path / "one.jsonl", [*first]), write_rows(tmp_path / "two.jsonl", [*second])
     size = ["--data.tokenizer_size", "290", "--data.test_source", one]
     cli("fit", *TINY, *size, "--data.source", one, "--after_fit.test", "false")
     files = []
@@ -504,7 +498,7 @@ def test_mistakes_that_used_to_be_tracebacks(
 
 def test_max_steps_alone_is_not_cut_at_one_epoch(cli: Cli, tmp_path: Path) -> None:
     rows = [{"question": str(i), "answer": str(i)} for i in range(9)]
-    source = jsonl(tmp_path / "few.jsonl", *rows)
+    source = write_rows(tmp_path / "few.jsonl", [*rows])
     model = ["--model.architecture.hidden_size", "16", "--model.architecture.num_attention_heads", "2"]
     model += ["--model.architecture.intermediate_size", "16", "--model.architecture.num_hidden_layers", "1"]
     common = ["--data.source", source, "--data.batch_size", "4", "--data.validation_fraction", "0", *model]

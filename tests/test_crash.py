@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback
+from worlds import ROOT, fit_command
 
 from deft_lightning import callbacks
 from deft_lightning.__main__ import main
@@ -21,21 +22,6 @@ from deft_lightning.cli.crash import ended, explain
 from deft_lightning.errors import UserError
 from deft_lightning.outputs import check_output_file
 from deft_lightning.ranks import RANKS
-
-ROOT = Path(__file__).resolve().parents[1]
-
-
-def options(tmp_path: Path, *more: str) -> list[str]:
-    source = tmp_path / "rows.jsonl"
-    source.write_text("".join(f'{{"question": "{i}", "answer": "{i}"}}\n' for i in range(8)))
-    return [
-        "fit", "--data.source", str(source), "--data.batch_size", "2", "--data.tokenizer_size", "0",
-        "--data.validation_fraction", "0", "--trainer.accelerator", "cpu", "--trainer.devices", "1",
-        "--trainer.max_steps", "4", "--checkpoint.every_n_train_steps", "2", "--trainer.enable_progress_bar", "false",
-        "--trainer.default_root_dir", str(tmp_path / "logs"), "--model.architecture.hidden_size", "16",
-        "--model.architecture.intermediate_size", "16", "--model.architecture.num_hidden_layers", "1",
-        "--model.architecture.num_attention_heads", "2", *more,
-    ]  # fmt: skip
 
 
 def end(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
@@ -68,7 +54,7 @@ def test_an_unexpected_error_goes_to_a_file_and_names_the_checkpoint(
     own = ["--trainer.callbacks+=tests_fail.Fail", f"--trainer.callbacks.hook={hook}"]
     monkeypatch.setitem(sys.modules, "tests_fail", sys.modules[__name__])
     monkeypatch.setattr(Fail, "__module__", "tests_fail")
-    status, line = end(options(tmp_path, *own), monkeypatch, capsys)
+    status, line = end(fit_command(tmp_path, *own), monkeypatch, capsys)
     assert status == 1 and "unexpected RuntimeError: the sky\\x1b[2J fell" in line
     (file,) = (tmp_path / "logs" / "version_0").glob("crash-*.txt")
     assert str(file) in line
@@ -88,7 +74,7 @@ def test_what_fails_after_training_leaves_the_checkpoint_and_can_be_repeated(
         raise OSError(28, "No space left on device", str(tmp_path / "model.safetensors"))
 
     monkeypatch.setattr(exporter, "save_hugging_face", full)
-    status, line = end(options(tmp_path), monkeypatch, capsys)
+    status, line = end(fit_command(tmp_path), monkeypatch, capsys)
     checkpoint = tmp_path / "logs" / "version_0" / "checkpoints" / "step=4.ckpt"
     assert status == 2 and f"{tmp_path / 'model.safetensors'}: the disk is full; export failed" in line
     command = line.partition("repeat it with python -m deft_lightning ")[2].split()
@@ -131,7 +117,7 @@ def test_a_killed_loader_process_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("deft_lightning.data.loading.collate.TrainCollator.__call__", _killed)
-    status, line = end(options(tmp_path, "--data.num_workers", "1"), monkeypatch, capsys)
+    status, line = end(fit_command(tmp_path, "--data.num_workers", "1"), monkeypatch, capsys)
     assert status == 2 and "a loader process was lost" in line and "--data.num_workers" in line
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import re
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,10 @@ import pytest
 import torch
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.tuner import Tuner
-from tiny_llama import save_tiny_llama, tiny_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from worlds import quiet_trainer, same_state, split_data, tiny_llama
 
-from deft_lightning import InstructionDataModule, SFTModule, Trainer
+from deft_lightning import SFTModule
 from deft_lightning.callbacks import Checkpoint
 from deft_lightning.cli.main import run
 from deft_lightning.errors import UserError
@@ -27,41 +27,11 @@ from deft_lightning.optim import MuonAdamW
 from deft_lightning.training.checkpoint_io import AtomicCheckpointIO, BackgroundCheckpointIO
 from deft_lightning.training.optim import CosineWithWarmup
 
-
-@pytest.fixture(scope="module")
-def pretrained(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_tiny_llama(tmp_path_factory.mktemp("pretrained"), 0.3)
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
-    rows = [{"question": f"{i} + {i}", "answer": f"that is {2 * i}"} for i in range(48)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
-def data(source: str, **options: Any) -> InstructionDataModule:
-    return InstructionDataModule(source, **{"batch_size": 4, "validation_fraction": 0.2, **options})
-
-
-def trainer_in(root: Path, *callbacks: Any, **options: Any) -> Trainer:
-    return Trainer(
-        **{
-            "accelerator": "cpu", "default_root_dir": str(root), "enable_progress_bar": False, "logger": False,
-            "enable_model_summary": False, "monitors": False, "log_every_n_steps": 1, "callbacks": list(callbacks),
-            "num_sanity_val_steps": 0, **options,
-        }
-    )  # fmt: skip
+trainer_in = partial(quiet_trainer, monitors=False)
 
 
 def newest(root: Path) -> Path:
     return sorted(root.rglob("step=*.ckpt"), key=lambda path: int(re.findall(r"step=(\d+)", path.name)[0]))[-1]
-
-
-def same(one: torch.nn.Module, other: torch.nn.Module) -> bool:
-    a, b = one.state_dict(), other.state_dict()
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 # --- from a checkpoint ----------------------------------------------------------------------------------------------
@@ -76,10 +46,10 @@ def test_a_module_is_made_of_a_checkpoint_alone(
         optimizer=lambda groups: torch.optim.AdamW(groups, lr=1e-3, betas=(0.8, 0.9)), on_nonfinite="skip",
         scheduler=lambda optimizer: CosineWithWarmup(optimizer, warmup=0.5), generation=Generation(max_new_tokens=7),
     )  # fmt: skip
-    loaded = data(source)
+    loaded = split_data(source)
     trainer_in(tmp_path, max_steps=6).fit(module, loaded)
     again = SFTModule.load_from_checkpoint(newest(tmp_path))
-    assert same(module, again) and again.model.training
+    assert same_state(module, again) and again.model.training
     for name in ("objective", "lora", "head", "on_nonfinite", "generation", "current_objective", "tokens_seen"):
         assert getattr(again, name) == getattr(module, name), name
     optimizer = again.optimizer_callable([torch.nn.Parameter(torch.zeros(1, 1))])
@@ -89,13 +59,13 @@ def test_a_module_is_made_of_a_checkpoint_alone(
     module.eval(), again.eval()
     torch.testing.assert_close(again.loss_and_stats(batch)[0], module.loss_and_stats(batch)[0], rtol=0, atol=0)
     trainer = trainer_in(tmp_path / "more", max_steps=2)
-    trainer.fit(again, data(source))  # with its own tokenizer, though nothing names one
+    trainer.fit(again, split_data(source))  # with its own tokenizer, though nothing names one
     assert trainer.datamodule.tokenizer.get_vocab() == loaded.tokenizer.get_vocab()  # type: ignore[attr-defined]
-    assert not same(module, again)
+    assert not same_state(module, again)
 
 
 def test_what_is_given_wins(pretrained: str, source: str, tmp_path: Path) -> None:
-    trainer_in(tmp_path, max_steps=1).fit(SFTModule(pretrained=pretrained), data(source))
+    trainer_in(tmp_path, max_steps=1).fit(SFTModule(pretrained=pretrained), split_data(source))
     again = SFTModule.load_from_checkpoint(newest(tmp_path), objective=NLL(), map_location="cpu")
     assert again.objective == NLL()
     with pytest.raises(UserError, match="the model is the checkpoint's"):
@@ -122,7 +92,7 @@ def test_a_strangers_checkpoint_names_no_class_that_is_not_of_this_package(
     objective: Any, pretrained: str, source: str, tmp_path: Path, capsys: pytest.CaptureFixture[str],
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
-    trainer_in(tmp_path, max_steps=1).fit(SFTModule(pretrained=pretrained), data(source))
+    trainer_in(tmp_path, max_steps=1).fit(SFTModule(pretrained=pretrained), split_data(source))
     held = torch.load(newest(tmp_path), weights_only=True)
     held["hyper_parameters"]["objective"] = objective
     held["hyper_parameters"]["optimizer"] = {"class": "os.system", "lr": 1.0}
@@ -140,7 +110,9 @@ def test_a_strangers_checkpoint_names_no_class_that_is_not_of_this_package(
 def test_an_earlier_checkpoint_says_what_it_does_not_know(
     pretrained: str, source: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    trainer_in(tmp_path, max_steps=1).fit(SFTModule(objective=Tsallis(q=0.3), pretrained=pretrained), data(source))
+    trainer_in(tmp_path, max_steps=1).fit(
+        SFTModule(objective=Tsallis(q=0.3), pretrained=pretrained), split_data(source)
+    )
     held = torch.load(newest(tmp_path), weights_only=True)
     del held["hyper_parameters"]
     torch.save(held, tmp_path / "earlier.ckpt")
@@ -163,14 +135,14 @@ def test_a_model_object_is_trained_in_place_saved_resumed_and_exported(
     model = AutoModelForCausalLM.from_pretrained(pretrained)
     start = {name: value.clone() for name, value in model.named_parameters()}
     module, named = SFTModule(pretrained=model), SFTModule(pretrained=pretrained)
-    trainer_in(tmp_path / "object", max_steps=4).fit(module, data(source))
-    trainer_in(tmp_path / "name", max_steps=4).fit(named, data(source))
-    assert module.model is model and same(module, named)
+    trainer_in(tmp_path / "object", max_steps=4).fit(module, split_data(source))
+    trainer_in(tmp_path / "name", max_steps=4).fit(named, split_data(source))
+    assert module.model is model and same_state(module, named)
     assert any(not torch.equal(start[name], value) for name, value in model.named_parameters())
     resumed = SFTModule(pretrained=AutoModelForCausalLM.from_pretrained(pretrained))
     trainer = trainer_in(tmp_path / "again", max_steps=6)
-    trainer.fit(resumed, data(source), ckpt_path=str(newest(tmp_path / "object")))
-    trainer_in(tmp_path / "whole", max_steps=6).fit(named := SFTModule(pretrained=pretrained), data(source))
+    trainer.fit(resumed, split_data(source), ckpt_path=str(newest(tmp_path / "object")))
+    trainer_in(tmp_path / "whole", max_steps=6).fit(named := SFTModule(pretrained=pretrained), split_data(source))
     assert trainer.global_step == 6
     trainer.export(resumed, output=str(tmp_path / "export"), datamodule=trainer.datamodule)  # type: ignore[attr-defined]
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "export")
@@ -180,15 +152,15 @@ def test_a_model_object_is_trained_in_place_saved_resumed_and_exported(
 
 def test_adapters_are_added_to_a_model_object(pretrained: str, source: str, tmp_path: Path) -> None:
     module = SFTModule(pretrained=AutoModelForCausalLM.from_pretrained(pretrained), lora=LoRA(r=2))
-    trainer_in(tmp_path, max_steps=2).fit(module, data(source))
-    assert same(module, SFTModule.load_from_checkpoint(newest(tmp_path)))
+    trainer_in(tmp_path, max_steps=2).fit(module, split_data(source))
+    assert same_state(module, SFTModule.load_from_checkpoint(newest(tmp_path)))
 
 
 def test_a_model_object_without_a_folder_needs_a_tokenizer(pretrained: str, source: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no folder with a tokenizer: give InstructionDataModule\(tokenizer="):
-        trainer_in(tmp_path, max_steps=1).fit(SFTModule(pretrained=tiny_llama(0.3)[0]), data(source))
+        trainer_in(tmp_path, max_steps=1).fit(SFTModule(pretrained=tiny_llama(0.3)[0]), split_data(source))
     module = SFTModule(pretrained=tiny_llama(0.3)[0])
-    trainer_in(tmp_path, max_steps=1).fit(module, data(source, tokenizer=pretrained))
+    trainer_in(tmp_path, max_steps=1).fit(module, split_data(source, tokenizer=pretrained))
     assert module.tokens_seen > 0
 
 
@@ -241,12 +213,12 @@ def test_a_resumed_plateau_goes_on_as_if_it_had_not_stopped(pretrained: str, sou
 
     options: dict[str, Any] = {"val_check_interval": 2}
     whole, half, rest = module(), module(), module()
-    trainer_in(tmp_path / "whole", max_steps=8, **options).fit(whole, data(source))
-    trainer_in(tmp_path / "half", max_steps=5, **options).fit(half, data(source))
+    trainer_in(tmp_path / "whole", max_steps=8, **options).fit(whole, split_data(source))
+    trainer_in(tmp_path / "half", max_steps=5, **options).fit(half, split_data(source))
     trainer_in(tmp_path / "rest", max_steps=8, **options).fit(
-        rest, data(source), ckpt_path=str(newest(tmp_path / "half"))
+        rest, split_data(source), ckpt_path=str(newest(tmp_path / "half"))
     )
-    assert same(whole, rest)
+    assert same_state(whole, rest)
 
 
 @pytest.mark.parametrize(
@@ -267,7 +239,7 @@ def test_a_plateau_of_nothing_is_refused(
 
     with pytest.raises(UserError, match=message) as caught:
         trainer_in(tmp_path, max_steps=2, **options).fit(
-            SFTModule(pretrained=pretrained, scheduler=plateau), data(source)
+            SFTModule(pretrained=pretrained, scheduler=plateau), split_data(source)
         )
     assert "\n" not in str(caught.value)
 
@@ -282,7 +254,7 @@ def test_muon_trains_the_matrices_of_the_layers_and_adamw_the_rest(
     start = AutoModelForCausalLM.from_pretrained(pretrained)
     module = SFTModule(pretrained=pretrained, optimizer=muon, scheduler=None)
     trainer = trainer_in(tmp_path, max_steps=1, gradient_clip_val=None)
-    trainer.fit(module, data(source))
+    trainer.fit(module, split_data(source))
     names = {id(p): name for name, p in module.model.named_parameters()}
     groups = {
         bool(group["muon"]): {names[id(p)] for g in trainer.optimizers[0].param_groups if g["muon"] == group["muon"]
@@ -316,25 +288,25 @@ def test_muon_equals_the_two_optimizers_of_torch() -> None:
 
 def test_muon_is_resumed_to_the_bit(pretrained: str, source: str, tmp_path: Path) -> None:
     modules = [SFTModule(pretrained=pretrained, optimizer=muon) for _ in range(2)]
-    trainer_in(tmp_path / "whole", max_steps=6, max_epochs=2).fit(modules[0], data(source))
+    trainer_in(tmp_path / "whole", max_steps=6, max_epochs=2).fit(modules[0], split_data(source))
     kept = Checkpoint(every_n_train_steps=3, save_top_k=-1)
     trainer_in(tmp_path / "half", kept, max_steps=6, max_epochs=2).fit(
-        SFTModule(pretrained=pretrained, optimizer=muon), data(source)
+        SFTModule(pretrained=pretrained, optimizer=muon), split_data(source)
     )
     (path,) = (tmp_path / "half").rglob("step=3.ckpt")
-    trainer_in(tmp_path / "rest", max_steps=6, max_epochs=2).fit(modules[1], data(source), ckpt_path=str(path))
-    assert same(*modules)
+    trainer_in(tmp_path / "rest", max_steps=6, max_epochs=2).fit(modules[1], split_data(source), ckpt_path=str(path))
+    assert same_state(*modules)
     assert SFTModule.load_from_checkpoint(path).hparams["optimizer"]["lr"] == 1e-2
 
 
 def test_muon_where_it_cannot_be_is_refused(pretrained: str, source: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"is for full fine-tuning: leave --model\.lora out"):
         trainer_in(tmp_path, max_steps=1).fit(
-            SFTModule(pretrained=pretrained, optimizer=muon, lora=LoRA(r=2)), data(source)
+            SFTModule(pretrained=pretrained, optimizer=muon, lora=LoRA(r=2)), split_data(source)
         )
     with pytest.raises(UserError, match=r"trains matrices alone; --model\.optimizer MuonAdamW"):
         trainer_in(tmp_path, max_steps=1).fit(
-            SFTModule(pretrained=pretrained, optimizer=torch.optim.Muon), data(source)
+            SFTModule(pretrained=pretrained, optimizer=torch.optim.Muon), split_data(source)
         )
 
 
@@ -358,33 +330,33 @@ def test_muon_from_the_command_line(pretrained: str, source: str, tmp_path: Path
 def test_lightnings_search_for_a_rate_leaves_the_weights_alone_and_the_run_uses_its_answer(
     pretrained: str, source: str, tmp_path: Path
 ) -> None:
-    module, loaded = SFTModule(pretrained=pretrained, scheduler=None), data(source)
+    module, loaded = SFTModule(pretrained=pretrained, scheduler=None), split_data(source)
     trainer = trainer_in(tmp_path, max_steps=3)
     finder = Tuner(trainer).lr_find(module, datamodule=loaded, num_training=30, min_lr=1e-6, max_lr=1e-2)
     assert finder is not None and module.lr == finder.suggestion()
     start = AutoModelForCausalLM.from_pretrained(pretrained)
-    assert same(module.model, start)
+    assert same_state(module.model, start)
     trainer.fit(module, loaded)
     assert float(trainer.callback_metrics["train/lr"]) == pytest.approx(module.lr)
-    assert trainer.global_step == 3 and not same(module.model, start)
+    assert trainer.global_step == 3 and not same_state(module.model, start)
 
 
 def test_checkpoints_written_in_the_background_are_whole_and_resumed_to_the_bit(
     pretrained: str, source: str, tmp_path: Path
 ) -> None:
     whole = SFTModule(pretrained=pretrained)
-    trainer_in(tmp_path / "whole", max_steps=6, max_epochs=2).fit(whole, data(source))
+    trainer_in(tmp_path / "whole", max_steps=6, max_epochs=2).fit(whole, split_data(source))
     kept = Checkpoint(every_n_train_steps=3, save_top_k=-1)
     trainer = trainer_in(tmp_path / "half", kept, max_steps=6, max_epochs=2, plugins=[AsyncCheckpointIO()])
-    trainer.fit(SFTModule(pretrained=pretrained), data(source))
+    trainer.fit(SFTModule(pretrained=pretrained), split_data(source))
     left = sorted(path.name for path in (tmp_path / "half").rglob("*.ckpt"))
     assert left == ["last.ckpt", "step=3.ckpt", "step=6.ckpt"]
     (path,) = (tmp_path / "half").rglob("step=3.ckpt")
     resumed = SFTModule(pretrained=pretrained)
     trainer_in(tmp_path / "rest", max_steps=6, max_epochs=2, plugins=[AsyncCheckpointIO()]).fit(
-        resumed, data(source), ckpt_path=str(path)
+        resumed, split_data(source), ckpt_path=str(path)
     )
-    assert same(whole, resumed)
+    assert same_state(whole, resumed)
 
 
 def test_the_one_before_is_removed_once_the_next_is_written(tmp_path: Path) -> None:
@@ -406,7 +378,7 @@ def test_the_one_before_is_removed_once_the_next_is_written(tmp_path: Path) -> N
 def test_what_fails_in_the_background_is_told(pretrained: str, source: str, tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("a file where a folder is to be")
     trainer = trainer_in(tmp_path, max_steps=2, plugins=[AsyncCheckpointIO()], enable_checkpointing=False)
-    trainer.fit(SFTModule(pretrained=pretrained), data(source))
+    trainer.fit(SFTModule(pretrained=pretrained), split_data(source))
     trainer.save_checkpoint(tmp_path / "taken" / "a.ckpt")
     with pytest.raises(UserError, match="cannot save the checkpoint"):
         trainer.strategy.checkpoint_io.teardown()

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from worlds import SHAPE
 
 from deft_lightning import InstructionDataModule, SFTModule
 from deft_lightning.callbacks import Checkpoint, Dashboard, GateMonitor
@@ -19,7 +20,6 @@ from deft_lightning.callbacks.monitor import writers
 from deft_lightning.training.logs import lasting
 from deft_lightning.training.trainer import Trainer
 
-SHAPE = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 LOST, STEPS = 3, 8
 Loss = Callable[[Path], Any]
 

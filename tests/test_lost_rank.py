@@ -10,12 +10,12 @@ import time
 from pathlib import Path
 
 import pytest
-from test_crash import ROOT, options
+from worlds import ROOT, fit_command
 
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_lost_rank_is_one_line_that_says_how_to_go_on(victim: int, tmp_path: Path) -> None:
-    arguments = options(tmp_path, "--after_fit.export", "false", "--trainer.strategy", "ddp")
+    arguments = fit_command(tmp_path, "--after_fit.export", "false", "--trainer.strategy", "ddp")
     arguments[arguments.index("--trainer.devices") + 1] = "2"
     arguments[arguments.index("--trainer.max_steps") + 1] = "100000"
     arguments[arguments.index("--checkpoint.every_n_train_steps") + 1] = "20"

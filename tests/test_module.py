@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.strategies import SingleDeviceStrategy
-from tiny_llama import save_tiny_llama
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from worlds import UNEVEN, bare_trainer, constant, random_example, still, unit_sgd, write_rows
 
-from deft_lightning import InstructionDataModule, SFTModule, Trainer
+from deft_lightning import InstructionDataModule, SFTModule
 from deft_lightning.callbacks import Checkpoint
 from deft_lightning.data.examples import Prepared
 from deft_lightning.data.loading.collate import TrainCollator
@@ -32,77 +30,19 @@ from deft_lightning.objectives import DEFT, EAFT, NLL, Cayley, Likelihood, Objec
 from deft_lightning.training.optim import CosineWithWarmup, adamw
 
 Batch = dict[str, Any]
-# Answers of very different lengths, so that a mean of means is not the mean over tokens.
-ROWS = [
-    {"id": f"r{i}", "question": q, "answer": a}
-    for i, (q, a) in enumerate(
-        [("1+1?", "2"), ("Name three colours.", "red, green and blue"), ("Hi", "Hello! How are you?"), ("x", "y"),
-         ("Spell cat", "c a t"), ("Yes or no", "no"), ("Count", "one two three four five"), ("?", "!!")]
-    )
-]  # fmt: skip
+ROWS = UNEVEN
 HELD_OUT = [{"question": "Say something long.", "answer": "something long"}, {"question": "2+2", "answer": "4"}]
 
 
 # --- what the tests stand on ----------------------------------------------------------------------------------------
 
 
-def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
-@pytest.fixture(scope="module")
-def pretrained(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A folder with a tiny random Llama and a byte tokenizer."""
-    return save_tiny_llama(tmp_path_factory.mktemp("pretrained"), 0.3)
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> str:
-    return write_rows(tmp_path / "train.jsonl", ROWS)
-
-
 def data(source: str, **options: Any) -> InstructionDataModule:
     return InstructionDataModule(source, **{"validation_fraction": 0.0, "batch_size": 8, **options})
 
 
-def sgd(parameters: Any) -> torch.optim.Optimizer:
-    return torch.optim.SGD(parameters, lr=1.0)
-
-
-def still(parameters: Any) -> torch.optim.Optimizer:
-    return torch.optim.SGD(parameters, lr=0.0)
-
-
-def constant(optimizer: torch.optim.Optimizer) -> Any:
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
-
-
 def make_module(pretrained: str, **options: Any) -> SFTModule:
-    return SFTModule(**{"pretrained": pretrained, "optimizer": sgd, "scheduler": constant, **options})
-
-
-def make_trainer(root: Path, *callbacks: Callback, **options: Any) -> Trainer:
-    defaults: dict[str, Any] = {
-        "monitors": False,
-        "gradient_clip_val": None,
-        "accelerator": "cpu",
-        "devices": 1,
-        "max_epochs": 1,
-        "logger": False,
-        "enable_checkpointing": any(isinstance(callback, Checkpoint) for callback in callbacks),
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "num_sanity_val_steps": 0,
-        "log_every_n_steps": 1,
-        "default_root_dir": str(root),
-        "callbacks": list(callbacks),
-    }
-    return Trainer(**{**defaults, **options})
-
-
-def weights(model: nn.Module) -> dict[str, Tensor]:
-    return {name: value.detach().clone() for name, value in model.named_parameters()}
+    return SFTModule(**{"pretrained": pretrained, "optimizer": unit_sgd, "scheduler": constant, **options})
 
 
 def initial(pretrained: str, dtype: torch.dtype = torch.float64) -> Any:
@@ -192,7 +132,7 @@ def test_a_step_follows_the_mean_over_all_supervised_tokens_of_its_window(
     before = initial(pretrained)
     gradient = window_gradient(before, batches_of(pretrained, source, 8))
     module = make_module(pretrained, head=head)
-    make_trainer(tmp_path, accumulate_grad_batches=accumulate).fit(module, data(source, batch_size=size))
+    bare_trainer(tmp_path, accumulate_grad_batches=accumulate).fit(module, data(source, batch_size=size))
     assert module.trainer.global_step == 1
     assert_step(before, module.model, gradient)
 
@@ -219,7 +159,7 @@ def test_a_short_last_window_weighs_its_own_tokens(pretrained: str, tmp_path: Pa
             for name, parameter in expected.named_parameters():
                 parameter -= gradient[name]
     module = make_module(pretrained)
-    make_trainer(tmp_path, accumulate_grad_batches=2).fit(module, data(source, batch_size=2))
+    bare_trainer(tmp_path, accumulate_grad_batches=2).fit(module, data(source, batch_size=2))
     assert module.trainer.global_step == 2
     starts = dict(initial(pretrained).named_parameters())
     ends = dict(module.model.named_parameters())
@@ -227,13 +167,6 @@ def test_a_short_last_window_weighs_its_own_tokens(pretrained: str, tmp_path: Pa
         moved = (value - starts[name]).abs().max()
         # The second gradient is that of weights rounded to float32.
         assert (ends[name] - value).abs().max() / moved < 1e-4, name
-
-
-def prepared(seed: int, length: int, learnt: int) -> Prepared:
-    """Random tokens of which the last ``learnt`` are supervised."""
-    ids = np.random.default_rng(seed).integers(6, 262, length)
-    labels = np.where(np.arange(length) >= length - learnt, ids, -100)
-    return Prepared(f"p{seed}", ids, labels, np.zeros(length, dtype=np.int64))
 
 
 def loader(examples: Sequence[Prepared], size: int) -> DataLoader[Any]:
@@ -245,10 +178,10 @@ def loader(examples: Sequence[Prepared], size: int) -> DataLoader[Any]:
 def test_a_fully_masked_micro_batch_adds_nothing_and_is_counted(
     place: int, head: str, pretrained: str, tmp_path: Path
 ) -> None:
-    examples = [prepared(1, 9, 5), prepared(2, 6, 1)]
-    examples.insert(place, prepared(3, 7, 0))
+    examples = [random_example(1, 9, 5), random_example(2, 6, 1)]
+    examples.insert(place, random_example(3, 7, 0))
     module = make_module(pretrained, head=head)
-    make_trainer(tmp_path, accumulate_grad_batches=3).fit(module, loader(examples, 1))
+    bare_trainer(tmp_path, accumulate_grad_batches=3).fit(module, loader(examples, 1))
     before = initial(pretrained)
     gradient = window_gradient(before, list(loader([e for e in examples if (e.labels != -100).any()], 2)))
     assert module.trainer.global_step == 1 and module.tokens_seen == 6
@@ -261,7 +194,7 @@ def test_a_window_without_any_supervised_token_leaves_the_weights_alone(
     objective: Objective, head: str, pretrained: str, tmp_path: Path
 ) -> None:
     module = make_module(pretrained, objective=objective, head=head)
-    make_trainer(tmp_path).fit(module, loader([prepared(1, 7, 0), prepared(2, 4, 0)], 2))
+    bare_trainer(tmp_path).fit(module, loader([random_example(1, 7, 0), random_example(2, 4, 0)], 2))
     assert module.trainer.global_step == 1
     for name, value in initial(pretrained, torch.float32).named_parameters():
         assert torch.equal(dict(module.model.named_parameters())[name], value), name
@@ -278,7 +211,7 @@ def test_clipping_bounds_the_norm_of_the_mean_gradient_and_the_norm_before_it_is
     norm = math.sqrt(sum(float(g.square().sum()) for g in gradient.values()))
     assert 0.05 < norm < 1e6
     module = make_module(pretrained)
-    trainer = make_trainer(tmp_path, accumulate_grad_batches=4, gradient_clip_val=clip)
+    trainer = bare_trainer(tmp_path, accumulate_grad_batches=4, gradient_clip_val=clip)
     trainer.fit(module, data(source, batch_size=2))
     assert trainer.callback_metrics["train/grad_norm"].item() == pytest.approx(norm, rel=1e-5)
     factor = min(1.0, clip / norm)
@@ -294,7 +227,7 @@ def test_clipping_by_value_or_not_at_all_still_logs_the_norm(
     gradient = window_gradient(before, batches_of(pretrained, source, 8))
     norm = math.sqrt(sum(float(g.square().sum()) for g in gradient.values()))
     module = make_module(pretrained)
-    trainer = make_trainer(tmp_path, gradient_clip_val=clip, gradient_clip_algorithm=algorithm)
+    trainer = bare_trainer(tmp_path, gradient_clip_val=clip, gradient_clip_algorithm=algorithm)
     trainer.fit(module, data(source))
     assert trainer.callback_metrics["train/grad_norm"].item() == pytest.approx(norm, rel=1e-5)
     start = dict(before.named_parameters())
@@ -340,7 +273,7 @@ def test_other_objectives_train_by_their_formula(
     before = initial(pretrained)
     gradient = window_gradient(before, batches_of(pretrained, source, 8), loss)
     module = make_module(pretrained, objective=objective, head=head)
-    make_trainer(tmp_path).fit(module, data(source))
+    bare_trainer(tmp_path).fit(module, data(source))
     assert_step(before, module.model, gradient)
 
 
@@ -351,7 +284,7 @@ def test_an_objective_of_the_users_own_trains(pretrained: str, source: str, tmp_
     before = initial(pretrained)
     gradient = window_gradient(before, batches_of(pretrained, source, 8), by_hand)
     module = make_module(pretrained, objective=Squared())
-    make_trainer(tmp_path, accumulate_grad_batches=4).fit(module, data(source, batch_size=2))
+    bare_trainer(tmp_path, accumulate_grad_batches=4).fit(module, data(source, batch_size=2))
     assert_step(before, module.model, gradient)
 
 
@@ -371,7 +304,7 @@ def test_validation_nll_is_plain_and_its_perplexity_the_exponential(
     held_out = write_rows(tmp_path / "val.jsonl", [*HELD_OUT, *ROWS[:3]])
     module = make_module(pretrained, objective=objective, head=head)
     loaded = data(source, validation_source=held_out, eval_batch_size=2)
-    (found,) = make_trainer(tmp_path).validate(module, loaded, verbose=False)
+    (found,) = bare_trainer(tmp_path).validate(module, loaded, verbose=False)
     model = initial(pretrained)
     losses, plain, right = [], [], []
     with torch.no_grad():
@@ -391,7 +324,7 @@ def test_validation_nll_is_plain_and_its_perplexity_the_exponential(
 def test_each_validation_starts_afresh(sanity: int, pretrained: str, source: str, tmp_path: Path) -> None:
     held_out = write_rows(tmp_path / "val.jsonl", HELD_OUT)
     module, loaded = make_module(pretrained), data(source, validation_source=held_out)
-    trainer = make_trainer(tmp_path, max_epochs=2, num_sanity_val_steps=sanity)
+    trainer = bare_trainer(tmp_path, max_epochs=2, num_sanity_val_steps=sanity)
     trainer.fit(module, loaded)
     model = copy.deepcopy(module.model).double().eval()
     with torch.no_grad():
@@ -438,7 +371,7 @@ def test_dropout_is_active_in_training_before_and_after_a_validation(
     recorder = Recorder()
     same = write_rows(tmp_path / "same.jsonl", [ROWS[1]])
     module = SFTModule(optimizer=still, scheduler=constant, **model)
-    make_trainer(tmp_path, recorder, max_epochs=3, num_sanity_val_steps=1).fit(
+    bare_trainer(tmp_path, recorder, max_epochs=3, num_sanity_val_steps=1).fit(
         module, data(same, batch_size=1, validation_source=held_out)
     )
     assert recorder.training == [True] * 3
@@ -491,7 +424,7 @@ def test_bfloat16_trains_close_to_float32(
     found = {}
     for name, options in (("float32", ("float32", "32-true")), ("bfloat16", (dtype, precision))):
         module = make_module(pretrained, dtype=options[0], head=head)
-        trainer = make_trainer(tmp_path, precision=options[1], accumulate_grad_batches=2)
+        trainer = bare_trainer(tmp_path, precision=options[1], accumulate_grad_batches=2)
         trainer.fit(module, data(source, batch_size=4))
         found[name] = {key: float(value) for key, value in trainer.callback_metrics.items()}
     assert {p.dtype for p in module.model.parameters()} == {kept}
@@ -507,7 +440,7 @@ def test_bfloat16_trains_close_to_float32(
 
 def test_rotary_frequencies_stay_float32_under_bf16_true(pretrained: str, source: str, tmp_path: Path) -> None:
     module = make_module(pretrained)
-    make_trainer(tmp_path, precision="bf16-true").fit(module, data(source))
+    bare_trainer(tmp_path, precision="bf16-true").fit(module, data(source))
     expected = [b for n, b in initial(pretrained, torch.float32).named_buffers() if n.endswith("inv_freq")]
     found = [b for n, b in module.model.named_buffers() if n.endswith("inv_freq")]
     assert found and all(torch.equal(a, b) and a.dtype == torch.float32 for a, b in zip(found, expected, strict=True))
@@ -515,7 +448,7 @@ def test_rotary_frequencies_stay_float32_under_bf16_true(pretrained: str, source
 
 def test_lora_changes_adapters_and_nothing_else(pretrained: str, source: str, tmp_path: Path) -> None:
     module = make_module(pretrained, lora=LoRA(r=2))
-    trainer = make_trainer(tmp_path, max_epochs=2)
+    trainer = bare_trainer(tmp_path, max_epochs=2)
     trainer.fit(module, data(source))
     assert trainer.global_step == 2
     state = module.model.state_dict()
@@ -538,7 +471,7 @@ def test_weight_decay_spares_vectors_and_takes_every_matrix_once(tied: bool, sou
         architecture={"model_type": "qwen2", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
                       "num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": tied},
     )  # fmt: skip
-    trainer = make_trainer(tmp_path)
+    trainer = bare_trainer(tmp_path)
     trainer.fit(module, data(source))
     optimizer = trainer.optimizers[0]
     assert isinstance(optimizer, torch.optim.AdamW) and optimizer.defaults["betas"] == (0.9, 0.95)
@@ -577,7 +510,7 @@ def test_the_schedule_counts_optimizer_steps(
         optimizer=lambda params: torch.optim.SGD(params, lr=0.3),
         scheduler=lambda optimizer: CosineWithWarmup(optimizer, warmup=0.25, floor=0.1),
     )
-    make_trainer(tmp_path, recorder, accumulate_grad_batches=accumulate, **limits).fit(
+    bare_trainer(tmp_path, recorder, accumulate_grad_batches=accumulate, **limits).fit(
         module, data(source, batch_size=size)
     )
     warmup = math.ceil(total / 4)
@@ -623,7 +556,7 @@ def test_shares_outside_the_unit_interval_are_one_line(settings: dict[str, float
 
 def test_a_schedule_without_an_end_is_one_line(pretrained: str, source: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--trainer\.max_epochs or --trainer\.max_steps"):
-        make_trainer(tmp_path, max_epochs=-1).fit(make_module(pretrained, scheduler=CosineWithWarmup), data(source))
+        bare_trainer(tmp_path, max_epochs=-1).fit(make_module(pretrained, scheduler=CosineWithWarmup), data(source))
 
 
 # --- refusals -------------------------------------------------------------------------------------------------------
@@ -631,7 +564,7 @@ def test_a_schedule_without_an_end_is_one_line(pretrained: str, source: str, tmp
 
 def test_no_model_at_all_is_one_line(source: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--model\.pretrained .*--model\.architecture") as caught:
-        make_trainer(tmp_path).fit(SFTModule(), data(source))
+        bare_trainer(tmp_path).fit(SFTModule(), data(source))
     assert "\n" not in str(caught.value)
 
 
@@ -649,7 +582,7 @@ def test_a_strategy_that_shards_the_head_is_one_line(pretrained: str, source: st
     with pytest.raises(
         UserError, match=r"FSDPStrategy is not supported.*--trainer\.strategy auto, ddp, or fsdp2"
     ) as caught:
-        make_trainer(tmp_path, strategy=FSDPStrategy(device=torch.device("cpu"))).fit(
+        bare_trainer(tmp_path, strategy=FSDPStrategy(device=torch.device("cpu"))).fit(
             make_module(pretrained), data(source)
         )
     assert "\n" not in str(caught.value)
@@ -662,13 +595,13 @@ def test_an_unknown_head_is_one_line() -> None:
 
 def test_a_vocabulary_too_small_for_the_data_is_one_line(source: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--model\.architecture\.vocab_size 100"):
-        make_trainer(tmp_path).fit(SFTModule(architecture={"vocab_size": 100, "hidden_size": 16}), data(source))
+        bare_trainer(tmp_path).fit(SFTModule(architecture={"vocab_size": 100, "hidden_size": 16}), data(source))
 
 
 def test_examples_longer_than_the_model_are_one_line(pretrained: str, tmp_path: Path) -> None:
     source = write_rows(tmp_path / "long.jsonl", [{"question": "?", "answer": "a" * 200}])
     with pytest.raises(UserError, match=r"--data\.max_length 128"):
-        make_trainer(tmp_path).fit(make_module(pretrained), data(source))
+        bare_trainer(tmp_path).fit(make_module(pretrained), data(source))
 
 
 def test_generation_without_a_data_module_is_one_line(pretrained: str) -> None:
@@ -690,14 +623,14 @@ def test_a_trained_model_exports_from_memory_and_from_the_checkpoint_path_alone(
 ) -> None:
     (batch,) = batches_of(pretrained, source, 8)
     module, loaded = make_module(pretrained, lora=lora), data(source)
-    trainer = make_trainer(tmp_path / "run", Checkpoint(dirpath=str(tmp_path / "run" / "checkpoints")))
+    trainer = bare_trainer(tmp_path / "run", Checkpoint(dirpath=str(tmp_path / "run" / "checkpoints")))
     trainer.fit(module, loaded)
     (path,) = (p for p in (tmp_path / "run").rglob("*.ckpt") if not p.is_symlink())
     assert path.name == "step=1.ckpt"
     folders = [
         trainer.export(module, output=str(tmp_path / "memory"), datamodule=loaded),
-        make_trainer(tmp_path).export(ckpt_path=str(path), output=str(tmp_path / "file")),
-        make_trainer(tmp_path / "run").export(ckpt_path="last", output=str(tmp_path / "last")),
+        bare_trainer(tmp_path).export(ckpt_path=str(path), output=str(tmp_path / "file")),
+        bare_trainer(tmp_path / "run").export(ckpt_path="last", output=str(tmp_path / "last")),
     ]
     expected = logits_of(module.model, batch)
     assert float((expected - logits_of(initial(pretrained, torch.float32), batch)).abs().max()) > 1e-2, "it has trained"
@@ -715,7 +648,7 @@ def test_a_trained_model_exports_from_memory_and_from_the_checkpoint_path_alone(
 
 
 def test_export_without_an_output_or_a_checkpoint_is_one_line(pretrained: str, tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path)
+    trainer = bare_trainer(tmp_path)
     with pytest.raises(UserError, match="--output DIR"):
         trainer.export(ckpt_path="a.ckpt")
     with pytest.raises(UserError, match="--ckpt_path FILE"):
@@ -734,7 +667,7 @@ def trained(
     module = make_module(pretrained, optimizer=quick_adam, scheduler=CosineWithWarmup)
     saver = Checkpoint(dirpath=str(root / "checkpoints"), save_top_k=-1)
     settings = {"max_epochs": 2, "accumulate_grad_batches": 2, **options}
-    trainer = make_trainer(root, saver, **settings)
+    trainer = bare_trainer(root, saver, **settings)
     trainer.fit(
         module,
         data(source, batch_size=1, validation_source=held_out),
@@ -801,7 +734,7 @@ def test_a_test_run_reports_the_share_of_completions_that_equal_their_gold(
         rows.append({"question": question, "answer": said if i % 2 else said + "!"})
     module = make_module(pretrained, generation=Generation(max_new_tokens=5))
     loaded = data(source, test_source=write_rows(tmp_path / "test.jsonl", rows), eval_batch_size=3)
-    (found,) = make_trainer(tmp_path).test(module, loaded, verbose=False)
+    (found,) = bare_trainer(tmp_path).test(module, loaded, verbose=False)
     expected = {"exact_match": 0.5, "exact_match_se": math.sqrt(0.25 / 3), "truncated": 1.0, "examples": 4.0}
     assert found == pytest.approx({f"test/{name}": value for name, value in expected.items()})
 
@@ -817,7 +750,7 @@ def test_the_objective_asked_for_is_the_one_that_trains(pretrained: str, source:
     losses = {}
     for objective in (NLL(), Likelihood()):
         module = make_module(pretrained, objective=objective, optimizer=still)
-        trainer = make_trainer(tmp_path)
+        trainer = bare_trainer(tmp_path)
         trainer.fit(module, data(source))
         losses[repr(objective)] = {k: float(v) for k, v in trainer.callback_metrics.items()}
     nll, likelihood = losses["NLL()"], losses["Likelihood()"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import string
 from pathlib import Path
@@ -12,7 +11,7 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from parsed import parser, refused
-from tiny_llama import save_tiny_llama
+from worlds import save_tiny_llama, write_rows
 
 from deft_lightning import Trainer
 from deft_lightning.cli.main import run
@@ -186,7 +185,7 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     root = tmp_path_factory.mktemp("options")
     save_tiny_llama(root / "model", 0.3, num_hidden_layers=1)
     rows = [{"question": f"what is {number}?", "answer": f"it is {number}"} for number in range(42)]
-    (root / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(root / "rows.jsonl", rows)
     return [
         "fit", "--model.pretrained", str(root / "model"), "--data.source", str(root / "rows.jsonl"),
         "--data.batch_size", "4", "--trainer.max_steps", "3", "--trainer.accelerator", "cpu",

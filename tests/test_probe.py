@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.image import imread
-from tiny_llama import save_tiny_llama
 from torch import Tensor
 from transformers import AutoModelForCausalLM
+from worlds import write_rows
 
 from deft_lightning import InstructionDataModule, SFTModule, Trainer
 from deft_lightning.__main__ import main
@@ -41,28 +41,15 @@ from deft_lightning.probe.audit import suspects, write_lines
 from deft_lightning.probe.figure import drawing
 from deft_lightning.probe.sample import Sampler, mixed
 
-PAIRS = [
-    ("1+1?", "2"), ("Name three colours.", "red, green and blue"), ("Hi", "Hello! How are you?"), ("x", "yes"),
-    ("Spell cat", "c a t"), ("Yes or no", "no"), ("Count", "one two three four five"), ("?", "!!"), ("Say it", "it"),
-]  # fmt: skip
-
-
-def rows(path: Path, *found: dict[str, Any]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in found))
-    return str(path)
-
-
-@pytest.fixture(scope="module")
-def pretrained(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A folder with a tiny random Llama, sure of itself here and there, and a byte tokenizer."""
-    return save_tiny_llama(tmp_path_factory.mktemp("pretrained"), 0.6)
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> str:
-    return rows(
-        tmp_path / "train.jsonl", *({"id": f"r{i}", "question": q, "answer": a} for i, (q, a) in enumerate(PAIRS))
+ROWS = [
+    {"id": f"r{i}", "question": q, "answer": a}
+    for i, (q, a) in enumerate(
+        [("1+1?", "2"), ("Name three colours.", "red, green and blue"), ("Hi", "Hello! How are you?"), ("x", "yes"),
+         ("Spell cat", "c a t"), ("Yes or no", "no"), ("Count", "one two three four five"), ("?", "!!"),
+         ("Say it", "it")]
     )
+]  # fmt: skip
+PRETRAINED = {"spread": 0.6}  # sure of itself here and there
 
 
 @pytest.fixture
@@ -448,7 +435,7 @@ def test_exact_auroc_counts_pairs() -> None:
 def learned(tmp_path_factory: pytest.TempPathFactory, pretrained: str) -> Path:
     """Root of a run that has learnt the multiplication table of small numbers by heart."""
     root = tmp_path_factory.mktemp("learned")
-    source = rows(root / "clean.jsonl", *table())
+    source = write_rows(root / "clean.jsonl", table())
     data = InstructionDataModule(source, validation_fraction=0.0, batch_size=16, tokenizer=pretrained)
     torch.manual_seed(0)
     shape = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -496,7 +483,7 @@ def test_audit_ranks_wrong_answers_first_and_points_at_them(
         if row["id"] in wrong:
             row["answer"] = row["answer"].rsplit(" ", 1)[0] + f" {wrong[row['id']]}."
             row["bad"] = True
-    source = rows(tmp_path / "spoilt.jsonl", *spoilt)
+    source = write_rows(tmp_path / "spoilt.jsonl", spoilt)
     cli(
         monkeypatch, *LEARNED, "--data.source", source, "--ckpt_path", "last", "--trainer.default_root_dir",
         str(learned), "--output", str(tmp_path / "out"), "--audit", str(tmp_path / "audit.jsonl"), "--truth", "bad",
@@ -521,7 +508,7 @@ def test_audit_ranks_wrong_answers_first_and_points_at_them(
 
 
 def test_checkpoint_and_its_export_say_the_same(learned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = rows(tmp_path / "rows.jsonl", *table())
+    source = write_rows(tmp_path / "rows.jsonl", table())
     trainer = Trainer(accelerator="cpu", logger=False, default_root_dir=str(learned))
     folder = trainer.export(ckpt_path="last", output=str(tmp_path / "hf"))
     common = ["--data.source", source, "--trainer.default_root_dir", str(learned), "--examples", "10"]

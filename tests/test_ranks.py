@@ -13,9 +13,8 @@ import torch
 from given_tokens import Tokens
 from ranks_worker import SCENARIOS, run_to
 from start_ranks import run_ranks
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny_llama import save_tiny_llama
 from transformers import AutoModelForCausalLM
+from worlds import read_events, save_tiny_llama, write_rows
 
 from deft_lightning import Trainer
 from deft_lightning.evaluation.score import score
@@ -54,7 +53,7 @@ def prepare(root: Path) -> None:
         "gsm8k": [{"question": q, "answer": "1"} for q in (*PROMPTS, "j", "k")],
     }
     for name, content in rows.items():
-        (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+        write_rows(root / f"{name}.jsonl", content)
 
 
 @pytest.fixture(scope="module", params=["ddp", "fsdp2"])
@@ -210,12 +209,8 @@ def test_a_running_module_is_exported_whole(runs: Runs) -> None:
 # --- what is logged -------------------------------------------------------------------------------------------------
 
 
-def events(folder: str) -> EventAccumulator:
-    return EventAccumulator(folder, size_guidance={"scalars": 0, "histograms": 0, "images": 0}).Reload()
-
-
 def test_scalars_are_those_of_one_process(runs: Runs) -> None:
-    single, double = events(runs.single["watched"]["log_dir"]), events(runs.ranks[0]["watched"]["log_dir"])
+    single, double = read_events(runs.single["watched"]["log_dir"]), read_events(runs.ranks[0]["watched"]["log_dir"])
     tags = set(single.Tags()["scalars"])
     assert {"gate/mean", "gate/ess", "train/nll", "train/tokens", "val/nll", "val/ppl", "noise/auroc_gate"} <= tags
     assert {"gate/q50", "gradient/p0_10", "counterfactual/Tsallis_q_0.5/ess"} <= tags
@@ -231,7 +226,7 @@ def test_scalars_are_those_of_one_process(runs: Runs) -> None:
 
 
 def test_histograms_count_the_tokens_of_both_ranks(runs: Runs) -> None:
-    single, double = events(runs.single["watched"]["log_dir"]), events(runs.ranks[0]["watched"]["log_dir"])
+    single, double = read_events(runs.single["watched"]["log_dir"]), read_events(runs.ranks[0]["watched"]["log_dir"])
     tags = {"gate/hist", "focus/hist", "prob/hist", "gradient/hist"}
     tags |= {"entropy/hist", "entropy/renyi2_hist", "collision/hist"}
     assert tags == set(single.Tags()["histograms"]) == set(double.Tags()["histograms"])
@@ -250,7 +245,7 @@ def test_histograms_count_the_tokens_of_both_ranks(runs: Runs) -> None:
 
 def test_one_process_and_two_ranks_write_what_numpy_finds_in_all_tokens_of_a_step(runs: Runs) -> None:
     for found in (runs.single["given"], runs.ranks[0]["given"]):
-        written = events(found["log_dir"])
+        written = read_events(found["log_dir"])
         for at, step in enumerate(found["seen"]):
             tokens = Tokens(step)
             assert 500 < len(tokens.p) < 700
@@ -266,7 +261,7 @@ def test_one_process_and_two_ranks_write_what_numpy_finds_in_all_tokens_of_a_ste
 
 
 def test_two_ranks_write_the_very_numbers_and_pictures_of_one_process(runs: Runs) -> None:
-    single, double = (events(found["given"]["log_dir"]) for found in (runs.single, runs.ranks[0]))
+    single, double = (read_events(found["given"]["log_dir"]) for found in (runs.single, runs.ranks[0]))
     assert single.Tags()["images"] == double.Tags()["images"] == ["objective/gate", "occupancy/p_alpha"]
     for tag in ("objective/gate", "occupancy/p_alpha"):
         pairs = list(zip(single.Images(tag), double.Images(tag), strict=True))

@@ -12,10 +12,9 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, ProgressBar, RichProgressBar, Timer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny_llama import save_tiny_llama
+from worlds import read_events, split_data
 
-from deft_lightning import InstructionDataModule, SFTModule, Trainer
+from deft_lightning import SFTModule, Trainer
 from deft_lightning.callbacks import (
     Checkpoint,
     Dashboard,
@@ -37,19 +36,6 @@ RECIPE = (
 )  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def pretrained(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_tiny_llama(tmp_path_factory.mktemp("pretrained"), 0.3)
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
-    rows = [{"question": f"{i} + {i}", "answer": f"that is {2 * i}"} for i in range(48)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.chdir(tmp_path)
@@ -57,17 +43,12 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def quiet(**options: Any) -> Trainer:
+    """A trainer of the recipe, but for what it shows."""
     return Trainer(accelerator="cpu", enable_progress_bar=False, enable_model_summary=False, **options)
 
 
-def data(source: str, **options: Any) -> InstructionDataModule:
-    return InstructionDataModule(source, **{"batch_size": 4, "validation_fraction": 0.2, **options})
-
-
 def tags(folder: Path) -> dict[str, set[str]]:
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0, "images": 0})
-    events.Reload()
-    kinds = events.Tags()
+    kinds = read_events(folder).Tags()
     return {kind: set(found) for kind, found in kinds.items() if isinstance(found, list)}
 
 
@@ -90,7 +71,7 @@ def test_twenty_steps_of_fit_and_of_python_are_the_same(
     pl.seed_everything(0)
     module = SFTModule(objective=Tsallis(q=0.3), pretrained=pretrained)
     trainer = quiet(max_steps=20)
-    trainer.fit(module, data(source, noise=Noise(ops=[TokenReplace(rates=[0.5, 0.2])])))
+    trainer.fit(module, split_data(source, noise=Noise(ops=[TokenReplace(rates=[0.5, 0.2])])))
     by_cli, by_python = here / "cli" / "version_0", here / "logs" / "version_0"
     one, other = weights_in(by_cli), weights_in(by_python)
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
@@ -156,7 +137,7 @@ def test_lightnings_own_trainer_trains_the_module_too(pretrained: str, source: s
         accelerator="cpu", max_steps=3, logger=False, enable_progress_bar=False, use_distributed_sampler=False,
         log_every_n_steps=1,
     )  # fmt: skip
-    trainer.fit(module, data(source))
+    trainer.fit(module, split_data(source))
     assert trainer.global_step == 3 and trainer.callback_metrics["train/nll"] > 0
 
 
@@ -189,14 +170,14 @@ def test_whatever_the_logger_a_run_has_a_folder_of_its_own(kind: str, pretrained
 def test_from_python_too(pretrained: str, source: str, here: Path) -> None:
     for number, logger in enumerate((False, CSVLogger("other"), [TensorBoardLogger("other"), CSVLogger("other")])):
         trainer = quiet(max_steps=1, logger=logger)
-        trainer.fit(SFTModule(pretrained=pretrained), data(source))
+        trainer.fit(SFTModule(pretrained=pretrained), split_data(source))
         assert Path(str(trainer.log_dir)).name == f"version_{number}"
         assert (here / "logs" / f"version_{number}" / "checkpoints" / "step=1.ckpt").is_file()
 
 
 def test_a_trial_run_keeps_nothing(pretrained: str, source: str, here: Path) -> None:
     trainer = quiet(fast_dev_run=True)
-    trainer.fit(SFTModule(pretrained=pretrained), data(source))
+    trainer.fit(SFTModule(pretrained=pretrained), split_data(source))
     assert trainer.log_dir is None and not list(here.rglob("*.ckpt"))
 
 
@@ -208,7 +189,7 @@ def test_every_logger_gets_the_resolved_settings(pretrained: str, source: str, h
 
     loggers = [TensorBoardLogger("tb", default_hp_metric=False), CSVLogger("csv")]
     module = SFTModule(objective=Tsallis(q=0.3), pretrained=pretrained)
-    quiet(max_steps=1, logger=loggers).fit(module, data(source))
+    quiet(max_steps=1, logger=loggers).fit(module, split_data(source))
     for folder in ("tb", "csv"):
         (file,) = (here / folder).rglob("hparams.yaml")
         written = yaml.safe_load(file.read_text())
@@ -223,10 +204,10 @@ def test_a_time_limit_alone_needs_a_rate_without_a_plan(pretrained: str, source:
     from deft_lightning.errors import UserError
 
     with pytest.raises(UserError, match=r"the schedule needs an end: set .*--model\.scheduler null") as caught:
-        quiet(max_time="00:00:00:05").fit(SFTModule(pretrained=pretrained), data(source))
+        quiet(max_time="00:00:00:05").fit(SFTModule(pretrained=pretrained), split_data(source))
     assert "\n" not in str(caught.value)
     trainer = quiet(max_time="00:00:00:02")
-    trainer.fit(SFTModule(pretrained=pretrained, scheduler=None), data(source))
+    trainer.fit(SFTModule(pretrained=pretrained, scheduler=None), split_data(source))
     (timer,) = (callback for callback in trainer.callbacks if isinstance(callback, Timer))  # type: ignore[attr-defined]
     assert trainer.global_step > 1 and timer.time_remaining() <= 0 and trainer.current_epoch >= 0
     assert next((here / "logs").rglob("step=*.ckpt")).is_file(), "it is saved where it stops"

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import Callback
+from worlds import SHAPE
 
 from deft_lightning import InstructionDataModule, SFTModule, Trainer
 from deft_lightning.callbacks import Checkpoint
@@ -16,15 +16,8 @@ from deft_lightning.data import Noise, ResponseSwap
 from deft_lightning.objectives import DEFT, Floored, Likelihood, Objective, Rescaled, Schedule
 from deft_lightning.training.optim import CosineWithWarmup
 
-ROWS = 22  # with batch 4: five whole batches an epoch and a short one
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> str:
-    path = tmp_path / "rows.jsonl"
-    rows = [{"question": f"{i} + {i * 7}", "answer": str(8 * i)} for i in range(ROWS)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
+# With batch 4: five whole batches an epoch and a short one.
+ROWS = [{"question": f"{i} + {i * 7}", "answer": str(8 * i)} for i in range(22)]
 
 
 class Stop(Callback):
@@ -44,7 +37,7 @@ def fit(
     torch.manual_seed(0)
     module = SFTModule(
         objective or DEFT(),
-        architecture={"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2},
+        architecture=SHAPE,
         optimizer=lambda groups: torch.optim.AdamW(groups, lr=1e-2),
         scheduler=lambda optimizer: CosineWithWarmup(optimizer, total_steps=total if epochs == -1 else None),
     )

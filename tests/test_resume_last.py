@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from test_resume_settings import fit, rows
-from tiny_llama import save_tiny_llama
+from test_resume_settings import fit, multiples
+from worlds import save_tiny_llama
 
 from deft_lightning import Trainer
 from deft_lightning.cli.main import run
@@ -155,7 +155,7 @@ def test_only_a_config_that_a_run_has_written_names_it(tmp_path: Path) -> None:
 
 
 def test_last_is_resumed_from_python_wherever_checkpoints_lie(tmp_path: Path) -> None:
-    source, apart = rows(tmp_path / "rows.jsonl"), {"dirpath": str(tmp_path / "apart")}
+    source, apart = multiples(tmp_path / "rows.jsonl"), {"dirpath": str(tmp_path / "apart")}
     with pytest.raises(UserError, match=r"--ckpt_path last: no checkpoint under"):
         fit(tmp_path / "runs", source, 1, "last")
     fit(tmp_path / "runs", source, 1, saver=apart)
@@ -170,7 +170,7 @@ def test_last_is_resumed_from_python_wherever_checkpoints_lie(tmp_path: Path) ->
 
 
 def test_a_last_one_that_has_changed_on_the_way_names_the_one_before(tmp_path: Path) -> None:
-    source, saver = rows(tmp_path / "rows.jsonl"), {"save_top_k": -1, "every_n_train_steps": 1}
+    source, saver = multiples(tmp_path / "rows.jsonl"), {"save_top_k": -1, "every_n_train_steps": 1}
     fit(tmp_path, source, 2, saver=saver)
     newest, older = (tmp_path / "version_0" / "checkpoints" / f"step={step}.ckpt" for step in (2, 1))
     raw = bytearray(newest.read_bytes())
@@ -198,8 +198,9 @@ def test_a_resumed_runs_config_repeats_it_and_names_it(
     caplog.set_level("INFO")
     model, root = save_tiny_llama(tmp_path / "model", 0.3), tmp_path / "runs"
     arguments = [
-        "--data.source", rows(tmp_path / "rows.jsonl"), "--data.validation_fraction", "0", "--data.batch_size", "4",
-        "--model.pretrained", model, "--model.optimizer.lr", "0.01", "--after_fit.export", "false",
+        "--data.source", multiples(tmp_path / "rows.jsonl"), "--data.validation_fraction", "0",
+        "--data.batch_size", "4", "--model.pretrained", model, "--model.optimizer.lr", "0.01",
+        "--after_fit.export", "false",
         "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false",
         "--trainer.default_root_dir", str(root),
     ]  # fmt: skip

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import seed_everything
+from worlds import SHAPE, adam, quiet_trainer, sgd, write_rows
 
 from deft_lightning import InstructionDataModule, SFTModule, Trainer
 from deft_lightning.callbacks import Checkpoint
@@ -21,23 +21,12 @@ from deft_lightning.objectives import NLL
 from deft_lightning.training.optim import CosineWithWarmup
 from deft_lightning.training.resume.settings import WHOLE, content
 
-SHAPE = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 PLANNED = "model.scheduler: planned over 3 -> 6 optimizer steps; the rate goes on at the same step of the new plan"
 Log = Callable[[], list[str]]
 
 
-def rows(path: Path, times: int = 8) -> str:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps({"question": str(i), "answer": str(times * i)}) + "\n" for i in range(16)))
-    return str(path)
-
-
-def adam(groups: Any, **options: Any) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(groups, **{"lr": 1e-3, **options})
-
-
-def sgd(groups: Any) -> torch.optim.Optimizer:
-    return torch.optim.SGD(groups, lr=0.1)
+def multiples(path: Path, times: int = 8) -> str:
+    return write_rows(path, ({"question": str(i), "answer": str(times * i)} for i in range(16)))
 
 
 def fit(
@@ -49,11 +38,8 @@ def fit(
     loaded = InstructionDataModule(
         source, **{"validation_fraction": 0.0, "tokenizer_size": 0, "batch_size": 4, **(data or {})}
     )
-    settings = {"max_steps": steps, "max_epochs": -1, "accelerator": "cpu", "logger": False, **options}
-    trainer = Trainer(
-        default_root_dir=str(root), callbacks=[Checkpoint(**(saver or {}))], enable_progress_bar=False,
-        enable_model_summary=False, **settings,
-    )  # fmt: skip
+    settings = {"max_steps": steps, "max_epochs": -1, **options}
+    trainer = quiet_trainer(root, Checkpoint(**(saver or {})), **settings)
     module = SFTModule(**own)
     trainer.fit(module, loaded, ckpt_path=None if resume is None else str(resume))
     return trainer, module
@@ -63,7 +49,7 @@ def fit(
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Rows, and the checkpoint of three steps on them."""
     root = tmp_path_factory.mktemp("world")
-    fit(root, rows(root / "rows.jsonl"), 3)
+    fit(root, multiples(root / "rows.jsonl"), 3)
     return root
 
 
@@ -135,7 +121,7 @@ def test_what_differs_is_said_in_one_line_each(name: str, world: Path, tmp_path:
 
 
 def test_other_rows_under_the_same_name_are_said_and_so_is_the_seed(world: Path, tmp_path: Path, said: Log) -> None:
-    source = rows(tmp_path / "rows.jsonl", times=7)
+    source = multiples(tmp_path / "rows.jsonl", times=7)
     fit(tmp_path, source, 6, saved(world))
     assert said() == [
         "data.source: other content than the checkpoint was trained on (16 -> 16 training examples)",
@@ -199,7 +185,7 @@ def test_letters_of_a_stranger_in_settings_are_shown_and_cut(world: Path, tmp_pa
 
 
 def test_the_same_content_is_known_under_any_name_and_other_content_is_not(tmp_path: Path) -> None:
-    one, two = Path(rows(tmp_path / "a" / "one.jsonl")), Path(rows(tmp_path / "b" / "two.jsonl"))
+    one, two = Path(multiples(tmp_path / "a" / "one.jsonl")), Path(multiples(tmp_path / "b" / "two.jsonl"))
     assert content(str(one)) == content(str(two)) == content(str(tmp_path / "a")) == content(str(tmp_path / "a" / "*"))
     assert content(f"{one}?limit=3") not in (content(str(one)), content(f"{one}?limit=4"))
     assert content("org/name?split=test") == "org/name?split=test"

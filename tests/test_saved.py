@@ -17,10 +17,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from worlds import ROOT, largest_difference
 
 from deft_lightning import SFTModule
 
-ROOT = Path(__file__).resolve().parents[1]
 RUNS = ("single", "lora", "shares")
 
 # Every class that a config, or a line of somebody's Python, could name before.
@@ -72,11 +72,7 @@ def command(folder: Path, *arguments: str) -> None:
 
 
 def difference(one: Path, other: Path) -> float:
-    """Largest difference of a weight; infinite where names differ."""
-    weights, others = load_file(one), load_file(other)
-    if weights.keys() != others.keys():
-        return float("inf")
-    return max(float((weights[name] - others[name]).abs().max()) for name in weights)
+    return largest_difference(load_file(one), load_file(other))
 
 
 @pytest.mark.parametrize("name", RUNS)

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_llama import save_tiny_llama
+from worlds import save_tiny_llama
 
 from deft_lightning.cli.main import run
 from deft_lightning.data.encoding.tokenizer import load_tokenizer

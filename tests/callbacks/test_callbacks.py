@@ -7,6 +7,7 @@ import math
 import os
 import platform
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,11 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import Callback
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny_llama import save_tiny_llama
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from worlds import bare_trainer, constant, read_events, still, write_rows
 
 from deft_lightning import InstructionDataModule, SFTModule, Trainer
 from deft_lightning.callbacks import (
@@ -62,46 +61,12 @@ NOISE_SCALARS = {"gate/clean", "gate/noisy", "nll/clean", "nll/noisy", "noise/au
 HISTOGRAMS = {"gate/hist", "focus/hist", "prob/hist", "gradient/hist", "entropy/hist", "entropy/renyi2_hist",
               "collision/hist"}  # fmt: skip
 
+PRETRAINED = {"spread": 0.5, "num_hidden_layers": 1}
+make_trainer = partial(bare_trainer, logger=None)  # with event files
+
 
 def contract(*without: str) -> set[str]:
     return {f"{room}/{name}" for room, names in SCALARS.items() if room not in without for name in names}
-
-
-def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
-@pytest.fixture(scope="module")
-def pretrained(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A folder with a tiny random Llama and a byte tokenizer."""
-    return save_tiny_llama(tmp_path_factory.mktemp("pretrained"), 0.5, num_hidden_layers=1)
-
-
-def still(parameters: Any) -> torch.optim.Optimizer:
-    return torch.optim.SGD(parameters, lr=0.0)
-
-
-def constant(optimizer: torch.optim.Optimizer) -> Any:
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
-
-
-def make_trainer(root: Path, *callbacks: Callback, **options: Any) -> Trainer:
-    defaults: dict[str, Any] = {
-        "monitors": False,
-        "gradient_clip_val": None,
-        "accelerator": "cpu",
-        "devices": 1,
-        "max_epochs": 1,
-        "enable_checkpointing": any(isinstance(callback, Checkpoint) for callback in callbacks),
-        "enable_progress_bar": any(isinstance(callback, SFTProgressBar) for callback in callbacks),
-        "enable_model_summary": False,
-        "num_sanity_val_steps": 0,
-        "log_every_n_steps": 1,
-        "default_root_dir": str(root),
-        "callbacks": list(callbacks),
-    }
-    return Trainer(**{**defaults, **options})
 
 
 def data(tmp_path: Path, rows: Sequence[dict[str, Any]] = ROWS, **options: Any) -> InstructionDataModule:
@@ -121,7 +86,7 @@ class Events:
     """Scalars and histograms of a run, by tag and step."""
 
     def __init__(self, folder: str | Path) -> None:
-        files = EventAccumulator(str(folder), size_guidance={"scalars": 0, "histograms": 0}).Reload()
+        files = read_events(folder)
         tags = files.Tags()
         self.scalars = {tag: {e.step: e.value for e in files.Scalars(tag)} for tag in tags["scalars"]}
         self.histograms = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import re
 import socket
 import subprocess
@@ -26,6 +25,7 @@ from lightning.pytorch.loggers import CSVLogger
 from matplotlib.image import imread
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
+from worlds import constant, read_events, write_rows
 
 from deft_lightning import InstructionDataModule, SFTModule, Trainer
 from deft_lightning.callbacks import Dashboard, EntropyMonitor, GateMonitor, NoiseMonitor
@@ -43,9 +43,9 @@ def fit(
     """Nine logged steps with a validation after every third."""
     folder.mkdir(exist_ok=True)
     rows = [{"id": f"r{i}", "question": f"q{i}", "answer": f"{NASTY} {i}"} for i in range(24)]
-    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = write_rows(folder / "train.jsonl", rows)
     data = InstructionDataModule(
-        str(folder / "train.jsonl"), batch_size=2, validation_fraction=0.25, tokenizer_size=0,
+        source, batch_size=2, validation_fraction=0.25, tokenizer_size=0,
         noise=Noise(ops=[TokenReplace(rate=0.3)] if noise else []),
     )  # fmt: skip
     torch.manual_seed(0)
@@ -54,7 +54,7 @@ def fit(
     module = SFTModule(
         objective or DEFT(), architecture=shape,
         optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.5),
-        scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0),
+        scheduler=constant,
     )  # fmt: skip
     callbacks = [GateMonitor(others=[NLL(), Likelihood()]), EntropyMonitor(), NoiseMonitor(), dashboard]
     trainer = Trainer(
@@ -64,10 +64,6 @@ def fit(
     )  # fmt: skip
     trainer.fit(module, data)
     return trainer
-
-
-def events(folder: Path | str | None) -> EventAccumulator:
-    return EventAccumulator(str(folder), size_guidance={"tensors": 0, "images": 0, "scalars": 0}).Reload()
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +90,7 @@ def charts_of(found: layout_pb2.Layout) -> dict[str, list[str]]:
 
 
 def test_every_chart_of_the_layout_finds_its_lines_in_the_run(run: Path) -> None:
-    found = events(run)
+    found = read_events(run)
     charts = charts_of(layout(found))
     assert len(charts) == 15
     for title, patterns in charts.items():
@@ -105,7 +101,7 @@ def test_every_chart_of_the_layout_finds_its_lines_in_the_run(run: Path) -> None
 
 
 def test_the_margin_is_a_line_between_two_others(run: Path) -> None:
-    found = events(run)
+    found = read_events(run)
     (series,) = (s for c in layout(found).category for chart in c.chart for s in chart.margin.series)
     value, lower, upper = ([e.value for e in found.Scalars(t)] for t in (series.value, series.lower, series.upper))
     assert len(value) == 9
@@ -115,13 +111,13 @@ def test_the_margin_is_a_line_between_two_others(run: Path) -> None:
 def test_without_noise_or_focus_there_are_no_charts_of_them(tmp_path: Path) -> None:
     from deft_lightning.objectives import DFT
 
-    found = events(fit(tmp_path, Dashboard(), DFT(), noise=False).log_dir)
+    found = read_events(fit(tmp_path, Dashboard(), DFT(), noise=False).log_dir)
     titles = " ".join(charts_of(layout(found)))
     assert "Mean p" in titles and "Losses" in titles and "nois" not in titles.lower() and "ocus" not in titles
 
 
 def test_the_scale_has_a_chart_where_there_is_one(tmp_path: Path) -> None:
-    found = events(fit(tmp_path, Dashboard(), Rescaled(), noise=False).log_dir)
+    found = read_events(fit(tmp_path, Dashboard(), Rescaled(), noise=False).log_dir)
     (pattern,) = next(tags for title, tags in charts_of(layout(found)).items() if "Scale" in title)
     assert [tag for tag in found.Tags()["scalars"] if re.match(pattern, tag)] == ["objective/scale"]
 
@@ -130,7 +126,7 @@ def test_the_scale_has_a_chart_where_there_is_one(tmp_path: Path) -> None:
 
 
 def test_figures_are_drawn_at_the_start_and_ever_less_often(run: Path) -> None:
-    found = events(run)
+    found = read_events(run)
     assert {tag: [image.step for image in found.Images(tag)] for tag in found.Tags()["images"]} == {
         "objective/gate": [0], "occupancy/p_alpha": [0, 1, 3, 7],
     }  # fmt: skip
@@ -138,10 +134,10 @@ def test_figures_are_drawn_at_the_start_and_ever_less_often(run: Path) -> None:
 
 def test_the_curve_is_drawn_again_when_a_schedule_has_moved_on(tmp_path: Path) -> None:
     """Nine steps, validations after the third, sixth and ninth, whose objectives have progress 2/9, 5/9 and 8/9."""
-    found = events(fit(tmp_path, Dashboard(), Schedule(switch=0.5)).log_dir)
+    found = read_events(fit(tmp_path, Dashboard(), Schedule(switch=0.5)).log_dir)
     assert [image.step for image in found.Images("objective/gate")] == [0, 5]
     (tmp_path / "still").mkdir()
-    found = events(fit(tmp_path / "still", Dashboard(), Rescaled()).log_dir)
+    found = read_events(fit(tmp_path / "still", Dashboard(), Rescaled()).log_dir)
     assert [image.step for image in found.Images("objective/gate")] == [0]
 
 
@@ -176,7 +172,7 @@ class Codes(HTMLParser):
 
 
 def test_examples_are_the_labels_of_the_validation_set_and_stay_the_same(run: Path) -> None:
-    found = events(run)
+    found = read_events(run)
     for name in ("examples/val", "examples/val_noisy"):
         written = found.Tensors(f"{name}/text_summary")
         assert len(written) == 3 and len({event.step for event in written}) == 3
@@ -227,14 +223,14 @@ def test_no_text_is_markup(text: str) -> None:
 
 
 def test_everything_can_be_turned_off(tmp_path: Path) -> None:
-    tags = events(fit(tmp_path, Dashboard(layout=False, curve=False, examples=0)).log_dir).Tags()
+    tags = read_events(fit(tmp_path, Dashboard(layout=False, curve=False, examples=0)).log_dir).Tags()
     assert tags["images"] == ["occupancy/p_alpha"] and "gate/mean" in tags["scalars"]
     assert not [tag for tag in tags["tensors"] if "custom" in tag or "examples" in tag]
 
 
 def test_without_matplotlib_everything_else_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(monitors.importlib.util, "find_spec", lambda name: None)  # type: ignore[attr-defined]
-    tags = events(fit(tmp_path, Dashboard()).log_dir).Tags()
+    tags = read_events(fit(tmp_path, Dashboard()).log_dir).Tags()
     assert not tags["images"] and {"custom_scalars__config__", "examples/val/text_summary"} <= set(tags["tensors"])
 
 
@@ -246,7 +242,7 @@ def test_a_csv_logger_gets_the_same_numbers(run: Path, tmp_path: Path) -> None:
     with (Path(str(trainer.loggers[0].log_dir)) / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert not list(tmp_path.rglob("events.out*"))
-    found = events(run)
+    found = read_events(run)
     for tag in (
         "gate/mean",
         "gate/q50",

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_llama import tiny_llama
 
 from deft_lightning.data.examples import Prompt
 from deft_lightning.data.loading.collate import PromptCollator
 from deft_lightning.errors import UserError
 from deft_lightning.evaluation import Generation, complete, exact_match
 
+SPREAD = 0.4
 PROMPTS = ["ab", "hello there, ", "x", "12345678"]
 
 
@@ -60,21 +60,6 @@ def test_generation_refuses_settings_that_contradict_each_other_in_one_line(sett
 def test_generation_takes_the_ends_of_its_ranges() -> None:
     Generation(temperature=0.0, top_p=1.0, max_new_tokens=1, samples=1)
     Generation(temperature=2.0, top_p=1e-3, samples=64)
-
-
-@pytest.fixture(scope="module")
-def tiny() -> tuple[Any, Any]:
-    return tiny_llama(0.4, seed=3, hidden_size=32, intermediate_size=48, num_attention_heads=4)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tiny: tuple[Any, Any]) -> Any:
-    return tiny[1]
-
-
-@pytest.fixture(scope="module")
-def model(tiny: tuple[Any, Any]) -> Any:
-    return tiny[0].eval()
 
 
 def batch_of(tokenizer: Any, texts: Sequence[str]) -> dict[str, Any]:

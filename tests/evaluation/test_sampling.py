@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_llama import tiny_llama
 
 from deft_lightning.data.examples import Prompt
 from deft_lightning.data.loading.collate import PromptCollator
@@ -79,22 +78,8 @@ def test_the_arg_max_of_noisy_scores_is_a_draw_from_the_softmax() -> None:
 
 # --- completions -----------------------------------------------------------------------------------------------------
 
+SPREAD = 0.2
 PROMPTS = ["ab", "hello there, ", "x", "12345678", "a longer prompt than the others"]
-
-
-@pytest.fixture(scope="module")
-def tiny() -> tuple[Any, Any]:
-    return tiny_llama(0.2, seed=3, hidden_size=32, intermediate_size=48, num_attention_heads=4)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tiny: tuple[Any, Any]) -> Any:
-    return tiny[1]
-
-
-@pytest.fixture(scope="module")
-def model(tiny: tuple[Any, Any]) -> Any:
-    return tiny[0].eval()
 
 
 def completions(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_llama import save_tiny_llama
+from worlds import bare_trainer, write_rows
 
 from deft_lightning import InstructionDataModule, SFTModule, Trainer
 from deft_lightning.callbacks import PredictionWriter
@@ -17,26 +17,9 @@ from deft_lightning.evaluation.score import score
 
 AB = {"A": "red", "B": "blue"}
 WORDS = ["abc", "d", "a longer one", "ef", "12345", "g\nh", "xyz"]
-
-
-@pytest.fixture(scope="module")
-def pretrained(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_tiny_llama(
-        tmp_path_factory.mktemp("pretrained"), 0.2, hidden_size=32, intermediate_size=48, num_attention_heads=4,
-        max_position_embeddings=160,
-    )  # fmt: skip
-
-
-def write(path: Path, rows: list[dict[str, Any]]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
-
-
-def trainer(folder: Path, *callbacks: Any) -> Trainer:
-    return Trainer(
-        accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, default_root_dir=str(folder), callbacks=list(callbacks),
-    )  # fmt: skip
+PRETRAINED = {
+    "spread": 0.2, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "max_position_embeddings": 160,
+}  # fmt: skip
 
 
 def module(pretrained: str, **generation: Any) -> SFTModule:
@@ -46,14 +29,14 @@ def module(pretrained: str, **generation: Any) -> SFTModule:
 def predict(folder: Path, pretrained: str, benchmarks: Any, size: int = 3, **generation: Any) -> Path:
     path = folder / "predictions.jsonl"
     data = InstructionDataModule(benchmarks=benchmarks, eval_batch_size=size)
-    trainer(folder, PredictionWriter(str(path))).predict(
+    bare_trainer(folder, PredictionWriter(str(path))).predict(
         module(pretrained, **generation), data, return_predictions=False
     )
     return path
 
 
 def test(folder: Path, pretrained: str, benchmarks: Any, size: int = 3, **generation: Any) -> dict[str, float]:
-    data, runner = InstructionDataModule(benchmarks=benchmarks, eval_batch_size=size), trainer(folder)
+    data, runner = InstructionDataModule(benchmarks=benchmarks, eval_batch_size=size), bare_trainer(folder)
     runner.test(module(pretrained, **generation), data, verbose=False)
     return {name: float(value) for name, value in runner.callback_metrics.items()}
 
@@ -69,7 +52,9 @@ def lines(path: Path) -> list[dict[str, Any]]:
 def benchmarks(tmp_path: Path, pretrained: str) -> dict[str, str]:
     """Three benchmarks of which the model, which says the same every time, gets some right."""
     words = [{"id": f"w{i}", "question": word, "answer": "?"} for i, word in enumerate(WORDS)]
-    first = predict(tmp_path, pretrained, {"figfont": write(tmp_path / "w.jsonl", words)}, samples=4, temperature=1.0)
+    first = predict(
+        tmp_path, pretrained, {"figfont": write_rows(tmp_path / "w.jsonl", words)}, samples=4, temperature=1.0
+    )
     for i, (row, made) in enumerate(zip(words, lines(first), strict=True)):
         if i % 2:
             row["answer"] = next((text for text in made["completions"] if text.strip()), "?")
@@ -78,9 +63,9 @@ def benchmarks(tmp_path: Path, pretrained: str) -> dict[str, str]:
         for i, word in enumerate(WORDS[:5])
     ]
     return {
-        "figfont": write(tmp_path / "words.jsonl", words),
-        "medical": write(tmp_path / "medical.jsonl", medical),
-        "gsm8k": write(tmp_path / "gsm8k.jsonl", [{"question": w, "answer": "#### 1"} for w in WORDS]),
+        "figfont": write_rows(tmp_path / "words.jsonl", words),
+        "medical": write_rows(tmp_path / "medical.jsonl", medical),
+        "gsm8k": write_rows(tmp_path / "gsm8k.jsonl", [{"question": w, "answer": "#### 1"} for w in WORDS]),
     }
 
 
@@ -89,8 +74,8 @@ MINE = Benchmark("mine", ExactMatch(), {"question": ("q",), "gold": ("a",)})
 
 def test_predictions_of_a_benchmark_of_ones_own_are_scored_as_they_are(pretrained: str, tmp_path: Path) -> None:
     benchmarks = {
-        f"{__name__}.MINE": write(tmp_path / "mine.jsonl", [{"q": word, "a": "x"} for word in WORDS]),
-        "gsm8k": write(tmp_path / "gsm8k.jsonl", [{"question": w, "answer": "#### 1"} for w in WORDS]),
+        f"{__name__}.MINE": write_rows(tmp_path / "mine.jsonl", [{"q": word, "a": "x"} for word in WORDS]),
+        "gsm8k": write_rows(tmp_path / "gsm8k.jsonl", [{"question": w, "answer": "#### 1"} for w in WORDS]),
     }
     live, file = test(tmp_path, pretrained, benchmarks), predict(tmp_path, pretrained, benchmarks)
     with pytest.raises(UserError, match=r"MINE is code to import.*--trust_benchmarks"):
@@ -103,7 +88,7 @@ def test_predictions_of_a_benchmark_of_ones_own_are_scored_as_they_are(pretraine
 def test_a_prompt_that_leaves_little_room_is_warned_of(pretrained: str, tmp_path: Path) -> None:
     rows = [{"question": word, "answer": "1"} for word in ("a", "b" * 110)]
     with pytest.warns(UserWarning, match=r"gsm8k: completions end after \d+ tokens, not 90") as told:
-        test(tmp_path, pretrained, {"gsm8k": write(tmp_path / "g.jsonl", rows)}, max_new_tokens=90)
+        test(tmp_path, pretrained, {"gsm8k": write_rows(tmp_path / "g.jsonl", rows)}, max_new_tokens=90)
     assert len([w for w in told if "completions end" in str(w.message)]) == 1
 
 
@@ -182,34 +167,34 @@ def test_a_limit_of_batches_tests_the_first_ones(benchmarks: dict[str, str], pre
 def test_prompts_that_fill_the_model_are_skipped_and_counted(pretrained: str, tmp_path: Path) -> None:
     short = [{"id": f"s{i}", "question": word, "answer": "1"} for i, word in enumerate(("a", "bb", "ccc"))]
     long = [{"id": f"l{i}", "question": "long" * 60, "answer": "1"} for i in range(2)]
-    some = {"gsm8k": write(tmp_path / "some.jsonl", [long[0], *short, long[1]])}
+    some = {"gsm8k": write_rows(tmp_path / "some.jsonl", [long[0], *short, long[1]])}
     with pytest.warns(UserWarning, match=r"gsm8k: skipped 2 of 5 prompts, which fill .* 160 positions; .*'l0'"):
         found = test(tmp_path, pretrained, some, 1)
     assert found["test/gsm8k/skipped_prompts"] == 2 and found["test/gsm8k/examples"] == 3
     with pytest.warns(UserWarning, match=r"skipped 2 of 5 .*\(the rows of gsm8k in --data\.benchmarks\)"):
         predicted = predict(tmp_path, pretrained, some, 1)
-    left = test(tmp_path, pretrained, {"gsm8k": write(tmp_path / "left.jsonl", short)}, 1)
+    left = test(tmp_path, pretrained, {"gsm8k": write_rows(tmp_path / "left.jsonl", short)}, 1)
     assert left == {name: value for name, value in found.items() if not name.endswith("skipped_prompts")}
     assert [row["id"] for row in lines(predicted)] == ["s0", "s1", "s2"]
     for verb in (test, predict):
         with pytest.raises(UserError, match=r"skipped 2 of 2 prompts.*nothing left to generate for"):
-            verb(tmp_path, pretrained, {"gsm8k": write(tmp_path / "long.jsonl", long)}, 1)
+            verb(tmp_path, pretrained, {"gsm8k": write_rows(tmp_path / "long.jsonl", long)}, 1)
 
 
 def test_held_out_rows_are_graded_by_exact_match_as_before(pretrained: str, tmp_path: Path) -> None:
     rows = [{"id": f"t{i}", "question": word, "answer": "?"} for i, word in enumerate(WORDS)]
-    source, path = write(tmp_path / "rows.jsonl", rows), tmp_path / "p.jsonl"
+    source, path = write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "p.jsonl"
 
     def data() -> InstructionDataModule:
         return InstructionDataModule(test_source=source, eval_batch_size=3)
 
     writer = PredictionWriter(str(path))
-    trainer(tmp_path, writer).predict(module(pretrained), data(), return_predictions=False)
+    bare_trainer(tmp_path, writer).predict(module(pretrained), data(), return_predictions=False)
     said = lines(path)
     for row, made in zip(rows, said, strict=True):
         row["answer"] = made["completions"][0] or "?"
-    write(tmp_path / "rows.jsonl", rows)
-    runner = trainer(tmp_path)
+    write_rows(tmp_path / "rows.jsonl", rows)
+    runner = bare_trainer(tmp_path)
     runner.test(module(pretrained), data(), verbose=False)
     right = sum(bool(row["completions"][0].strip()) for row in said) / len(said)
     found = {name: float(value) for name, value in runner.callback_metrics.items()}

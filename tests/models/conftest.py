@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from tiny import (
-    VOCAB,
-)
+from tiny import VOCAB
 from torch import Tensor
+from worlds import byte_tokenizer
 
 
 @pytest.fixture
@@ -19,3 +20,8 @@ def batch() -> dict[str, Tensor]:
     labels[:, :2] = labels[0, 6] = labels[1, 6:] = -100
     ids[1, 6:] = 0
     return {"input_ids": ids, "labels": labels, "attention_mask": (torch.tensor([[9], [6]]) > torch.arange(9)).long()}
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return byte_tokenizer()

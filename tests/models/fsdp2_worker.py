@@ -20,6 +20,7 @@ from tiny import LLAMA, VOCAB, architecture, build, move_adapters
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from worlds import whole_tensor
 
 from deft_lightning.errors import UserError
 from deft_lightning.functional import TokenStats
@@ -143,10 +144,6 @@ def run(model: Any, seam: HeadSeam, ids: Tensor, targets: Tensor) -> tuple[Tenso
     return found.loss + factor * len(found.stats.log_prob) * found.aux_loss, found.stats
 
 
-def whole(tensor: Any) -> Tensor:
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
 def step(case: Case, rank: int) -> Found:
     """Loss of this rank's half and the gradients of both, of every micro-batch together."""
     model = make(case)
@@ -162,7 +159,7 @@ def step(case: Case, rank: int) -> Found:
         "loss": torch.stack(losses).sum(),
         "log_prob": torch.cat(kept),
         # FSDP has averaged over the ranks what the single process sums.
-        "gradients": {n: whole(p.grad) * WORLD for n, p in model.named_parameters() if p.grad is not None},
+        "gradients": {n: whole_tensor(p.grad) * WORLD for n, p in model.named_parameters() if p.grad is not None},
     }
 
 
@@ -196,7 +193,7 @@ def found_late(case: Case, rank: int) -> Found:
     loss.backward()
     return {
         "loss": loss.detach(),
-        "gradients": {n: whole(p.grad) * WORLD for n, p in model.named_parameters() if p.grad is not None},
+        "gradients": {n: whole_tensor(p.grad) * WORLD for n, p in model.named_parameters() if p.grad is not None},
     }
 
 

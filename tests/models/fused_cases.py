@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,7 +23,7 @@ from tiny import (
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from deft_lightning import SFTModule, Trainer
+from deft_lightning import SFTModule
 from deft_lightning.models import base_causal_lm, find_head, fused_forward
 from deft_lightning.objectives import DEFT, Objective
 
@@ -188,22 +187,6 @@ COEFFICIENT = 0.5  # transformers' own 0.001 would leave the gradient of the rou
 def mixture(kind: str, routed: bool = True, **more: Any) -> dict[str, Any]:
     name = "aux_loss_coef" if kind == "jetmoe" else "router_aux_loss_coef"
     return options_of(kind, output_router_logits=routed, **{name: COEFFICIENT}, **more)
-
-
-def sgd(parameters: Any) -> torch.optim.Optimizer:
-    return torch.optim.SGD(parameters, lr=0.1)
-
-
-def constant(optimizer: torch.optim.Optimizer) -> Any:
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
-
-
-def trainer_in(root: Path, **options: Any) -> Trainer:
-    return Trainer(
-        accelerator="cpu", devices=1, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, num_sanity_val_steps=0, log_every_n_steps=1, default_root_dir=str(root),
-        **{"logger": False, "max_epochs": 1, "monitors": False, "gradient_clip_val": None, **options},
-    )  # fmt: skip
 
 
 def loader(batches: list[dict[str, Tensor]]) -> DataLoader[Any]:

@@ -12,15 +12,12 @@ from fused_cases import (
     DENSE,
     adapted,
     assert_fused_is_dense,
-    constant,
     fused,
     head_of,
     loader,
     options_of,
-    sgd,
     supervised,
     tokens,
-    trainer_in,
     uneven_batches,
 )
 from peft import (
@@ -47,6 +44,7 @@ from tiny import (
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
+from worlds import bare_trainer, constant, sgd
 
 from deft_lightning import Trainer
 from deft_lightning.errors import UserError
@@ -320,7 +318,7 @@ def test_an_export_of_a_head_that_modules_to_save_has_copied_is_the_trained_mode
 def test_a_trained_head_with_adapters_goes_from_its_checkpoint_to_a_folder(tied: bool, tmp_path: Path) -> None:
     lora = LoRA(r=4, target_modules=["q_proj", "lm_head"])
     module = prepare({**LLAMA, "tie_word_embeddings": tied}, lora=lora, optimizer=sgd, scheduler=constant)
-    trainer = trainer_in(tmp_path, max_epochs=3)
+    trainer = bare_trainer(tmp_path, max_epochs=3)
     trainer.fit(module, loader(uneven_batches()))
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     ids, _ = tokens()

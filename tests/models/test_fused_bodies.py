@@ -12,17 +12,14 @@ from typing import Any
 import pytest
 import torch
 from fused_cases import (
-    constant,
     fused,
     head_of,
     loader,
     mixture,
     options_of,
-    sgd,
     supervised,
     tokens,
     trained,
-    trainer_in,
 )
 from peft import (
     LoraConfig,
@@ -41,6 +38,7 @@ from tiny import (
 )
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
+from worlds import bare_trainer, constant, sgd
 
 from deft_lightning import SFTModule
 from deft_lightning.models import LoRA, base_causal_lm, save_hugging_face
@@ -172,7 +170,7 @@ def test_compiled_layers_give_the_same(name: str, checkpointing: bool, batch: di
 def test_a_compiled_model_is_copied_checkpointed_and_exported(tmp_path: Path, batch: dict[str, Tensor]) -> None:
     for name in ("llama", "lora"):
         module = body(name, compile=True, optimizer=sgd, scheduler=constant)
-        trainer = trainer_in(tmp_path)
+        trainer = bare_trainer(tmp_path)
         trainer.fit(module, loader([batch]))
         trainer.save_checkpoint(tmp_path / f"{name}.ckpt")
         expected = logits_of(module.model, batch["input_ids"])

@@ -13,15 +13,12 @@ import torch
 from fused_cases import (
     DENSE,
     adapted,
-    constant,
     fused,
     lent_forwards,
     loader,
     mixture,
     options_of,
-    sgd,
     tokens,
-    trainer_in,
     uneven_batches,
 )
 from peft import (
@@ -39,6 +36,7 @@ from tiny import (
     prepare,
 )
 from torch import Tensor, nn
+from worlds import bare_trainer, constant, sgd
 
 from deft_lightning.errors import UserError
 from deft_lightning.models import (
@@ -199,7 +197,7 @@ def test_a_run_that_validates_first_is_checked_there_and_then_trains(
 ) -> None:
     module = prepare(LLAMA, lora=lora, optimizer=sgd, scheduler=constant)
     module.objective = EAFT(k=5)
-    trainer = trainer_in(tmp_path, precision=precision)
+    trainer = bare_trainer(tmp_path, precision=precision)
     trainer.validate(module, loader(uneven_batches()[:2]), verbose=False)
     assert module.batch_loss.checked and trainer.callback_metrics["val/nll"] > 0
     trainer.fit(module, loader(uneven_batches()))

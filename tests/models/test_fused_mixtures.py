@@ -12,13 +12,10 @@ import torch
 from fused_cases import (
     COEFFICIENT,
     MIXTURES,
-    constant,
     loader,
     mixture,
     options_of,
-    sgd,
     to_double,
-    trainer_in,
     uneven_batches,
 )
 from tiny import (
@@ -31,6 +28,7 @@ from tiny import (
     prepare,
 )
 from torch import Tensor, nn
+from worlds import bare_trainer, constant, sgd
 
 from deft_lightning.errors import UserError
 from deft_lightning.models import LoRA, add_adapters, router_loss_factor
@@ -133,7 +131,7 @@ def test_three_steps_of_a_mixture_follow_both_losses_and_log_the_routers(lora: L
         move_adapters(module.model)
         start = copy.deepcopy(module.model)
         logger = CSVLogger(str(tmp_path), name=head)
-        trainer_in(tmp_path, logger=logger, accumulate_grad_batches=2).fit(module, loader(batches))
+        bare_trainer(tmp_path, logger=logger, accumulate_grad_batches=2).fit(module, loader(batches))
         trained.append({name: p.detach() for name, p in module.model.named_parameters() if p.requires_grad})
         with (Path(logger.log_dir) / "metrics.csv").open() as file:
             logged.append([float(row["train/router_loss"]) for row in csv.DictReader(file) if row["train/router_loss"]])

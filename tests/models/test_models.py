@@ -31,7 +31,6 @@ from tiny import (
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from deft_lightning.data.encoding.tokenizer import build_tokenizer
 from deft_lightning.errors import UserError
 from deft_lightning.models import (
     LoRA,
@@ -48,12 +47,6 @@ from deft_lightning.models import (
 )
 from deft_lightning.models.load import keep_rotary_fp32
 from deft_lightning.objectives import DEFT
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    return build_tokenizer(["hello"], 0)
-
 
 # --- from_architecture ----------------------------------------------------------------------------------------------
 

@@ -35,7 +35,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch  # noqa: E402 - the paths come first where this is run as a script
 import torch.distributed.checkpoint  # noqa: E402
-from tiny_llama import save_tiny_llama  # noqa: E402
+from worlds import save_tiny_llama  # noqa: E402
 
 from deft_lightning.__main__ import main  # noqa: E402
 
