@@ -24,8 +24,9 @@ torch.set_num_threads(1)
 OF_RANKS = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "NODE_RANK", "RANK", "LOCAL_RANK")
 # Files of few tests that take minutes. They come first, so that no worker has them alone at the end.
 LONG = (
-    "study/test_study.py", "ops/test_triton.py", "test_ranks.py", "test_cli.py", "models/test_fused_bodies.py",
-    "callbacks/test_stop.py", "test_probe.py", "fuzz/test_fuzz.py", "test_checkpoints.py",
+    "study/test_study.py", "ops/test_triton.py", "training/test_ranks.py", "cli/test_cli.py",
+    "models/test_fused_bodies.py", "callbacks/test_stop.py", "probe/test_probe.py", "fuzz/test_fuzz.py",
+    "training/test_checkpoints.py",
 )  # fmt: skip
 
 

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from worlds import ROOT
 
 from deft_lightning import __version__
 from deft_lightning.__main__ import main
 
-ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 RECIPES = dict(re.findall(r"^### Add an? ([\w ]+)\n(.*?)(?=^##|\Z)", PAGE, re.MULTILINE | re.DOTALL))
 SMALL = [  # a run of seconds in place of minutes

@@ -7,8 +7,8 @@ import runpy
 from pathlib import Path
 
 import pytest
+from worlds import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PYTHON = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from worlds import ROOT
 
 from deft_lightning.__main__ import main
 from deft_lightning.cli.subclasses import take_classes
 
-ROOT = Path(__file__).resolve().parents[2]
 TINY = [
     "--config", str(ROOT / "configs" / "quickstart.yaml"), "--trainer.max_steps", "2",
     "--trainer.limit_val_batches", "1",

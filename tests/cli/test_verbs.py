@@ -11,12 +11,12 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+from worlds import ROOT
 
 from deft_lightning.__main__ import main
 from deft_lightning.cli.main import DeftCLI, parsers
 from deft_lightning.cli.verbs import TRAINER, VERBS
 
-ROOT = Path(__file__).resolve().parents[2]
 TEN = ["fit", "validate", "test", "predict", "export", "probe", "preview", "score", "figures", "study"]
 
 

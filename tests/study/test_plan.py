@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from worlds import ROOT
 
 from deft_lightning.errors import UserError
 from deft_lightning.objectives import DEFT, NLL, Likelihood
@@ -18,7 +19,6 @@ from deft_lightning.study.command import read_options
 from deft_lightning.study.files import files_of
 from deft_lightning.study.tasks import task_files
 
-ROOT = Path(__file__).resolve().parents[2]
 WORDS = "reasoning_gym:spell_backward?size=3000&question=metadata.word&min_word_len=3&max_word_len=4"
 ARCHITECTURE = {"model_type": "llama", "hidden_size": 16}
 

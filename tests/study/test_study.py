@@ -12,10 +12,10 @@ import time
 from pathlib import Path
 
 import pytest
+from worlds import ROOT
 
 from deft_lightning.__main__ import main
 
-ROOT = Path(__file__).resolve().parents[2]
 CONFIG = """
 regimes:
   strong:

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from worlds import ROOT
 
 from deft_lightning.__main__ import main
 
-ROOT = Path(__file__).resolve().parents[1]
 # Those of the verb `study`, and the paper's, have tests of their own.
 CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if not {"study", "paper"} & set(path.parts))
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-PAPER = Path(__file__).resolve().parents[1] / "configs" / "paper"
+PAPER = Path(__file__).resolve().parents[2] / "configs" / "paper"
 TASKS = ("math", "medical", "figfont")
 MODELS = (
     "qwen2.5-math-1.5b", "qwen2.5-math-7b", "qwen2.5-1.5b", "qwen2.5-7b", "llama-3.1-8b", "llama-3.2-3b",

@@ -14,12 +14,11 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from worlds import conversation, write_rows
+from worlds import ROOT, conversation, write_rows
 
 from deft_lightning import __version__
 from deft_lightning.__main__ import main
 
-ROOT = Path(__file__).resolve().parents[1]
 TINY = [
     "--config", str(ROOT / "configs" / "quickstart.yaml"), "--trainer.max_steps", "4",
     "--trainer.val_check_interval", "2", "--trainer.log_every_n_steps", "1", "--trainer.limit_val_batches", "1",

@@ -30,6 +30,7 @@ from paper_worker import (
     tokenizer_of,
 )
 from start_ranks import run_ranks
+from worlds import ROOT
 
 from deft_lightning import InstructionDataModule
 from deft_lightning.__main__ import main
@@ -39,7 +40,6 @@ from deft_lightning.data.encoding.template import chatml
 from deft_lightning.data.sources.read import read
 from deft_lightning.evaluation import find_benchmark
 
-ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "benchmarks"))
 
 HUB = {
@@ -201,7 +201,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def found(root: Path) -> dict[str, list[dict[str, Any]]]:
     """What each rank found with every pair, run once: a rank takes longer to start than to train."""
-    run_ranks(ROOT / "tests" / "paper_worker.py", root, worlds=[1, 2])
+    run_ranks(Path(__file__).with_name("paper_worker.py"), root, worlds=[1, 2])
     results = [json.loads((root / f"{world}-{rank}.json").read_text()) for world, rank in RANKS]
     return {pair: [result[pair] for result in results if pair in result] for pair in PAIRS}
 
