@@ -24,6 +24,8 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from deft_lightning.atomic import is_partial, partial_name, remove, sweep
 from deft_lightning.data.sources.files import suffix
 from deft_lightning.data.sources.given import GivenRows
+from deft_lightning.data.sources.places import identity, state, without_scheme
+from deft_lightning.data.sources.read import address_of
 from deft_lightning.errors import UserError
 from deft_lightning.hashing import key
 
@@ -54,25 +56,31 @@ def file_identity(path: Path) -> str:
 
 
 def source_identity(source: str | GivenRows) -> str:
-    """Return what a source is known by beside its name: its content; nothing for the hub and tasks."""
+    """Return what a source is known by beside its name: its content, or what its place says; nothing for the hub."""
     if isinstance(source, GivenRows):
         return source.digest
+    if (address := address_of(source)) is not None:
+        return identity(address)
     contents = [(str(file), file_identity(file)) for file in source_files(source)]
     return repr(contents) if contents else ""
 
 
-def source_state(sources: Iterable[str | GivenRows]) -> list[tuple[str, int, int, int]]:
+def source_state(sources: Iterable[str | GivenRows]) -> list[tuple[Any, ...]]:
     """Return what tells that somebody wrote to the files of sources: size, time of change and number of each."""
+    sources = list(sources)
+    addresses = [address_of(source) for source in sources if isinstance(source, str)]
+    elsewhere: list[tuple[Any, ...]] = [part for address in addresses if address for part in state(address)]
     files = [file for source in sources for file in source_files(source) if suffix(file)]
     # What is prepared right now may lie below a folder that is a source.
     known = [(str(file), file.stat()) for file in files if not any(map(is_partial, file.parents))]
-    return [(name, state.st_size, state.st_mtime_ns, state.st_ino) for name, state in known]
+    return [*elsewhere, *((name, stat.st_size, stat.st_mtime_ns, stat.st_ino) for name, stat in known)]
 
 
 def source_files(source: str | GivenRows) -> list[Path]:
     """Return the files that a source names, in order of name; none of the hub, of tasks, and of rows handed over."""
     if isinstance(source, GivenRows):
         return []
+    source = without_scheme(source)
     name = re.sub(r"\?\w+=.*$", "", source) if not source.startswith("reasoning_gym:") else source
     for choice in (source, name, re.sub(r"\[[^\]]*\]$", "", name)):
         path = Path(choice).expanduser()

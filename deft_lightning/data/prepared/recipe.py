@@ -11,6 +11,7 @@ from deft_lightning.data.noise import Noise
 from deft_lightning.data.records.formats import FIELDS, detect_format, normalise
 from deft_lightning.data.sources.given import GivenRows, Settled
 from deft_lightning.data.sources.layouts import Expected
+from deft_lightning.data.sources.places import shown
 from deft_lightning.data.sources.read import read_many
 from deft_lightning.data.sources.remarks import OnRemark, Remark, SayOnce
 from deft_lightning.data.sources.rows import BadRows, spelt_otherwise
@@ -79,9 +80,10 @@ def read_examples(
             headers.add(header)
             if columns := spelt_otherwise(record, FIELDS, recipe.column_map):
                 read = ", ".join(f"{column!r} as {field}" for column, field in columns.items())
-                on_remark(Remark("names", f"{name}: read {read}"))
+                on_remark(Remark("names", f"{shown(name)}: read {read}"))
 
 
 def title(source: Settled | None) -> str:
     """Return the name of a source, or of several, for messages."""
-    return visible(str(source) if isinstance(source, str | GivenRows) else ", ".join(source or ()))
+    names = [str(source)] if isinstance(source, str | GivenRows) else list(source or ())
+    return visible(", ".join(map(shown, names)))

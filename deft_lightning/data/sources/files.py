@@ -12,7 +12,7 @@ import io
 import lzma
 import stat
 import zlib
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import IO
 
 from deft_lightning.data.sources.columnar import read_arrow, read_parquet
@@ -30,10 +30,27 @@ ANY = Expected()
 SUFFIXES = (*TEXT, *BINARY, *(f"{kind}{how}" for kind in TEXT for how in COMPRESSED))
 
 
-def suffix(path: Path) -> str:
+def suffix(path: PurePath) -> str:
     """Return how the name ends, ``.jsonl.gz`` for two endings, or an empty string if no reader knows it."""
     name = path.name.lower()
     return next((known for known in sorted(SUFFIXES, key=len, reverse=True) if name.endswith(known)), "")
+
+
+def check_type(name: str, file: str) -> None:
+    """Refuse a file whose type no reader knows.
+
+    Args:
+        name: What it is called in messages.
+        file: The name that its type is the end of.
+
+    Raises:
+        UserError: Names the types that are known.
+    """
+    if not suffix(PurePath(file)):
+        raise UserError(
+            f"{name}: unknown file type {PurePath(file).suffix!r}; known: {', '.join([*TEXT, *BINARY])}, text also as"
+            f" {', '.join(COMPRESSED)} (--data.source)"
+        )
 
 
 def read_file(path: Path, name: str | None = None, expected: Expected = ANY) -> Located:
@@ -55,11 +72,7 @@ def read_file(path: Path, name: str | None = None, expected: Expected = ANY) -> 
         if not stat.S_ISREG(mode):
             what = "a named pipe" if stat.S_ISFIFO(mode) else "a folder" if stat.S_ISDIR(mode) else "a device or socket"
             raise UserError(f"{name}: is {what} and no file; what it gives must be saved first (--data.source)")
-        if not kind:
-            raise UserError(
-                f"{name}: unknown file type {path.suffix!r}; known: {', '.join([*TEXT, *BINARY])}, text also as"
-                f" {', '.join(COMPRESSED)} (--data.source)"
-            )
+        check_type(name, path.name)
         if kind == ".parquet":
             yield from read_parquet(path, name)
         elif kind == ".arrow":

@@ -14,10 +14,11 @@ from urllib.parse import parse_qsl
 
 from deft_lightning.data.sources.columnar import without_fill
 from deft_lightning.data.sources.files import read_file, suffix
-from deft_lightning.data.sources.folders import split_files
+from deft_lightning.data.sources.folders import SPLITS, split_files
 from deft_lightning.data.sources.generated import read_task
 from deft_lightning.data.sources.given import GivenRows, Settled
 from deft_lightning.data.sources.layouts import Expected, is_conversation
+from deft_lightning.data.sources.places import is_address, read_address, without_scheme
 from deft_lightning.data.sources.remarks import OnRemark, Remark, SayOnce
 from deft_lightning.data.sources.rows import BadRows, Located, RowError
 from deft_lightning.errors import UserError, did_you_mean, reason_of
@@ -168,6 +169,8 @@ def _options(source: str) -> tuple[str, dict[str, Any]]:
     if not name or source.startswith("reasoning_gym:") or not re.fullmatch(r"\w+=[^&]*(&\w+=[^&]*)*", query):
         return source, {}
     options: dict[str, Any] = dict(parse_qsl(query, keep_blank_values=True))
+    if is_address(source) and not options.keys() <= set(OPTIONS):
+        return source, {}  # a query of its own
     for option, value in options.items():
         if option not in OPTIONS:
             raise UserError(
@@ -185,9 +188,23 @@ def _options(source: str) -> tuple[str, dict[str, Any]]:
     return name, options
 
 
+def address_of(source: str) -> str | None:
+    """Return the address that a source is, without its options and its split; None if it is none."""
+    return _of_split(_options(source)[0], "")[0] if is_address(source) else None
+
+
+def _of_split(address: str, split: str) -> tuple[str, str]:
+    """Split off ``[split]``; brackets around anything else belong to a pattern."""
+    found = re.fullmatch(r"([^*?\[\]]+)\[(\w+)\]", address)
+    return (found[1], found[2]) if found and found[2] in SPLITS else (address, split)
+
+
 def _open(source: str, expected: Expected, subset: str | None, split: str, streaming: bool) -> Located:
     if source.startswith("reasoning_gym:"):
         return read_task(source)
+    if is_address(source):
+        return read_address(*_of_split(source, split), expected)
+    source = without_scheme(source)
     # "part-[01]" is a pattern if there are such files, else it names a split.
     with_split = re.fullmatch(r"(.+)\[([\w.:%+-]+)\]", source)
     if with_split and not _exists(source) and not glob.glob(os.path.expanduser(source)):

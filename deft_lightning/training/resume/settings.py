@@ -16,7 +16,8 @@ from torch.optim import Optimizer
 from deft_lightning._lightning import unwrapped
 from deft_lightning.data.prepared.cache import source_files
 from deft_lightning.data.sources.given import GivenRows
-from deft_lightning.data.sources.read import weights
+from deft_lightning.data.sources.places import last_identity
+from deft_lightning.data.sources.read import address_of, weights
 from deft_lightning.terminal import visible
 
 ADDRESSES = {"deft_lightning.training.optim": "deft_lightning.optim"}  # where code is, where it is known to be
@@ -118,7 +119,7 @@ def content(source: str | GivenRows) -> str:
         return source.digest
     files = source_files(source)
     if not files:
-        return source
+        return last_identity(address_of(source) or source)
     digest = hashlib.blake2b(digest_size=16)
     for file in files:
         digest.update(_digest(file))
