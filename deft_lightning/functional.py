@@ -31,6 +31,8 @@ class TokenStats(NamedTuple):
         topk_entropy: Entropy in nats of the ``k`` largest probabilities renormalised, in ``[0, ln k]``; present only
             where an objective asked for it through ``topk``.
         arg_max: Token the model would say, its first choice (int64); not there in statistics made by hand.
+        weight: What the token's loss is multiplied by, finite and at least 0; None where every token counts 1. The
+            loss of a token is without it; what looks at the whole batch takes its means over it (:meth:`mean`).
     """
 
     log_prob: Tensor
@@ -39,6 +41,25 @@ class TokenStats(NamedTuple):
     correct: Tensor
     topk_entropy: Tensor | None = None
     arg_max: Tensor | None = None
+    weight: Tensor | None = None
+
+    def weighted(self, weight: Tensor | None) -> TokenStats:
+        """Return the statistics with the weight of each token, detached and in their dtype; themselves for None."""
+        return self if weight is None else self._replace(weight=weight.detach().to(self.log_prob.dtype))
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Return the mean of values, one a token, over the batch: ``sum w v / sum w`` where tokens have weights.
+
+        Args:
+            values: Shape ``(N,)``.
+
+        Returns:
+            A scalar; where all weights are 0 it is 0, without any token not a number.
+        """
+        if self.weight is None:
+            return values.mean()
+        total = self.weight.sum()
+        return (self.weight * values).sum() / torch.where(total > 0, total, 1)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> TokenStats:
         """Return the statistics with ``function`` applied to every field that is there; not all of them are floats."""
@@ -167,7 +188,20 @@ def token_stats(logits: Tensor, targets: Tensor, *, ignore_index: int = IGNORE_I
     return stats.map(lambda field: torch.where(keep, field, field.new_zeros(())))
 
 
-def token_loss(logits: Tensor, targets: Tensor, objective: LossFn, ignore_index: int = IGNORE_INDEX) -> Tensor:
+def weighted_loss(objective: LossFn, stats: TokenStats) -> Tensor:
+    """Return the loss of each token, times its weight where tokens have one."""
+    loss = objective(stats)
+    return loss if stats.weight is None else loss * stats.weight
+
+
+def token_loss(
+    logits: Tensor,
+    targets: Tensor,
+    objective: LossFn,
+    ignore_index: int = IGNORE_INDEX,
+    *,
+    token_weight: Tensor | None = None,
+) -> Tensor:
     """Loss of every token under ``objective``, never reduced.
 
     The objective sees the supervised tokens alone, so one that looks at the batch (``Cayley(floor=0.5)``) is not
@@ -178,6 +212,8 @@ def token_loss(logits: Tensor, targets: Tensor, objective: LossFn, ignore_index:
         targets: Shape ``(...)``.
         objective: Any callable from :class:`TokenStats` to per-token losses.
         ignore_index: Target value of positions that do not count.
+        token_weight: Shape ``(...)``, factor on each token's loss, finite and at least 0; detached. The mean to train
+            with is then ``loss.sum() / token_weight[targets != ignore_index].sum()``.
 
     Returns:
         Shape ``(...)``, float32 (float64 for float64 logits), 0 where ignored; differentiable in ``logits``.
@@ -188,8 +224,10 @@ def token_loss(logits: Tensor, targets: Tensor, objective: LossFn, ignore_index:
         >>> logits = torch.tensor([[0.0, 0.0], [2.0, 0.0], [1.0, 1.0]])
         >>> token_loss(logits, torch.tensor([0, 0, -100]), NLL())
         tensor([0.6931, 0.1269, 0.0000])
+        >>> token_loss(logits, torch.tensor([0, 0, -100]), NLL(), token_weight=torch.tensor([0.5, 2.0, 1.0]))
+        tensor([0.3466, 0.2539, 0.0000])
     """
     keep = targets != ignore_index
     stats = token_stats(logits[keep], targets[keep], ignore_index=ignore_index, topk=getattr(objective, "topk", 0))
-    loss = objective(stats)
+    loss = weighted_loss(objective, stats.weighted(None if token_weight is None else token_weight[keep]))
     return loss.new_zeros(targets.shape).masked_scatter(keep, loss)

@@ -35,7 +35,8 @@ class GateMonitor(TokenMonitor):
 
     `gradient/p0_10`, `gradient/p10_50`, `gradient/p50_90`, `gradient/p90_100` are the shares of the summed
     `gate * (1 - p)` that tokens with p in [0, 0.1), [0.1, 0.5), [0.5, 0.9), [0.9, 1] have; exact when `bins` is a
-    multiple of 10, otherwise as if the tokens of a bin were spread evenly over it.
+    multiple of 10, otherwise as if the tokens of a bin were spread evenly over it. Where tokens have weights each is
+    multiplied by its own here, and in `gradient/hist`; everything else counts tokens alike.
 
     `gate/locked` is the share of tokens that are locked: the model is concentrated (collision probability of at least
     0.5) and wrong (the label is not its first choice), and the gate is nearly shut (below 0.1), so that the token
@@ -98,7 +99,8 @@ class GateMonitor(TokenMonitor):
         packed.update(0, gate)
         packed.update(1, prob)
         # A gate of Focal can be below 0 by rounding alone; mass is not.
-        packed.update(2, prob, weight=(gate * -torch.expm1(stats.log_prob)).clamp_min(0))
+        mass = (gate * -torch.expm1(stats.log_prob)).clamp_min(0)
+        packed.update(2, prob, weight=mass if stats.weight is None else mass * stats.weight)
         shut = locked(stats, gate)
         clean = torch.ones_like(shut) if noise_code is None else noise_code == 0
         packed.update(3, shut)

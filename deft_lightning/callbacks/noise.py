@@ -21,9 +21,10 @@ class NoiseMonitor(TokenMonitor):
 
     `gate/clean`, `gate/noisy`, `nll/clean`, `nll/noisy` are means; `noise/auroc_gate` and `noise/auroc_prob` how well
     1 - gate and 1 - p detect noise (0.5 is chance; tokens within one of 1024 bins count as equal);
-    `noise/gradient_share` the noisy tokens' share of the summed gate * (1 - p); `noise/memorised` the share of noisy
-    tokens whose corrupted label is the model's first choice, `noise/recovered` of those whose clean label is: among
-    the ones whose clean label is known, as it is where single tokens were replaced (`TokenReplace`).
+    `noise/gradient_share` the noisy tokens' share of the summed gate * (1 - p), each times its weight where tokens have
+    weights; `noise/memorised` the share of noisy tokens whose corrupted label is the model's first choice,
+    `noise/recovered` of those whose clean label is: among the ones whose clean label is known, as it is where single
+    tokens were replaced (`TokenReplace`).
     """
 
     def open(self, trainer: Trainer, module: WatchedModule) -> PackedHistogram:
@@ -39,6 +40,7 @@ class NoiseMonitor(TokenMonitor):
             return
         gate = module.current_objective.gate(stats)
         error = -torch.expm1(stats.log_prob)
+        error = error if stats.weight is None else error * stats.weight
         for offset, chosen in ((0, noise_code == 0), (6, noise_code != 0)):
             log_prob, kept = stats.log_prob[chosen], gate[chosen]
             parts = (spread(kept.log()), spread(log_prob), kept, -log_prob, kept * error[chosen], stats.correct[chosen])

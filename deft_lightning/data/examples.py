@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from deft_lightning.functional import IGNORE_INDEX
 
 Ints = NDArray[np.int64]
+Floats = NDArray[np.float32]
 Message = dict[str, Any]  # role and content, both text; tool_calls of an assistant; name and tool_call_id of a tool
 Tool = dict[str, Any]
 
@@ -69,6 +70,8 @@ class Prepared:
         clean_labels: What the labels were before token noise, -100 where the text itself was corrupted; None where no
             token noise was applied.
         skipped: Supervised tokens that truncation cut off before the first of these.
+        weight: Factor on the loss of each label, float32: finite, above 0 where the label is learnt and 0 where it is
+            -100, so that a weight of 0 is a masked label and nothing else. None where every label counts 1.
     """
 
     id: str
@@ -77,6 +80,7 @@ class Prepared:
     noise_code: Ints
     clean_labels: Ints | None = None
     skipped: int = 0
+    weight: Floats | None = None
 
     def truncate(self, length: int, keep: str = "start") -> Prepared:
         """Return the first ``length`` tokens, or the last; nothing predicts the first token that is left."""
@@ -91,7 +95,8 @@ class Prepared:
             if part.start
             else 0
         )
-        return Prepared(self.id, self.input_ids[part], labels, codes, skipped=skipped)
+        weight = None if self.weight is None else weight_of(labels, self.weight[part])
+        return Prepared(self.id, self.input_ids[part], labels, codes, skipped=skipped, weight=weight)
 
     @property
     def clean(self) -> Ints:
@@ -99,6 +104,17 @@ class Prepared:
         if self.clean_labels is not None:
             return self.clean_labels
         return np.where(self.noise_code == 0, self.labels, IGNORE_INDEX)
+
+
+def weight_of(labels: Ints, weight: Floats | None) -> Floats:
+    """Return what each label counts, float32, 0 where nothing is learnt.
+
+    Args:
+        labels: Shape ``(T,)``, -100 where nothing is learnt.
+        weight: Shape ``(T,)``; None where every label counts 1.
+    """
+    learnt = labels != IGNORE_INDEX
+    return learnt.astype(np.float32) if weight is None else np.where(learnt, weight, np.float32(0))
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from deft_lightning.errors import UserError
-from deft_lightning.functional import IGNORE_INDEX, TokenStats
+from deft_lightning.functional import IGNORE_INDEX, TokenStats, weighted_loss
 from deft_lightning.models.head import DENSE, HeadSeam
 from deft_lightning.ops import linear_loss, linear_token_stats
 
@@ -24,8 +24,8 @@ class FusedOutput(NamedTuple):
     """What a model gives in place of logits.
 
     Attributes:
-        loss: Sum of the objective over the N supervised tokens.
-        stats: Their detached statistics, shape ``(N,)``, in the order of the batch.
+        loss: Sum of the objective over the N supervised tokens, each times its weight.
+        stats: Their detached statistics, shape ``(N,)``, in the order of the batch, with the weights.
         aux_loss: The router's loss of a mixture of experts, or None.
     """
 
@@ -35,7 +35,12 @@ class FusedOutput(NamedTuple):
 
 
 def fused_forward(
-    model: Any, seam: HeadSeam, inputs: dict[str, Any], targets: Tensor, objective: Callable[[TokenStats], Tensor]
+    model: Any,
+    seam: HeadSeam,
+    inputs: dict[str, Any],
+    targets: Tensor,
+    objective: Callable[[TokenStats], Tensor],
+    token_weight: Tensor | None = None,
 ) -> FusedOutput:
     """Run a model with the fused head in place of its own.
 
@@ -45,6 +50,7 @@ def fused_forward(
         inputs: Keywords of the model's forward.
         targets: Shape ``(B, T)``: what position t is to predict, -100 where nothing.
         objective: Statistics to loss per token.
+        token_weight: Shape ``(B, T)``, factor on the loss of each target; None where all count 1.
 
     Raises:
         UserError: The model does not run its head once, on the hidden states of every position.
@@ -52,13 +58,14 @@ def fused_forward(
     # Before the body is queued: how many tokens there are is all that CUDA waits for.
     index = (targets != IGNORE_INDEX).flatten().nonzero().squeeze(1)
     wanted = targets.flatten()[index]
+    weight_of = None if token_weight is None else token_weight.flatten()[index]
     found: list[tuple[Tensor, TokenStats]] = []
     name = type(seam.causal).__name__
 
     def head(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if hidden.shape[:-1] != targets.shape:
             raise UserError(f"{name}: its head sees {tuple(hidden.shape)}, not every position{DENSE}")
-        found.append(_loss(seam, hidden.flatten(0, -2)[index], wanted, objective))
+        found.append(_loss(seam, hidden.flatten(0, -2)[index], wanted, objective, weight_of))
         return hidden.new_empty((*hidden.shape[:-1], 0))  # the model may scale or cap it
 
     run = seam.causal.forward
@@ -76,14 +83,19 @@ def fused_forward(
 
 
 def _loss(
-    seam: HeadSeam, rows: Tensor, targets: Tensor, objective: Callable[[TokenStats], Tensor]
+    seam: HeadSeam,
+    rows: Tensor,
+    targets: Tensor,
+    objective: Callable[[TokenStats], Tensor],
+    token_weight: Tensor | None,
 ) -> tuple[Tensor, TokenStats]:
     weight, bias = seam.weights()
     options = {"bias": bias, "adapter": seam.adapter(rows), "ignore_index": None, **seam.options()}
     if torch.is_grad_enabled():
-        return linear_loss(rows, weight, targets, objective, **options)
+        return linear_loss(rows, weight, targets, objective, token_weight=token_weight, **options)
     stats = linear_token_stats(rows, weight, targets, topk=int(getattr(objective, "topk", 0)), **options)
-    return objective(stats).sum(), stats
+    stats = stats.weighted(token_weight)
+    return weighted_loss(objective, stats).sum(), stats
 
 
 @contextmanager

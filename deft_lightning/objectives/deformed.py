@@ -68,9 +68,9 @@ class Cayley(DeformedLog):
     r"""Cayley trajectory, focus ``(1 - r) / (1 + r) = p / (2 - p)`` with the uncertainty radius ``r = 1 - p``.
 
     With a floor ``f0 > 0``: ``f = f0 * mean(p)`` over the supervised tokens it is called with (in the head: one
-    micro-batch on one rank), ``alpha = clamp(f + (1 - f) p / (2 - p), 1e-3, 1)``. The floor changes behaviour: at
-    ``p = 1e-4`` the gate is 0.9995 without it and 0.10 to 0.016 with 0.5 (mean p 0.5 to 0.9). The paper's text has no
-    floor, its official code is ``Cayley(floor=0.5)`` (arXiv 2602.11424).
+    micro-batch on one rank; weighted where they have weights), ``alpha = clamp(f + (1 - f) p / (2 - p), 1e-3, 1)``. The
+    floor changes behaviour: at ``p = 1e-4`` the gate is 0.9995 without it and 0.10 to 0.016 with 0.5 (mean p 0.5 to
+    0.9). The paper's text has no floor, its official code is ``Cayley(floor=0.5)`` (arXiv 2602.11424).
 
     Args:
         floor: In ``[0, 1]``.
@@ -94,7 +94,7 @@ class Cayley(DeformedLog):
         alpha = p / (2 - p)
         if not self.floor:
             return alpha
-        lift = self.floor * p.mean()
+        lift = self.floor * stats.mean(p)
         return (lift + (1 - lift) * alpha).clamp(1e-3, 1.0)
 
 

@@ -103,7 +103,8 @@ class Truncated(Objective):
         keep: Which side of the threshold trains.
         base: The objective that is truncated.
         normalize_by: ``all`` leaves each kept token its weight; ``kept`` multiplies by (all / kept) of the tokens it is
-            called with, so that a mean over all tokens is the mean over the kept ones, as in the official code.
+            called with, so that a mean over all tokens is the mean over the kept ones, as in the official code; where
+            tokens have weights, by that of their sums.
     """
 
     threshold: float = 0.5
@@ -141,5 +142,8 @@ class Truncated(Objective):
         kept = p >= self.threshold if self.keep == "above" else p <= self.threshold
         loss = torch.where(kept, self.base(stats), torch.zeros_like(p))
         if self.normalize_by == "kept":
-            loss = loss * (kept.numel() / kept.sum().clamp_min(1).to(p.dtype))
+            if stats.weight is None:
+                return loss * (kept.numel() / kept.sum().clamp_min(1).to(p.dtype))
+            share = stats.mean(kept.to(p.dtype))
+            loss = loss / torch.where(share > 0, share, 1)
         return loss

@@ -209,7 +209,7 @@ def loss_and_gradients(inputs: Inputs, plan: Plan, wanted: tuple[bool, ...]) -> 
         whole: TokenStats | None = None
         if getattr(plan.objective, "needs_batch", False):
             whole = chunks.statistics()
-            whole_loss, whole_slope = _value_and_slope(plan.objective, whole)
+            whole_loss, whole_slope = _value_and_slope(plan.objective, whole._replace(weight=inputs.token_weight))
         losses: list[Tensor] = []
         parts: list[TokenStats] = []
         inverse: Tensor | None = None
@@ -218,7 +218,8 @@ def loss_and_gradients(inputs: Inputs, plan: Plan, wanted: tuple[bool, ...]) -> 
             for block, at in chunks.blocks(piece):
                 stats = chunks.kernel.statistics(product[block], inputs.targets[at])
                 if whole is None:
-                    loss, slope = _value_and_slope(plan.objective, stats)
+                    weight_of = None if inputs.token_weight is None else inputs.token_weight[at]
+                    loss, slope = _value_and_slope(plan.objective, stats._replace(weight=weight_of))
                     losses.append(loss)
                     parts.append(stats)
                 else:

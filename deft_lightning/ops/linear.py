@@ -28,7 +28,7 @@ class _FusedHead(torch.autograd.Function):
             ctx.plan = plan
         else:
             stats = statistics(inputs, plan)
-            loss = plan.objective(stats)
+            loss = plan.objective(stats._replace(weight=inputs.token_weight))
         ctx.mark_non_differentiable(*(field for field in stats if field is not None))
         return ((loss if inputs.token_weight is None else loss * inputs.token_weight).sum(), *stats)
 
@@ -149,7 +149,8 @@ def linear_loss(
         targets: Shape ``(N,)``, integers in ``[0, V)`` or ``ignore_index``.
         objective: Any callable from :class:`TokenStats` to per-token losses; its ``topk`` and ``needs_batch`` are read.
         bias: Shape ``(V,)``.
-        token_weight: Shape ``(N,)``, factor on each token's loss and gradient; detached.
+        token_weight: Shape ``(N,)``, factor on each token's loss and gradient, finite and at least 0; detached. It is
+            the ``weight`` of the statistics that the objective and the caller get.
         softcap: Final soft-capping ``c * tanh(z / c)`` (Gemma 2).
         logit_scale: Factor on the logits (Cohere; Granite divides, so pass the inverse).
         ignore_index: Target value of tokens that do not count; None when all count, which spares CUDA a wait.
@@ -173,7 +174,7 @@ def linear_loss(
         "tuple[Any, ...]",
         _FusedHead.apply(Plan(objective, transform, call.kernel), *call[:6], token_weight),
     )
-    return total, call.scatter(TokenStats(*fields), len(targets))
+    return total, call.scatter(TokenStats(*fields)._replace(weight=token_weight), len(targets))
 
 
 def linear_token_stats(

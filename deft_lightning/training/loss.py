@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from deft_lightning.errors import UserError
-from deft_lightning.functional import IGNORE_INDEX, TokenStats, token_stats
+from deft_lightning.functional import IGNORE_INDEX, TokenStats, token_stats, weighted_loss
 from deft_lightning.models import HeadSeam, base_causal_lm, check_causal, check_head, check_packing, fused_forward
 from deft_lightning.objectives import Objective
 
@@ -32,7 +32,7 @@ class RouterLoss(NamedTuple):
 
     Attributes:
         mean: As the model gives it, a scalar.
-        weighted: Times its factor and the supervised tokens: what is added to the sum of the objective.
+        weighted: Times its factor and what the supervised tokens count: what is added to the sum of the objective.
     """
 
     mean: Tensor
@@ -43,8 +43,9 @@ class StepOutput(NamedTuple):
     """What one micro-batch gives.
 
     Attributes:
-        loss: Sum of the objective over the N supervised tokens; without any, a zero that is part of the graph.
-        stats: Their detached statistics.
+        loss: Sum of the objective over the N supervised tokens, each times its weight where the batch has weights;
+            without any token, a zero that is part of the graph.
+        stats: Their detached statistics, with the weights.
         keep: Shape ``(B, T - 1)``: the positions whose next token is supervised.
         router: The router's loss, None where the model has none.
     """
@@ -82,7 +83,8 @@ class BatchLoss:
         Args:
             batch: ``input_ids`` and ``labels`` of shape ``(B, T)``, right-padded; ``labels[:, t]`` is what the model
                 should have said before token t, -100 where nothing is learnt. ``position_ids`` that start again keep
-                examples of a packed row apart.
+                examples of a packed row apart. ``token_weight``, if it is there, of the same shape: the factor on the
+                loss of each label, finite and at least 0.
             current: The objective in force.
             instead: Stands in for it where the statistics alone are wanted.
 
@@ -96,14 +98,17 @@ class BatchLoss:
         objective: Any = current if instead is None else instead
         targets = batch["labels"][:, 1:]
         keep = targets != IGNORE_INDEX
+        weight = batch["token_weight"][:, 1:] if "token_weight" in batch else None
         if self.seam is None:
             output = self.model(**self._inputs(batch))
             stats = token_stats(output.logits[:, :-1][keep], targets[keep], topk=objective.topk)
-            loss, aux = objective(stats).sum(), getattr(output, "aux_loss", None)
+            stats = stats.weighted(None if weight is None else weight[keep])
+            loss, aux = weighted_loss(objective, stats).sum(), getattr(output, "aux_loss", None)
         else:
             shifted = torch.nn.functional.pad(targets, (0, 1), value=IGNORE_INDEX)
-            loss, stats, aux = fused_forward(self.model, self.seam, self._inputs(batch), shifted, objective)
-        return StepOutput(loss, stats.detach(), keep, self._router(aux, len(stats.log_prob)))
+            weight = None if weight is None else torch.nn.functional.pad(weight, (0, 1))
+            loss, stats, aux = fused_forward(self.model, self.seam, self._inputs(batch), shifted, objective, weight)
+        return StepOutput(loss, stats.detach(), keep, self._router(aux, stats))
 
     def _inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
         # No attention mask: behind right padding causal attention cannot see it, and SDPA takes its fast path. A
@@ -115,7 +120,7 @@ class BatchLoss:
             inputs["attention_mask"] = batch.get("attention_mask")
         return inputs
 
-    def _router(self, aux: Tensor | None, tokens: int) -> RouterLoss | None:
+    def _router(self, aux: Tensor | None, stats: TokenStats) -> RouterLoss | None:
         if self.router_factor is None:
             return None
         if aux is None:
@@ -123,10 +128,14 @@ class BatchLoss:
                 f"{type(base_causal_lm(self.model)).__name__} gives no auxiliary loss though its config says"
                 " output_router_logits; set it to false (--model.architecture.output_router_logits false)"
             )
-        return RouterLoss(aux.detach(), self.router_factor * tokens * aux)
+        # The step is divided by the same count: the router's share of the gradient stays its factor.
+        count = len(stats.log_prob) if stats.weight is None else stats.weight.sum()
+        return RouterLoss(aux.detach(), self.router_factor * count * aux)
 
     def _check(self, batch: dict[str, Any], current: Objective) -> None:
         """Refuse a batch or a model with which the objective would not be what trains."""
+        if "token_weight" in batch:
+            check_weight(batch["token_weight"], batch["labels"])
         mask, input_ids = batch.get("attention_mask"), batch["input_ids"]
         if mask is not None and bool((mask.diff(dim=1) > 0).any()):
             raise UserError("the batch is left-padded: training wants right padding (padding_side='right')")
@@ -137,6 +146,17 @@ class BatchLoss:
             check_packing(self.model, few)
         if self.seam is not None:
             check_head(self.model, self.seam, few, current)
+
+
+def check_weight(weight: Tensor, labels: Tensor, values: bool = True) -> None:
+    """Refuse weights that are none; a look at their values is one that CUDA waits for.
+
+    Raises:
+        UserError: There is not one for each label, or, where ``values`` count, one is not finite or below 0.
+    """
+    fits = weight.shape == labels.shape
+    if not fits or values and not bool((torch.isfinite(weight) & (weight >= 0)).all()):
+        raise UserError("token_weight of the batch: want finite numbers of at least 0, one for each label")
 
 
 def noise_of(batch: dict[str, Any], keep: Tensor) -> dict[str, Tensor | None]:

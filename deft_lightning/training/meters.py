@@ -26,7 +26,7 @@ class Meters:
     def __init__(self) -> None:
         self.train, self.val, self.val_noisy, self.recovered = (TokenMeter() for _ in range(4))
         self.router = MeanMetric()
-        self._routed = False
+        self._routed = self._weighted = False
 
     def to(self, device: torch.device) -> None:
         """Put the sums where the tokens are."""
@@ -37,9 +37,12 @@ class Meters:
     def add_training(self, output: StepOutput) -> None:
         """Add a micro-batch of training."""
         self.train.update(output.loss, output.stats)
+        self._weighted |= output.stats.weight is not None
         if output.router is not None:
             self._routed = True
-            self.router.update(output.router.mean, max(len(output.stats.log_prob), 1e-9))
+            weight = output.stats.weight
+            count = max(len(output.stats.log_prob), 1e-9) if weight is None else weight.sum().clamp_min(1e-9)
+            self.router.update(output.router.mean, count)
 
     def add_validation(self, output: StepOutput, noise: Mapping[str, Tensor | None], corrupted: bool) -> None:
         """Add a batch of validation examples; the NLL is plain whatever the objective.
@@ -62,13 +65,14 @@ class Meters:
         self.recovered.update(zero, seen_through.select((codes > 0) & (clean != IGNORE_INDEX)))
 
     def log_training(self, log: Log, step: int) -> None:
-        """Log the token-weighted means since the last call, on every rank alike, and begin anew.
+        """Log the means over tokens since the last call, on every rank alike, and begin anew.
 
         Raises:
             UserError: They are not finite.
         """
         means = _taken(self.train)
         means.pop("tokens")
+        weight = means.pop("weight")
         if not bool(torch.isfinite(means["nll"]) & torch.isfinite(means["loss"])):
             raise UserError(
                 f"the loss is not finite at step {step}: lower --model.optimizer.lr, or use"
@@ -78,6 +82,8 @@ class Meters:
             log(f"train/{name}", means.pop(name), prog_bar=True)
         for name, value in means.items():
             log(f"train/{name}", value)
+        if self._weighted:
+            log("train/weight", weight)
         if self._routed:
             log("train/router_loss", _taken(self.router))
 

@@ -38,8 +38,8 @@ SchedulerCallable = Callable[[Optimizer], LRScheduler]
 class SFTModule(LightningModule):
     """Supervised fine-tuning of a Hugging Face causal language model with any token objective.
 
-    The gradient of an optimizer step is that of the mean loss over all its supervised tokens: all micro-batches, all
-    ranks, whatever their lengths. `training_step` returns a sum; the division happens once.
+    The gradient of an optimizer step is that of the mean loss over all its supervised tokens, by weight where they have
+    any: all micro-batches, all ranks, whatever lengths. `training_step` returns a sum; the division happens once.
     From Python, `pretrained` may be a transformers model itself, which is trained in place.
 
     Args:
@@ -191,7 +191,7 @@ class SFTModule(LightningModule):
         if self.normaliser.begins_step:
             progress = min(self.trainer.global_step / self._steps, 1.0) if self.objective.scheduled else 1.0
             self._run = RunState(progress, self.normaliser.gates.mean)
-        self.normaliser.count(batch["labels"])
+        self.normaliser.count(batch["labels"], batch.get("token_weight"))
         reseed(self.current_epoch, batch_idx, self.global_rank)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:

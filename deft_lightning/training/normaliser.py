@@ -1,4 +1,4 @@
-"""One optimizer step over many micro-batches and ranks: divided once by its supervised tokens, clipped once."""
+"""One optimizer step over many micro-batches and ranks: divided once by what its tokens count, clipped once."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ from torch import Tensor
 from deft_lightning.functional import IGNORE_INDEX
 from deft_lightning.objectives.base import TrackedGate
 from deft_lightning.training.distributed import local, parameters_of, ranks, whole
-from deft_lightning.training.loss import StepOutput
+from deft_lightning.training.loss import StepOutput, check_weight
 from deft_lightning.training.nonfinite import NonfiniteGuard, OnNonfinite, SkippedStep
 from deft_lightning.training.totals import RunningMean, StepTotals
 
 
 class StepNormaliser:
     """Owner of normalisation: the gradient of a step is that of the mean over all its supervised tokens.
+
+    Where tokens have weights ``w`` it is the weighted mean, ``sum w l / sum w``.
 
     Micro-batches are counted as they come; when the optimizer steps, the ranks add up what they have in one all-reduce
     and every gradient is scaled once.
@@ -67,13 +69,17 @@ class StepNormaliser:
         self._seen_before, self._seen = int(state.get("tokens_seen", 0)), None
         self.gates = RunningMean(*state.get("gates", ()))
 
-    def count(self, labels: Tensor) -> None:
+    def count(self, labels: Tensor, weight: Tensor | None = None) -> None:
         """Count the supervised tokens of a micro-batch, before it is run.
 
         Args:
             labels: Shape ``(B, T)``; the first token of a row has nothing before it that could say it.
+            weight: Shape ``(B, T)``, what each label counts; None where all count 1.
         """
-        self.totals.count((labels[:, 1:] != IGNORE_INDEX).sum())
+        if weight is not None:
+            check_weight(weight, labels, values=False)
+        learnt = labels[:, 1:] != IGNORE_INDEX
+        self.totals.count(learnt.sum(), None if weight is None else (learnt * weight[:, 1:]).sum(dtype=torch.float64))
 
     def add(self, output: StepOutput, ids: Sequence[str], tracked: TrackedGate | None) -> None:
         """Take note of what a micro-batch gave.
@@ -84,7 +90,7 @@ class StepNormaliser:
             tracked: The gate whose running mean the objective wants.
         """
         if tracked is not None:
-            self.totals.weigh(tracked.objective.gate(output.stats))
+            self.totals.weigh(tracked.objective.gate(output.stats), output.stats.weight)
         self.totals.watch(ids, output.loss)
 
     @contextmanager
@@ -113,8 +119,9 @@ class StepNormaliser:
 
         def closure() -> Any:
             result = backward()
-            tokens = self.totals.reduce(stop())
-            scale = ranks() * accumulate / tokens.clamp_min(1).float()
+            count = self.totals.reduce(stop())
+            # Nothing to learn: the gradients are 0 already.
+            scale = ranks() * accumulate / torch.where(count > 0, count, 1).float()
             grads = local(p.grad for p in parameters_of(optimizer) if p.grad is not None)
             if grads:  # before clipping, loss-scale removal and the logged norm
                 torch._foreach_mul_(grads, scale)
@@ -140,9 +147,9 @@ class StepNormaliser:
         if tracked is None:
             return
         assert self.totals.summed is not None
-        tokens, *_, gates = self.totals.summed.tolist()
+        count, gates = torch.stack([self.totals.divisor, self.totals.summed[-1]]).tolist()
         if math.isfinite(gates):  # in float16 the loss scaler has left the step out
-            self.gates.add(gates, tokens, tracked.decay)
+            self.gates.add(gates, count, tracked.decay)
 
     def clip_norm(self, optimizer: Any, limit: float | None) -> Tensor:
         """Return the norm of the gradient, after bounding it: computed once for both.

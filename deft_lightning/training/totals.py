@@ -18,21 +18,31 @@ class StepTotals:
 
     Attributes:
         tokens: Supervised tokens of this rank so far; None before the first micro-batch.
+        weight: Sum of their weights, float64; None where no batch has weights, so that each counts 1.
         bad: Micro-batches of this rank whose loss was not finite so far.
-        gates: Sum of a gate over the tokens of this rank so far, float64; None where no mean gate is wanted.
+        gates: Sum of a gate over the tokens of this rank so far, each times its weight, float64; None where no mean
+            gate is wanted.
         batches: Ids of the examples of each micro-batch, and whether its loss was not finite.
-        summed: Tokens, bad micro-batches, wishes to stop and, where wanted, gates of all ranks, once they are known:
-            integers, or float64, which is exact up to 2^53 tokens.
+        summed: Tokens, bad micro-batches, wishes to stop and, where there are any, weights and gates of all ranks, once
+            they are known: integers, or float64, which is exact up to 2^53 tokens.
     """
 
     tokens: Tensor | None = None
+    weight: Tensor | None = None
     bad: Tensor | None = None
     gates: Tensor | None = None
     batches: list[tuple[Sequence[str], Tensor]] = field(default_factory=list)
     summed: Tensor | None = None
 
-    def count(self, tokens: Tensor) -> None:
-        """Add the supervised tokens of a micro-batch."""
+    def count(self, tokens: Tensor, weight: Tensor | None = None) -> None:
+        """Add the supervised tokens of a micro-batch, and the sum of their weights.
+
+        Batches of one rank may have weights or not; whether any has must be the same on every rank.
+        """
+        if weight is not None or self.weight is not None:
+            before = self.weight if self.weight is not None or self.tokens is None else self.tokens.double()
+            now = tokens.double() if weight is None else weight
+            self.weight = now if before is None else before + now
         self.tokens = tokens if self.tokens is None else self.tokens + tokens
 
     def watch(self, ids: Sequence[str], loss: Tensor) -> None:
@@ -41,20 +51,35 @@ class StepTotals:
         self.batches.append((ids, bad))
         self.bad = bad.long() if self.bad is None else self.bad + bad.long()
 
-    def weigh(self, gate: Tensor) -> None:
-        """Add the gates of the tokens of a micro-batch; every rank has to call it, or none."""
-        total = gate.sum(dtype=torch.float64)
+    def weigh(self, gate: Tensor, weight: Tensor | None = None) -> None:
+        """Add the gates of the tokens of a micro-batch; every rank has to call it, or none.
+
+        Args:
+            gate: Shape ``(N,)``.
+            weight: Shape ``(N,)``, what each counts; None where all count 1.
+        """
+        total = (gate if weight is None else gate.double() * weight).sum(dtype=torch.float64)
         self.gates = total if self.gates is None else self.gates + total
 
     def reduce(self, stop: bool) -> Tensor:
-        """Return the supervised tokens of all ranks; every rank has to call it."""
+        """Return what the gradients of all ranks are to be divided by; every rank has to call it.
+
+        The number of supervised tokens, an integer, or the sum of their weights, float64.
+        """
         assert self.tokens is not None
         bad = self.tokens.new_zeros(()) if self.bad is None else self.bad
         counts = [self.tokens, bad.to(self.tokens), torch.full_like(self.tokens, int(stop))]
-        self.summed = torch.stack(counts if self.gates is None else [*(n.double() for n in counts), self.gates])
+        sums = [part for part in (self.weight, self.gates) if part is not None]
+        self.summed = torch.stack([*(n.double() for n in counts), *sums] if sums else counts)
         if ranks() > 1:
             dist.all_reduce(self.summed)
-        return self.summed[0]
+        return self.divisor
+
+    @property
+    def divisor(self) -> Tensor:
+        """Of the sums of all ranks the one that makes means: the weights, or the tokens where they have none."""
+        assert self.summed is not None
+        return self.summed[0 if self.weight is None else 3]
 
     def bad_examples(self) -> list[str]:
         """Return the ids of the micro-batches whose loss was not finite, of all if it was only the gradient."""
@@ -64,14 +89,14 @@ class StepTotals:
 
 @dataclass
 class RunningMean:
-    """Exponentially weighted mean over the tokens of optimizer steps.
+    """Exponentially weighted mean over the tokens of optimizer steps; a token counts as much as it does in the loss.
 
     A ratio of two sums that forget alike: it is right from the first step on, where a decaying mean that starts at 0
     would have to be corrected, and a step with few tokens counts little.
 
     Attributes:
         total: Weighted sum of the values.
-        tokens: Weighted number of tokens.
+        tokens: Weighted number of tokens, or sum of their weights.
     """
 
     total: float = 0.0
@@ -83,5 +108,5 @@ class RunningMean:
         return self.total / self.tokens if self.tokens else 1.0
 
     def add(self, total: float, tokens: float, decay: float) -> None:
-        """Add the tokens of a step; those of earlier steps count ``decay`` times what they did."""
+        """Add the tokens, or their weights, of a step; those of earlier steps count ``decay`` times what they did."""
         self.total, self.tokens = decay * self.total + total, decay * self.tokens + tokens

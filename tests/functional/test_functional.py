@@ -134,7 +134,7 @@ def test_only_log_prob_is_differentiable_and_its_gradient_passes_gradcheck() -> 
     logits, targets = random_tokens((3, 2), 6, seed=2)
     logits.requires_grad_()
     stats = token_stats(logits, targets, topk=3)
-    assert [field is not None and field.requires_grad for field in stats] == [True, False, False, False, False, False]
+    assert [field is not None and field.requires_grad for field in stats] == [True, *[False] * 6]
     assert torch.autograd.gradcheck(lambda z: token_stats(z, targets, topk=3).log_prob, (logits,))
 
 
@@ -174,10 +174,10 @@ def test_statistics_made_by_hand_may_leave_out_the_last_fields() -> None:
     log_prob, correct = torch.tensor([-1.0, -2.0]), torch.tensor([True, False])
     four = TokenStats(log_prob, log_prob.exp(), -log_prob, correct)
     five = TokenStats(log_prob, log_prob.exp(), -log_prob, correct, -log_prob / 2)
-    assert four[4:] == (None, None) and five.arg_max is None
+    assert four[4:] == (None, None, None) and five.arg_max is None
     for stats, there in ((four, 4), (five, 5)):
         picked = stats.select(torch.tensor([1])).detach()
-        assert [field is not None for field in picked] == [place < there for place in range(6)]
+        assert [field is not None for field in picked] == [place < there for place in range(7)]
         assert picked.log_prob.tolist() == [-2.0] and picked.correct.tolist() == [False]
 
 
@@ -195,7 +195,7 @@ def test_ignored_positions_have_zero_statistics_and_leave_the_others_alone(ignor
     ignored = torch.rand(4, 5, generator=torch.Generator().manual_seed(0)) < 0.4
     ignored[0, 0] = True
     found = token_stats(logits, targets.masked_fill(ignored, ignore_index), ignore_index=ignore_index, topk=2)
-    for before, after in zip(whole, found, strict=True):
+    for before, after in zip(whole[:6], found[:6], strict=True):
         assert before is not None and after is not None
         assert (after[ignored] == 0).all()
         torch.testing.assert_close(after[~ignored], before[~ignored], rtol=0, atol=0)
@@ -211,14 +211,14 @@ def test_ignored_positions_get_no_gradient() -> None:
 
 def test_select_and_detach_treat_every_field_alike() -> None:
     logits, targets = random_tokens((2, 3), 6, seed=6)
-    stats = token_stats(logits.requires_grad_(), targets, topk=4)
+    stats = token_stats(logits.requires_grad_(), targets, topk=4).weighted(torch.rand(2, 3))
     mask = torch.tensor([[True, False, True], [False, False, True]])
     for full, part in zip(stats, stats.select(mask), strict=True):
         assert full is not None and part is not None
         torch.testing.assert_close(part, full[mask], rtol=0, atol=0)
     assert stats.log_prob.requires_grad and not stats.detach().log_prob.requires_grad
     bare = token_stats(logits, targets)
-    assert bare.select(mask).topk_entropy is None and bare.detach().topk_entropy is None
+    assert bare.select(mask).topk_entropy is None and bare.detach().topk_entropy is None and bare.weight is None
 
 
 # --- deformed_log -------------------------------------------------------------------------------------------------

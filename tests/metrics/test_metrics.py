@@ -38,12 +38,24 @@ def test_token_meter_weighs_tokens_and_not_batches() -> None:
     meter.update(loss_of(4.0), stats([-10.0], [False]))
     found = {name: value.item() for name, value in meter.compute().items()}
     assert found == pytest.approx(
-        {"loss": 5 / 4, "nll": 16 / 4, "ppl": math.exp(4.0), "token_accuracy": 0.5, "tokens": 4}
+        {"loss": 5 / 4, "nll": 16 / 4, "ppl": math.exp(4.0), "token_accuracy": 0.5, "weight": 1, "tokens": 4}
     )
 
 
+def test_token_meter_means_the_loss_by_weight_and_says_how_good_the_model_is_without() -> None:
+    meter = TokenMeter()
+    meter.update(loss_of(0.5 * 2, 0.25 * 3), stats([-1.0, -2.0], [True, False]).weighted(torch.tensor([2.0, 3.0])))
+    meter.update(loss_of(0.1 * 7), stats([-9.0], [False]).weighted(torch.tensor([0.1], dtype=torch.float64)))
+    found = {name: value.item() for name, value in meter.compute().items()}
+    wanted = {"loss": 2.45 / 5.1, "nll": 4.0, "ppl": math.exp(4.0), "token_accuracy": 1 / 3, "weight": 1.7, "tokens": 3}
+    assert found == pytest.approx(wanted)
+    meter.reset()
+    meter.update(loss_of(0.0), stats([-1.0], [True]).weighted(torch.zeros(1)))
+    assert (meter.compute()["loss"], meter.compute()["weight"], meter.compute()["tokens"]) == (0.0, 0.0, 1.0)
+
+
 def test_token_meter_without_tokens_is_zero_and_its_perplexity_one() -> None:
-    expected = {"loss": 0.0, "nll": 0.0, "ppl": 1.0, "token_accuracy": 0.0, "tokens": 0.0}
+    expected = {"loss": 0.0, "nll": 0.0, "ppl": 1.0, "token_accuracy": 0.0, "weight": 0.0, "tokens": 0.0}
     meter = TokenMeter()
     meter.update(loss_of(), stats([], []))
     assert {name: value.item() for name, value in meter.compute().items()} == expected

@@ -107,8 +107,10 @@ def dense_loss(objective: Callable[[TokenStats], Tensor]) -> Callable[[Problem],
     def head(case: Problem) -> Tensor:
         keep = case.targets != -100
         stats = stats_from_logits(dense_logits(case)[keep], case.targets[keep], getattr(objective, "topk", 0))
-        loss = objective(stats)
-        return (loss if case.token_weight is None else loss * case.token_weight[keep]).sum()
+        if case.token_weight is None:
+            return objective(stats).sum()
+        weight = case.token_weight[keep]
+        return (objective(stats._replace(weight=weight)) * weight).sum()
 
     return head
 

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from deft_lightning.data.examples import Ints, Prepared, Prompt
+from deft_lightning.data.examples import Floats, Ints, Prepared, Prompt, weight_of
 from deft_lightning.functional import IGNORE_INDEX
 
 
-def _pad(rows: Sequence[Ints], length: int, value: int, dtype: torch.dtype) -> torch.Tensor:
-    out = np.full((len(rows), length), value, dtype=np.int64)
+def _pad(rows: Sequence[Ints | Floats], length: int, value: int, dtype: torch.dtype) -> torch.Tensor:
+    out = np.full((len(rows), length), value, dtype=np.float32 if dtype.is_floating_point else np.int64)
     for i, row in enumerate(rows):
         out[i, : len(row)] = row
     return torch.from_numpy(out).to(dtype)
@@ -31,17 +31,20 @@ class TrainCollator:
     ``noise_code`` (int8) and ``segment`` (int32: place in ``example_id``, -1 for padding); the lists ``example_id``
     (str) and ``is_noisy`` (bool tensor) of its examples in order, and ``num_tokens`` (int, without padding). Packed
     rows have ``position_ids`` that start again with each example in place of the attention mask; padding counts as an
-    example of its own.
+    example of its own. With ``weighted``, ``token_weight`` (float32) is the factor on the loss of each label, 1 for
+    those of examples without weights, 0 where nothing is learnt and for padding.
 
     Args:
         pad_id: Token that fills rows up.
         packed: Whether rows are packed.
         flatten: Put all rows one after the other into a single one (flash attention knows lengths from positions).
+        weighted: Whether any example of the data has weights, in this batch or another.
     """
 
     pad_id: int
     packed: bool = False
     flatten: bool = False
+    weighted: bool = False
 
     def __call__(self, rows: Sequence[Segments]) -> dict[str, Any]:
         """Collate rows."""
@@ -69,6 +72,9 @@ class TrainCollator:
             "is_noisy": torch.tensor([bool(e.noise_code.any()) for e in examples]),
             "num_tokens": int(lengths.sum()),
         }
+        if self.weighted:
+            weights = [np.concatenate([weight_of(e.labels, e.weight) for e in row]) for row in parts]
+            batch["token_weight"] = _pad(weights, longest, 0, torch.float32)
         if self.packed:
             counts = [[len(e.input_ids) for e in row] for row in parts]
             positions = [

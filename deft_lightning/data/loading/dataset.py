@@ -28,6 +28,11 @@ class PreparedDataset(Dataset[Any]):
         self.examples, self.rows, self.words = examples, rows, words
         self.noise = noise if any(isinstance(op, TokenNoise) for op in noise.ops) else None
 
+    @property
+    def weighted(self) -> bool:
+        """Whether any example has weights: the same for every batch of them, on every rank."""
+        return self.examples.weighted
+
     def __len__(self) -> int:
         """Return the number of rows."""
         return len(self.examples if self.rows is None else self.rows)

@@ -63,14 +63,14 @@ class LoaderFactory:
             lengths = rows.examples.lengths()
             grouped = bounded_batches([int(lengths[at]) for at in positions], limit, seed)
             batches = [[positions[i] for i in batch] for batch in grouped]
-        collate = TrainCollator(self.pad_id)
+        collate = TrainCollator(self.pad_id, weighted=rows.weighted)
         for batch in batches:
             yield batch, collate([rows.example(at) for at in batch])
 
     def _of_rows(self, rows: PreparedDataset, size: int, train: bool) -> DataLoader[Any]:
         packing, max_tokens = self.settings.packing, self.settings.max_tokens_per_batch
         flash = (self.run.attention or "").startswith("flash")
-        collate = TrainCollator(self.pad_id, packing, packing and flash)
+        collate = TrainCollator(self.pad_id, packing, packing and flash, rows.weighted)
         if max_tokens is None:
             return self._loader(rows, collate, size, train)
         if packing:

@@ -78,7 +78,9 @@ class EvenLoader(DataLoader[Any]):
         assert batch is not None
         filler = {**batch, "filler": True}
         if "labels" in filler:
-            filler |= {"labels": torch.full_like(batch["labels"], IGNORE_INDEX)}
+            filler["labels"] = torch.full_like(batch["labels"], IGNORE_INDEX)
+        if "token_weight" in filler:
+            filler["token_weight"] = torch.zeros_like(batch["token_weight"])
         seen = getattr(self.batch_sampler, "seen_batch_indices", None)  # Lightning's, in prediction
         for _ in range(given, self.batches):
             if seen is not None:

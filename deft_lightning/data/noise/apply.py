@@ -85,7 +85,8 @@ def corrupted(examples: Lazy[Example] | Sequence[Example], noise: Noise) -> tupl
                 continue
             end = [Mark(len(answer), len(answer), number)] if op.whole else []
             marks = [*(mark for mark in moved if not end or mark.start < len(answer)), *end]
-            fresh[i] = replace(before, messages=(*before.prompt, {"role": "assistant", "content": answer})), marks
+            last = (before.messages or ())[-1]  # what else it says, such as its weight, stays
+            fresh[i] = replace(before, messages=(*before.prompt, {**last, "content": answer})), marks
             count += 1
         changed.update(fresh)
         applied.append(Applied(name, op.rate, len(open_to), count))
@@ -139,4 +140,4 @@ def corrupt_example(example: Prepared, noise: Noise, words: Vocabulary, epoch: i
         if op.target == "text":
             ids[hit] = labels[hit]
     clean = np.where(example.noise_code == 0, example.labels, IGNORE_INDEX)
-    return Prepared(example.id, ids, labels, codes, clean, example.skipped)
+    return replace(example, input_ids=ids, labels=labels, noise_code=codes, clean_labels=clean)

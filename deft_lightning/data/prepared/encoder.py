@@ -19,7 +19,7 @@ from deft_lightning.data.examples import Example, Ints, Prepared
 from deft_lightning.data.lazy import Lazy
 from deft_lightning.data.noise.apply import Changed
 from deft_lightning.data.prepared.report import Report
-from deft_lightning.data.prepared.spool import TOKENS, record_batch
+from deft_lightning.data.prepared.spool import TOKENS, record_batch, row_of_prepared
 from deft_lightning.data.prepared.workers import in_order
 from deft_lightning.errors import UserError
 from deft_lightning.functional import IGNORE_INDEX
@@ -79,9 +79,9 @@ class Encoder:
             counted.truncated += len(example.input_ids) > self.max_length
             short = example.truncate(self.max_length, self.keep)
             if counted.add(short):
-                cut = self._cut(example)
-                length = len(example.input_ids)
-                rows.append((short.id, short.input_ids, short.labels, short.noise_code, length, short.skipped, cut))
+                row = row_of_prepared(short, len(example.input_ids), self._cut(example))
+                counted.weighted += len(row[-1]) > 0
+                rows.append(row)
         batch = record_batch(rows, TOKENS).serialize() if rows else None
         labels = np.concatenate([row[2] for row in rows]) if rows else np.zeros(0, dtype=np.int64)
         supervised = sum(int((example.labels != IGNORE_INDEX).any()) for example in prepared)

@@ -14,6 +14,8 @@ from deft_lightning.data.prepared.recipe import Recipe, title
 from deft_lightning.data.sources.read import weights
 from deft_lightning.errors import UserError
 
+FORMAT = 2  # of the files in a folder; another number is another folder
+
 
 def prepared_folder(
     recipe: Recipe, tokenizer: Any | None, chat_template: str | None, root: Path, num_proc: int
@@ -42,4 +44,4 @@ def prepared_folder(
             name = title(recipe.source)
             raise UserError(f"{name}: has changed while it was read; start again once nobody writes to it")
 
-    return cached(root, [__version__, recipe, sources, about, template], fill)
+    return cached(root, [__version__, FORMAT, recipe, sources, about, template], fill)

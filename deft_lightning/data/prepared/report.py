@@ -24,6 +24,7 @@ class Report:
     noisy_examples: int = 0
     truncated: int = 0
     dropped: int = 0
+    weighted: int = 0
     sampled: bool = False
     applied: list[Applied] = field(default_factory=list)
 
@@ -48,7 +49,7 @@ class Report:
 
     def merge(self, part: Report) -> None:
         """Add the counts of some of the examples."""
-        for name in ("examples", "tokens", "supervised", "noisy", "noisy_examples", "truncated", "dropped"):
+        for name in ("examples", "tokens", "supervised", "noisy", "noisy_examples", "truncated", "dropped", "weighted"):
             setattr(self, name, getattr(self, name) + getattr(part, name))
 
     def count_noise(self, examples: int, example: Callable[[int], Prepared]) -> None:
@@ -87,6 +88,8 @@ class Report:
             share = self.noisy / max(self.supervised, 1)
             about = "about " if self.sampled else ""
             parts.append(f"{about}{self.noisy_examples} examples with noise ({share:.1%} of the supervised tokens)")
+        if self.weighted:
+            parts.append(f"{self.weighted} examples with weights")
         parts += map(str, self.applied)
         if self.truncated:
             parts.append(f"{self.truncated} truncated")

@@ -11,8 +11,9 @@ from typing import Any, ClassVar, Self
 import numpy as np
 import pyarrow as pa
 
-from deft_lightning.data.examples import Example, Prepared
+from deft_lightning.data.examples import Example, Ints, Prepared, weight_of
 from deft_lightning.data.lazy import Lazy, T
+from deft_lightning.functional import IGNORE_INDEX
 
 TEXT = pa.large_string()  # a batch may hold more than the 2 GiB of a string column
 ROWS = pa.schema([("id", TEXT), ("digest", TEXT), ("where", TEXT), ("content", TEXT)])
@@ -25,6 +26,7 @@ TOKENS = pa.schema(
         ("length", pa.int32()),  # before truncation
         ("skipped", pa.int32()),  # supervised tokens cut off in front
         ("cut", pa.list_(pa.int32())),  # some of the tokens that were cut off, those nearest to the cut
+        ("weight", pa.list_(pa.float32())),  # of each label; empty where all count 1
     ]
 )
 BATCH = 1000
@@ -173,29 +175,61 @@ class SpooledExamples(Table[Example]):
         return Example(id, digest, where, **fields)
 
 
+NO_WEIGHT = np.zeros(0, dtype=np.float32)
+
+
+def row_of_prepared(example: Prepared, length: int, cut: Ints) -> tuple[Any, ...]:
+    """Return an example as a row of :data:`TOKENS`.
+
+    Weights that are all 1 are none: data in which labels are either learnt or not is data without weights.
+
+    Args:
+        example: As it is trained on.
+        length: Its tokens before truncation.
+        cut: Some of those that were cut off.
+
+    Raises:
+        ValueError: A weight that breaks the promise of :class:`Prepared`.
+    """
+    learnt, weight = example.labels != IGNORE_INDEX, NO_WEIGHT
+    if example.weight is not None:
+        weight = weight_of(example.labels, example.weight)
+        if not (np.isfinite(weight).all() and (weight[learnt] > 0).all()):
+            raise ValueError(f"{example.id}: weights must be finite, and above 0 where a label is learnt")
+        weight = NO_WEIGHT if (weight[learnt] == 1).all() else weight
+    return (
+        example.id, example.input_ids, example.labels, example.noise_code, length, example.skipped, cut, weight,
+    )  # fmt: skip
+
+
 class Tokens(Table[Prepared]):
-    """Prepared examples on disk."""
+    """Prepared examples on disk.
+
+    Attributes:
+        weighted: Whether any of them has weights.
+    """
 
     schema = TOKENS
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        names = ("input_ids", "labels", "noise_code")
+        names = ("input_ids", "labels", "noise_code", "weight")
         # Views of the file: a row is two look-ups and three slices.
         self._lists = [
             [(_mapped(batch.column(name).offsets), _mapped(batch.column(name).values)) for name in names]
             for batch in self.batches
         ]
+        self.weighted = any(len(lists[-1][1]) for lists in self._lists)
 
     def __getitem__(self, at: int) -> Prepared:
-        """Return one example; its arrays are copies in int64."""
+        """Return one example; its arrays are copies, integers in int64."""
         batch, row = self.place(at)
-        ids, labels, codes = (
-            values[offsets[row] : offsets[row + 1]].astype(np.int64) for offsets, values in self._lists[batch]
-        )
+        *lists, (starts, weights) = self._lists[batch]
+        ids, labels, codes = (values[offsets[row] : offsets[row + 1]].astype(np.int64) for offsets, values in lists)
+        weight = weights[starts[row] : starts[row + 1]].copy() if starts[row] < starts[row + 1] else None
         columns = self.batches[batch]
         skipped = columns.column("skipped")[row].as_py()
-        return Prepared(columns.column("id")[row].as_py(), ids, labels, codes, skipped=skipped)
+        return Prepared(columns.column("id")[row].as_py(), ids, labels, codes, skipped=skipped, weight=weight)
 
     def cut(self, at: int) -> tuple[int, list[int]]:
         """Return how many tokens an example had before truncation, and some of those that were cut off."""
