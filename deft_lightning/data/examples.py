@@ -114,7 +114,7 @@ def weight_of(labels: Ints, weight: Floats | None) -> Floats:
         weight: Shape ``(T,)``; None where every label counts 1.
     """
     learnt = labels != IGNORE_INDEX
-    return learnt.astype(np.float32) if weight is None else np.where(learnt, weight, np.float32(0))
+    return learnt.astype(np.float32) if weight is None else np.where(learnt, weight, 0).astype(np.float32)
 
 
 @dataclass(frozen=True)

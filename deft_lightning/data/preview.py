@@ -30,7 +30,7 @@ class Piece:
     Attributes:
         text: As text.
         kind: What becomes of them.
-        note: Label that is learnt instead, where it is another one, and the operation that did it.
+        note: Label that is learnt instead, where it is another one, and the operation that did it; a weight but 1.
     """
 
     text: str
@@ -66,6 +66,7 @@ def sample(
     ids, labels, codes = (array.tolist() for array in (example.input_ids, example.labels, example.noise_code))
     first = list(cut) if keep == "end" else []
     shown, shift = [*first, *ids, *([] if keep == "end" else cut)], len(first)
+    weights = [1.0] * len(ids) if example.weight is None else example.weight.tolist()
 
     def what(at: int) -> Fate:
         if not shift <= at < shift + len(ids):
@@ -73,8 +74,8 @@ def sample(
         token, label, code = ids[at - shift], labels[at - shift], codes[at - shift]
         if code:
             learnt = f"learnt as {tokenizer.decode([label])!r}, " if label != token else ""
-            return "noisy", f"{learnt}{operations[code - 1]}"
-        return ("context" if label == IGNORE_INDEX else "supervised"), ""
+            return "noisy", f"{learnt}{operations[code - 1]}{_counts(weights[at - shift], ', ')}"
+        return ("context", "") if label == IGNORE_INDEX else ("supervised", _counts(weights[at - shift]))
 
     pieces: list[Piece] = []
     for start, end, text in _letters(tokenizer, shown):
@@ -89,6 +90,10 @@ def sample(
         pieces = [more, *pieces] if keep == "end" else [*pieces, more]
     supervised, noisy = int((example.labels != IGNORE_INDEX).sum()), int((example.noise_code > 0).sum())
     return Sample(example.id, pieces, len(ids), supervised, noisy, length - len(ids))
+
+
+def _counts(weight: float, before: str = "") -> str:
+    return "" if weight == 1 else f"{before}weight {weight:g}"
 
 
 def _letters(tokenizer: Any, ids: Sequence[int]) -> Iterator[tuple[int, int, str]]:

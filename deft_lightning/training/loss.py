@@ -155,7 +155,7 @@ def check_weight(weight: Tensor, labels: Tensor, values: bool = True) -> None:
         UserError: There is not one for each label, or, where ``values`` count, one is not finite or below 0.
     """
     fits = weight.shape == labels.shape
-    if not fits or values and not bool((torch.isfinite(weight) & (weight >= 0)).all()):
+    if not fits or (values and not bool((torch.isfinite(weight) & (weight >= 0)).all())):
         raise UserError("token_weight of the batch: want finite numbers of at least 0, one for each label")
 
 

@@ -10,10 +10,12 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from given_tokens import statistics_of
 from lightning.pytorch import Callback
@@ -55,6 +57,15 @@ def uneven(count: int) -> list[Prepared]:
     return [prepared(i, 1 + (3 * i * i) % 9) for i in range(count)]
 
 
+def weighted(count: int) -> list[Prepared]:
+    """From 1 to 9 supervised tokens, each with a weight of its own; the second half weighs far less."""
+    found = []
+    for i, one in enumerate(uneven(count)):
+        drawn = np.random.default_rng(i).uniform(0.1, 4 if i < count // 2 else 0.2, len(one.labels))
+        found.append(replace(one, weight=np.where(one.labels == -100, 0, drawn).astype(np.float32)))
+    return found
+
+
 def make_trainer(root: Path, world: int, *callbacks: Any, **options: Any) -> Trainer:
     strategy = sys.argv[2] if world > 1 else "auto"
     given = {name: value() if name == "strategy" else value for name, value in options.items()}
@@ -81,7 +92,8 @@ def train(
     """Weights after some steps, ``size`` examples a micro-batch over all ranks together."""
     rank = int(os.environ.get("LOCAL_RANK", 0)) if world > 1 else 0
     sampler = ShardedSampler(len(examples), rank=rank, world=world, seed=3, shuffle=shuffle, even=True)
-    loader = DataLoader(examples, size // world, sampler=sampler, collate_fn=TrainCollator(0))  # type: ignore[arg-type]
+    collate = TrainCollator(0, weighted=any(example.weight is not None for example in examples))
+    loader = DataLoader(examples, size // world, sampler=sampler, collate_fn=collate)  # type: ignore[arg-type]
     module = make_module(root, **(model or {}))
     trainer = make_trainer(root, world, *callbacks, **options)
     trainer.fit(module, loader)
@@ -91,6 +103,7 @@ def train(
         "tokens": module.tokens_seen,
         "grad_norm": trainer.callback_metrics["train/grad_norm"].clone(),
         "nll": trainer.callback_metrics["train/nll"].clone(),
+        "loss": trainer.callback_metrics["train/loss"].clone(),
     }
 
 
@@ -391,6 +404,8 @@ SCENARIOS: dict[str, Callable[[Path, int], Found]] = {
         root, world, [prepared(i, 0 if i % 2 else 1 + i % 4) for i in range(16)]
     ),
     "scheduled": scheduled,
+    "weighted": lambda root, world: train(root, world, weighted(12), size=4, accumulate_grad_batches=2, max_epochs=2),
+    "weighted, rescaled": lambda root, world: rescaled(root, world, weighted(12)),
     "packed": lambda root, world: packed(root, world),
     "bf16": lambda root, world: train(root, world, uneven(16), precision="bf16-mixed", max_epochs=2),
     "checkpointed": lambda root, world: train(

@@ -81,7 +81,7 @@ def assert_same_weights(runs: Runs, name: str, tolerance: float = 1e-5) -> None:
 @pytest.mark.parametrize(
     "name",
     ["uneven", "dense", "clipped", "accumulated", "one rank masked", "lora", "packed", "checkpointed", "scheduled",
-     "rescaled", "rescaled, one rank masked"],
+     "rescaled", "rescaled, one rank masked", "weighted", "weighted, rescaled"],
 )  # fmt: skip
 def test_two_ranks_train_the_weights_of_one_process_on_the_same_global_batch(name: str, runs: Runs) -> None:
     assert_same_weights(runs, name, 2e-4 if name == "lora" else 2e-5)
@@ -90,6 +90,8 @@ def test_two_ranks_train_the_weights_of_one_process_on_the_same_global_batch(nam
         assert (rank[name]["steps"], rank[name]["tokens"]) == (single["steps"], single["tokens"])
         assert rank[name]["grad_norm"].item() == pytest.approx(single["grad_norm"].item(), rel=1e-4)
         assert rank[name]["nll"].item() == pytest.approx(single["nll"].item(), rel=1e-5)
+        if "loss" in single:
+            assert rank[name]["loss"].item() == pytest.approx(single["loss"].item(), rel=1e-5)
 
 
 def test_the_scenarios_are_what_they_say(runs: Runs) -> None:
@@ -97,13 +99,13 @@ def test_the_scenarios_are_what_they_say(runs: Runs) -> None:
     expected = {
         "uneven": 4, "dense": 2, "clipped": 2, "accumulated": 4, "one rank masked": 2, "nothing supervised": 1,
         "lora": 4, "packed": 4, "bf16": 4, "checkpointed": 2, "skipped": 3, "stopped": 2, "scheduled": 4,
-        "rescaled": 4, "rescaled, one rank masked": 4,
+        "rescaled": 4, "rescaled, one rank masked": 4, "weighted": 4, "weighted, rescaled": 4,
     }  # fmt: skip
     assert steps == expected
     assert runs.single["clipped"]["grad_norm"] > 0.1, "something is clipped"
 
 
-@pytest.mark.parametrize("name", ["rescaled", "rescaled, one rank masked"])
+@pytest.mark.parametrize("name", ["rescaled", "rescaled, one rank masked", "weighted, rescaled"])
 def test_the_mean_gate_is_over_the_tokens_of_all_ranks(name: str, runs: Runs) -> None:
     wanted = runs.single[name]["scales"]
     assert wanted[0] == 1.0 and min(wanted[2:]) > 3.0 and len(set(wanted)) == 4, "one for each optimizer step"

@@ -96,15 +96,15 @@ def _array(values: list[Any], kind: pa.DataType) -> pa.Array:
 
 
 def _numbers(values: np.ndarray[Any, Any], kind: pa.DataType) -> pa.Array:
-    same = np.ascontiguousarray(values, dtype=np.dtype(str(kind)))
+    same = np.ascontiguousarray(values, dtype=np.dtype(kind.to_pandas_dtype()))
     return pa.Array.from_buffers(kind, len(same), [None, pa.py_buffer(same)])
 
 
 def _mapped(numbers: pa.Array) -> np.ndarray[Any, Any]:
     """A view of a column of numbers; pyarrow's own would import pandas, half a second."""
     if not len(numbers):
-        return np.zeros(0, dtype=np.dtype(str(numbers.type)))
-    stored = np.frombuffer(numbers.buffers()[1], dtype=np.dtype(str(numbers.type)))
+        return np.zeros(0, dtype=np.dtype(numbers.type.to_pandas_dtype()))
+    stored = np.frombuffer(numbers.buffers()[1], dtype=np.dtype(numbers.type.to_pandas_dtype()))
     return stored[numbers.offset : numbers.offset + len(numbers)]
 
 
