@@ -1,5 +1,5 @@
 """The objectives inside other trainers."""
 
-from deft_lightning.integrations.transformers import compute_loss_func
+from deft_lightning.integrations.transformers import TokenWeights, compute_loss_func
 
-__all__ = ["compute_loss_func"]
+__all__ = ["TokenWeights", "compute_loss_func"]

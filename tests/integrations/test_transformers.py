@@ -11,8 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 
 from deft_lightning.errors import UserError
 from deft_lightning.functional import token_loss
-from deft_lightning.integrations import compute_loss_func
-from deft_lightning.objectives import DEFT, NLL, Floored, Objective, Rescaled, Schedule
+from deft_lightning.integrations import TokenWeights, compute_loss_func
+from deft_lightning.objectives import DEFT, NLL, Floored, Likelihood, Objective, Rescaled, Schedule
 
 
 def tiny() -> Any:
@@ -56,6 +56,42 @@ def test_one_step_of_the_trainer_is_the_mean_over_all_its_tokens(
     for old, new, true in zip(before, model.parameters(), reference.parameters(), strict=True):
         assert true.grad is not None
         torch.testing.assert_close((old - new.detach()).double(), true.grad, rtol=1e-4, atol=1e-6)
+
+
+class WeightedTrainer(TokenWeights, Trainer):
+    """As the docstring has it."""
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize(("batch", "accumulate"), [(4, 1), (1, 4), (2, 2)])
+def test_one_step_of_a_trainer_with_weights_is_the_weighted_mean(
+    batch: int, accumulate: int, weighted: bool, tmp_path: Path
+) -> None:
+    generator, data = torch.Generator().manual_seed(2), rows()
+    for row in data if weighted else []:
+        row["token_weight"] = (3 * torch.rand(8, generator=generator) * torch.rand(1, generator=generator)).tolist()  # type: ignore[assignment]
+    reference = tiny().double()
+    ids, labels = (torch.tensor([row[name] for row in data]) for name in ("input_ids", "labels"))
+    weight = torch.tensor([row.get("token_weight", [1.0] * 8) for row in data]).double()[:, 1:]
+    keep = labels[:, 1:] != -100
+    log_pi = torch.log_softmax(reference(ids).logits[:, :-1], -1)
+    p = log_pi.gather(-1, labels[:, 1:].clamp_min(0).unsqueeze(-1)).squeeze(-1).exp()
+    ((weight * (1 - p))[keep].sum() / weight[keep].sum()).backward()
+    model = tiny()
+    before = [p.detach().clone() for p in model.parameters()]
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), per_device_train_batch_size=batch, gradient_accumulation_steps=accumulate,
+        max_steps=1, learning_rate=1.0, optim="sgd", max_grad_norm=0.0, lr_scheduler_type="constant", use_cpu=True,
+        report_to=[], save_strategy="no", disable_tqdm=True,
+        label_names=["labels", "token_weight"] if weighted else ["labels"],
+    )  # fmt: skip
+    func = compute_loss_func(Likelihood())
+    trainer = WeightedTrainer(model, arguments, train_dataset=data, eval_dataset=data, compute_loss_func=func)
+    trainer.train()
+    for old, new, true in zip(before, model.parameters(), reference.parameters(), strict=True):
+        assert true.grad is not None
+        torch.testing.assert_close((old - new.detach()).double(), true.grad, rtol=1e-4, atol=1e-6)
+    assert trainer.compute_loss_func is func
 
 
 @pytest.mark.parametrize("objective", [Schedule(), Rescaled(), Floored(decay="linear"), Floored(Schedule())], ids=repr)
