@@ -12,13 +12,12 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny_llama import save_tiny_llama
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
+from worlds import bare_trainer, constant, largest_difference, read_events, save_tiny_llama, still, unit_sgd, weights
 
-from deft_lightning import SFTModule, Trainer
+from deft_lightning import SFTModule
 from deft_lightning.callbacks import GateMonitor, NoiseMonitor
 from deft_lightning.data.examples import Prepared
 from deft_lightning.data.loading.collate import TrainCollator
@@ -77,43 +76,21 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> str:
     return save_tiny_llama(tmp_path_factory.mktemp("pretrained"), 0.3)
 
 
-def sgd(parameters: Any) -> torch.optim.Optimizer:
-    return torch.optim.SGD(parameters, lr=1.0)
-
-
-def constant(optimizer: torch.optim.Optimizer) -> Any:
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
-
-
 def make_module(pretrained: str, **options: Any) -> SFTModule:
     torch.manual_seed(0)
-    return SFTModule(**{"pretrained": pretrained, "optimizer": sgd, "scheduler": constant, **options})
-
-
-def make_trainer(root: Path, *callbacks: Callback, **options: Any) -> Trainer:
-    defaults: dict[str, Any] = {
-        "monitors": False, "gradient_clip_val": None, "accelerator": "cpu", "devices": 1, "max_epochs": 1,
-        "logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False,
-        "num_sanity_val_steps": 0, "log_every_n_steps": 1, "default_root_dir": str(root), "callbacks": list(callbacks),
-    }  # fmt: skip
-    return Trainer(**{**defaults, **options})
+    return SFTModule(**{"pretrained": pretrained, "optimizer": unit_sgd, "scheduler": constant, **options})
 
 
 def trained(root: Path, pretrained: str, batches: DataLoader[Any], model: dict[str, Any], **options: Any) -> Any:
     """The module after a fit."""
     module = make_module(pretrained, **model)
-    make_trainer(root, **options).fit(module, batches)
+    bare_trainer(root, **options).fit(module, batches)
     return module
-
-
-def weights_of(module: Any) -> dict[str, Tensor]:
-    return {name: value.detach().clone() for name, value in module.model.named_parameters()}
 
 
 def difference(one: Any, other: Any) -> float:
     """Largest difference of any weight of two modules."""
-    a, b = weights_of(one), weights_of(other)
-    return max(float((a[name] - b[name]).abs().max()) for name in a)
+    return largest_difference(weights(one.model), weights(other.model))
 
 
 # --- the oracle: dense logits in float64, formulas written out ------------------------------------------------------
@@ -199,7 +176,7 @@ def wanted_step(pretrained: str, examples: Sequence[Prepared], loss: Loss) -> tu
 
 
 def assert_step(module: Any, wanted: dict[str, Tensor], pretrained: str, tolerance: float = 2e-5) -> None:
-    start, end = dict(initial(pretrained).named_parameters()), weights_of(module)
+    start, end = dict(initial(pretrained).named_parameters()), weights(module.model)
     scale = max(float((wanted[name] - start[name]).detach().abs().max()) for name in wanted)
     assert scale > 1e-4, "a gradient of nothing shows nothing"
     worst = max(float((end[name] - wanted[name]).abs().max()) for name in wanted)
@@ -293,10 +270,10 @@ def test_a_step_whose_weights_are_all_zero_changes_nothing(
     for batch in batches:
         batch["token_weight"] = torch.zeros_like(batch["token_weight"])
     module = make_module(pretrained, objective=objective, head=head)
-    make_trainer(tmp_path, accumulate_grad_batches=2).fit(module, as_they_are(batches))
+    bare_trainer(tmp_path, accumulate_grad_batches=2).fit(module, as_they_are(batches))
     assert module.trainer.global_step == 1
     for name, value in initial(pretrained).named_parameters():
-        assert torch.equal(weights_of(module)[name].double(), value), name
+        assert torch.equal(weights(module.model)[name].double(), value), name
     logged = module.trainer.callback_metrics
     assert logged["train/loss"] == logged["train/weight"] == logged["train/grad_norm"] == 0
     assert logged["train/nll"] > 0
@@ -309,7 +286,7 @@ def test_a_micro_batch_without_weights_counts_its_tokens(pretrained: str, tmp_pa
     one, other = *loader(examples[:3], 3), *loader(examples[3:], 3, weighted=False)
     for batches in ([one, other], [other, one]):
         module = make_module(pretrained)
-        make_trainer(tmp_path, accumulate_grad_batches=2).fit(module, as_they_are(batches))
+        bare_trainer(tmp_path, accumulate_grad_batches=2).fit(module, as_they_are(batches))
         assert_step(module, wanted, pretrained)
 
 
@@ -320,7 +297,7 @@ def test_weights_that_are_none_are_refused_in_the_first_batch(
     (batch,) = loader(uneven(2), 2)
     batch["token_weight"] = batch["token_weight"][:, 1:] if wrong is None else batch["token_weight"] * wrong
     with pytest.raises(UserError, match="token_weight of the batch") as refused:
-        make_trainer(tmp_path).fit(make_module(pretrained), as_they_are([batch]))
+        bare_trainer(tmp_path).fit(make_module(pretrained), as_they_are([batch]))
     assert "\n" not in str(refused.value)
 
 
@@ -357,10 +334,8 @@ class Scales(Callback):
 
 def test_the_mean_gate_that_a_loss_is_rescaled_by_is_the_weighted_one(pretrained: str, tmp_path: Path) -> None:
     examples, scales = uneven(8), Scales()
-    module = make_module(
-        pretrained, objective=Rescaled(Tsallis(q=0.5), decay=0.5), optimizer=lambda p: torch.optim.SGD(p, lr=0.0)
-    )
-    make_trainer(tmp_path, scales, accumulate_grad_batches=2, max_epochs=2).fit(module, loader(examples, 4))
+    module = make_module(pretrained, objective=Rescaled(Tsallis(q=0.5), decay=0.5), optimizer=still)
+    bare_trainer(tmp_path, scales, accumulate_grad_batches=2, max_epochs=2).fit(module, loader(examples, 4))
     with torch.no_grad():
         (batch,) = loader(examples, 8)
         logits, targets, weight = learnt(initial(pretrained), batch)
@@ -374,7 +349,7 @@ def test_the_mean_gate_that_a_loss_is_rescaled_by_is_the_weighted_one(pretrained
 
 
 def scalars(trainer: Any) -> dict[str, list[float]]:
-    events = EventAccumulator(trainer.log_dir, size_guidance={"scalars": 0}).Reload()
+    events = read_events(trainer.log_dir)
     return {tag: [event.value for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
@@ -385,8 +360,8 @@ def noisy(one: Prepared) -> Prepared:
 
 def test_losses_and_shares_of_the_gradient_are_by_weight_and_the_rest_is_plain(pretrained: str, tmp_path: Path) -> None:
     examples = [noisy(one) for one in uneven(8)]
-    module = make_module(pretrained, optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.0))
-    trainer = make_trainer(tmp_path, GateMonitor(), NoiseMonitor(), accumulate_grad_batches=2, logger=None)
+    module = make_module(pretrained, optimizer=still)
+    trainer = bare_trainer(tmp_path, GateMonitor(), NoiseMonitor(), accumulate_grad_batches=2, logger=None)
     held_out = uneven(5)
     trainer.fit(module, loader(examples, 4), loader(held_out, 2))
     found = {tag: values[-1] for tag, values in scalars(trainer).items()}
