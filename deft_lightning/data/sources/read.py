@@ -21,6 +21,7 @@ from deft_lightning.data.sources.layouts import Expected, is_conversation
 from deft_lightning.data.sources.places import is_address, read_address, without_scheme
 from deft_lightning.data.sources.remarks import OnRemark, Remark, SayOnce
 from deft_lightning.data.sources.rows import BadRows, Located, RowError
+from deft_lightning.data.sources.trees import assembled
 from deft_lightning.errors import UserError, did_you_mean, reason_of
 from deft_lightning.hashing import key, uniform
 
@@ -73,6 +74,7 @@ def read(
         located = _open(name, expected=expected, **settings)
     if limit is not None and limit < 1:
         raise UserError(f"{source}: limit must be at least 1, got {limit} (--data.source)")
+    located = assembled(located, expected)
     on_remark = SayOnce() if on_remark is None else on_remark
     number = 0
     for where, record in located:

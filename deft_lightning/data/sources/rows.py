@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import date, datetime
 from decimal import Decimal
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -135,10 +135,11 @@ def folded(name: str) -> str:
 
 @lru_cache(maxsize=256)
 def _spellings(names: tuple[Any, ...]) -> dict[str, list[str]]:
+    """Return the names that are spelt otherwise than a field would be, by what they fold to: none of most files."""
     spelt: dict[str, list[str]] = {}
     for name in names:
-        if isinstance(name, str):
-            spelt.setdefault(folded(name), []).append(name)
+        if isinstance(name, str) and (field := folded(name)) != name:
+            spelt.setdefault(field, []).append(name)
     return spelt
 
 
@@ -157,6 +158,7 @@ class Row:
         if not isinstance(record, Mapping):
             raise RowError(where, f"expected an object with named fields, got {type(record).__name__}", kind="type")
         self.record = record
+        self._spelt = _spellings(tuple(record))
 
     def fail(self, field: str, problem: str, kind: str = "other") -> RowError:
         """Return the one-line error for a field."""
@@ -168,17 +170,13 @@ class Row:
         Raises:
             RowError: Two columns differ from the field, and from each other, in spelling alone.
         """
-        if field in self.column_map or field in self.record:
+        if not self._spelt or field in self.column_map or field in self.record:
             return self.column_map.get(field, field)
-        spelt = self._spelt.get(folded(field), [field])
+        spelt = self._spelt.get(field, [field])
         if len(spelt) > 1:
             both = " and ".join(map(repr, spelt))
             raise self.fail(field, f"{both} could both be it; --data.column_map.{field} says which", "names")
         return spelt[0]
-
-    @cached_property
-    def _spelt(self) -> dict[str, list[str]]:
-        return _spellings(tuple(self.record))
 
     def get(self, field: str) -> Any:
         """Return the value of a field, following dotted keys; None when absent, or NaN as pandas writes absence."""
