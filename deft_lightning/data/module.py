@@ -35,11 +35,10 @@ class InstructionDataModule(LightningDataModule):
     """Instruction data for supervised fine-tuning, with synthetic label noise.
 
     Args:
-        source: A file (.jsonl, .json, .csv, .tsv, .parquet, .arrow, text also as .gz, .bz2, .xz or .zst), a folder or a
-            pattern of such files, an address (`https://`, `hf://`, `s3://`), a hub id
-            (`?subset=&split=&streaming=&limit=`), or `reasoning_gym:<task>[?option=value&...]` (generated, no network).
-            Several: a list, or a weight for each (0.5: a half chosen by hash, 2: twice).
-            From Python also rows: a list of dicts, or a `datasets.Dataset`.
+        source: A file (.jsonl, .json, .csv, .tsv, .parquet, .arrow; text also as .gz, .bz2, .xz, .zst), a folder or a
+            pattern of such, an address (`https://`, `hf://`, `s3://`), a hub id (`?subset=&split=&streaming=&limit=`),
+            or `reasoning_gym:<task>[?option=value&...]` (generated). Several: a list, or a weight for each (0.5: a half
+            chosen by hash, 2: twice). From Python also rows: a list of dicts, or a `datasets.Dataset`.
         format: Layout of a row; auto looks at the first one. messages, sharegpt (conversations), prompt_completion,
             alpaca (instruction, input, output or response), question_answer, text, tokens (input_ids, labels).
         column_map: Canonical field to the column that holds it, dotted for nested ones, for example
