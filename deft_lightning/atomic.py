@@ -69,8 +69,8 @@ def sweep(folder: Path, pattern: str = "*") -> list[Path]:
     """
     removed = []
     for path in folder.glob(pattern) if folder.is_dir() else ():
-        found = MARK.fullmatch(path.name)
-        if found is not None and _abandoned(path, found):
+        mark = MARK.fullmatch(path.name)
+        if mark is not None and _abandoned(path, mark):
             with suppress(OSError):  # somebody else's
                 remove(path)
             if not path.exists():
@@ -85,13 +85,13 @@ def sweep(folder: Path, pattern: str = "*") -> list[Path]:
     return removed
 
 
-def _abandoned(path: Path, found: re.Match[str]) -> bool:
-    if found["machine"] != _machine():
+def _abandoned(path: Path, mark: re.Match[str]) -> bool:
+    if mark["machine"] != _machine():
         with suppress(OSError):
             newest = max(part.stat().st_mtime for part in (path, *path.rglob("*")))
             return time.time() - newest > ELSEWHERE
         return False
-    process, start = int(found["process"]), int(found["start"])
+    process, start = int(mark["process"]), int(mark["start"])
     if start:
         return _started(process) != start
     try:

@@ -25,12 +25,12 @@ def reason_of(error: BaseException) -> str:
     The lines behind are advice or tables. An error without a message is told by its kind.
     """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    told: list[str] = []
+    parts: list[str] = []
     for line in lines:
-        told.append(line)
+        parts.append(line)
         if not line.endswith(":"):
             break
-    return " ".join(told) or type(error).__name__
+    return " ".join(parts) or type(error).__name__
 
 
 def did_you_mean(word: str, known: Iterable[str], most: int = 3) -> str:

@@ -92,11 +92,11 @@ class Ranks:
 
     def line(self) -> str:
         """Say which rank was lost."""
-        found = self.lost()
-        if found is None:
+        lost_rank = self.lost()
+        if lost_rank is None:
             who = "rank 0" if self.started_by_first and os.getppid() != PARENT else "another rank"
             return f"{who} was lost (killed, or its connection broke); the others have ended; {AGAIN}"
-        number, code = found
+        number, code = lost_rank
         how = f"killed by {_signal(-code)}" if code < 0 else f"it ended with status {code}"
         return f"rank {number} was lost ({how}); the others have ended; {AGAIN}"
 
@@ -112,9 +112,9 @@ class Ranks:
 
     def _first_to_tell(self, lost: bool) -> bool:
         if self.children:
-            found = self._settled() if lost else None
+            settled = self._settled() if lost else None
             # A rank that has ended by itself has told its own error.
-            return found is None or found[1] not in (1, 2)
+            return settled is None or settled[1] not in (1, 2)
         if self.started_by_first:
             # Rank 0 tells what it meets too, and ends this process.
             deadline = time.monotonic() + (GRACE if lost else 1.0)

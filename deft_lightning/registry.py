@@ -19,11 +19,11 @@ def concrete(root: type[T], *besides: type[T]) -> dict[str, type[T]]:
         Every class imported so far that derives from ``root``, and ``root`` itself if it is concrete; of two with one
         name the one found first.
     """
-    found: dict[str, type[T]] = {}
+    classes: dict[str, type[T]] = {}
     todo = [root]
     while todo:
         cls = todo.pop()
         todo.extend(cls.__subclasses__())
         if not inspect.isabstract(cls) and cls not in besides:
-            found.setdefault(cls.__name__, cls)
-    return dict(sorted(found.items()))
+            classes.setdefault(cls.__name__, cls)
+    return dict(sorted(classes.items()))

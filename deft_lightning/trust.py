@@ -52,10 +52,10 @@ def _find(name: str, file: str) -> Path | None:
     from transformers.utils import cached_file
 
     try:
-        found = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
+        cached = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
     except (OSError, ValueError):  # unknown, gated, offline: the load that follows says so in its own words
         return None
-    return None if found is None else Path(found)
+    return None if cached is None else Path(cached)
 
 
 def check_model(name: str, trust: bool, attention: str | None = None) -> dict[str, Any]:
@@ -130,8 +130,8 @@ def check_tokenizer(name: str, trust: bool) -> None:
     if trust:
         return
     settings = read_settings(name, "tokenizer_config.json")
-    found = settings.get("auto_map")
-    code = _code(found if isinstance(found, Mapping) else {"AutoTokenizer": found}, ("AutoTokenizer",))
+    auto_map = settings.get("auto_map")
+    code = _code(auto_map if isinstance(auto_map, Mapping) else {"AutoTokenizer": auto_map}, ("AutoTokenizer",))
     if code and not _tokenizer_known(settings.get("tokenizer_class")):
         _refuse(name, "its tokenizer is code of its own", code, "--data.tokenizer, or --model.pretrained")
 
@@ -172,15 +172,15 @@ def inside(name: str) -> bool:
     return not (posix.is_absolute() or windows.anchor or ".." in (*posix.parts, *windows.parts) or "\0" in name)
 
 
-def weight_files(name: str, chosen: Any = None) -> list[Path]:
+def weight_files(name: str, named: Any = None) -> list[Path]:
     """Return the files in a folder that hold the weights to be loaded; none of a hub id.
 
     Args:
         name: Folder or hub id.
-        chosen: File or index that the config names in place of the usual ones.
+        named: File or index that the config names in place of the usual ones.
     """
     folder = Path(name).expanduser()
-    names = [chosen] if isinstance(chosen, str) else list(WEIGHTS)
+    names = [named] if isinstance(named, str) else list(WEIGHTS)
     first = next((file for file in names if inside(file) and (folder / file).is_file()), None)
     if first is None:
         return []
@@ -189,15 +189,15 @@ def weight_files(name: str, chosen: Any = None) -> list[Path]:
     return [folder / part for part in sorted(set(read_settings(name, first)["weight_map"].values()))]
 
 
-def _check_index(name: str, chosen: Any) -> None:
+def _check_index(name: str, named: Any) -> None:
     folder = Path(name).expanduser()
     if not folder.is_dir():
         return  # the hub's own names are held to their repository by its client
-    if chosen is not None and not (isinstance(chosen, str) and inside(chosen)):
+    if named is not None and not (isinstance(named, str) and inside(named)):
         raise UserError(
-            f"{name}: config.json names {chosen!r} as its weights, a file outside the folder (--model.pretrained)"
+            f"{name}: config.json names {named!r} as its weights, a file outside the folder (--model.pretrained)"
         )
-    names = [chosen] if chosen else list(WEIGHTS)
+    names = [named] if named else list(WEIGHTS)
     file = next((file for file in names if (folder / file).is_file()), "")
     if not file.endswith(".index.json"):
         return
@@ -215,11 +215,11 @@ def _code(auto_map: Any, wanted: tuple[str, ...]) -> list[str]:
     """The classes that an ``auto_map`` names for what is to be loaded."""
     if not isinstance(auto_map, Mapping):
         return []
-    found: list[str] = []
+    classes: list[str] = []
     for key in wanted:
         value = auto_map.get(key)
-        found += [part for part in (value if isinstance(value, list | tuple) else [value]) if isinstance(part, str)]
-    return found
+        classes += [part for part in (value if isinstance(value, list | tuple) else [value]) if isinstance(part, str)]
+    return classes
 
 
 def _refuse(name: str, what: str, code: list[str], option: str) -> None:

@@ -116,7 +116,7 @@ def hashed(text: str) -> str | None:
 
 def last_number(text: str) -> str | None:
     """Return the last number, with sign, decimals and denominator, of the last 10,000 letters."""
-    found = None
-    for found in _NUMBER.finditer(text[-TAIL:]):  # noqa: B007 - the last one is wanted
+    match = None
+    for match in _NUMBER.finditer(text[-TAIL:]):  # noqa: B007 - the last one is wanted
         pass
-    return found[0] if found and len(found[0]) <= LONGEST else None
+    return match[0] if match and len(match[0]) <= LONGEST else None

@@ -104,7 +104,7 @@ def _value(hit: re.Match[str]) -> Fraction | None:
     return -value if negative else value
 
 
-def same_number(gold: Plain, said: Plain, tolerance: float = 0.0) -> bool:
+def same_number(gold: Plain, answer: Plain, tolerance: float = 0.0) -> bool:
     """Whether two plain numbers are the same.
 
     They may differ by 5e-6 times the gold value, at most 5e-6 (what rounding to six decimals does), and by
@@ -112,24 +112,24 @@ def same_number(gold: Plain, said: Plain, tolerance: float = 0.0) -> bool:
 
     Args:
         gold: The right number.
-        said: The model's.
+        answer: The model's.
         tolerance: Absolute difference that the benchmark allows.
     """
     slack = max(Fraction(5, 10**6) * min(abs(gold.value), Fraction(1)), Fraction(tolerance))
-    readings = [said.value] if gold.percent == said.percent else [said.value, _hundredth(gold, said)]
+    readings = [answer.value] if gold.percent == answer.percent else [answer.value, _hundredth(gold, answer)]
     return any(abs(reading - gold.value) <= slack for reading in readings)
 
 
-def _hundredth(gold: Plain, said: Plain) -> Fraction:
-    return said.value / 100 if said.percent else said.value * 100
+def _hundredth(gold: Plain, answer: Plain) -> Fraction:
+    return answer.value / 100 if answer.percent else answer.value * 100
 
 
-def same_words(gold: str, said: str) -> bool:
+def same_words(gold: str, answer: str) -> bool:
     r"""Whether two texts are the same but for blanks, LaTeX commands around words, brackets around all, a full stop.
 
     Case does not matter in words of letters alone; it does in one letter, which may be a variable.
     """
-    return bool(words(gold)) and words(gold) == words(said)
+    return bool(words(gold)) and words(gold) == words(answer)
 
 
 def words(text: str) -> str:

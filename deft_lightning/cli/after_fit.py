@@ -76,14 +76,14 @@ def _repeat(failed: dict[str, Exception], kept: Path | None, folder: str | None,
 
 def newest(trainer: Any) -> Path | None:
     """Return the newest checkpoint that a run has written, or goes on from."""
-    found: list[tuple[float, Path]] = []
+    candidates: list[tuple[float, Path]] = []
     for callback in trainer.checkpoint_callbacks:
         for name in ("best_model_path", "last_model_path"):
             with suppress(OSError):
                 path = Path(getattr(callback, name, "") or "?")
-                found.append((path.stat().st_mtime, path))
+                candidates.append((path.stat().st_mtime, path))
     # `last.ckpt` is a link to another file, whose name says the step; the first of equals is taken.
-    return max(found, key=lambda pair: pair[0])[1] if found else None
+    return max(candidates, key=lambda pair: pair[0])[1] if candidates else None
 
 
 def _rescued(trainer: Trainer, folder: str | None) -> Path | None:

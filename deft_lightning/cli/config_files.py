@@ -68,9 +68,9 @@ def read_text(path: Any) -> FileText:
             size = max(os.stat(path.absolute).st_size, len(content))
             raise UserError(f"{path}: has {size:,} bytes; a configuration has at most {LARGEST:,}")
         text = _decode(str(path), content)
-    found = FileText(text)
-    found.name = str(path)
-    return found
+    file_text = FileText(text)
+    file_text.name = str(path)
+    return file_text
 
 
 def _decode(name: str, content: bytes) -> str:

@@ -60,8 +60,8 @@ def explain(error: BaseException) -> str | None:
         return text
     if is_lost_rank(error):
         return RANKS.line()
-    if isinstance(error, RuntimeError) and (found := WORKER.search(str(error))):
-        how = f" ({found[1].strip()})" if found[1] else ""
+    if isinstance(error, RuntimeError) and (match := WORKER.search(str(error))):
+        how = f" ({match[1].strip()})" if match[1] else ""
         return (
             f"a loader process was lost{how}, perhaps for want of memory or of room in /dev/shm: lower"
             " --data.num_workers; 0 loads in the training process"
@@ -109,13 +109,13 @@ def tell(error: BaseException) -> int:
 
 def _unexpected(error: BaseException) -> str:
     """Write a crash file; return the line that names it."""
-    told = " ".join(str(error).split())
-    said = f"unexpected {type(error).__name__}{f': {told[:TOLD]}' if told else ''}"
+    reason = " ".join(str(error).split())
+    headline = f"unexpected {type(error).__name__}{f': {reason[:TOLD]}' if reason else ''}"
     path = _write(error)
     if path is None:
         sys.stderr.write(visible("".join(traceback.format_exception(error))))
-        return f"{said}: no file could be written for the details above: please report them"
-    return f"{said}: please report it with the file {path}, which says where it happened"
+        return f"{headline}: no file could be written for the details above: please report them"
+    return f"{headline}: please report it with the file {path}, which says where it happened"
 
 
 def _write(error: BaseException) -> Path | None:
@@ -133,15 +133,15 @@ def _write(error: BaseException) -> Path | None:
 
 
 def _details(error: BaseException) -> str:
-    found = [f"deft_lightning {__version__}", f"python {platform.python_version()}, {platform.platform()}"]
+    lines = [f"deft_lightning {__version__}", f"python {platform.python_version()}, {platform.platform()}"]
     for library in LIBRARIES:
         with suppress(PackageNotFoundError):
-            found.append(f"{library} {version(library)}")
+            lines.append(f"{library} {version(library)}")
     config = "none yet"
     with suppress(Exception):
         config = RUN.config() or config
     return (
-        f"{chr(10).join(found)}\n\ncommand: {' '.join(sys.argv)}\nfolder: {Path.cwd()}\n\n"
+        f"{chr(10).join(lines)}\n\ncommand: {' '.join(sys.argv)}\nfolder: {Path.cwd()}\n\n"
         f"{''.join(traceback.format_exception(error))}\nconfiguration:\n{config}\n"
     )
 

@@ -209,8 +209,8 @@ class DeftCLI(LightningCLI):
         try:
             super()._run_subcommand(subcommand)
         except Exception as error:
-            if said := complaint_of_lightning(error):
-                raise said from None
+            if user_error := complaint_of_lightning(error):
+                raise user_error from None
             raise
 
     def after_fit(self) -> None:

@@ -28,42 +28,43 @@ def one_line(message: str, options: Iterable[str] = ()) -> str:
         options: Option strings that exist, for close matches.
     """
     text = message.strip()
-    if found := re.search(r"invalid choice: '(\S+)' \(choose from (.*)\)", text):
-        return unknown_verb(found[1])
-    if found := re.search(r"[Uu]nrecognized arguments?: (\S+)", text):
-        word = found[1].split("=")[0]
+    if match := re.search(r"invalid choice: '(\S+)' \(choose from (.*)\)", text):
+        return unknown_verb(match[1])
+    if match := re.search(r"[Uu]nrecognized arguments?: (\S+)", text):
+        word = match[1].split("=")[0]
         return f"unknown option {word}.{did_you_mean(word, options)}"
-    if found := re.search(
+    if match := re.search(
         r"[Kk]ey ['\"]([\w.]+)['\"] is not expected|does not accept (?:option|(?:nested )?key) ['\"]([\w.]+)", text
     ):
-        word = next(group for group in found.groups() if group)
+        word = next(group for group in match.groups() if group)
         return f"unknown option {word} in the configuration.{_close(word, options)}"
-    if found := re.match(r"argument (?:-\w/)?(--[\w.+]+): expected (one|at least one) argument", text):
-        return f"{found[1]} needs a value"
-    if found := re.match(r"(?:Parser key \"config\": )?Unexpected config: (.*)", text, re.DOTALL):
-        return f"--config: {shown(found[1])} is neither a file nor options as {{NAME: VALUE}}"
-    said = complaint(text)
-    if said.key == "subcommand" or "subcommand" in text.splitlines()[0]:
+    if match := re.match(r"argument (?:-\w/)?(--[\w.+]+): expected (one|at least one) argument", text):
+        return f"{match[1]} needs a value"
+    if match := re.match(r"(?:Parser key \"config\": )?Unexpected config: (.*)", text, re.DOTALL):
+        return f"--config: {shown(match[1])} is neither a file nor options as {{NAME: VALUE}}"
+    problem = complaint(text)
+    if problem.key == "subcommand" or "subcommand" in text.splitlines()[0]:
         return text.splitlines()[0].replace('"subcommand"', "the verb")
     place, known = next(
-        ((place, known) for place, known in _families().items() if f"{said.key}.".startswith(f"{place}.")), ("", {})
+        ((place, known) for place, known in _families().items() if f"{problem.key}.".startswith(f"{place}.")), ("", {})
     )
     if known and (missing := re.search(r"[Nn]o module named '([\w.]+)'", text)):
         return f"--{place}: cannot import it, there is no module {missing[1]}. Known: {', '.join(known)}"
-    if said.kind == "class":
-        return _no_class(said, known)
-    if said.kind == "option":
-        return _no_option(said, known)
-    if said.kind == "missing":
-        names = " and ".join(f"--{said.key}.{name}" if said.key else name for name in said.what)
-        why = f": {said.owner.rpartition('.')[2]} needs {'it' if len(said.what) == 1 else 'them'}" if said.owner else ""
-        return f"{names} {'is' if len(said.what) == 1 else 'are'} missing{why}"
-    if said.kind == "type" and said.key == place and "list" in said.what:
-        return f"--{place}: {plainly(said)}; add one with --{place}+=NAME"
-    reason = plainly(said) if said.kind in ("type", "choice") else _plain(said.what[0])
-    if said.kind == "choice":
-        reason += f".{did_you_mean(said.value or '', said.what)}"
-    return f"--{said.key}: {reason}".rstrip(".") if said.key and f"--{said.key}" not in reason else reason
+    if problem.kind == "class":
+        return _no_class(problem, known)
+    if problem.kind == "option":
+        return _no_option(problem, known)
+    if problem.kind == "missing":
+        names = " and ".join(f"--{problem.key}.{name}" if problem.key else name for name in problem.what)
+        are, them = ("is", "it") if len(problem.what) == 1 else ("are", "them")
+        why = f": {problem.owner.rpartition('.')[2]} needs {them}" if problem.owner else ""
+        return f"{names} {are} missing{why}"
+    if problem.kind == "type" and problem.key == place and "list" in problem.what:
+        return f"--{place}: {plainly(problem)}; add one with --{place}+=NAME"
+    reason = plainly(problem) if problem.kind in ("type", "choice") else _plain(problem.what[0])
+    if problem.kind == "choice":
+        reason += f".{did_you_mean(problem.value or '', problem.what)}"
+    return f"--{problem.key}: {reason}".rstrip(".") if problem.key and f"--{problem.key}" not in reason else reason
 
 
 def _families() -> dict[str, Mapping[str, type]]:
@@ -84,38 +85,40 @@ def _families() -> dict[str, Mapping[str, type]]:
 
 
 def _classes(module: ModuleType, base: type) -> dict[str, type]:
-    found = {name: value for name, value in vars(module).items() if inspect.isclass(value) and issubclass(value, base)}
-    return {name: value for name, value in found.items() if value is not base and name[0].isupper()}
+    classes = {name: value for name, value in vars(module).items() if inspect.isclass(value)}
+    return {
+        name: cls for name, cls in classes.items() if issubclass(cls, base) and cls is not base and name[0].isupper()
+    }
 
 
-def _no_class(said: Complaint, known: Mapping[str, type]) -> str:
-    (word,) = said.what
+def _no_class(problem: Complaint, known: Mapping[str, type]) -> str:
+    (word,) = problem.what
     if not known:
-        return f"--{said.key}: there is no class {word}"
+        return f"--{problem.key}: there is no class {word}"
     name = word.partition("(")[0]
-    return f"--{said.key} {word} is unknown.{did_you_mean(name, known)} Known: {', '.join(known)}"
+    return f"--{problem.key} {word} is unknown.{did_you_mean(name, known)} Known: {', '.join(known)}"
 
 
-def _no_option(said: Complaint, known: Mapping[str, type]) -> str:
+def _no_option(problem: Complaint, known: Mapping[str, type]) -> str:
     """Return who has the option, if not the class that was chosen, or what comes close."""
-    (name,) = said.what
-    above = said.key.rpartition(".")[0]
+    (name,) = problem.what
+    above = problem.key.rpartition(".")[0]
     if owners := [other for other, cls in known.items() if name in _parameters(cls)]:
-        return f"--{said.key} is an option of {', '.join(owners)}: choose it with --{above} {owners[0]}"
-    module, _, chosen = said.owner.rpartition(".")
-    own = _parameters(getattr(import_module(module), chosen, None)) if module else []
+        return f"--{problem.key} is an option of {', '.join(owners)}: choose it with --{above} {owners[0]}"
+    module, _, owner = problem.owner.rpartition(".")
+    own = _parameters(getattr(import_module(module), owner, None)) if module else []
     names = own or [other for cls in known.values() for other in _parameters(cls)]
-    told = f" Known: {', '.join(own)}" if own else ""
-    return f"--{said.key} is not an option of {chosen or 'the class chosen'}.{did_you_mean(name, names)}{told}"
+    others = f" Known: {', '.join(own)}" if own else ""
+    return f"--{problem.key} is not an option of {owner or 'the class chosen'}.{did_you_mean(name, names)}{others}"
 
 
 def _parameters(cls: type | None) -> list[str]:
     """Return the names of the options of a class."""
     try:
-        found = inspect.signature(cls).parameters if cls is not None else {}
+        parameters = inspect.signature(cls).parameters if cls is not None else {}
     except (ValueError, TypeError):  # classes written in C
         return []
-    return [name for name in found if name not in ("self", "params", "optimizer", "args", "kwargs")]
+    return [name for name in parameters if name not in ("self", "params", "optimizer", "args", "kwargs")]
 
 
 def _close(word: str, options: Iterable[str]) -> str:
@@ -129,5 +132,5 @@ def _close(word: str, options: Iterable[str]) -> str:
 
 def _plain(text: str) -> str:
     """Return a complaint of another kind, in words that are not Python's."""
-    text = re.sub(r"(?:typing\.)?Literal\[(.*?)\]", lambda found: f"one of {found[1]}", text)
-    return re.sub(r"<class '([\w.]+)'>", lambda found: found[1].rsplit(".", 1)[-1], text)
+    text = re.sub(r"(?:typing\.)?Literal\[(.*?)\]", lambda match: f"one of {match[1]}", text)
+    return re.sub(r"<class '([\w.]+)'>", lambda match: match[1].rsplit(".", 1)[-1], text)

@@ -48,13 +48,13 @@ class DeftParser(LightningArgumentParser):
         """Parse a command line; files that it names are bounded, and no key in them is lost."""
         try:
             with bounded():
-                found = super().parse_args(*args, **kwargs)
+                namespace = super().parse_args(*args, **kwargs)
         except ImportError as error:  # of what opens an address such as s3://
             raise UserError(f"{error} (named by an option or a configuration)") from None
         for group in self.groups or {}:
-            if group in found and not isinstance(found[group], Namespace):
-                raise UserError(f"{group}: expected options below it, as NAME: VALUE, not {found[group]!r}")
-        return found
+            if group in namespace and not isinstance(namespace[group], Namespace):
+                raise UserError(f"{group}: expected options below it, as NAME: VALUE, not {namespace[group]!r}")
+        return namespace
 
     def save(self, cfg: Namespace, path: Any, *args: Any, **kwargs: Any) -> None:
         """Write a configuration; the file appears under its name once it is complete."""

@@ -46,22 +46,22 @@ def complaint(message: str) -> Complaint:
     """
     if asked := re.match(r"--([\w.]+)\.help: ", message):
         return replace(complaint(message[asked.end() :]), key=asked[1])
-    found = _read(message, "", "")
-    return _best(found) if found else Complaint("", "text", (" ".join(message.split()),))
+    complaints = _read(message, "", "")
+    return _best(complaints) if complaints else Complaint("", "text", (" ".join(message.split()),))
 
 
-def plainly(said: Complaint) -> str:
+def plainly(problem: Complaint) -> str:
     """Return what is wrong with a value, in plain words.
 
     Args:
-        said: Of the kind `type` or `choice`.
+        problem: Of the kind `type` or `choice`.
     """
-    value = "this" if said.value is None else shown(said.value)
-    if "float" in said.what and re.fullmatch(r"[-+]?\.?(?:inf|infinity|nan)", said.value or "", re.IGNORECASE):
+    value = "this" if problem.value is None else shown(problem.value)
+    if "float" in problem.what and re.fullmatch(r"[-+]?\.?(?:inf|infinity|nan)", problem.value or "", re.IGNORECASE):
         return f"{value} is not a finite number"
-    if said.kind == "choice":
-        return f"{value} is not one of {', '.join(said.what)}"
-    names = [name for name in dict.fromkeys(said.what) if not (name == "int" and "float" in said.what)]
+    if problem.kind == "choice":
+        return f"{value} is not one of {', '.join(problem.what)}"
+    names = [name for name in dict.fromkeys(problem.what) if not (name == "int" and "float" in problem.what)]
     wanted = [
         PLAIN.get(name, f"{'an' if name[0] in 'AEIOU' else 'a'} {name}")
         for name in names
@@ -83,21 +83,21 @@ def shown(value: str) -> str:
 def _read(text: str, key: str, owner: str) -> list[Complaint]:
     """Return all complaints of a nested text, each with its whole key."""
     text = dedent(text).strip("\n")
-    if found := KEY.match(text):
-        inner = found[1]
-        whole = inner if not key or inner == key or inner.startswith(f"{key}.") else f"{key}.{inner}"
-        return _read(text[found.end() :], whole, owner)
-    if found := NO_PATH.match(text):
-        return _read(text[found.end() :], key, owner)
+    if match := KEY.match(text):
+        inner = match[1]
+        full_key = inner if not key or inner == key or inner.startswith(f"{key}.") else f"{key}.{inner}"
+        return _read(text[match.end() :], full_key, owner)
+    if match := NO_PATH.match(text):
+        return _read(text[match.end() :], key, owner)
     text = text.strip()
     if text.startswith("Does not validate against any of the Union subtypes"):
         return _union(text, key, owner)
-    if found := re.match(r"Problem with given class_path '([\w.]+)':\n", text):
-        return _read(text[found.end() :], key, found[1])
-    if found := re.match(r"Unable to load config .*?\n\s*- (?=Parser key|the key)", text, re.DOTALL):
-        return _read(text[found.end() :], key, owner)
-    if found := re.match(r"Unable to load config (['\"])(.*)\1$", text, re.DOTALL):
-        return [Complaint(key, "text", (f"{shown(found[2])} is neither a file nor options as {{NAME: VALUE}}",))]
+    if match := re.match(r"Problem with given class_path '([\w.]+)':\n", text):
+        return _read(text[match.end() :], key, match[1])
+    if match := re.match(r"Unable to load config .*?\n\s*- (?=Parser key|the key)", text, re.DOTALL):
+        return _read(text[match.end() :], key, owner)
+    if match := re.match(r"Unable to load config (['\"])(.*)\1$", text, re.DOTALL):
+        return [Complaint(key, "text", (f"{shown(match[2])} is neither a file nor options as {{NAME: VALUE}}",))]
     return [_leaf(text, key, owner)]
 
 
@@ -113,8 +113,8 @@ def _union(text: str, key: str, owner: str) -> list[Complaint]:
             entries.append([" " * (indent + 2) + line[indent + 2 :]])
         elif entries:
             entries[-1].append(line)
-    found = [said for entry in entries for said in _read(_flush(entry), key, owner)]
-    return [replace(said, value=said.value or value) if said.key == key else said for said in found]
+    complaints = [problem for entry in entries for problem in _read(_flush(entry), key, owner)]
+    return [replace(problem, value=problem.value or value) if problem.key == key else problem for problem in complaints]
 
 
 def _flush(entry: list[str]) -> str:
@@ -131,35 +131,35 @@ def _leaf(text: str, key: str, owner: str) -> Complaint:
         given = re.search(r"\. Got value: (.*)$", text, re.DOTALL)
     text = re.sub(f"^{CALLABLE}", "", text)
     value = given[1] if given else None
-    said = Complaint(key, "text", (" ".join(text.split()),), value, owner)
-    if found := re.match(r"Option '([\w.]+)' is not accepted", text):
-        return replace(said, key=f"{key}.{found[1]}", kind="option", what=(found[1],))
-    if found := re.match(r"the following arguments are required: ([\w., -]+)", text):
-        return replace(said, kind="missing", what=tuple(found[1].split(", ")))
-    if found := CLASS.search(text):
-        return replace(said, kind="class", what=(found[1].strip("'\".,"),))
-    if found := re.match(r"Expected an? (?:typing\.)?Literal\[(.*?)\]", text):
-        choices = tuple(str(choice) for choice in ast.literal_eval(f"[{found[1]}]"))
-        return replace(said, kind="choice", what=choices)
-    if found := re.match(r"Expected a tuple with (\d+) elements", text):
-        return replace(said, what=(f"{shown(value or '')} is not a list of {found[1]} values",))
-    if found := re.match(r"Expected (?:an? )?(?:<class '([\w.]+)'>|(list|dict|tuple|set)\b)", text):
-        return replace(said, kind="type", what=((found[1] or found[2]).rsplit(".", 1)[-1],))
+    problem = Complaint(key, "text", (" ".join(text.split()),), value, owner)
+    if match := re.match(r"Option '([\w.]+)' is not accepted", text):
+        return replace(problem, key=f"{key}.{match[1]}", kind="option", what=(match[1],))
+    if match := re.match(r"the following arguments are required: ([\w., -]+)", text):
+        return replace(problem, kind="missing", what=tuple(match[1].split(", ")))
+    if match := CLASS.search(text):
+        return replace(problem, kind="class", what=(match[1].strip("'\".,"),))
+    if match := re.match(r"Expected an? (?:typing\.)?Literal\[(.*?)\]", text):
+        choices = tuple(str(choice) for choice in ast.literal_eval(f"[{match[1]}]"))
+        return replace(problem, kind="choice", what=choices)
+    if match := re.match(r"Expected a tuple with (\d+) elements", text):
+        return replace(problem, what=(f"{shown(value or '')} is not a list of {match[1]} values",))
+    if match := re.match(r"Expected (?:an? )?(?:<class '([\w.]+)'>|(list|dict|tuple|set)\b)", text):
+        return replace(problem, kind="type", what=((match[1] or match[2]).rsplit(".", 1)[-1],))
     if text.startswith("Not of type timedelta"):
-        return replace(said, kind="type", what=("time as DD:HH:MM:SS",))
-    if found := re.match(r"Not a valid subclass of (\w+)", text):
-        return replace(said, kind="type", what=(found[1],))
-    if found := re.match(r"Expected an import path or a subclass spec, but got (.*)", text):
-        return replace(said, kind="type", what=("class",), value=value or found[1])
-    return said
+        return replace(problem, kind="type", what=("time as DD:HH:MM:SS",))
+    if match := re.match(r"Not a valid subclass of (\w+)", text):
+        return replace(problem, kind="type", what=(match[1],))
+    if match := re.match(r"Expected an import path or a subclass spec, but got (.*)", text):
+        return replace(problem, kind="type", what=("class",), value=value or match[1])
+    return problem
 
 
-def _best(found: list[Complaint]) -> Complaint:
+def _best(complaints: list[Complaint]) -> Complaint:
     """Return the one that helps: the innermost, and of the types that were tried the likeliest."""
-    depth = max(said.key.count(".") for said in found)
-    found = [said for said in found if said.key.count(".") == depth]
+    depth = max(problem.key.count(".") for problem in complaints)
+    complaints = [problem for problem in complaints if problem.key.count(".") == depth]
     kinds = {
-        kind: [said for said in found if said.kind == kind]
+        kind: [problem for problem in complaints if problem.kind == kind]
         for kind in ("missing", "choice", "class", "type", "option", "text")
     }
     types = _named(kinds["type"])
@@ -167,15 +167,15 @@ def _best(found: list[Complaint]) -> Complaint:
         return kinds["missing"][0]
     if kinds["choice"]:
         first, beside = kinds["choice"][0], ("true", "false") if "bool" in types else ()
-        choices = [*beside, *(choice for said in kinds["choice"] for choice in said.what)]
+        choices = [*beside, *(choice for problem in kinds["choice"] for choice in problem.what)]
         return replace(first, what=tuple(dict.fromkeys(choices)))
     if kinds["class"] and not types & {"float", "int"}:  # a number that may be a tensor as well is meant as a number
         return kinds["class"][0]
     if types - {"NoneType"} and not (kinds["option"] and types <= {"NoneType", "bool", "Iterable"}):
         first = kinds["type"][0]
-        return replace(first, what=tuple(name for said in kinds["type"] for name in said.what))
-    return next(iter([*kinds["option"], *kinds["text"], *found]))
+        return replace(first, what=tuple(name for problem in kinds["type"] for name in problem.what))
+    return next(iter([*kinds["option"], *kinds["text"], *complaints]))
 
 
-def _named(said: Iterable[Complaint]) -> set[str]:
-    return {name for one in said for name in one.what}
+def _named(complaints: Iterable[Complaint]) -> set[str]:
+    return {name for problem in complaints for name in problem.what}

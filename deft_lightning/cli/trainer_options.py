@@ -83,8 +83,8 @@ def _numbers(config: Any) -> Iterator[tuple[str, float]]:
             elif isinstance(value, Mapping) or hasattr(value, "__dict__"):
                 if key.startswith("trainer."):  # callbacks and loggers have bounds that may be infinite
                     continue
-                found = value if isinstance(value, Mapping) else vars(value)
-                stack += [(key if name == "init_args" else f"{key}.{name}", below) for name, below in found.items()]
+                members = value if isinstance(value, Mapping) else vars(value)
+                stack += [(key if name == "init_args" else f"{key}.{name}", below) for name, below in members.items()]
             elif isinstance(value, (list, tuple)):
                 stack += [(key, below) for below in value]
 
@@ -139,8 +139,8 @@ def trainer_error(error: Exception) -> UserError:
     if "backend found" in text or (not names and "accelerator" in text.lower()):
         names = ["accelerator"]
     first = min(names, key=text.find, default=None)
-    if first is None and (found := re.match(r"`Timer\(duration=(.*)\)`", text)):
-        return UserError(f"--trainer.max_time {found[1]}: give a time as DD:HH:MM:SS")
+    if first is None and (match := re.match(r"`Timer\(duration=(.*)\)`", text)):
+        return UserError(f"--trainer.max_time {match[1]}: give a time as DD:HH:MM:SS")
     return UserError(f"--trainer{'' if first is None else f'.{first}'}: {text}")
 
 
@@ -172,14 +172,14 @@ def complaint_of_lightning(error: BaseException) -> UserError | None:
     if frame.filename.startswith(core) or "raise" not in linecache.getline(frame.filename, frame.lineno or 0):
         return None  # the core complains about how a module was written
     text = " ".join(str(error).split())
-    if found := re.match(r"`val_check_interval` \((\d+)\) must be less than .*?training batches \((\d+)\)", text):
+    if match := re.match(r"`val_check_interval` \((\d+)\) must be less than .*?training batches \((\d+)\)", text):
         return UserError(
-            f"--trainer.val_check_interval {found[1]} is above the {found[2]} batches of an epoch: set it to at most"
-            f" {found[2]}, or count over epochs with --trainer.check_val_every_n_epoch null"
+            f"--trainer.val_check_interval {match[1]} is above the {match[2]} batches of an epoch: set it to at most"
+            f" {match[2]}, or count over epochs with --trainer.check_val_every_n_epoch null"
         )
-    if found := re.match(r"Early stopping conditioned on metric `(train/.*?)` which is not available", text):
+    if match := re.match(r"Early stopping conditioned on metric `(train/.*?)` which is not available", text):
         return UserError(
-            f"--trainer.callbacks.monitor {found[1]}: it is logged every --trainer.log_every_n_steps steps, and was not"
+            f"--trainer.callbacks.monitor {match[1]}: it is logged every --trainer.log_every_n_steps steps, and was not"
             " yet when early stopping looked for it; set --trainer.log_every_n_steps 1"
         )
     return trainer_error(error) if "`" in text else UserError(text)

@@ -92,20 +92,20 @@ def summary(sums: Sums, grader: Grader, n: int, sources: Sequence[str] = ()) -> 
         ``sqrt(sum of squared errors) / sources``, and ``source/<name>``. Last the number of ``examples``.
     """
     names = figure_names(grader, n)
-    found: dict[str, float] = {}
+    figures: dict[str, float] = {}
     for i, name in enumerate(names):
         mean, error = _mean([sum(row[i][j] for row in sums) for j in range(3)])
-        found[name] = mean
+        figures[name] = mean
         if name != "truncated":
-            found[f"{name}_se"] = error
+            figures[f"{name}_se"] = error
     seen = [(name, row) for name, row in zip(sources, sums, strict=False) if row[0][0]]
     for i, score in enumerate(grader.names if seen else ()):
         parts = [_mean(row[i]) for _, row in seen]
         macro = "macro" if i == 0 else f"macro_{score}"
-        found[macro] = math.fsum(mean for mean, _ in parts) / len(parts)
-        found[f"{macro}_se"] = math.sqrt(math.fsum(error**2 for _, error in parts)) / len(parts)
-    found |= {f"source/{name}": _mean(row[0])[0] for name, row in seen}
-    return {**found, "examples": sum(row[0][0] for row in sums)}
+        figures[macro] = math.fsum(mean for mean, _ in parts) / len(parts)
+        figures[f"{macro}_se"] = math.sqrt(math.fsum(error**2 for _, error in parts)) / len(parts)
+    figures |= {f"source/{name}": _mean(row[0])[0] for name, row in seen}
+    return {**figures, "examples": sum(row[0][0] for row in sums)}
 
 
 def _mean(sums: Sequence[float]) -> tuple[float, float]:
@@ -119,13 +119,13 @@ def _mean(sums: Sequence[float]) -> tuple[float, float]:
 def table(results: Mapping[str, Mapping[str, float]]) -> str:
     """Return the figures of benchmarks as lines of text, each with its standard error."""
     rows = [("benchmark", "examples", "figure", "value", "error")]
-    for benchmark, found in results.items():
+    for benchmark, figures in results.items():
         shown = benchmark or "held out"
-        for name, value in found.items():
+        for name, value in figures.items():
             if name == "examples" or name.endswith("_se"):
                 continue
-            error = f"{found[f'{name}_se']:.4f}" if f"{name}_se" in found else ""
-            rows.append((shown, f"{found['examples']:.0f}", name, f"{value:.4f}", error))
+            error = f"{figures[f'{name}_se']:.4f}" if f"{name}_se" in figures else ""
+            rows.append((shown, f"{figures['examples']:.0f}", name, f"{value:.4f}", error))
             shown = ""
     rows = [(row[0], row[1] if row[0] else "", *row[2:]) for row in rows]
     widths = [max(len(row[i]) for row in rows) for i in range(5)]

@@ -71,8 +71,8 @@ class Benchmark:
         listed = "\n".join(f"{label}. {text}" for label, text in options.items() if label != text)
         asked = f"{context}{self.between}{question}" if context.strip() else question
         asked = f"{asked}\n{listed}" if listed else asked
-        told = self.instruction if instruction is None else instruction
-        return f"{asked}\n\n{told}" if told else asked
+        request = self.instruction if instruction is None else instruction
+        return f"{asked}\n\n{request}" if request else asked
 
 
 HELD_OUT = Benchmark("", ExactMatch(), MappingProxyType({}))  # what is tested where no benchmark is named
@@ -157,12 +157,12 @@ def find_benchmark(name: str, option: str = "--data.benchmarks") -> Benchmark:
     module, _, attribute = name.rpartition(".")
     if module:
         try:
-            found = getattr(import_module(module), attribute)
+            benchmark = getattr(import_module(module), attribute)
         except (ImportError, AttributeError, ValueError, TypeError) as error:
             raise UserError(f"{option}: {name} cannot be imported ({error})") from None
-        if not isinstance(found, Benchmark):
+        if not isinstance(benchmark, Benchmark):
             raise UserError(f"{option}: {name} is no Benchmark of deft_lightning.evaluation")
-        return replace(found, path=name)
+        return replace(benchmark, path=name)
     raise UserError(
         f"{option}: no benchmark {name!r}.{did_you_mean(name, BENCHMARKS)} Known: {', '.join(BENCHMARKS)}, or"
         " the path of a Benchmark of your own"

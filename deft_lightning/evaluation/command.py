@@ -55,23 +55,23 @@ def main(arguments: Sequence[str]) -> None:
     try:
         if options.output is not None:
             check_output_file(options.output, "score: --output", make=False)
-        found = score(
+        results = score(
             options.predictions, options.benchmark, trust=options.trust_benchmarks, bar=True, doubts=doubts
         )  # fmt: skip
         if str(doubts):
             sys.stderr.write(f"{options.predictions}: {doubts}\n")
         if options.output is not None:
-            _write(options.output, found)
-        print(table(found), flush=True)
+            _write(options.output, results)
+        print(table(results), flush=True)
     except (UserError, OSError) as error:
         sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
         sys.exit(2)
 
 
-def _write(path: Path, found: Mapping[str, Mapping[str, float]]) -> None:
+def _write(path: Path, results: Mapping[str, Mapping[str, float]]) -> None:
     tags = {
         f"{TestSet(find_benchmark(name) if name else HELD_OUT).prefix}{figure}": value
-        for name, figures in found.items()
+        for name, figures in results.items()
         for figure, value in figures.items()
     }
     text = json.dumps(tags, indent=2) + "\n"

@@ -95,13 +95,13 @@ class Evaluator:
 
     def results(self, test_sets: Sequence[TestSet]) -> list[dict[str, float]]:
         """Return the figures of every loader's prompts, over all ranks."""
-        found = []
+        figures = []
         for tests, sums in zip(test_sets, self._sums, strict=True):
             own = summary(sums.compute().tolist(), tests.benchmark.grader, self.generation.samples, tests.sources)
             if tests.skipped:
                 own["skipped_prompts"] = float(tests.skipped)
-            found.append(own)
-        return found
+            figures.append(own)
+        return figures
 
     def report(self, test_sets: Sequence[TestSet], log: Callable[..., None], rank: int, ranks: int) -> None:
         """Log the figures of every loader's prompts over all ranks, and print them as one table.

@@ -101,8 +101,8 @@ def complete(
 
 def positions(model: Any) -> int | None:
     """Return how many positions a Hugging Face model has; None where nothing limits them."""
-    found = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return int(found) if found else None
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return int(limit) if limit else None
 
 
 def position_limit(model: Any, prompt: int, named: str = "") -> int:

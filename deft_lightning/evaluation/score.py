@@ -41,9 +41,9 @@ def score(
         groups.setdefault(name, []).append(row)
     if not groups:
         raise UserError(f"{path}: is empty")
-    found = {name: _benchmark(name, bool(benchmark), trust, rows[0].where) for name, rows in groups.items()}
+    benchmarks = {name: _benchmark(name, bool(benchmark), trust, rows[0].where) for name, rows in groups.items()}
     doubts = Doubts() if doubts is None else doubts
-    return {name: _figures(found[name], rows, doubts, bar) for name, rows in groups.items()}
+    return {name: _figures(benchmarks[name], rows, doubts, bar) for name, rows in groups.items()}
 
 
 def _benchmark(name: str, asked: bool, trust: bool, where: str) -> Benchmark:

@@ -83,15 +83,15 @@ def read_table(path: str | Path) -> dict[str, dict[str, list[float]]]:
         UserError: The file is not there, or not of that form.
     """
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{path}: cannot be read as JSON ({reason})") from None
     wanted = 'must be {"group": {"method": [values]}}'
-    if not isinstance(found, dict) or not all(isinstance(of_group, dict) for of_group in found.values()):
+    if not isinstance(content, dict) or not all(isinstance(of_group, dict) for of_group in content.values()):
         raise UserError(f"{path}: {wanted}")
     table: dict[str, dict[str, list[float]]] = {}
-    for group, of_group in found.items():
+    for group, of_group in content.items():
         table[group] = {}
         for method, values in of_group.items():
             numbers = values if isinstance(values, list) else [values]

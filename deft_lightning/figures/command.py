@@ -41,10 +41,10 @@ def parser() -> argparse.ArgumentParser:
     kinds = top.add_subparsers(metavar="KIND", required=True, dest="kind")
 
     def kind(name: str, draw: Callable[[argparse.Namespace], list[Path]], says: str, more: str = "") -> FigureParser:
-        found = kinds.add_parser(name, prog=f"{PROG} {name}", help=says, description=f"{says}.\n{more}".strip())
-        found.set_defaults(draw=draw)
-        found.add_argument("--output", required=True, nargs="+", metavar="FILE", help=OUTPUT)
-        return found
+        subparser = kinds.add_parser(name, prog=f"{PROG} {name}", help=says, description=f"{says}.\n{more}".strip())
+        subparser.set_defaults(draw=draw)
+        subparser.add_argument("--output", required=True, nargs="+", metavar="FILE", help=OUTPUT)
+        return subparser
 
     one = kind("run", _run, "one run: NLL, focus, and the gate on clean and noisy labels")
     one.add_argument("run", metavar="RUN", help=RUN)

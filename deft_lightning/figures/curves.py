@@ -53,10 +53,10 @@ def curve_figure(objectives: Sequence[Objective], quantity: str, collisions: Seq
     top, index, thin = 1.0, 0, False
     for objective in objectives:
         # Whether it depends on the prediction is asked of all three, however few are drawn.
-        found = {c: _values(objective, quantity, p, c) for c in dict.fromkeys([*collisions, *COLLISIONS])}
-        same = all(torch.allclose(values, found[collisions[0]]) for values in found.values())
+        by_collision = {c: _values(objective, quantity, p, c) for c in dict.fromkeys([*collisions, *COLLISIONS])}
+        same = all(torch.allclose(values, by_collision[collisions[0]]) for values in by_collision.values())
         for collision in collisions[:1] if same else collisions:
-            values = found[collision]
+            values = by_collision[collision]
             named = label(objective) if same else f"{label(objective)}, C = {collision:g}"
             solid = torch.ones_like(p, dtype=torch.bool) if same else possible(p, collision)
             shown = torch.where(solid, values, torch.nan)

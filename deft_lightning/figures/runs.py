@@ -56,9 +56,9 @@ def read_run(run: str | Path) -> Scalars:
     events = EventAccumulator(str(folder), size_guidance=guide)
     events.Reload()
     return {
-        tag: ([event.step for event in found], [event.value for event in found])
+        tag: ([event.step for event in points], [event.value for event in points])
         for tag in events.Tags()["scalars"]
-        if (found := events.Scalars(tag))
+        if (points := events.Scalars(tag))
     }
 
 
@@ -73,13 +73,13 @@ def scalar(run: str | Path, tag: str, scalars: Scalars | None = None) -> tuple[l
     Raises:
         UserError: There is no run, or it did not log the scalar.
     """
-    found = read_run(run) if scalars is None else scalars
-    if tag not in found:
-        if tag == "focus/mean" and "prob/mean" in found:
+    logged = read_run(run) if scalars is None else scalars
+    if tag not in logged:
+        if tag == "focus/mean" and "prob/mean" in logged:
             raise UserError(f"{run}: did not log {tag}: the objective of the run has no focus index")
-        hint = did_you_mean(tag, found) or f" It has: {', '.join(sorted(found)) or 'none'}"
+        hint = did_you_mean(tag, logged) or f" It has: {', '.join(sorted(logged)) or 'none'}"
         raise UserError(f"{run}: did not log the scalar {tag}.{hint}")
-    return found[tag]
+    return logged[tag]
 
 
 def labels(runs: Sequence[str | Path]) -> list[str]:

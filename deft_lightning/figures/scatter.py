@@ -67,10 +67,10 @@ def gradient_scatter(
     if not len(sample):
         raise UserError("a scatter needs at least one token, the sample is empty")
     norms = [gradient_norm(sample.stats(objective.topk), objective).numpy() for objective in objectives]
-    chosen = np.unique(np.linspace(0, len(sample) - 1, min(most, len(sample))).round().astype(int))
-    p, entropy = np.exp(sample.log_prob[chosen]), sample.entropy[chosen]
-    noisy = sample.noise_code[chosen] > 0
-    shades = np.stack([norm[chosen] for norm in norms])
+    indices = np.unique(np.linspace(0, len(sample) - 1, min(most, len(sample))).round().astype(int))
+    p, entropy = np.exp(sample.log_prob[indices]), sample.entropy[indices]
+    noisy = sample.noise_code[indices] > 0
+    shades = np.stack([norm[indices] for norm in norms])
     top, usual = float(shades.max()), float(np.quantile(shades, 0.995))
     cut = top > 1.5 * usual > 0
     scale = Normalize(0, usual if cut else top or 1.0)

@@ -94,8 +94,8 @@ class TokenSample:
         if not file.is_file():
             raise UserError(f"{file}: there is no sample of tokens; the verb probe writes one into its --output")
         try:
-            with np.load(file, allow_pickle=False) as found:
-                return cls(**{field.name: found[field.name] for field in fields(cls)})
+            with np.load(file, allow_pickle=False) as arrays:
+                return cls(**{field.name: arrays[field.name] for field in fields(cls)})
         except (ValueError, OSError, KeyError, AttributeError, EOFError, zipfile.BadZipFile) as error:
             reason = " ".join(str(error).split())
             raise UserError(f"{file}: is not a sample of tokens as probe writes it ({reason})") from None

@@ -142,15 +142,15 @@ def focus_trajectories(
 
 def _curves(runs: Sequence[Run], progress: Progress) -> list[Curve]:
     """Return focus and probability of runs that belong together, over the steps that all of them have."""
-    found: list[list[tuple[NDArray[np.float64], NDArray[np.float64]]]] = [[] for _ in PAIR]
+    series: list[list[tuple[NDArray[np.float64], NDArray[np.float64]]]] = [[] for _ in PAIR]
     for run in runs:
         scalars, name = (run, "the run") if isinstance(run, dict) else (read_run(run), run)
         last = max(max(scalar(name, tag, scalars)[0]) for tag, _ in PAIR)
-        for rows, (tag, _) in zip(found, PAIR, strict=True):
+        for rows, (tag, _) in zip(series, PAIR, strict=True):
             steps, values = (np.asarray(part, dtype=np.float64) for part in scalar(name, tag, scalars))
             rows.append((steps / (last or 1) if progress == "share" else steps, values))
     result = []
-    for rows in found:
+    for rows in series:
         low, high = max(at[0] for at, _ in rows), min(at[-1] for at, _ in rows)
         grid = np.unique(np.concatenate([at for at, _ in rows]))
         grid = grid[(grid >= low) & (grid <= high)]

@@ -112,7 +112,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     verify(source)
     try:
         _check_members(file)
-        found: Any = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        checkpoint: Any = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except UserError:
         raise
     except Exception as error:  # another archive, or objects of another program: the unpickler fails in any way
@@ -120,9 +120,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             what = f"it holds {named}, which is no plain value"
             raise UserError(f"{path}: is refused: {what}, and loading it would run code (--ckpt_path)") from None
         raise UserError(f"{path}: is not a checkpoint of SFTModule (--ckpt_path)") from None
-    if not isinstance(found, dict):
+    if not isinstance(checkpoint, dict):
         raise UserError(f"{path}: is not a checkpoint of SFTModule (--ckpt_path)")
-    return found
+    return checkpoint
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:

@@ -26,8 +26,8 @@ def is_inside(name: Any) -> bool:
 
 def pickled(error: BaseException) -> str:
     """Return the name of the object that ``weights_only`` has refused to make, nothing if an error is another one."""
-    found = re.search(r"GLOBAL ([\w.]+)", str(error))
-    return found[1] if found else ""
+    match = re.search(r"GLOBAL ([\w.]+)", str(error))
+    return match[1] if match else ""
 
 
 def _whole(value: Any) -> bool:

@@ -72,13 +72,13 @@ def save_hugging_face(
 
 def _generation(causal: Any, tokenizer: Any | None, stop_token_ids: Sequence[int]) -> tuple[Any, str]:
     """Return the generation config to save, and what of the model's own had to change; config.json keeps none."""
-    found = copy.deepcopy(causal.generation_config)
+    settings = copy.deepcopy(causal.generation_config)
     for name, value in causal.config._get_generation_parameters().items():
-        setattr(found, name, value)
+        setattr(settings, name, value)
         vars(causal.config).pop(name, None)
     if stop_token_ids:
-        found.eos_token_id = list(stop_token_ids)
+        settings.eos_token_id = list(stop_token_ids)
     if tokenizer is not None:
-        found.pad_token_id = tokenizer.pad_token_id
-    found, changed = savable(found)
-    return found, "; ".join(changed)
+        settings.pad_token_id = tokenizer.pad_token_id
+    settings, changed = savable(settings)
+    return settings, "; ".join(changed)

@@ -59,13 +59,13 @@ def fused_forward(
     index = (targets != IGNORE_INDEX).flatten().nonzero().squeeze(1)
     wanted = targets.flatten()[index]
     weight_of = None if token_weight is None else token_weight.flatten()[index]
-    found: list[tuple[Tensor, TokenStats]] = []
+    head_outputs: list[tuple[Tensor, TokenStats]] = []
     name = type(seam.causal).__name__
 
     def head(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if hidden.shape[:-1] != targets.shape:
             raise UserError(f"{name}: its head sees {tuple(hidden.shape)}, not every position{DENSE}")
-        found.append(_loss(seam, hidden.flatten(0, -2)[index], wanted, objective, weight_of))
+        head_outputs.append(_loss(seam, hidden.flatten(0, -2)[index], wanted, objective, weight_of))
         return hidden.new_empty((*hidden.shape[:-1], 0))  # the model may scale or cap it
 
     run = seam.causal.forward
@@ -73,10 +73,10 @@ def fused_forward(
     def forward(*args: Any, **kwargs: Any) -> dict[str, Any]:
         with _forward_of(seam.linear, head):
             output = run(*args, **kwargs)
-        if len(found) != 1:
-            raise UserError(f"{name}: it runs its head {len(found)} times{DENSE}")
+        if len(head_outputs) != 1:
+            raise UserError(f"{name}: it runs its head {len(head_outputs)} times{DENSE}")
         # Through the output of the model, where FSDP hangs the hooks of its backward.
-        return {"loss": found[0][0], "stats": found[0][1], "aux_loss": getattr(output, "aux_loss", None)}
+        return {"loss": head_outputs[0][0], "stats": head_outputs[0][1], "aux_loss": getattr(output, "aux_loss", None)}
 
     with _forward_of(seam.causal, forward):
         return FusedOutput(**model(**inputs))

@@ -22,47 +22,47 @@ def savable(config: Any) -> tuple[Any, list[str]]:
     Args:
         config: A ``GenerationConfig``; stays as it is.
     """
-    found = copy.deepcopy(config)
+    settings = copy.deepcopy(config)
     changed: list[str] = []
-    if _fault(found) is None:
-        return found, changed
-    temperature = getattr(found, "temperature", None)
+    if _fault(settings) is None:
+        return settings, changed
+    temperature = getattr(settings, "temperature", None)
     if isinstance(temperature, int | float) and temperature <= 0:
-        found.temperature = None
+        settings.temperature = None
         changed.append(f"temperature {temperature} is left out, it means do_sample false")
-    elif found.do_sample is not True:
-        values = {name: getattr(found, name, None) for name in SAMPLING}
+    elif settings.do_sample is not True:
+        values = {name: getattr(settings, name, None) for name in SAMPLING}
         kept = [f"{name} {value}" for name, value in values.items() if value not in SAMPLING[name]]
         if kept:
-            found.do_sample = True
+            settings.do_sample = True
             changed.append(f"do_sample is true now, for {', '.join(kept)}")
-    if getattr(found, "num_beams", None) in (None, 1):
+    if getattr(settings, "num_beams", None) in (None, 1):
         for name, neutral in BEAMS.items():
-            if (value := getattr(found, name, None)) not in neutral:
-                setattr(found, name, neutral[0])
+            if (value := getattr(settings, name, None)) not in neutral:
+                setattr(settings, name, neutral[0])
                 changed.append(f"{name} {value} is left out, it needs num_beams")
-    if found.do_sample is not True and _fault(found) is not None:
+    if settings.do_sample is not True and _fault(settings) is not None:
         for name, neutral in SAMPLING.items():
-            if (value := getattr(found, name, None)) not in neutral:
-                setattr(found, name, neutral[0])
+            if (value := getattr(settings, name, None)) not in neutral:
+                setattr(settings, name, neutral[0])
                 changed.append(f"{name} {value} is left out, it needs do_sample")
-    return _without_faults(found, changed)
+    return _without_faults(settings, changed)
 
 
-def _without_faults(found: Any, changed: list[str]) -> tuple[Any, list[str]]:
+def _without_faults(settings: Any, changed: list[str]) -> tuple[Any, list[str]]:
     """Leave out the one setting that is refused; if it is more than one, all but the special tokens."""
-    if _fault(found) is None:
-        return found, changed
-    neutral = type(found)()
-    for name, value in sorted(vars(found).items()):
+    if _fault(settings) is None:
+        return settings, changed
+    neutral = type(settings)()
+    for name, value in sorted(vars(settings).items()):
         if name.startswith("_") or name in TOKENS or value == getattr(neutral, name, None):
             continue
-        setattr(found, name, getattr(neutral, name, None))
-        if _fault(found) is None:
-            return found, [*changed, f"{name} {value} is left out"]
-        setattr(found, name, value)
-    kept = {name: getattr(found, name, None) for name in TOKENS}
-    return type(found)(**kept), ["all but the special tokens is left out, transformers refuses it"]
+        setattr(settings, name, getattr(neutral, name, None))
+        if _fault(settings) is None:
+            return settings, [*changed, f"{name} {value} is left out"]
+        setattr(settings, name, value)
+    kept = {name: getattr(settings, name, None) for name in TOKENS}
+    return type(settings)(**kept), ["all but the special tokens is left out, transformers refuses it"]
 
 
 def _fault(config: Any) -> Exception | None:

@@ -120,15 +120,15 @@ def _tail(file: IO[bytes], size: int, length: int) -> bytes:
 
 def _digest(file: IO[bytes], length: int | None = None) -> str:
     """SHA-256 of a file's first bytes, or of all of them."""
-    found = hashlib.sha256()
+    sha = hashlib.sha256()
     file.seek(0)
     while length is None or length > 0:
         part = file.read(CHUNK if length is None else min(CHUNK, length))
         if not part:
             break
-        found.update(part)
+        sha.update(part)
         length = None if length is None else length - len(part)
-    return found.hexdigest()
+    return sha.hexdigest()
 
 
 def unbounded(archive: zipfile.ZipFile) -> str:
@@ -169,8 +169,8 @@ def _damaged_member(path: Path) -> str:
 
 
 def _state(path: Path) -> tuple[int, int, int]:
-    found = path.stat()
-    return found.st_size, found.st_mtime_ns, found.st_ino
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns, status.st_ino
 
 
 def _remembered(path: Path) -> bool:
@@ -208,14 +208,14 @@ def read_digests(folder: Path) -> dict[str, str] | None:
         return None
     except ValueError:
         raise Damaged(f"{DIGESTS} has changed") from None
-    found = {line[66:]: line[:64] for line in text.splitlines()}
-    if "".join(f"{digest}  {name}\n" for name, digest in sorted(found.items())) != text:
+    digests = {line[66:]: line[:64] for line in text.splitlines()}
+    if "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items())) != text:
         raise Damaged(f"{DIGESTS} has changed")
     there = {path.name for path in folder.iterdir()} - {DIGESTS}
-    if there != found.keys():
-        odd = sorted(there ^ found.keys())[0]
-        raise Damaged(f"{odd} is missing" if odd in found else f"{odd} was not written with it")
-    return found
+    if there != digests.keys():
+        odd = sorted(there ^ digests.keys())[0]
+        raise Damaged(f"{odd} is missing" if odd in digests else f"{odd} was not written with it")
+    return digests
 
 
 def check_folder(folder: Path, names: Iterable[str] | None = None) -> bool:

@@ -45,7 +45,7 @@ def build_sharded(build: Callable[[], Any], mesh: Any, device: torch.device, low
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if low_precision else MixedPrecisionPolicy()
-    whole = build() if dist.get_rank() == 0 else None
+    full_model = build() if dist.get_rank() == 0 else None
     with torch.device("meta"):
         model = build()
     for layer in layers_of(model):
@@ -55,10 +55,10 @@ def build_sharded(build: Callable[[], Any], mesh: Any, device: torch.device, low
     base_causal_lm(model).tie_weights()
     set_model_state_dict(
         model,
-        {} if whole is None else whole.state_dict(),
-        options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=whole is not None),
+        {} if full_model is None else full_model.state_dict(),
+        options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=full_model is not None),
     )
-    _hand_out_buffers(model, whole, device)
+    _hand_out_buffers(model, full_model, device)
     for name, module in model.named_modules():
         for attribute, value in vars(module).items():
             if isinstance(value, Tensor) and value.is_meta:
@@ -69,11 +69,11 @@ def build_sharded(build: Callable[[], Any], mesh: Any, device: torch.device, low
     return model
 
 
-def _hand_out_buffers(model: Any, whole: Any | None, device: torch.device) -> None:
+def _hand_out_buffers(model: Any, full_model: Any | None, device: torch.device) -> None:
     """Give every rank the buffers of rank 0: those that are not saved, such as rotary frequencies, too."""
-    source = {} if whole is None else dict(whole.named_buffers())
+    source = {} if full_model is None else dict(full_model.named_buffers())
     for name, buffer in model.named_buffers():
-        if whole is not None:
+        if full_model is not None:
             buffer.copy_(source[name].to(device))
         dist.broadcast(buffer, src=0)
 

@@ -68,12 +68,12 @@ class _Unpickler(pickle._Unpickler):
     }
 
     def find_class(self, module: str, name: str) -> Any:
-        found = _CLASSES.get((module, name))
-        if found is None and module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            found = getattr(torch, name)
-        if found is None:
+        cls = _CLASSES.get((module, name))
+        if cls is None and module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            cls = getattr(torch, name)
+        if cls is None:
             raise pickle.UnpicklingError(f"it names {module}.{name}, which is no part of a checkpoint's metadata")
-        return found
+        return cls
 
 
 def read_metadata(folder: Path) -> metadata.Metadata:
@@ -85,24 +85,24 @@ def read_metadata(folder: Path) -> metadata.Metadata:
     path = folder / METADATA
     try:
         with path.open("rb") as file:
-            found = _Unpickler(file).load()
-        _check(found, folder)
+            meta = _Unpickler(file).load()
+        _check(meta, folder)
     except UserError:
         raise
     except Exception as error:  # a pickle may fail in any way
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{path}: cannot be read: {reason} (--ckpt_path)") from None
-    return found
+    return meta
 
 
-def _check(found: Any, folder: Path) -> None:
+def _check(meta: Any, folder: Path) -> None:
     """Refuse metadata that is not made of the parts it should be, or leads out of its folder."""
-    if not isinstance(found, metadata.Metadata):
+    if not isinstance(meta, metadata.Metadata):
         raise pickle.UnpicklingError("it is no metadata")
-    if not isinstance(found.state_dict_metadata, dict) or not isinstance(found.storage_data, dict):
+    if not isinstance(meta.state_dict_metadata, dict) or not isinstance(meta.storage_data, dict):
         raise pickle.UnpicklingError("it lists nothing")
     sizes = {file.name: file.stat().st_size for file in folder.iterdir() if file.is_file() and not file.is_symlink()}
-    for entry in found.storage_data.values():
+    for entry in meta.storage_data.values():
         if not isinstance(entry, _StorageInfo):
             raise pickle.UnpicklingError("a place is of another kind")
         name, start, length = entry.relative_path, entry.offset, entry.length
@@ -114,15 +114,15 @@ def _check(found: Any, folder: Path) -> None:
             raise UserError(f"{folder / name}: has been cut short (--ckpt_path)")
         if entry.transform_descriptors:
             raise UserError(f"{folder / name}: is compressed, which is not read here (--ckpt_path)")
-    whole = sum(sizes.values())
-    for name, entry in found.state_dict_metadata.items():
+    total_bytes = sum(sizes.values())
+    for name, entry in meta.state_dict_metadata.items():
         if not isinstance(name, str):
             raise pickle.UnpicklingError("a name is no text")
         if isinstance(entry, metadata.TensorStorageMetadata):
             size, dtype = entry.size, entry.properties.dtype
             if not isinstance(size, torch.Size) or not isinstance(dtype, torch.dtype):
                 raise pickle.UnpicklingError(f"{name} has no size")
-            if prod(size) * dtype.itemsize > whole:
+            if prod(size) * dtype.itemsize > total_bytes:
                 raise UserError(f"{folder}: its metadata gives {name} the size {tuple(size)}, more than all its files")
         elif not isinstance(entry, metadata.BytesStorageMetadata):
             raise pickle.UnpicklingError(f"{name} is of another kind")
@@ -141,9 +141,9 @@ class ShareReader(FileSystemReader):
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> metadata.Metadata:
         """Return the metadata; torch's own would unpickle whatever is in it."""
-        found = read_metadata(self._folder)
-        found.storage_meta = metadata.StorageMeta(load_id=self.load_id)
-        return found
+        meta = read_metadata(self._folder)
+        meta.storage_meta = metadata.StorageMeta(load_id=self.load_id)
+        return meta
 
 
 class SharePlanner(DefaultLoadPlanner):
@@ -165,10 +165,10 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     """
     from torch.distributed.checkpoint.state_dict_loader import load
 
-    found = read_metadata(folder)
+    meta = read_metadata(folder)
     state = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for name, entry in found.state_dict_metadata.items()
+        for name, entry in meta.state_dict_metadata.items()
         if name.startswith(WEIGHTS) and isinstance(entry, metadata.TensorStorageMetadata)
     }
     planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)

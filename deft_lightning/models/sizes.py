@@ -43,11 +43,11 @@ def check_memory(config: Any, dtype: torch.dtype, where: str, option: str, trust
 
 def available_memory() -> int | None:
     """Return the bytes this process may still use: what the machine has free, or its control group; None if unknown."""
-    found = []
+    free = []
     try:
         for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
             if line.startswith("MemAvailable:"):
-                found.append(int(line.split()[1]) << 10)
+                free.append(int(line.split()[1]) << 10)
     except (OSError, ValueError, IndexError):
         pass
     groups = Path("/sys/fs/cgroup")
@@ -59,8 +59,8 @@ def available_memory() -> int | None:
             allowed, taken = (int((groups / name).read_text(encoding="ascii")) for name in (limit, used))
         except (OSError, ValueError):  # there is no such group, or "max"
             continue
-        found.append(max(allowed - taken, 0))
-    return min(found) if found else None
+        free.append(max(allowed - taken, 0))
+    return min(free) if free else None
 
 
 def _size(count: int) -> str:

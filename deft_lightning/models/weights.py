@@ -32,16 +32,16 @@ def renaming(missing: Iterable[str], unexpected: Iterable[str]) -> dict[str, str
     Returns:
         Patterns and what replaces them, for transformers' ``key_mapping``; empty if that does not explain it.
     """
-    wanted, found = set(missing), {name.replace(COMPILED, "") for name in unexpected}
+    wanted, stored = set(missing), {name.replace(COMPILED, "") for name in unexpected}
     if not wanted:
         return {}
     mapping = {re.escape(COMPILED): ""} if any(COMPILED in name for name in unexpected) else {}
-    if mapping and wanted <= found:
+    if mapping and wanted <= stored:
         return mapping
     one = min(wanted)
-    for name in sorted(found):
+    for name in sorted(stored):
         prefix = name.removesuffix(one)
-        if prefix != name and WRAPPERS.fullmatch(prefix) and all(prefix + other in found for other in wanted):
+        if prefix != name and WRAPPERS.fullmatch(prefix) and all(prefix + other in stored for other in wanted):
             return {**mapping, f"^{re.escape(prefix)}": ""}
     return {}
 

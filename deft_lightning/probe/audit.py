@@ -109,9 +109,9 @@ def suspects(
     return result
 
 
-def ranked(found: Iterable[Suspect]) -> list[Suspect]:
+def ranked(suspects: Iterable[Suspect]) -> list[Suspect]:
     """Sort by score, the most suspicious first; equals by position."""
-    return sorted(found, key=lambda suspect: (-suspect.score, suspect.at))
+    return sorted(suspects, key=lambda suspect: (-suspect.score, suspect.at))
 
 
 def describe(

@@ -48,36 +48,36 @@ def probe_data(
     objectives, name, left_out = candidates(module.current_objective)
     tally = Tally(objectives, name, operations)
     sampler = Sampler(tally.topks)
-    chosen, found = data.spread(SPLIT, examples), []
+    indices, suspects = data.spread(SPLIT, examples), []
     known = {} if truth is None else data.truths(truth)
     was_training = {part: part.training for part in module.modules()}
     module.eval()
     try:
-        with torch.no_grad(), precision.forward_context(), progress(None, "probing", len(chosen)) as bar:
-            for positions, batch in data.batches_of(SPLIT, chosen):
-                found += _batch(module, batch, positions, device, tally, sampler)
+        with torch.no_grad(), precision.forward_context(), progress(None, "probing", len(indices)) as bar:
+            for positions, batch in data.batches_of(SPLIT, indices):
+                suspects += _batch(module, batch, positions, device, tally, sampler)
                 bar.update(len(positions))
     finally:
         for part, training in was_training.items():
             part.training = training
     check_seen(tally)
-    found = ranked(replace(suspect, wrong=known.get(suspect.id)) for suspect in found)
+    suspects = ranked(replace(suspect, wrong=known.get(suspect.id)) for suspect in suspects)
     means = tally.means()
     noise = tally.noise()
     for row in noise:
-        row |= _of_examples(found, operations.index(row["operation"]) + 1)
+        row |= _of_examples(suspects, operations.index(row["operation"]) + 1)
     report: dict[str, Any] = {
         "version": __version__, "model": named(module), "checkpoint": None, "data": title(data.source),
-        "examples": len(found), "examples_total": data.size(SPLIT),
+        "examples": len(suspects), "examples_total": data.size(SPLIT),
         "tokens": tally.tokens, "means": means, "prior": prior(means), "objectives": tally.table(),
         "left_out": {**left_out, **tally.failed}, "noise": noise, "histograms": tally.histograms(),
     }  # fmt: skip
     if truth is not None:
-        wrong, right = ([s.score for s in found if s.wrong is value] for value in (True, False))
+        wrong, right = ([s.score for s in suspects if s.wrong is value] for value in (True, False))
         auroc = exact_auroc(wrong, right) if wrong and right else None
         report["truth"] = {"field": truth, "known": len(wrong) + len(right), "wrong": len(wrong), "auroc": auroc}
-    report["suspicious"] = list(records(data, found[:SHOWN]))
-    return report, found, sampler.sample(operations)
+    report["suspicious"] = list(records(data, suspects[:SHOWN]))
+    return report, suspects, sampler.sample(operations)
 
 
 def _batch(
@@ -111,23 +111,28 @@ def named(module: Any) -> str:
     return str(module.pretrained or f"random weights of {kind}")
 
 
-def _of_examples(found: Sequence[Suspect], code: int) -> dict[str, Any]:
+def _of_examples(suspects: Sequence[Suspect], code: int) -> dict[str, Any]:
     """Examples that an operation hit, and how well the score tells them from those that none hit."""
-    hit = [suspect.score for suspect in found if code in suspect.operations]
-    clean = [suspect.score for suspect in found if not suspect.operations]
+    hit = [suspect.score for suspect in suspects if code in suspect.operations]
+    clean = [suspect.score for suspect in suspects if not suspect.operations]
     return {"examples": len(hit), "auroc_example": exact_auroc(hit, clean) if hit and clean else None}
 
 
-def records(data: Any, found: Sequence[Suspect]) -> Iterator[dict[str, Any]]:
+def records(data: Any, suspects: Sequence[Suspect]) -> Iterator[dict[str, Any]]:
     """Yield the records of examples in order of rank."""
     operations = numbered([type(op).__name__ for op in data.noise.ops])
-    for rank, suspect in enumerate(found, start=1):
+    for rank, suspect in enumerate(suspects, start=1):
         example = data.example(SPLIT, suspect.at)
         yield describe(suspect, rank, example, data.tokenizer, operations, bool(operations))
 
 
 def write(
-    report: dict[str, Any], found: Sequence[Suspect], sample: TokenSample, data: Any, output: Path, audit: Path | None
+    report: dict[str, Any],
+    suspects: Sequence[Suspect],
+    sample: TokenSample,
+    data: Any,
+    output: Path,
+    audit: Path | None,
 ) -> None:
     """Print the table, write ``probe.json``, ``tokens.npz`` and the figure, and the audit if one is wanted."""
     print(table(report))
@@ -140,6 +145,6 @@ def write(
     except UserError as error:  # no matplotlib: the numbers are there all the same
         rank_zero_info(f"probe: no figure: {error}")
     if audit is not None:
-        write_lines(audit, records(data, found))
-        rank_zero_info(f"probe: {len(found)} examples ranked in {audit.resolve()}")
+        write_lines(audit, records(data, suspects))
+        rank_zero_info(f"probe: {len(suspects)} examples ranked in {audit.resolve()}")
     rank_zero_info(f"probe: {output.resolve()}")

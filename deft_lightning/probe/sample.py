@@ -30,19 +30,19 @@ class Sampler:
         self._hashes = np.zeros(0, np.uint64)
         self._columns: list[NDArray[Any]] = []
 
-    def update(self, found: Mapping[int, TokenStats], keep: Tensor, positions: Sequence[int], codes: Tensor) -> None:
+    def update(self, by_topk: Mapping[int, TokenStats], keep: Tensor, positions: Sequence[int], codes: Tensor) -> None:
         """Add a batch with one example a row.
 
         Args:
-            found: Statistics of its N supervised tokens on the host, row by row, by what ``topk_entropy`` covers.
+            by_topk: Statistics of its N supervised tokens on the host, row by row, by what ``topk_entropy`` covers.
             keep: Shape ``(B, T - 1)``: whether the token after each position is supervised.
             positions: Position of each row's example in its split.
             codes: Shape ``(N,)``: noise code of each token.
         """
         rows, columns = (part.numpy() for part in keep.nonzero(as_tuple=True))
         example, token = np.asarray(positions, np.int64)[rows], columns.astype(np.int64) + 1
-        stats = next(iter(found.values()))
-        fields = [stats.log_prob, stats.entropy, stats.collision, *(found[k].topk_entropy for k in self.topk)]
+        stats = next(iter(by_topk.values()))
+        fields = [stats.log_prob, stats.entropy, stats.collision, *(by_topk[k].topk_entropy for k in self.topk)]
         arrays: list[NDArray[Any]] = [field.float().numpy() for field in fields if field is not None]
         arrays += [stats.correct.numpy(), codes.numpy().astype(np.int64), example, token]
         self.seen += len(token)

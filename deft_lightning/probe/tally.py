@@ -18,14 +18,14 @@ from deft_lightning.probe.audit import conflict
 FINE, COARSE = 65536, 40  # bins for ranks, bins to be drawn
 
 
-def candidates(chosen: Objective) -> tuple[dict[str, Objective], str, dict[str, str]]:
+def candidates(current: Objective) -> tuple[dict[str, Objective], str, dict[str, str]]:
     """Return every known objective to compare, without those that depend on the course of training.
 
     Returns:
         Objectives by name: with the defaults the name of the class, the chosen one its legend if it departs from them.
         The name of the chosen one. Why some are left out, by name.
     """
-    found: dict[str, Objective] = {}
+    objectives: dict[str, Objective] = {}
     skipped: dict[str, str] = {}
     for name, cls in known_objectives().items():
         try:
@@ -36,11 +36,11 @@ def candidates(chosen: Objective) -> tuple[dict[str, Objective], str, dict[str, 
             # Without a run those that depend on it are one of the others.
             if objective.scheduled or objective.tracks is not None:
                 continue
-            found[name] = objective
-    kind = type(chosen).__name__
-    name = kind if found.get(kind) == chosen else repr(chosen)
-    found[name] = chosen
-    return found, name, skipped
+            objectives[name] = objective
+    kind = type(current).__name__
+    name = kind if objectives.get(kind) == current else repr(current)
+    objectives[name] = current
+    return objectives, name, skipped
 
 
 class Tally:
@@ -48,12 +48,12 @@ class Tally:
 
     Args:
         objectives: By name, the chosen one among them.
-        chosen: Name of the chosen one.
+        current: Name of the chosen one.
         operations: Names of the noise operations, in the order of their codes.
     """
 
-    def __init__(self, objectives: Mapping[str, Objective], chosen: str, operations: Sequence[str]) -> None:
-        self.objectives, self.chosen, self.operations = dict(objectives), chosen, list(operations)
+    def __init__(self, objectives: Mapping[str, Objective], current: str, operations: Sequence[str]) -> None:
+        self.objectives, self.current, self.operations = dict(objectives), current, list(operations)
         self.failed: dict[str, str] = {}
         self._means = torch.zeros(7, dtype=torch.float64)
         # Of each objective: gate, its square, gate * (1 - p), gate of clean tokens, gate of noisy ones.
@@ -74,14 +74,14 @@ class Tally:
         """Tokens seen."""
         return int(self._means[0])
 
-    def update(self, found: Mapping[int, TokenStats], codes: Tensor) -> None:
+    def update(self, by_topk: Mapping[int, TokenStats], codes: Tensor) -> None:
         """Add a batch.
 
         Args:
-            found: Statistics of its N tokens on the host, by how many probabilities their ``topk_entropy`` covers.
+            by_topk: Statistics of its N tokens on the host, by how many probabilities their ``topk_entropy`` covers.
             codes: Shape ``(N,)``, noise code of each token.
         """
-        wide = {k: stats.map(lambda x: x.double() if x.is_floating_point() else x) for k, stats in found.items()}
+        wide = {k: stats.map(lambda x: x.double() if x.is_floating_point() else x) for k, stats in by_topk.items()}
         stats = next(iter(wide.values()))
         if not len(stats.log_prob):
             return
@@ -95,7 +95,7 @@ class Tally:
             try:
                 gate = objective.gate(wide[objective.topk] if objective.topk else stats)
             except Exception as problem:
-                if name == self.chosen:
+                if name == self.current:
                     raise
                 # A class that is merely loaded must not stop the pass.
                 self.failed[name] = " ".join(str(problem).split())
@@ -104,7 +104,7 @@ class Tally:
             self._gates[name] += torch.stack(
                 [gate.sum(), gate.square().sum(), (gate * error).sum(), gate[~noisy].sum(), gate[noisy].sum()]
             )
-            if name == self.chosen and self.operations:
+            if name == self.current and self.operations:
                 self._rank(codes, -gate.log(), -stats.log_prob, conflict(stats), gate)
 
     def _rank(self, codes: Tensor, low_gate: Tensor, low_prob: Tensor, disputed: Tensor, gate: Tensor) -> None:
@@ -129,11 +129,11 @@ class Tally:
         """
         count, mass = float(self._means[0]), float(self._means[0] - self._means[1])
         rows = []
-        for name in sorted(self.objectives, key=lambda name: (name != self.chosen, name)):
+        for name in sorted(self.objectives, key=lambda name: (name != self.current, name)):
             total, squares, spent, clean, noisy = self._gates[name].tolist()
             shrinkage = spent / mass if mass else None
             row = {
-                "name": name, "chosen": name == self.chosen, "gate": total / count,
+                "name": name, "chosen": name == self.current, "gate": total / count,
                 "ess": total**2 / (count * squares) if squares else 0.0, "shrinkage": shrinkage,
                 "lr_factor": 1 / shrinkage if shrinkage else None,
             }  # fmt: skip

@@ -75,8 +75,8 @@ def train_base(cell: Cell, root: Path) -> dict[str, Any]:
         trainer.fit(module, datamodule=data)
         with complete_folder(target) as folder:
             trainer.export(module, output=str(folder / "model"), datamodule=data)
-            found = _score(cell, root, trainer, module, data, task.test, None)
-            write_json(folder / "base.json", {"source": base.source, "seed": cell.seed, **found})
+            scores = _score(cell, root, trainer, module, data, task.test, None)
+            write_json(folder / "base.json", {"source": base.source, "seed": cell.seed, **scores})
     return {"base": target.name}
 
 

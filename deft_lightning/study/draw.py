@@ -37,7 +37,7 @@ def draw(study: Study, report: Mapping[str, Any], results: Mapping[str, Mapping[
             table.setdefault(group, {})[short_legend(row["objective"])] = row["values"]
     ordered = {f"{regime}\nnoise {noise:g}": table[f"{regime}\nnoise {noise:g}"] for regime, noise in headline}
     if study.judge == "nll":  # what is kept is larger where it is better
-        ordered = {group: {name: [-v for v in row] for name, row in found.items()} for group, found in ordered.items()}
+        ordered = {group: {name: [-v for v in row] for name, row in rows.items()} for group, rows in ordered.items()}
     comparison_bars(ordered, root / "bars", value=JUDGED[study.judge])
     _locked(study, results, headline, root / "locked")
     runs: dict[str, list[Scalars]] = {}
@@ -74,8 +74,8 @@ def _locked(study: Study, results: Mapping[str, Mapping[str, Any]], headline: li
                 for cell in study.shared()
                 if (cell.regime, cell.noise, cell.objective) == (regime, noise, objective)
             ]
-            found = [curve.get("gate/locked_clean") or curve.get("gate/locked") for curve in curves]
-            rows = [row for row in found if row and row[0] == found[0][0]]
+            locked = [curve.get("gate/locked_clean") or curve.get("gate/locked") for curve in curves]
+            rows = [row for row in locked if row and row[0] == locked[0][0]]
             if not rows:
                 continue
             steps, values = rows[0][0], np.array([row[1] for row in rows])

@@ -42,8 +42,8 @@ def write_text(target: Path, content: str) -> None:
 @lru_cache
 def files_of(*sources: str) -> str:
     """Return a hash of the content of the files that sources name; empty where there are none: a hub id, a task."""
-    found = [source_identity(source) if source else "" for source in sources]
-    return digest(found) if any(found) else ""
+    identities = [source_identity(source) if source else "" for source in sources]
+    return digest(identities) if any(identities) else ""
 
 
 def file_name(text: str) -> str:

@@ -71,8 +71,8 @@ class Pool:
         try:
             future.result()
         except UserError as error:
-            told = re.sub(rf"--(?:data|model)\.({'|'.join(DEFAULTS)})\b", r"\1 of the regime:", str(error))
-            raise UserError(f"{cell.label}: {told}") from None
+            reason = re.sub(rf"--(?:data|model)\.({'|'.join(DEFAULTS)})\b", r"\1 of the regime:", str(error))
+            raise UserError(f"{cell.label}: {reason}") from None
         except BrokenProcessPool:
             raise UserError(
                 f"{cell.label}: a worker was killed, perhaps for want of memory; the finished runs are kept, start"

@@ -17,16 +17,16 @@ Results = Mapping[str, Mapping[str, Any]]
 
 def value_of(cell: Cell, result: Mapping[str, Any]) -> float:
     """Return what a cell is judged by, larger is better: exact match in [0, 1], or minus the NLL in nats a token."""
-    found = result[cell.split]
-    return float(found["exact_match"] if "exact_match" in found else -found["nll"])
+    scores = result[cell.split]
+    return float(scores["exact_match"] if "exact_match" in scores else -scores["nll"])
 
 
 def grid(cells: Iterable[Cell], results: Results) -> Grid:
     """Return the values of cells by place, objective and seed."""
-    found: Grid = defaultdict(lambda: defaultdict(dict))
+    values: Grid = defaultdict(lambda: defaultdict(dict))
     for cell in cells:
-        found[cell.regime, cell.noise][repr(cell.objective)][cell.seed] = value_of(cell, results[cell.id])
-    return {place: dict(row) for place, row in found.items()}
+        values[cell.regime, cell.noise][repr(cell.objective)][cell.seed] = value_of(cell, results[cell.id])
+    return {place: dict(row) for place, row in values.items()}
 
 
 def chosen_rates(study: Study, results: Results) -> dict[tuple[str, float, str], float]:
@@ -102,13 +102,13 @@ def summary(study: Study, results: Results) -> dict[str, Any]:
         "judge": study.judge, "objectives": plain, "remedies": [name for name in names if name not in plain],
         "headline": [list(place) for place in headline],
         "grid": [
-            {"regime": regime, "noise": noise, "objective": name, **_spread(list(found.values()))}
-            for regime, noise in places for name, found in shared[regime, noise].items()
+            {"regime": regime, "noise": noise, "objective": name, **_spread(list(by_seed.values()))}
+            for regime, noise in places for name, by_seed in shared[regime, noise].items()
         ],
         "tuned": [
             {"regime": regime, "noise": noise, "objective": name,
-             "rate": rates.get((regime, noise, name), study.regimes[regime].rate), **_spread(list(found.values()))}
-            for regime, noise in headline for name, found in tuned[regime, noise].items()
+             "rate": rates.get((regime, noise, name), study.regimes[regime].rate), **_spread(list(by_seed.values()))}
+            for regime, noise in headline for name, by_seed in tuned[regime, noise].items()
         ],
     }  # fmt: skip
     report["ends"] = ends(study, results)
@@ -129,16 +129,16 @@ LAST = 3  # logged steps that make an end
 
 def ends(study: Study, results: Results) -> list[dict[str, Any]]:
     """Return where the curves of the headline cells end, means over seeds of their last logged steps."""
-    found: dict[tuple[str, float, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    last_values: dict[tuple[str, float, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for cell in study.shared():
         if cell.noise in cell.setting.headline:
             for tag, (_, values) in results[cell.id].get("curves", {}).items():
                 if tag in ENDS:
                     last = 1 if tag.startswith("val/") else LAST
-                    found[cell.regime, cell.noise, repr(cell.objective)][tag].append(fmean(values[-last:]))
+                    last_values[cell.regime, cell.noise, repr(cell.objective)][tag].append(fmean(values[-last:]))
     return [
         {"regime": regime, "noise": noise, "objective": name, **{tag: fmean(values) for tag, values in row.items()}}
-        for (regime, noise, name), row in found.items()
+        for (regime, noise, name), row in last_values.items()
     ]
 
 

@@ -69,10 +69,10 @@ def _table(report: Mapping[str, Any], regime: str, noises: Sequence[float]) -> s
         f"{judged(report)}, mean ± standard error over seeds.", "",
         "| objective | " + " | ".join(f"noise {noise:g}" for noise in noises) + " |", "|---" * (len(noises) + 1) + "|",
     ]  # fmt: skip
-    found = {(row["objective"], row["noise"]): row for row in report["grid"] if row["regime"] == regime}
+    rows = {(row["objective"], row["noise"]): row for row in report["grid"] if row["regime"] == regime}
     sign = SIGN[report["judge"]]
     for name in [*report["objectives"], *report["remedies"]]:
-        cells = [found.get((name, noise)) for noise in noises]
+        cells = [rows.get((name, noise)) for noise in noises]
         if any(cells):
             lines.append(f"| {short_legend(name)} | " + " | ".join(_cell(cell, sign) for cell in cells) + " |")
     return "\n".join(lines)
@@ -103,9 +103,9 @@ def _rates(report: Mapping[str, Any]) -> str:
         "| objective | " + " | ".join(f"{regime}, noise {noise:g}" for regime, noise in places) + " |",
         "|---" * (len(places) + 1) + "|",
     ]  # fmt: skip
-    found = {(row["objective"], row["regime"], row["noise"]): row["rate"] for row in report["tuned"]}
+    rates = {(row["objective"], row["regime"], row["noise"]): row["rate"] for row in report["tuned"]}
     for name in report["objectives"]:
-        lines.append(f"| {short_legend(name)} | " + " | ".join(f"{found[name, *place]:g}" for place in places) + " |")
+        lines.append(f"| {short_legend(name)} | " + " | ".join(f"{rates[name, *place]:g}" for place in places) + " |")
     return "\n".join(lines)
 
 

@@ -38,9 +38,9 @@ def task_files(
     """
     about = [source, rows, held_out, *([split_by] if split_by != "prompt" else []), *filter(None, [files_of(source)])]
     folder = root / "data" / digest(about)
-    found = Task(*(folder / f"{name}.jsonl" for name in Task._fields))
+    task = Task(*(folder / f"{name}.jsonl" for name in Task._fields))
     if folder.is_dir():
-        return found
+        return task
     pairs: dict[str, str] = {}
     format = None
     for where, record in read(source):
@@ -61,7 +61,7 @@ def task_files(
     # One prompt of each held-out answer.
     parts = (kept, [units[unit][0] for unit in order[:held_out]], [units[u][0] for u in order[held_out : 2 * held_out]])
     with complete_folder(folder) as partial:
-        for path, part in zip(found, parts, strict=True):
+        for path, part in zip(task, parts, strict=True):
             lines = (json.dumps({"prompt": prompt, "completion": pairs[prompt]}) + "\n" for prompt in part)
             (partial / path.name).write_text("".join(lines), encoding="utf-8")
-    return found
+    return task

@@ -34,9 +34,9 @@ def offset(digits: str, nonzero: bool, draws: np.random.Generator) -> str:
 
     The sign stays outside: what would cross zero goes the other way.
     """
-    whole, point, decimals = digits.partition(".")
+    integer, point, decimals = digits.partition(".")
     scale = 10 ** len(decimals)
-    bare = whole.replace(",", "")
+    bare = integer.replace(",", "")
     size = int((bare + decimals) or "0")
     largest = max(3, size // scale // 5)
     # Numbers beyond 64 bits move in their leading digits.
@@ -46,7 +46,7 @@ def offset(digits: str, nonzero: bool, draws: np.random.Generator) -> str:
     if moved < 0 or (moved == 0 and nonzero):
         moved = size + step
     left, right = divmod(moved, scale)
-    written = f"{left:,}" if "," in whole else str(left).zfill(len(bare) if bare.startswith("0") else 0)
+    written = f"{left:,}" if "," in integer else str(left).zfill(len(bare) if bare.startswith("0") else 0)
     return written + point + (str(right).zfill(len(decimals)) if decimals else "")
 
 

@@ -87,7 +87,7 @@ def _other_letters(clean: str, shown: dict[str, str]) -> list[str]:
     own = clean.upper()
     if shown:
         text = shown.get(own, "").lower()
-        return [x for x, said in shown.items() if x != own and not (text and said.lower() == text)] * (own in shown)
+        return [x for x, listed in shown.items() if x != own and not (text and listed.lower() == text)] * (own in shown)
     # Where nobody lists options, "a" and "i" are words.
     last = max(ord(UNNAMED[-1]), ord(own))
     return [x for x in map(chr, range(ord(UNNAMED[0]), last + 1)) if x != own] * clean.isupper()
@@ -108,23 +108,23 @@ def options(prompt: str) -> dict[str, str]:
             run = [hit]
         if len(run) > 1:
             best = list(run)
-    found = {}
+    texts = {}
     for hit, follower in zip_longest(best, best[1:]):
         line = prompt.find("\n", hit.end())
         end = len(prompt) if line < 0 else line
         text = prompt[hit.end() : min(end, follower.start()) if follower else end]
-        found[hit["letter"].upper()] = text.strip().rstrip(",;").rstrip()
-    return found
+        texts[hit["letter"].upper()] = text.strip().rstrip(",;").rstrip()
+    return texts
 
 
 def _answers(response: str, first: re.Pattern[str], last: re.Pattern[str]) -> list[re.Match[str]]:
     """Return where the response gives its answer: at the start, at the start of its last line, at the end."""
     line = response.rstrip().rfind("\n") + 1
-    found = {}
+    by_start = {}
     for hit in (first.match(response), first.match(response, line), last.search(response)):
         if hit:
-            found[hit.start("is")] = hit
-    hits = [found[at] for at in sorted(found)]
+            by_start[hit.start("is")] = hit
+    hits = [by_start[at] for at in sorted(by_start)]
     return [hit for hit in hits if hit["is"].lower() == hits[-1]["is"].lower()]
 
 
@@ -132,9 +132,9 @@ def _beside(response: str, hit: re.Match[str], text: str) -> int | None:
     """Return where the option's text stands: right behind its letter, or right before one in brackets."""
 
     def here(start: int) -> bool:
-        said = response[max(start, 0) : start + len(text)]
+        candidate = response[max(start, 0) : start + len(text)]
         around = response[max(start - 1, 0) : max(start, 0)] + response[start + len(text) :][:1]
-        return said.lower() == text.lower() and not any(map(str.isalnum, around))
+        return candidate.lower() == text.lower() and not any(map(str.isalnum, around))
 
     before = response[: hit.start("is")].rstrip(" ([*_")
     if here(hit.end()):

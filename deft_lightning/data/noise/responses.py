@@ -39,12 +39,12 @@ class ResponseSwap(ResponseNoise):
         self, salt: str, ids: Sequence[str], responses: Sequence[str], prompts: Sequence[str]
     ) -> dict[int, list[Edit]]:
         """Return the swapped responses by position."""
-        chosen = self.select(salt, ids, range(len(ids)))
-        chosen.sort(key=lambda i: key(salt, ids[i], "order"))
-        groups = [chosen]
+        selected = self.select(salt, ids, range(len(ids)))
+        selected.sort(key=lambda i: key(salt, ids[i], "order"))
+        groups = [selected]
         if self.bucket_by_length:
             # A stable sort keeps the hash order among equals; each slice is a rotation of its own.
-            by_length = sorted(chosen, key=lambda i: len(responses[i]))
+            by_length = sorted(selected, key=lambda i: len(responses[i]))
             starts = range(0, max(len(by_length) - BUCKET // 2, 1), BUCKET)
             edges = [*starts, len(by_length)]
             groups = [by_length[a:b] for a, b in itertools.pairwise(edges)]

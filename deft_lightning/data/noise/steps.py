@@ -60,57 +60,57 @@ class StepEdit(ResponseNoise):
         self, salt: str, ids: Sequence[str], responses: Sequence[str], prompts: Sequence[str]
     ) -> dict[int, list[Edit]]:
         """Return the edits of the selected responses."""
-        chosen = range(len(ids)) if self.exact else self.select(salt, ids, range(len(ids)))
+        selected = range(len(ids)) if self.exact else self.select(salt, ids, range(len(ids)))
         pool: list[str] = []
         if self.op == "insert":
             # Of all responses, so that what is inserted at one rate is inserted at a higher one too.
             pool = sorted({s.text.strip() for text in responses for s in steps(text) if not s.answer})
-        made = {i: self._edit(salt, ids[i], responses[i], pool) for i in chosen}
-        found = {i: edits for i, edits in made.items() if edits}
-        return {i: found[i] for i in self.select(salt, ids, found)} if self.exact else found
+        made = {i: self._edit(salt, ids[i], responses[i], pool) for i in selected}
+        changed = {i: edits for i, edits in made.items() if edits}
+        return {i: changed[i] for i in self.select(salt, ids, changed)} if self.exact else changed
 
     def _edit(self, salt: str, example_id: str, response: str, pool: Sequence[str]) -> list[Edit]:
-        found = steps(response)
-        free = [i for i, step in enumerate(found) if not step.answer]
+        all_steps = steps(response)
+        free = [i for i, step in enumerate(all_steps) if not step.answer]
         draws = stream(salt, example_id, self.op)
         if self.op == "insert":
-            return self._insert(response, found, len(free), pool, draws)
+            return self._insert(response, all_steps, len(free), pool, draws)
         order = [free[j] for j in draws.permutation(len(free))]
         if self.op == "delete":
             # A free step is never the last, so it goes with the blanks up to the next one.
             gone = sorted(order[: self._share(len(free))])
-            return [Edit(found[i].start, found[i + 1].start, "") for i in gone]
-        return self._shuffle(found, order)
+            return [Edit(all_steps[i].start, all_steps[i + 1].start, "") for i in gone]
+        return self._shuffle(all_steps, order)
 
     def _share(self, steps: int) -> int:
         return max(round(self.fraction * steps), 1)
 
-    def _shuffle(self, found: Sequence[Step], order: Sequence[int]) -> list[Edit]:
+    def _shuffle(self, all_steps: Sequence[Step], order: Sequence[int]) -> list[Edit]:
         count = max(self._share(len(order)), 2)
-        other = next((i for i in order if found[i].text != found[order[0]].text), None)
+        other = next((i for i in order if all_steps[i].text != all_steps[order[0]].text), None)
         if other is None:
             return []
         moved = list(order[:count])
-        if len({found[i].text for i in moved}) == 1:
+        if len({all_steps[i].text for i in moved}) == 1:
             moved[-1] = other
         # Everyone takes the text of the next in a circle, so each moves; equal texts in a row are no change.
         pairs = sorted([*pairwise(moved), (moved[-1], moved[0])])
         return [
-            Edit(found[i].start, found[i].start + len(found[i].text), found[j].text)
+            Edit(all_steps[i].start, all_steps[i].start + len(all_steps[i].text), all_steps[j].text)
             for i, j in pairs
-            if found[i].text != found[j].text
+            if all_steps[i].text != all_steps[j].text
         ]
 
     def _insert(
-        self, response: str, found: Sequence[Step], free: int, pool: Sequence[str], draws: np.random.Generator
+        self, response: str, all_steps: Sequence[Step], free: int, pool: Sequence[str], draws: np.random.Generator
     ) -> list[Edit]:
-        own = {step.text.strip() for step in found}
-        if not found or not pool:
+        own = {step.text.strip() for step in all_steps}
+        if not all_steps or not pool:
             return []
         edits: dict[int, str] = {}
         lines = "\n" in response.strip()
         for _ in range(self._share(free)):
-            before = int(draws.integers(len(found)))
+            before = int(draws.integers(len(all_steps)))
             at = int(draws.integers(len(pool)))
             # Its own steps are few, so a foreign one is near; what was inserted counts as its own from then on.
             new = next((text for k in range(len(pool)) if (text := pool[(at + k) % len(pool)]) not in own), "")
@@ -119,9 +119,9 @@ class StepEdit(ResponseNoise):
             own.add(new)
             # A line goes before the next one, a sentence behind the last one: tokens hold the blank before a word, and
             # the break after a line, so that the clean ones stay whole.
-            place, text = found[before].start, new + ("\n" if lines else " ")
+            place, text = all_steps[before].start, new + ("\n" if lines else " ")
             if before and not lines:
-                place, text = found[before - 1].start + len(found[before - 1].text), f" {new}"
+                place, text = all_steps[before - 1].start + len(all_steps[before - 1].text), f" {new}"
             edits[place] = edits.get(place, "") + text
         return [Edit(place, place, text) for place, text in sorted(edits.items())]
 

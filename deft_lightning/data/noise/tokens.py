@@ -60,10 +60,10 @@ class TokenReplace(TokenNoise):
         # Two streams of one number a token: which tokens are hit and what they become do not depend on the rate.
         where = stream(salt, example_id, "where").random(skipped + len(labels))[skipped:]
         draws = stream(salt, example_id, "what").random(skipped + len(labels))[skipped:]
-        chosen = where < self.rate
+        hit = where < self.rate
         if self.exact:
-            chosen = np.zeros(len(labels), dtype=bool)
-            chosen[np.argsort(where, kind="stable")[: exact_count(self.rate, len(labels))]] = True
+            hit = np.zeros(len(labels), dtype=bool)
+            hit[np.argsort(where, kind="stable")[: exact_count(self.rate, len(labels))]] = True
         weights = np.ones(len(vocabulary.ids))
         if self.source == "unigram":
             weights = vocabulary.counts.astype(np.float64)
@@ -75,7 +75,7 @@ class TokenReplace(TokenNoise):
         picked = _by_weight(vocabulary, weights, at, present, draws)
         if self.source == "confusable":
             picked = np.where(present, _look_alike(vocabulary, at, draws), picked)
-        return np.where(chosen & (picked != labels), picked, labels)
+        return np.where(hit & (picked != labels), picked, labels)
 
 
 def _by_weight(vocabulary: Vocabulary, weights: Floats, at: Ids, present: NDArray[np.bool_], draws: Floats) -> Ids:

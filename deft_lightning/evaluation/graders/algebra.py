@@ -47,19 +47,19 @@ class Algebra:
         self._closed = False
         os.register_at_fork(after_in_child=self._forget)
 
-    def same(self, gold: str, said: str, digits: int = 6) -> bool:
+    def same(self, gold: str, answer: str, digits: int = 6) -> bool:
         """Whether two answers in LaTeX are equal; False where a limit comes before the answer.
 
         Args:
             gold: The right answer.
-            said: The model's answer, at most a few hundred letters.
+            answer: The model's answer, at most a few hundred letters.
             digits: Decimals that numbers are rounded to.
         """
-        return self.ask(("same", gold, said, digits)) is True
+        return self.ask(("same", gold, answer, digits)) is True
 
-    def form(self, said: str) -> str | None:
+    def form(self, latex: str) -> str | None:
         """Return a text that is the same for answers that parse to the same; None where it does not parse in time."""
-        answer = self.ask(("form", said))
+        answer = self.ask(("form", latex))
         return answer if isinstance(answer, str) else None
 
     def ask(self, question: tuple[Any, ...]) -> Any:
@@ -72,21 +72,21 @@ class Algebra:
         with self._lock:
             for _ in range(DEATHS):
                 try:
-                    told = self._told(line)
+                    reply = self._reply(line)
                 except BaseException:
                     self._stop()  # its answer, if it comes, must not be taken for that to the next question
                     raise
-                if told is not None:
+                if reply is not None:
                     break
                 self._stop()
             else:
                 raise UserError(
                     f"the grader of mathematics was killed {DEATHS} times at the same answer (too little memory?)"
                 )
-            what, found = told
+            what, value = reply
             if what == "failed":
-                raise UserError(f"the grader of mathematics can start no process ({found})")
-            return GaveUp(found) if what == "gave_up" else found
+                raise UserError(f"the grader of mathematics can start no process ({value})")
+            return GaveUp(value) if what == "gave_up" else value
 
     def close(self) -> None:
         """End the worker, if there is one."""
@@ -99,7 +99,7 @@ class Algebra:
         if (worker := self._worker) is not None:
             _kill(worker)
 
-    def _told(self, line: str) -> list[Any] | None:
+    def _reply(self, line: str) -> list[Any] | None:
         worker = self._started()
         assert worker.stdin is not None and worker.stdout is not None
         try:
@@ -107,8 +107,8 @@ class Algebra:
             worker.stdin.flush()
         except OSError:
             return None
-        told = worker.stdout.readline()
-        return json.loads(told) if told.endswith("\n") else None
+        reply = worker.stdout.readline()
+        return json.loads(reply) if reply.endswith("\n") else None
 
     def _started(self) -> subprocess.Popen[str]:
         if self._worker is None or self._worker.poll() is not None:

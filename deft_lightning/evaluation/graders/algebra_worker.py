@@ -42,22 +42,22 @@ WARM = [
 ]  # fmt: skip
 
 
-def same(gold: str, said: str, digits: int) -> bool:
+def same(gold: str, answer: str, digits: int) -> bool:
     """Whether two answers in LaTeX are equal, symbolically or when rounded to so many decimals."""
     from math_verify import verify
 
-    return bool(verify(_parsed(gold), _parsed(said), float_rounding=digits, timeout_seconds=0))
+    return bool(verify(_parsed(gold), _parsed(answer), float_rounding=digits, timeout_seconds=0))
 
 
-def form(said: str) -> str | None:
+def form(latex: str) -> str | None:
     """Return a text that is the same for answers that parse to the same; decimals are fractions."""
     from sympy import Basic, nsimplify
 
-    found = _parsed(said)
-    if not found:
+    parsed = _parsed(latex)
+    if not parsed:
         return None
-    number = isinstance(found[0], Basic) and getattr(found[0], "is_number", False)
-    text = str(nsimplify(found[0], rational=True) if number else found[0])
+    number = isinstance(parsed[0], Basic) and getattr(parsed[0], "is_number", False)
+    text = str(nsimplify(parsed[0], rational=True) if number else parsed[0])
     return text if len(text) <= FORM else None
 
 
@@ -76,9 +76,9 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     logging.disable(logging.CRITICAL)
-    for gold, said in WARM:
-        _answer("same", gold, said, 6)
-        _answer("form", said)
+    for gold, latex in WARM:
+        _answer("same", gold, latex, 6)
+        _answer("form", latex)
     guard_sizes(lambda size: _leave("gave_up", size))
     _limit_memory(int(sys.argv[1]))
     gc.collect()
@@ -89,12 +89,12 @@ def main() -> None:
     for line in sys.stdin:
         calls, seconds, *question = json.loads(line)
         try:
-            found = _forked(question, calls / FASTEST)
-            if found == ["gave_up", "time"]:
-                found = _forked(question, seconds, calls)
+            reply = _forked(question, calls / FASTEST)
+            if reply == ["gave_up", "time"]:
+                reply = _forked(question, seconds, calls)
         except OSError as error:  # no process to be had
-            found = ["failed", error.strerror]
-        answers.write(json.dumps(found) + "\n")
+            reply = ["failed", error.strerror]
+        answers.write(json.dumps(reply) + "\n")
         answers.flush()
 
 
@@ -110,13 +110,13 @@ def _answer(what: str, *arguments: Any) -> Any:
 
 def _forked(question: list[Any], seconds: float, calls: int | None = None) -> list[Any]:
     """Return what a new fork answers within so much processor time and, if they are counted, so many calls."""
-    global _told
-    answers, _told = os.pipe()
+    global _reply_pipe
+    answers, _reply_pipe = os.pipe()
     try:
         child = os.fork()
     except OSError:
         os.close(answers)
-        os.close(_told)
+        os.close(_reply_pipe)
         raise
     if not child:
         try:
@@ -127,7 +127,7 @@ def _forked(question: list[Any], seconds: float, calls: int | None = None) -> li
             _leave("found", _answer(*question))
         finally:
             os._exit(1)
-    os.close(_told)
+    os.close(_reply_pipe)
     line = b""
     # Standard input has nothing while an answer is waited for: it is ready once nobody waits any more.
     while not line.endswith(b"\n"):
@@ -140,21 +140,21 @@ def _forked(question: list[Any], seconds: float, calls: int | None = None) -> li
     os.close(answers)
     status = os.waitpid(child, 0)[1]
     if line.endswith(b"\n"):
-        found: list[Any] = json.loads(line)
-        return found
+        reply: list[Any] = json.loads(line)
+        return reply
     late = os.WIFSIGNALED(status) and os.WTERMSIG(status) in (signal.SIGPROF, signal.SIGALRM)
     return ["gave_up", "time" if late else "memory"]
 
 
-_told = -1  # where a fork writes its answer
+_reply_pipe = -1  # where a fork writes its answer
 
 
-def _leave(*found: Any) -> NoReturn:
+def _leave(*reply: Any) -> NoReturn:
     """Write the answer, and end this fork whatever it is in the middle of."""
     sys.settrace(None)
     signal.setitimer(signal.ITIMER_PROF, 0)
     signal.setitimer(signal.ITIMER_REAL, 0)
-    os.write(_told, json.dumps(found).encode() + b"\n")  # less than a pipe holds
+    os.write(_reply_pipe, json.dumps(reply).encode() + b"\n")  # less than a pipe holds
     os._exit(0)
 
 

@@ -45,7 +45,7 @@ class Choice(Grader):
         options = record["options"]
         strict = self.vote(completion, record)
         rules = (said_so, begun_with, nearest)
-        compat = strict or next((found for rule in rules if (found := rule(completion, options)) is not None), None)
+        compat = strict or next((label for rule in rules if (label := rule(completion, options)) is not None), None)
         return {"strict": float(strict == gold), "compat": float(compat == gold)}
 
     def vote(self, completion: str, record: Record) -> str | None:
@@ -59,10 +59,10 @@ class Choice(Grader):
 
 def said_so(completion: str, options: Mapping[str, str]) -> str | None:
     """Return the label behind the last "answer is" or "answer:" among the last 2,000 letters."""
-    found = None
-    for found in _patterns(tuple(options.items())).cued.finditer(completion[-TAIL:]):  # noqa: B007 - the last one
+    match = None
+    for match in _patterns(tuple(options.items())).cued.finditer(completion[-TAIL:]):  # noqa: B007 - the last one
         pass
-    return None if found is None else _label(found, options)
+    return None if match is None else _label(match, options)
 
 
 def begun_with(completion: str, options: Mapping[str, str]) -> str | None:
@@ -73,10 +73,10 @@ def begun_with(completion: str, options: Mapping[str, str]) -> str | None:
 
 def nearest(completion: str, options: Mapping[str, str]) -> str | None:
     """Return the label of the option whose text is most like the completion; None where it is like none."""
-    said = completion.strip()[-TAIL:].lower()
-    likeness = {label: Indel.normalized_similarity(said, text.lower()) for label, text in options.items()}
+    tail = completion.strip()[-TAIL:].lower()
+    likeness = {label: Indel.normalized_similarity(tail, text.lower()) for label, text in options.items()}
     best = max(likeness, key=likeness.__getitem__)
-    return best if said and likeness[best] > 0 else None
+    return best if tail and likeness[best] > 0 else None
 
 
 def label_of(answer: Any, options: Mapping[str, str]) -> str | None:
@@ -104,9 +104,9 @@ def _patterns(options: tuple[tuple[str, str], ...]) -> _Patterns:
     labels = "|".join(_exactly(label) for label, _ in sorted(options, key=lambda pair: -len(pair[0])))
     texts = "|".join(f"(?i:{re.escape(text.strip())})" for _, text in sorted(options, key=lambda pair: -len(pair[1])))
     end = r"[\s*_\"'`)\]$.!]*"
-    said = rf"(?:(?P<label>{labels})(?:{end}|[\s*_)\].:,\-]+(?P<beside>{texts}){end})|(?P<text>{texts}){end})"
+    answer = rf"(?:(?P<label>{labels})(?:{end}|[\s*_)\].:,\-]+(?P<beside>{texts}){end})|(?P<text>{texts}){end})"
     return _Patterns(
-        re.compile(rf"(?:(?i:{_CUE}))?{_AROUND}{said}"),
+        re.compile(rf"(?:(?i:{_CUE}))?{_AROUND}{answer}"),
         re.compile(rf"(?i:\b(?:answer|option|choice)(?:\s+is|\s*:)){_AROUND}(?P<label>{labels})(?![A-Za-z0-9])"),
         re.compile(rf"[\s*_\"'`(\[]{{0,20}}(?P<label>{labels})(?:(?<=[A-Za-z]{{2}})\b|(?=[)\].:,]|\s*\Z|[ \t]*\n))"),
     )

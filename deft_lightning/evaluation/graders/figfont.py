@@ -44,11 +44,11 @@ class FigFont(Grader):
 
     def __call__(self, completion: str, gold: str, record: Record) -> dict[str, float]:
         """Return the three figures."""
-        said, wanted = tidy(completion), tidy(gold)
+        answer, wanted = tidy(completion), tidy(gold)
         return {
-            "exact_match": float(said == wanted),
-            "exact_match_normalised": float(_normal(said) == _normal(wanted)),
-            "jaro_winkler": jaro_winkler(said[:LONGEST].lower(), wanted.lower()),
+            "exact_match": float(answer == wanted),
+            "exact_match_normalised": float(_normal(answer) == _normal(wanted)),
+            "jaro_winkler": jaro_winkler(answer[:LONGEST].lower(), wanted.lower()),
         }
 
     def vote(self, completion: str, record: Record) -> str | None:

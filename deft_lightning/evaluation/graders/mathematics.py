@@ -43,63 +43,63 @@ class Math(Grader):
 
     def answer(self, completion: str) -> str | None:
         """Return the final answer as it is written; None where there is none."""
-        return next((found for rule in self.rules if (found := RULES[rule](completion)) is not None), None)
+        return next((written for rule in self.rules if (written := RULES[rule](completion)) is not None), None)
 
     def __call__(self, completion: str, gold: str, record: Record) -> dict[str, float]:
         """Return ``correct``."""
-        said = self.answer(completion)
-        return {"correct": float(said is not None and same_answer(gold, said, _tolerance(record)))}
+        answer = self.answer(completion)
+        return {"correct": float(answer is not None and same_answer(gold, answer, _tolerance(record)))}
 
     def vote(self, completion: str, record: Record) -> str | None:
         """Return the answer in a form that is the same for answers that are the same."""
-        said = self.answer(completion)
-        if said is None:
+        answer = self.answer(completion)
+        if answer is None:
             return None
-        found = _form(said)
-        if isinstance(found, str):
-            return found
-        parsed = judge().ask(found)
-        return parsed if isinstance(parsed, str) and parsed else words(said)
+        form = _form(answer)
+        if isinstance(form, str):
+            return form
+        parsed = judge().ask(form)
+        return parsed if isinstance(parsed, str) and parsed else words(answer)
 
     def questions(self, completion: str, gold: str, record: Record, votes: bool) -> list[Question]:
         """Return what computer algebra will be asked."""
-        said = self.answer(completion)
-        if said is None:
+        answer = self.answer(completion)
+        if answer is None:
             return []
-        found = [_compared(gold, said, _tolerance(record)), *([_form(said)] if votes else [])]
-        return [question for question in found if isinstance(question, tuple)]
+        asked = [_compared(gold, answer, _tolerance(record)), *([_form(answer)] if votes else [])]
+        return [question for question in asked if isinstance(question, tuple)]
 
     def doubt(self, completion: str, gold: str, record: Record) -> str | None:
         """Return the limit that came before a verdict."""
-        said = self.answer(completion)
-        question = None if said is None else _compared(gold, said, _tolerance(record))
-        answer = judge().memory.get(question) if isinstance(question, tuple) else None
-        return LIMITS[answer.limit] if isinstance(answer, GaveUp) else None
+        answer = self.answer(completion)
+        question = None if answer is None else _compared(gold, answer, _tolerance(record))
+        verdict = judge().memory.get(question) if isinstance(question, tuple) else None
+        return LIMITS[verdict.limit] if isinstance(verdict, GaveUp) else None
 
 
-def same_answer(gold: str, said: str, tolerance: float = 0.0) -> bool:
+def same_answer(gold: str, answer: str, tolerance: float = 0.0) -> bool:
     """Whether an answer equals the gold one.
 
     Args:
         gold: The right answer, in LaTeX or plain, with or without dollar signs.
-        said: The model's; more than 500 letters are no answer.
+        answer: The model's; more than 500 letters are no answer.
         tolerance: Absolute difference that numbers may have.
     """
-    found = _compared(gold, said, tolerance)
-    return found if isinstance(found, bool) else judge().ask(found) is True
+    verdict = _compared(gold, answer, tolerance)
+    return verdict if isinstance(verdict, bool) else judge().ask(verdict) is True
 
 
 @lru_cache(maxsize=100_000)
-def _compared(gold: str, said: str, tolerance: float) -> bool | Question:
+def _compared(gold: str, answer: str, tolerance: float) -> bool | Question:
     """Return the verdict, or the question to computer algebra that decides."""
-    if len(said) > LONGEST:
+    if len(answer) > LONGEST:
         return False
-    right, number = plain(gold), plain(said)
+    right, number = plain(gold), plain(answer)
     if right is not None and number is not None:
         return same_number(right, number, tolerance)
-    if same_words(gold, said):
+    if same_words(gold, answer):
         return True
-    return "same", gold.replace("$", ""), said, 6 + (0 if right is None else _zeros(right.value))
+    return "same", gold.replace("$", ""), answer, 6 + (0 if right is None else _zeros(right.value))
 
 
 def _zeros(value: Fraction) -> int:
@@ -110,19 +110,19 @@ def _zeros(value: Fraction) -> int:
 
 
 @lru_cache(maxsize=100_000)
-def _form(said: str) -> str | Question:
+def _form(answer: str) -> str | Question:
     """Return the text by which an answer votes, or the question to computer algebra that finds it."""
-    number = plain(said)
+    number = plain(answer)
     if number is not None:
         return str(number.value)
-    text = words(said)
-    return text if (len(text) > 1 and text.isalpha()) or len(said) > LONGEST else ("form", said)
+    text = words(answer)
+    return text if (len(text) > 1 and text.isalpha()) or len(answer) > LONGEST else ("form", answer)
 
 
 def _tolerance(record: Record) -> float:
     error = record.get("error")
     try:
-        found = float(error) if isinstance(error, str | int | float) else 0.0
+        tolerance = float(error) if isinstance(error, str | int | float) else 0.0
     except (ValueError, OverflowError):  # OlympiadBench leaves the field empty, or has one for each of several answers
         return 0.0
-    return found if 0 <= found < math.inf else 0.0
+    return tolerance if 0 <= tolerance < math.inf else 0.0
