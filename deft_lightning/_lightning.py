@@ -10,6 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -19,22 +20,22 @@ from lightning.pytorch.trainer.states import TrainerFn
 # ---------------------------------------------------------------------------------------------------- where a fit is
 
 
-def is_logging_step(trainer: Any) -> bool:
+def is_logging_step(trainer: Trainer) -> bool:
     """Whether what is logged in this batch is written, by ``log_every_n_steps``; the same on every rank."""
     return bool(trainer._logger_connector.should_update_logs)
 
 
-def is_accumulating(trainer: Any) -> bool:
+def is_accumulating(trainer: Trainer) -> bool:
     """Whether the batch in hand is a micro-batch after which the optimizer does not step yet."""
     return bool(trainer.fit_loop._should_accumulate())
 
 
-def logged_step(trainer: Any) -> int:
+def logged_step(trainer: Trainer) -> int:
     """Return the step that Lightning's own loggers write beside."""
     return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
 
 
-def restore_place_in_data(trainer: Any) -> None:
+def restore_place_in_data(trainer: Trainer) -> None:
     """Give the training loader its place from a checkpoint, where it was made before the checkpoint was restored.
 
     Whatever counts the steps of a run makes it, a schedule that is planned over epochs for one; Lightning hands the
@@ -51,7 +52,7 @@ def trainer_of(module: Any) -> Any | None:
     return module._trainer
 
 
-def attach(trainer: Any, module: Any, datamodule: Any | None = None) -> None:
+def attach(trainer: Trainer, module: Any, datamodule: Any | None = None) -> None:
     """Tell trainer, module and data module of each other, as the loops do for Lightning's own verbs."""
     if datamodule is not None and module is not None:
         trainer._data_connector.attach_data(module, datamodule=datamodule)
@@ -60,7 +61,7 @@ def attach(trainer: Any, module: Any, datamodule: Any | None = None) -> None:
     trainer.strategy._lightning_module = module
 
 
-def attached_module(trainer: Any) -> Any | None:
+def attached_module(trainer: Trainer) -> Any | None:
     """Return the module of a trainer, None before it has one."""
     return trainer.strategy._lightning_module
 
@@ -81,7 +82,7 @@ class CheckpointConnector(_CheckpointConnector):
     """
 
     @classmethod
-    def install(cls, trainer: Any) -> None:
+    def install(cls, trainer: Trainer) -> None:
         """Make a trainer restore through this class."""
         trainer._checkpoint_connector = cls(trainer)
 
@@ -95,25 +96,25 @@ class CheckpointConnector(_CheckpointConnector):
         """What was read of it; empty if nothing was."""
         return self._loaded_checkpoint
 
-    def find(self, stage: TrainerFn, ckpt_path: Any) -> Any:
+    def find(self, stage: TrainerFn, ckpt_path: str | Path | None) -> Any:
         """Return the path to give to Lightning for what a user asked for."""
         return ckpt_path
 
-    def found(self, stage: TrainerFn, path: Any) -> None:
+    def selected(self, stage: TrainerFn, path: str | Path | None) -> None:
         """Look at the path that Lightning has settled on, None for no checkpoint, before anything is read."""
 
     def _select_ckpt_path(
-        self, state_fn: TrainerFn, ckpt_path: Any, model_provided: bool, model_connected: bool
+        self, state_fn: TrainerFn, ckpt_path: str | Path | None, model_provided: bool, model_connected: bool
     ) -> Any:
         path = super()._select_ckpt_path(state_fn, self.find(state_fn, ckpt_path), model_provided, model_connected)
-        self.found(state_fn, path)
+        self.selected(state_fn, path)
         return path
 
 
 class FinalCheckpoint(ModelCheckpoint):
     """Lightning's checkpoints, which can be asked to save a run's final state, whatever their intervals say."""
 
-    def save_final(self, trainer: Any) -> None:
+    def save_final(self, trainer: Trainer) -> None:
         """Save the state as it is, unless it is saved already."""
         if self._should_skip_saving_checkpoint(trainer):
             return
@@ -122,7 +123,7 @@ class FinalCheckpoint(ModelCheckpoint):
             self._save_topk_checkpoint(trainer, candidates)
         self._save_last_checkpoint(trainer, candidates)
 
-    def _save_last_checkpoint(self, trainer: Any, monitor_candidates: dict[str, Any]) -> None:
+    def _save_last_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Any]) -> None:
         """Link to the newest checkpoint; if somebody has removed it, to one that is saved now."""
         newest = self._last_checkpoint_saved
         writing = getattr(trainer.strategy.checkpoint_io, "pending", lambda _: False)

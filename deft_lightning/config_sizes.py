@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from deft_lightning.annotations import Record
 from deft_lightning.errors import UserError
 
 # Sizes that have to be whole numbers above zero, under the names of the families.
@@ -18,7 +19,7 @@ LARGEST = 1 << 31
 MANY = {"layer": 2_000, "layers": 2_000, "experts": 100_000, "labels": 1_000_000}
 
 
-def check_sizes(settings: Mapping[str, Any], where: str, option: str) -> None:
+def check_sizes(settings: Record, where: str, option: str) -> None:
     """Refuse sizes of a config that no model has, at any depth.
 
     Args:
@@ -41,7 +42,7 @@ def check_sizes(settings: Mapping[str, Any], where: str, option: str) -> None:
                 raise UserError(f"{where}{path} {number:,} is more than any model has, {bound:,} at most ({option})")
 
 
-def _leaves(settings: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+def _leaves(settings: Record, path: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in settings.items():
         here = f"{path}.{name}" if path else str(name)
         if isinstance(value, Mapping):

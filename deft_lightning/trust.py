@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+from deft_lightning.annotations import Record, Settings
 from deft_lightning.errors import UserError, did_you_mean
 
 REMEDY = "--model.trust_remote_code true"
@@ -22,7 +23,7 @@ WEIGHTS = (
 OPTIONS = {"config.json": "--model.pretrained", "tokenizer_config.json": "--data.tokenizer, or --model.pretrained"}
 
 
-def read_settings(name: str, file: str) -> dict[str, Any]:
+def read_settings(name: str, file: str) -> Settings:
     """Return a JSON file of a folder, or of a hub id from the hub's cache or the hub; empty if it is not there.
 
     Raises:
@@ -58,7 +59,7 @@ def _find(name: str, file: str) -> Path | None:
     return None if cached is None else Path(cached)
 
 
-def check_model(name: str, trust: bool, attention: str | None = None) -> dict[str, Any]:
+def check_model(name: str, trust: bool, attention: str | None = None) -> Settings:
     """Refuse a model that would run or fetch code, or read files elsewhere; return its config.
 
     Args:
@@ -89,7 +90,7 @@ def check_model(name: str, trust: bool, attention: str | None = None) -> dict[st
     return settings
 
 
-def check_code(settings: Mapping[str, Any], where: str, trust: bool = False, attention: str | None = None) -> None:
+def check_code(settings: Record, where: str, trust: bool = False, attention: str | None = None) -> None:
     """Refuse kernels that a config names, which are code; code of its parts is not asked about either.
 
     Args:
@@ -136,7 +137,7 @@ def check_tokenizer(name: str, trust: bool) -> None:
         _refuse(name, "its tokenizer is code of its own", code, "--data.tokenizer, or --model.pretrained")
 
 
-def check_attention(value: Any, trust: bool, where: str) -> None:
+def check_attention(value: object, trust: bool, where: str) -> None:
     """Refuse an attention that transformers does not have; a kernel of the hub is code, which has to be admitted.
 
     Args:
@@ -172,7 +173,7 @@ def inside(name: str) -> bool:
     return not (posix.is_absolute() or windows.anchor or ".." in (*posix.parts, *windows.parts) or "\0" in name)
 
 
-def weight_files(name: str, named: Any = None) -> list[Path]:
+def weight_files(name: str, named: object = None) -> list[Path]:
     """Return the files in a folder that hold the weights to be loaded; none of a hub id.
 
     Args:
@@ -189,7 +190,7 @@ def weight_files(name: str, named: Any = None) -> list[Path]:
     return [folder / part for part in sorted(set(read_settings(name, first)["weight_map"].values()))]
 
 
-def _check_index(name: str, named: Any) -> None:
+def _check_index(name: str, named: object) -> None:
     folder = Path(name).expanduser()
     if not folder.is_dir():
         return  # the hub's own names are held to their repository by its client
@@ -211,7 +212,7 @@ def _check_index(name: str, named: Any) -> None:
             raise UserError(f"{name}: {file} names {part!r}, which is not there (--model.pretrained)")
 
 
-def _code(auto_map: Any, wanted: tuple[str, ...]) -> list[str]:
+def _code(auto_map: object, wanted: tuple[str, ...]) -> list[str]:
     """The classes that an ``auto_map`` names for what is to be loaded."""
     if not isinstance(auto_map, Mapping):
         return []
@@ -233,7 +234,7 @@ def _file(reference: str) -> str:
     return f"{elsewhere + ': ' if elsewhere else ''}{rest.rpartition('.')[0] or rest}.py"
 
 
-def _tokenizer_known(name: Any) -> bool:
+def _tokenizer_known(name: object) -> bool:
     from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
     if not isinstance(name, str):

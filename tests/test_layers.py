@@ -33,8 +33,8 @@ FLOORS = [
     {"addresses"},
 ]
 GROUND = {
-    "_lightning", "_version", "answers", "atomic", "config_sizes", "errors", "functional", "hashing", "outputs",
-    "ranks", "registry", "terminal", "trust",
+    "_lightning", "_version", "annotations", "answers", "atomic", "config_sizes", "errors", "functional", "hashing",
+    "outputs", "ranks", "registry", "terminal", "trust",
 }  # fmt: skip
 # Names that users and saved configs have for what lies in rooms.
 ADDRESSES = {"__init__", "__main__", "module", "optim", "strategy", "trainer"}

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.types import STEP_OUTPUT
 
 from deft_lightning._lightning import FinalCheckpoint, is_accumulating
 
@@ -53,7 +53,7 @@ class Checkpoint(FinalCheckpoint):
         super().setup(trainer, pl_module, stage)
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: object, batch_idx: int
     ) -> None:
         """Save where training stops, before Lightning counts the epoch that is cut there as finished."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)

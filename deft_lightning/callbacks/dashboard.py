@@ -7,6 +7,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from deft_lightning._lightning import logged_step
+from deft_lightning.annotations import Batch
 from deft_lightning.callbacks.drawings import gate_curve
 from deft_lightning.callbacks.marked import marked
 from deft_lightning.callbacks.monitor import add_figure, has_matplotlib, writers
@@ -76,7 +77,7 @@ class Dashboard(Callback):
         trainer: Trainer,
         pl_module: LightningModule,
         outputs: Any,
-        batch: Any,
+        batch: Batch,
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from lightning.pytorch import Trainer
+from torch import Tensor
 
 from deft_lightning.callbacks.monitor import TokenMonitor
 from deft_lightning.callbacks.watched import WatchedModule
@@ -35,7 +35,12 @@ class EntropyMonitor(TokenMonitor):
         return PackedHistogram([(0.0, highest), (0.0, highest), (0.0, 1.0)], self.bins)
 
     def observe(
-        self, packed: PackedHistogram, module: WatchedModule, stats: TokenStats, noise_code: Any, clean_labels: Any
+        self,
+        packed: PackedHistogram,
+        module: WatchedModule,
+        stats: TokenStats,
+        noise_code: Tensor | None,
+        clean_labels: Tensor | None,
     ) -> None:
         """Add both entropies and the collision probability of each token."""
         packed.update(0, stats.entropy)

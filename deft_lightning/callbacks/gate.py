@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from itertools import pairwise
-from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
 
 from deft_lightning.callbacks.drawings import occupancy
 from deft_lightning.callbacks.locked import LockWatch, locked
@@ -91,7 +91,12 @@ class GateMonitor(TokenMonitor):
         return PackedHistogram([(0.0, 1.0)] * (FIXED + len(self.others) + 1 + BANDS), self.bins)
 
     def observe(
-        self, packed: PackedHistogram, module: WatchedModule, stats: TokenStats, noise_code: Any, clean_labels: Any
+        self,
+        packed: PackedHistogram,
+        module: WatchedModule,
+        stats: TokenStats,
+        noise_code: Tensor | None,
+        clean_labels: Tensor | None,
     ) -> None:
         """Add gate, probability, gradient and focus of each token."""
         current_objective: Objective = module.current_objective

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 
+from deft_lightning.annotations import Batch, Tokenizer
 from deft_lightning.functional import IGNORE_INDEX
 from deft_lightning.terminal import visible
 
@@ -19,7 +19,7 @@ LEGEND = (
 )
 
 
-def marked(tokenizer: Any, batch: dict[str, Any], gate: Tensor, examples: int, tokens: int) -> str:
+def marked(tokenizer: Tokenizer, batch: Batch, gate: Tensor, examples: int, tokens: int) -> str:
     """Return the first examples of a batch, the labels of their supervised tokens marked by gate.
 
     Args:
@@ -47,7 +47,7 @@ def marked(tokenizer: Any, batch: dict[str, Any], gate: Tensor, examples: int, t
     return "\n\n---\n\n".join(parts)
 
 
-def _runs(tokenizer: Any, learnt: Sequence[tuple[int, bool]], gates: Sequence[float]) -> str:
+def _runs(tokenizer: Tokenizer, learnt: Sequence[tuple[int, bool]], gates: Sequence[float]) -> str:
     """Return tokens, neighbours of one level and kind together."""
     runs: list[tuple[tuple[str, bool], list[int], list[float]]] = []
     for (label, noisy), gate in zip(learnt, gates, strict=False):

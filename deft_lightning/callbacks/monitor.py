@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
 
 from deft_lightning._lightning import is_accumulating, is_logging_step, logged_step
 from deft_lightning.callbacks.watched import WatchedModule, is_watched, watched
@@ -38,7 +39,12 @@ class TokenMonitor(Callback):
         raise NotImplementedError
 
     def observe(
-        self, packed: PackedHistogram, module: WatchedModule, stats: TokenStats, noise_code: Any, clean_labels: Any
+        self,
+        packed: PackedHistogram,
+        module: WatchedModule,
+        stats: TokenStats,
+        noise_code: Tensor | None,
+        clean_labels: Tensor | None,
     ) -> None:
         """Add the N tokens of one micro-batch.
 
@@ -56,7 +62,7 @@ class TokenMonitor(Callback):
         raise NotImplementedError
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: object, batch_idx: int
     ) -> None:
         """Collect on logged steps; report once the optimizer has stepped."""
         if not is_watched(pl_module) or not is_logging_step(trainer):

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from lightning.pytorch import Trainer
+from torch import Tensor
 
 from deft_lightning.callbacks.monitor import TokenMonitor
 from deft_lightning.callbacks.watched import WatchedModule
@@ -33,7 +32,12 @@ class NoiseMonitor(TokenMonitor):
         return PackedHistogram([(0.0, 1.0)] * 13, BINS)
 
     def observe(
-        self, packed: PackedHistogram, module: WatchedModule, stats: TokenStats, noise_code: Any, clean_labels: Any
+        self,
+        packed: PackedHistogram,
+        module: WatchedModule,
+        stats: TokenStats,
+        noise_code: Tensor | None,
+        clean_labels: Tensor | None,
     ) -> None:
         """Add each token to its class."""
         if noise_code is None:

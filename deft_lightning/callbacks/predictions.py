@@ -65,7 +65,7 @@ class PredictionWriter(BasePredictionWriter):
         pl_module: LightningModule,
         prediction: Any,
         batch_indices: Sequence[int] | None,
-        batch: Any,
+        batch: object,
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:

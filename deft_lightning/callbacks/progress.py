@@ -8,6 +8,7 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.utilities.types import STEP_OUTPUT
 
 
 class SFTProgressBar(TQDMProgressBar):
@@ -21,13 +22,13 @@ class SFTProgressBar(TQDMProgressBar):
         super().__init__(refresh_rate=(1 if sys.stderr.isatty() else 10) if refresh_rate is None else refresh_rate)
         self._tokens, self._since, self._rate = 0, 0.0, 0.0
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
         """Start the clock."""
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         self._since = self._since or time.perf_counter()
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: object, batch_idx: int
     ) -> None:
         """Count tokens; the count is a plain number in the batch, so nothing waits for the device."""
         self._tokens += batch.get("num_tokens", 0) if isinstance(batch, dict) else 0

@@ -8,6 +8,7 @@ from types import FrameType
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.types import STEP_OUTPUT
 from lightning_utilities.core.rank_zero import rank_zero_info
 
 from deft_lightning._lightning import is_accumulating
@@ -48,7 +49,7 @@ class GracefulStop(Callback):
         rank_zero_info("\nstopping after this step; Ctrl-C again to stop at once")
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: object, batch_idx: int
     ) -> None:
         """Stop between optimizer steps."""
         # A module that has no such agreement is stopped rank by rank.

@@ -7,6 +7,7 @@ from typing import Any, Protocol, cast
 import torch
 from lightning.pytorch import LightningModule
 
+from deft_lightning.annotations import CausalLM, Tokenizer
 from deft_lightning.objectives import Objective
 
 
@@ -24,7 +25,7 @@ class WatchedModule(Protocol):
     """
 
     objective: Objective
-    model: Any
+    model: CausalLM
     stop_asked: bool
     stop_agreed: bool
 
@@ -33,7 +34,7 @@ class WatchedModule(Protocol):
         """The objective in force at this point of the run."""
 
     @property
-    def tokenizer(self) -> Any | None:
+    def tokenizer(self) -> Tokenizer | None:
         """Turns tokens into text; None where there is none."""
 
     @property

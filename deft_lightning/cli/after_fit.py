@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from deft_lightning.cli.crash import RUN, explain
+from deft_lightning.training.logs import folder_of
 from deft_lightning.training.trainer import Trainer
 
 PROGRAM = "python -m deft_lightning"
@@ -74,7 +75,7 @@ def _repeat(failed: dict[str, Exception], kept: Path | None, folder: str | None,
     return f"; {first} failed{also}, training is complete and saved in {kept}: repeat it with {again}"
 
 
-def newest(trainer: Any) -> Path | None:
+def newest(trainer: Trainer) -> Path | None:
     """Return the newest checkpoint that a run has written, or goes on from."""
     candidates: list[tuple[float, Path]] = []
     for callback in trainer.checkpoint_callbacks:
@@ -98,15 +99,15 @@ def _rescued(trainer: Trainer, folder: str | None) -> Path | None:
     return None
 
 
-def saved(trainer: Any) -> str:
+def saved(trainer: Trainer) -> str:
     """Return for the line of an error where a run's state is kept; nothing before the first checkpoint."""
     path = newest(trainer)
     return "" if path is None else f"; the newest checkpoint is {path}: go on from it, or export it, with --ckpt_path"
 
 
-def log_folder(trainer: Any) -> Path | None:
+def log_folder(trainer: Trainer) -> Path | None:
     """Return a run's log folder without asking other ranks, which may be gone; None if there is none."""
-    places = [getattr(logger, "log_dir", None) or logger.save_dir for logger in trainer.loggers]
+    places = [folder_of(logger) for logger in trainer.loggers]
     for place in (trainer.run_folder.known, *places):
         if place is not None and Path(place).is_dir():
             return Path(place)

@@ -21,7 +21,7 @@ from typing import Any
 from deft_lightning._version import __version__
 from deft_lightning.errors import UserError
 from deft_lightning.ranks import RANKS, is_lost_rank
-from deft_lightning.terminal import visible
+from deft_lightning.terminal import GuardedStream, visible
 
 ON_SCREEN = "DEFT_LIGHTNING_TRACEBACK"  # set to 1, tracebacks are printed as well
 LIBRARIES = ("torch", "lightning", "transformers", "tokenizers", "peft", "datasets", "jsonargparse", "tensorboard")
@@ -155,8 +155,8 @@ def ended() -> Iterator[None]:
         yield
         sys.stdout.flush()
         for name, stream in (("output", sys.stdout), ("error", sys.stderr)):
-            if (lost := getattr(stream, "lost", None)) is not None:  # told once all is done, and not in its place
-                raise OSError(lost.errno, lost.strerror, f"standard {name}")
+            if isinstance(stream, GuardedStream) and stream.lost is not None:  # told once all is done, not in its place
+                raise OSError(stream.lost.errno, stream.lost.strerror, f"standard {name}")
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         sys.exit(130)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import Any, Literal
+from typing import Literal
 
+from deft_lightning.annotations import Tokenizer
 from deft_lightning.data.examples import Prepared
 from deft_lightning.functional import IGNORE_INDEX
 from deft_lightning.terminal import visible
@@ -51,7 +52,7 @@ class Sample:
 
 
 def sample(
-    tokenizer: Any, example: Prepared, operations: Sequence[str], length: int, cut: Sequence[int], keep: str
+    tokenizer: Tokenizer, example: Prepared, operations: Sequence[str], length: int, cut: Sequence[int], keep: str
 ) -> Sample:  # fmt: skip
     """Describe an example.
 
@@ -96,7 +97,7 @@ def _counts(weight: float, before: str = "") -> str:
     return "" if weight == 1 else f"{before}weight {weight:g}"
 
 
-def _letters(tokenizer: Any, ids: Sequence[int]) -> Iterator[tuple[int, int, str]]:
+def _letters(tokenizer: Tokenizer, ids: Sequence[int]) -> Iterator[tuple[int, int, str]]:
     """Yield the fewest tokens that are whole letters together: first, end, text.
 
     A token alone may lose its space or be half a letter: its text is what it adds to that of the tokens before.

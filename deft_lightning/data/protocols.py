@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 from lightning.pytorch import Trainer
 
+from deft_lightning.annotations import CausalLM
 from deft_lightning.evaluation.generate import positions
 
 
@@ -42,7 +43,7 @@ class HoldsModel(Protocol):
         model: The model; None before it is built.
     """
 
-    model: Any
+    model: CausalLM
 
 
 @runtime_checkable

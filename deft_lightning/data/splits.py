@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
+from deft_lightning.annotations import Tokenizer
 from deft_lightning.data.encoding.tokenizer import markers, vocabulary
 from deft_lightning.data.examples import Example, Prepared
 from deft_lightning.data.lazy import Lazy
@@ -46,7 +47,7 @@ class Splits:
         UserError: The folder holds something else.
     """
 
-    def __init__(self, folder: Path, settings: DataSettings, tokenizer: Any) -> None:
+    def __init__(self, folder: Path, settings: DataSettings, tokenizer: Tokenizer) -> None:
         self.folder, self._settings, self._tokenizer = folder, settings, tokenizer
         self._datasets: dict[str, PreparedDataset] = {}
         self.reports: dict[str, Report] = {}

@@ -8,25 +8,26 @@ from importlib import import_module
 from types import MappingProxyType
 from typing import Any
 
+from deft_lightning.annotations import Record
 from deft_lightning.answers.locate import boxed, hashed
 from deft_lightning.errors import UserError, did_you_mean
 from deft_lightning.evaluation.graders.base import Grader
 from deft_lightning.evaluation.graders.choice import Choice
 from deft_lightning.evaluation.graders.exact import ExactMatch
 from deft_lightning.evaluation.graders.figfont import FigFont
-from deft_lightning.evaluation.graders.mathematics import Math
+from deft_lightning.evaluation.graders.mathematics import Math, Rule
 
 Columns = Mapping[str, tuple[str, ...]]
 BOX = "Solve this step by step and put the final answer in \\boxed{}."
 LETTER = "Answer with the letter of the right option."
 
 
-def as_text(value: Any) -> str:
+def as_text(value: object) -> str:
     """Return a gold value as text."""
     return str(value)
 
 
-def final_answer(value: Any) -> str:
+def final_answer(value: object) -> str:
     r"""Return the final answer that a row of mathematics gives: a number, a text, a list of answers, or a solution.
 
     Of a solution what stands behind ``####`` or in the last ``\boxed{}``; 42.0 is 42.
@@ -109,7 +110,7 @@ _MEDICAL: Columns = MappingProxyType(
 _FIGFONT: Columns = MappingProxyType({"question": ("question",), "gold": ("answer",), "id": ("id",)})
 
 
-def _math(name: str, default: str | None, *more: Any, instruction: str = BOX, columns: Columns = _MATH) -> Benchmark:
+def _math(name: str, default: str | None, *more: Rule, instruction: str = BOX, columns: Columns = _MATH) -> Benchmark:
     grader = Math(("boxed", *more))
     between = " " if columns is _SVAMP else "\n\n"
     return Benchmark(name, grader, columns, default, instruction, final_answer, between=between)
@@ -192,6 +193,6 @@ class TestSet:
         """What its tags begin with."""
         return f"test/{self.benchmark.name}/" if self.benchmark.name else "test/"
 
-    def place(self, record: Mapping[str, Any]) -> int:
+    def place(self, record: Record) -> int:
         """Return the place of an example's source among the sources."""
         return self.sources.index(str(record["source"])) if self.sources else 0

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
+from deft_lightning.annotations import Batch, CausalLM, Settings, Tokenizer
 from deft_lightning.evaluation.aggregate import figure_names, figures, summary, table
 from deft_lightning.evaluation.benchmarks import TestSet
 from deft_lightning.evaluation.generate import Completion, Generation, complete, position_limit
@@ -31,12 +32,14 @@ class Evaluator:
         self._doubts = Doubts()
         self._sums: list[ExampleSums] = []
 
-    def complete(self, model: Any, tokenizer: Any, batch: dict[str, Any], stops: Sequence[int], **how: Any) -> Samples:
+    def complete(
+        self, model: CausalLM, tokenizer: Tokenizer, batch: Batch, stops: Sequence[int], **how: Any
+    ) -> Samples:
         """Complete the left-padded prompts of a batch: :func:`~deft_lightning.evaluation.generate.complete`."""
         samples = complete(model, tokenizer, batch, self.generation, stops, **how)
         return [] if batch.get("filler") else samples
 
-    def check_prompts(self, model: Any, test_sets: Iterable[TestSet]) -> None:
+    def check_prompts(self, model: CausalLM, test_sets: Iterable[TestSet]) -> None:
         """Refuse now what would stop the run at its longest prompt; say where the model has no room for its answer.
 
         Args:
@@ -73,7 +76,7 @@ class Evaluator:
             for tests in test_sets
         ]
 
-    def grade(self, samples: Samples, batch: dict[str, Any], tests: TestSet, loader: int) -> None:
+    def grade(self, samples: Samples, batch: Batch, tests: TestSet, loader: int) -> None:
         """Grade the completions of a batch and add them up.
 
         Args:
@@ -124,7 +127,7 @@ class Evaluator:
             print(f"\n{table(named)}")  # a bar stands on the line
 
 
-def prediction_records(samples: Samples, batch: dict[str, Any], tests: TestSet) -> list[dict[str, Any]]:
+def prediction_records(samples: Samples, batch: Batch, tests: TestSet) -> list[dict[str, Any]]:
     """Return one record a prompt: what grading it later needs.
 
     Args:
@@ -135,13 +138,13 @@ def prediction_records(samples: Samples, batch: dict[str, Any], tests: TestSet) 
     benchmark = tests.benchmark.path or tests.benchmark.name
     records = []
     for completions, id, prompt, gold, record in _rows(samples, batch, ("example_id", "prompt", "gold", "record")):
-        one: dict[str, Any] = {"benchmark": benchmark} if benchmark else {}
+        one: Settings = {"benchmark": benchmark} if benchmark else {}
         one |= {"id": id, "prompt": prompt, "completions": [c.text for c in completions], "gold": gold}
         one |= {"truncated": [c.truncated for c in completions]}
         records.append({**one, "record": record} if record else one)
     return records
 
 
-def _rows(samples: Samples, batch: dict[str, Any], names: Sequence[str]) -> Iterable[tuple[Any, ...]]:
+def _rows(samples: Samples, batch: Batch, names: Sequence[str]) -> Iterable[tuple[Any, ...]]:
     """Pair completions with fields of the batch; a filler has none."""
     return zip(samples, *(batch[name] for name in names), strict=not batch.get("filler"))

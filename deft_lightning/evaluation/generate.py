@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from deft_lightning.annotations import Batch, CausalLM, Tokenizer
 from deft_lightning.errors import UserError
 from deft_lightning.evaluation.sampling import KeyedGumbel
 
@@ -52,9 +53,9 @@ class Completion(NamedTuple):
 
 @torch.no_grad()
 def complete(
-    model: Any,
-    tokenizer: Any,
-    batch: dict[str, Any],
+    model: CausalLM,
+    tokenizer: Tokenizer,
+    batch: Batch,
     settings: Generation,
     stops: Sequence[int],
     *,
@@ -99,13 +100,13 @@ def complete(
     return [done[i : i + n] for i in range(0, len(done), n)]
 
 
-def positions(model: Any) -> int | None:
+def positions(model: CausalLM) -> int | None:
     """Return how many positions a Hugging Face model has; None where nothing limits them."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return int(limit) if limit else None
 
 
-def position_limit(model: Any, prompt: int, named: str = "") -> int:
+def position_limit(model: CausalLM, prompt: int, named: str = "") -> int:
     """Return how many tokens the model has positions for.
 
     Args:

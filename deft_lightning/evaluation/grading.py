@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from deft_lightning.evaluation.graders.base import Grade, Grader, Record
+from deft_lightning.annotations import Record
+from deft_lightning.evaluation.graders.base import Grade, Grader
 from deft_lightning.evaluation.graders.judge import judge
 
 EVERY = 30  # seconds between two lines where no bar can be shown

@@ -85,7 +85,7 @@ def read_table(path: str | Path) -> dict[str, dict[str, list[float]]]:
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
+        reason = (isinstance(error, OSError) and error.strerror) or error
         raise UserError(f"{path}: cannot be read as JSON ({reason})") from None
     wanted = 'must be {"group": {"method": [values]}}'
     if not isinstance(content, dict) or not all(isinstance(of_group, dict) for of_group in content.values()):

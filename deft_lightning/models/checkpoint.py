@@ -14,10 +14,11 @@ import torch
 from lightning.fabric.utilities import rank_zero  # noqa: F401 - sets the rank, without which nothing is told
 from lightning_utilities.core.rank_zero import rank_zero_info
 
+from deft_lightning.annotations import CausalLM, Checkpoint, Record, Settings, Tokenizer
 from deft_lightning.config_sizes import check_sizes
 from deft_lightning.errors import UserError
 from deft_lightning.hashing import key
-from deft_lightning.models.contents import KEY, is_inside, pickled, problem
+from deft_lightning.models.contents import DTYPES, KEY, is_inside, pickled, problem
 from deft_lightning.models.head import base_causal_lm
 from deft_lightning.models.load import ready
 from deft_lightning.models.lora import LoRA, add_adapters
@@ -30,13 +31,13 @@ Shape = tuple[int, ...]
 A = "lora_A.default.weight"  # ends the name of an adapter's first matrix, which has a row for each rank
 
 
-def vocabulary_digest(tokenizer: Any) -> str:
+def vocabulary_digest(tokenizer: Tokenizer) -> str:
     """Return a hash of a tokenizer's tokens and their ids."""
     items = sorted(tokenizer.get_vocab().items())
     return f"{key(*(part for item in items for part in item)):032x}"
 
 
-def check_state(model: Any, state: dict[str, Any]) -> None:
+def check_state(model: CausalLM, state: Settings) -> None:
     """Refuse weights of another architecture.
 
     Raises:
@@ -66,7 +67,9 @@ def check_shapes(own: Mapping[str, Shape], theirs: Mapping[str, Shape], prefix: 
         )
 
 
-def describe(model: Any, tokenizer: Any | None, lora: LoRA | None, stop_token_ids: Sequence[int]) -> dict[str, Any]:
+def describe(
+    model: CausalLM, tokenizer: Tokenizer | None, lora: LoRA | None, stop_token_ids: Sequence[int]
+) -> Settings:
     """Return what a checkpoint must hold, in plain values, to be exported without its configuration or data."""
     files: dict[str, str] = {}
     if tokenizer is not None:
@@ -87,7 +90,7 @@ def describe(model: Any, tokenizer: Any | None, lora: LoRA | None, stop_token_id
     }
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
+def read_checkpoint(path: str | Path) -> Checkpoint:
     """Read a checkpoint file, or of a folder of shares what is neither weights nor optimizer; verify every byte first.
 
     Nothing in it is executed: it is read with ``weights_only``, which makes tensors and plain values alone.
@@ -125,7 +128,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     return checkpoint
 
 
-def load_checkpoint(path: str | Path) -> dict[str, Any]:
+def load_checkpoint(path: str | Path) -> Checkpoint:
     """Read a checkpoint of this package: a file, or a folder of the shares of many ranks.
 
     Of a folder everything but the optimizer's state is read, in this process alone.
@@ -172,7 +175,7 @@ def is_complete(path: Path) -> bool:
     return path.is_file() and has_end(path)
 
 
-def model_from_checkpoint(checkpoint: dict[str, Any]) -> tuple[Any, Any | None, list[int]]:
+def model_from_checkpoint(checkpoint: Checkpoint) -> tuple[Any, Any | None, list[int]]:
     """Rebuild model, tokenizer and stop tokens from a checkpoint alone.
 
     Args:
@@ -195,7 +198,7 @@ def model_from_checkpoint(checkpoint: dict[str, Any]) -> tuple[Any, Any | None, 
     return model, tokenizer_from_checkpoint(checkpoint), list(about["stop_token_ids"])
 
 
-def _adapters(about: dict[str, Any], state: Mapping[str, Any]) -> LoRA:
+def _adapters(about: Settings, state: Record) -> LoRA:
     """Return a checkpoint's adapters, on the modules that its weights are of: a pattern of a stranger is never matched.
 
     Matching a pattern may take for ever, and a rank that the weights do not have more memory than there is.
@@ -212,20 +215,20 @@ def _adapters(about: dict[str, Any], state: Mapping[str, Any]) -> LoRA:
     return replace(lora, target_modules=[place.removeprefix("model.base_model.model.") for place in places])
 
 
-def _network(about: dict[str, Any], weights: Mapping[str, Any]) -> Any:
+def _network(about: Settings, weights: Mapping[str, Any]) -> CausalLM:
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     settings = json.loads(about["config"])
     check_code(settings, "--ckpt_path: the checkpoint's config: ")
     check_sizes(settings, "--ckpt_path: the checkpoint's config: ", "--ckpt_path")
-    config, dtype = AutoConfig.for_model(settings["model_type"]).from_dict(settings), getattr(torch, about["dtype"])
+    config, dtype = AutoConfig.for_model(settings["model_type"]).from_dict(settings), DTYPES[about["dtype"]]
     check_memory(config, dtype, "--ckpt_path: the checkpoint's model", "--ckpt_path")
     model = ready(AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False))
     model.generation_config = GenerationConfig.from_dict(json.loads(about["generation_config"]))
     return model if about["lora"] is None else add_adapters(model, _adapters(about, weights))
 
 
-def tokenizer_from_checkpoint(checkpoint: dict[str, Any]) -> Any | None:
+def tokenizer_from_checkpoint(checkpoint: Checkpoint) -> Tokenizer | None:
     """Return the tokenizer a checkpoint was trained with, or None if it had none.
 
     Raises:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deft_lightning.annotations import CausalLM
 from deft_lightning.errors import UserError
 from deft_lightning.functional import TokenStats, token_stats
 from deft_lightning.models.fused import fused_forward
@@ -22,7 +23,7 @@ MODERATE = 4.0
 
 
 @contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
+def _evaluating(model: CausalLM) -> Iterator[None]:
     was_training = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -33,7 +34,7 @@ def _evaluating(model: Any) -> Iterator[None]:
 
 
 @torch.no_grad()
-def check_causal(model: Any, input_ids: Tensor) -> None:
+def check_causal(model: CausalLM, input_ids: Tensor) -> None:
     """Refuse a model whose prediction changes with the tokens it is to predict.
 
     Args:
@@ -58,7 +59,7 @@ def check_causal(model: Any, input_ids: Tensor) -> None:
 
 
 @torch.no_grad()
-def check_packing(model: Any, input_ids: Tensor) -> None:
+def check_packing(model: CausalLM, input_ids: Tensor) -> None:
     """Refuse a model in which packed examples see each other.
 
     Args:
@@ -89,7 +90,7 @@ def check_packing(model: Any, input_ids: Tensor) -> None:
 
 
 @torch.no_grad()
-def check_head(model: Any, seam: HeadSeam, input_ids: Tensor, objective: Callable[[TokenStats], Tensor]) -> None:
+def check_head(model: CausalLM, seam: HeadSeam, input_ids: Tensor, objective: Callable[[TokenStats], Tensor]) -> None:
     """Compare the fused head with the model's own logits on a few tokens: statistics, loss and gradient.
 
     Any transform of the logits that :func:`~deft_lightning.models.find_head` does not know of shows here, before it

@@ -9,16 +9,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from deft_lightning.models.lora import LoRA
 
 KEY = "deft_lightning"
-DTYPES = ("float32", "bfloat16", "float16", "float64")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+Test = Callable[[Any], bool]  # of one entry
 PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_. +-]*")  # no step upwards, drive, backslash or control
 
 
-def is_inside(name: Any) -> bool:
+def is_inside(name: object) -> bool:
     """Whether a name is that of a file in a folder or its subfolders, on every system, and leads nowhere else."""
     parts = name.split("/") if isinstance(name, str) and len(name) <= 200 else []
     return 0 < len(parts) <= 3 and all(map(PART.fullmatch, parts))
@@ -30,23 +32,23 @@ def pickled(error: BaseException) -> str:
     return match[1] if match else ""
 
 
-def _whole(value: Any) -> bool:
+def _whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def _text(value: Any) -> bool:
+def _text(value: object) -> bool:
     return isinstance(value, str)
 
 
-def _maybe(test: Callable[[Any], bool]) -> Callable[[Any], bool]:
+def _maybe(test: Test) -> Test:
     return lambda value: value is None or test(value)
 
 
-def _numbers(value: Any) -> bool:
+def _numbers(value: object) -> bool:
     return isinstance(value, list | tuple) and all(isinstance(n, int | float) and math.isfinite(n) for n in value)
 
 
-def _settings(value: Any) -> bool:
+def _settings(value: object) -> bool:
     """A config as JSON text."""
     if not isinstance(value, str):
         return False
@@ -56,33 +58,34 @@ def _settings(value: Any) -> bool:
         return False
 
 
-def _model(value: Any) -> bool:
-    return _settings(value) and isinstance(json.loads(value).get("model_type"), str)
+def _model(value: object) -> bool:
+    return isinstance(value, str) and _settings(value) and isinstance(json.loads(value).get("model_type"), str)
 
 
-def _lora(value: Any) -> bool:
+def _lora(value: object) -> bool:
     known = {field.name for field in fields(LoRA)}
     return isinstance(value, dict) and value.keys() <= known
 
 
-def _files(value: Any) -> bool:
+def _files(value: object) -> bool:
     return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
 
 
-def _tensors(value: Any) -> bool:
-    named = isinstance(value, Mapping) and bool(value)
-    return named and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items())
+def _tensors(value: object) -> bool:
+    if not isinstance(value, Mapping) or not value:
+        return False
+    return all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in value.items())
 
 
-def _listed(value: Any) -> bool:
+def _listed(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(entry, dict) for entry in value)
 
 
 # What export and every resume read; whether it has to be there.
-OWN: dict[str, tuple[Callable[[Any], bool], bool]] = {
+OWN: dict[str, tuple[Test, bool]] = {
     "config": (_model, True),
     "generation_config": (_settings, True),
-    "dtype": (lambda value: value in DTYPES, True),
+    "dtype": (lambda value: _text(value) and value in DTYPES, True),
     "lora": (_maybe(_lora), True),
     "tokenizer": (_files, True),
     "vocabulary": (_maybe(_text), False),
@@ -93,7 +96,7 @@ OWN: dict[str, tuple[Callable[[Any], bool], bool]] = {
     "gates": (lambda value: _numbers(value) and len(value) == 2, False),
 }
 # What Lightning reads.
-LIGHTNING: dict[str, Callable[[Any], bool]] = {
+LIGHTNING: dict[str, Test] = {
     "epoch": _whole,
     "global_step": _whole,
     "pytorch-lightning_version": lambda value: _text(value) and re.fullmatch(r"\d+(\.\w+)*", value) is not None,
@@ -104,7 +107,7 @@ LIGHTNING: dict[str, Callable[[Any], bool]] = {
 }
 
 
-def problem(checkpoint: Any) -> str:
+def problem(checkpoint: object) -> str:
     """Return what is wrong with a checkpoint, nothing if it can be used.
 
     Args:

@@ -10,6 +10,7 @@ from typing import Any
 
 from lightning_utilities.core.rank_zero import rank_zero_info
 
+from deft_lightning.annotations import CausalLM, Tokenizer
 from deft_lightning.atomic import whole_folder
 from deft_lightning.errors import UserError
 from deft_lightning.models.generation import savable
@@ -18,7 +19,12 @@ from deft_lightning.models.lora import untie_adapted_head
 
 
 def save_hugging_face(
-    model: Any, tokenizer: Any | None, stop_token_ids: Sequence[int], output: str | Path, *, merge: bool = True
+    model: CausalLM,
+    tokenizer: Tokenizer | None,
+    stop_token_ids: Sequence[int],
+    output: str | Path,
+    *,
+    merge: bool = True,
 ) -> Path:
     """Write a Hugging Face folder: weights as safetensors, config, generation config, tokenizer with chat template.
 
@@ -58,7 +64,7 @@ def save_hugging_face(
     except UserError:
         raise
     except Exception as error:  # a full disk is an OSError or safetensors' own; configs refuse values with any kind
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+        reason = (isinstance(error, OSError) and error.strerror) or " ".join(str(error).split()) or type(error).__name__
         raise UserError(
             f"{target}: cannot be written: {reason} (--output); what was trained is in the run's checkpoints: export"
             " --ckpt_path last"
@@ -70,7 +76,7 @@ def save_hugging_face(
     return target
 
 
-def _generation(causal: Any, tokenizer: Any | None, stop_token_ids: Sequence[int]) -> tuple[Any, str]:
+def _generation(causal: CausalLM, tokenizer: Tokenizer | None, stop_token_ids: Sequence[int]) -> tuple[Any, str]:
     """Return the generation config to save, and what of the model's own had to change; config.json keeps none."""
     settings = copy.deepcopy(causal.generation_config)
     for name, value in causal.config._get_generation_parameters().items():

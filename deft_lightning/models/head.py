@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from deft_lightning.annotations import CausalLM, Settings
 from deft_lightning.errors import UserError
 
 DENSE = "; use --model.head dense"
@@ -64,7 +65,7 @@ class HeadSeam:
                 up.append(lora.lora_B[name].weight)
         return (torch.cat(low, dim=1), torch.cat(up, dim=1)) if low else None
 
-    def options(self) -> dict[str, Any]:
+    def options(self) -> Settings:
         """Return what the functions of :mod:`deft_lightning.ops` take beside weight and adapter."""
         return {"softcap": self.softcap, "logit_scale": self.logit_scale, "backend": self.backend}
 
@@ -81,12 +82,12 @@ def _projection(module: Any) -> Any:
     return module.base_layer if hasattr(module, "base_layer") else module
 
 
-def base_causal_lm(model: Any) -> Any:
+def base_causal_lm(model: CausalLM) -> CausalLM:
     """Return the transformers model inside a peft wrapper, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def find_head(model: Any, backend: str = "auto") -> HeadSeam:
+def find_head(model: CausalLM, backend: str = "auto") -> HeadSeam:
     """Find what the fused head needs in a causal language model.
 
     Args:
@@ -120,7 +121,7 @@ def find_head(model: Any, backend: str = "auto") -> HeadSeam:
     )
 
 
-def router_loss_factor(model: Any) -> float | None:
+def router_loss_factor(model: CausalLM) -> float | None:
     """Return the factor on the auxiliary loss of a mixture of experts, or None where the model has none.
 
     transformers computes that loss where the config says ``output_router_logits``.

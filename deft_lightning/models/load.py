@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,8 +11,10 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import nn
 
+from deft_lightning.annotations import CausalLM, Record, Settings, Tokenizer
 from deft_lightning.config_sizes import check_sizes
 from deft_lightning.errors import UserError, did_you_mean, reason_of
+from deft_lightning.models.contents import DTYPES
 from deft_lightning.models.shard import layers_of
 from deft_lightning.models.sizes import check_memory
 from deft_lightning.models.weights import check_loaded, damaged, renaming, without_report
@@ -48,7 +50,7 @@ def check_pretrained(name: str, trust: bool = False, attention: str | None = Non
     return name
 
 
-def load_pretrained(name: str, dtype: Dtype, attention: str | None = None, trust: bool = False) -> Any:
+def load_pretrained(name: str, dtype: Dtype, attention: str | None = None, trust: bool = False) -> CausalLM:
     """Load a causal language model from a folder or the hub in train mode; under the meta device, its shapes alone.
 
     Args:
@@ -62,9 +64,9 @@ def load_pretrained(name: str, dtype: Dtype, attention: str | None = None, trust
     source = check_pretrained(name, trust, attention)
     settings = check_model(source, trust, attention)
     check_sizes(settings, f"{name}: config.json: ", "--model.pretrained")
-    options: dict[str, Any] = {"attn_implementation": attention} if attention else {}
+    options: Settings = {"attn_implementation": attention} if attention else {}
     # Never None: transformers asks on standard input then.
-    options |= {"dtype": getattr(torch, dtype), "trust_remote_code": trust}
+    options |= {"dtype": DTYPES[dtype], "trust_remote_code": trust}
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust)
         if torch.get_default_device().type == "meta":
@@ -79,7 +81,7 @@ def load_pretrained(name: str, dtype: Dtype, attention: str | None = None, trust
         raise UserError(f"{name}: cannot load the model: {reason} (--model.pretrained)") from None
 
 
-def _with_weights(name: str, source: str, options: dict[str, Any]) -> Any:
+def _with_weights(name: str, source: str, options: Settings) -> CausalLM:
     """Load a model with all its weights; names that a wrapper has made longer are read as well."""
     from transformers import AutoModelForCausalLM
 
@@ -98,8 +100,8 @@ def _with_weights(name: str, source: str, options: dict[str, Any]) -> Any:
 
 
 def from_architecture(
-    architecture: Mapping[str, Any], tokenizer: Any | None, dtype: Dtype, attention: str | None = None
-) -> Any:
+    architecture: Record, tokenizer: Tokenizer | None, dtype: Dtype, attention: str | None = None
+) -> CausalLM:
     """Build a causal language model with random weights.
 
     Args:
@@ -145,9 +147,9 @@ def from_architecture(
             options.setdefault(f"{special}_token_id", getattr(tokenizer, f"{special}_token_id"))
     try:
         config = AutoConfig.for_model(kind, **options)
-        extra: dict[str, Any] = {"attn_implementation": attention} if attention else {}
-        check_memory(config, getattr(torch, dtype), f"--model.architecture {kind}", "--model.architecture.*")
-        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), trust_remote_code=False, **extra)
+        extra: Settings = {"attn_implementation": attention} if attention else {}
+        check_memory(config, DTYPES[dtype], f"--model.architecture {kind}", "--model.architecture.*")
+        model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype], trust_remote_code=False, **extra)
     except UserError:
         raise
     except Exception as error:  # configs validate themselves with many kinds of exception
@@ -156,7 +158,7 @@ def from_architecture(
     return ready(model)
 
 
-def ready(model: Any) -> Any:
+def ready(model: CausalLM) -> CausalLM:
     """Put a model into the state training needs: train mode, no cache, rotary frequencies that stay float32."""
     model.train()  # from_pretrained returns eval mode, in which dropout and gradient checkpointing are off
     model.config.use_cache = False
@@ -164,7 +166,7 @@ def ready(model: Any) -> Any:
     return model
 
 
-def compile_body(model: Any) -> None:
+def compile_body(model: CausalLM) -> None:
     """Compile each layer of a model's body with torch.compile; names of weights stay.
 
     Layers alike share one compilation, where a whole body takes minutes.
@@ -200,7 +202,7 @@ def _apply_keeping(names: list[str]) -> Callable[..., nn.Module]:
     return apply
 
 
-def check_fits(model: Any, tokenizer: Any | None, longest: int) -> None:
+def check_fits(model: CausalLM, tokenizer: Tokenizer | None, longest: int) -> None:
     """Refuse data the model has no embedding for.
 
     Raises:

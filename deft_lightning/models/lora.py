@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from torch import nn
 
+from deft_lightning.annotations import CausalLM, Settings
 from deft_lightning.errors import UserError
 
 
@@ -34,12 +34,12 @@ class LoRA:
         if not 0.0 <= self.dropout < 1.0:
             raise UserError(f"--model.lora.dropout {self.dropout} is outside [0, 1)")
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> Settings:
         """Return the fields as plain values, for a checkpoint."""
         return asdict(self)
 
 
-def add_adapters(model: Any, lora: LoRA) -> Any:
+def add_adapters(model: CausalLM, lora: LoRA) -> CausalLM:
     """Wrap a model so that only its adapters train.
 
     Raises:
@@ -69,7 +69,7 @@ def add_adapters(model: Any, lora: LoRA) -> Any:
         raise UserError(f"--model.lora.target_modules {lora.target_modules}: {reason}") from None
 
 
-def untie_adapted_head(model: Any) -> None:
+def untie_adapted_head(model: CausalLM) -> None:
     """Give a tied head a weight of its own where it or the embedding has adapters: merging into one leaves the other.
 
     Args:

@@ -9,11 +9,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from deft_lightning.annotations import CausalLM, Settings
 from deft_lightning.errors import UserError
 from deft_lightning.models.head import base_causal_lm
 
 
-def layers_of(model: Any) -> nn.ModuleList:
+def layers_of(model: CausalLM) -> nn.ModuleList:
     """Return the stack of layers of a model's body.
 
     Raises:
@@ -26,7 +27,7 @@ def layers_of(model: Any) -> nn.ModuleList:
     return stacks[0]
 
 
-def build_sharded(build: Callable[[], Any], mesh: Any, device: torch.device, low_precision: bool) -> Any:
+def build_sharded(build: Callable[[], Any], mesh: Any, device: torch.device, low_precision: bool) -> CausalLM:
     """Build a model of which every rank holds a share.
 
     Rank 0 builds it in host memory; the others know its shapes alone. Each layer is a unit of its own, what is left
@@ -69,7 +70,7 @@ def build_sharded(build: Callable[[], Any], mesh: Any, device: torch.device, low
     return model
 
 
-def _hand_out_buffers(model: Any, full_model: Any | None, device: torch.device) -> None:
+def _hand_out_buffers(model: CausalLM, full_model: CausalLM | None, device: torch.device) -> None:
     """Give every rank the buffers of rank 0: those that are not saved, such as rotary frequencies, too."""
     source = {} if full_model is None else dict(full_model.named_buffers())
     for name, buffer in model.named_buffers():
@@ -78,16 +79,14 @@ def _hand_out_buffers(model: Any, full_model: Any | None, device: torch.device) 
         dist.broadcast(buffer, src=0)
 
 
-def is_sharded(model: Any) -> bool:
+def is_sharded(model: CausalLM) -> bool:
     """Whether this rank holds a share of the model only."""
     return any(hasattr(parameter, "placements") for parameter in model.parameters())
 
 
-def gathered(model: Any) -> dict[str, Tensor]:
+def gathered(model: CausalLM) -> dict[str, Tensor]:
     """Return the whole weights in host memory on rank 0, nothing on the others; every rank has to call it."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-    state: dict[str, Any] = get_model_state_dict(
-        model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
-    )
+    state: Settings = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     return state

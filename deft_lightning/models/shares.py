@@ -69,8 +69,8 @@ class _Unpickler(pickle._Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         cls = _CLASSES.get((module, name))
-        if cls is None and module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            cls = getattr(torch, name)
+        if cls is None and module == "torch" and isinstance(dtype := vars(torch).get(name), torch.dtype):
+            return dtype
         if cls is None:
             raise pickle.UnpicklingError(f"it names {module}.{name}, which is no part of a checkpoint's metadata")
         return cls
@@ -183,9 +183,8 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def innermost(error: BaseException) -> str:
     """Return the reason of an error that torch may have wrapped, in one line."""
-    failures = getattr(error, "failures", None)
-    if isinstance(failures, dict) and failures:
-        first = next(iter(failures.values()))
+    if isinstance(error, CheckpointException) and error.failures:
+        first: Any = next(iter(error.failures.values()))
         error = first[0] if isinstance(first, tuple) else first
     if isinstance(error, pickle.UnpicklingError):
         return "it holds an object that is no plain value, and loading it would run code"

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from deft_lightning.annotations import ModelConfig
 from deft_lightning.errors import UserError
 
 
-def check_memory(config: Any, dtype: torch.dtype, where: str, option: str, trust: bool = False) -> None:
+def check_memory(config: ModelConfig, dtype: torch.dtype, where: str, option: str, trust: bool = False) -> None:
     """Refuse a model whose weights do not fit into the memory that is free.
 
     Its shapes are built on the meta device, where weights hold nothing.

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
+from deft_lightning.annotations import CausalLM
 from deft_lightning.errors import UserError, reason_of
 from deft_lightning.models.contents import pickled
 
@@ -61,7 +62,7 @@ def without_report() -> Iterator[None]:
         logger.removeFilter(keep)
 
 
-def check_loaded(name: str, model: Any, info: dict[str, Any]) -> None:
+def check_loaded(name: str, model: CausalLM, info: dict[str, Any]) -> None:
     """Refuse a model of which weights are missing, of other shapes, or no numbers; say what was left over.
 
     Args:
@@ -94,7 +95,7 @@ def check_loaded(name: str, model: Any, info: dict[str, Any]) -> None:
     _check_numbers(name, model)
 
 
-def _check_numbers(name: str, model: Any) -> None:
+def _check_numbers(name: str, model: CausalLM) -> None:
     """A weight that is no number makes the loss no number, steps later and without a name."""
     bad, count = [], 0
     for key, value in model.named_parameters():

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from deft_lightning.annotations import Record
 from deft_lightning.figures.style import bar, dress, line, panels, save, styled
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ MOST = 2.0  # gates above are cut off, lest one objective flatten the others
 
 
 @styled
-def probe_figure(report: Mapping[str, Any], *outputs: Path) -> None:
+def probe_figure(report: Record, *outputs: Path) -> None:
     """Draw a report: distributions of p and C, then mean gate and effective sample size of every objective.
 
     Args:
@@ -25,7 +25,7 @@ def probe_figure(report: Mapping[str, Any], *outputs: Path) -> None:
     save(drawing(report), outputs)
 
 
-def drawing(report: Mapping[str, Any]) -> Figure:
+def drawing(report: Record) -> Figure:
     """Return the figure of a report."""
     rows, shapes = report["objectives"][::-1], report["histograms"]
     height = max(3.2, 0.32 * len(rows) + 1.4)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping
-from typing import Any
 
+from deft_lightning.annotations import Record, Report
 from deft_lightning.terminal import visible
 
 WEAK, STRONG = 1 / 3, 2 / 3
 
 
-def prior(means: Mapping[str, float]) -> dict[str, Any]:
+def prior(means: Mapping[str, float]) -> Report:
     """Say where the model stands towards the data, by the mean target probability.
 
     ``position`` is mean p: below 1/3 the prior is called weak, from 2/3 strong, between them intermediate; the bounds
@@ -39,7 +39,7 @@ def prior(means: Mapping[str, float]) -> dict[str, Any]:
     return {"kind": kind, "position": p, "concentration": focus, "overconfidence": ratio, "text": text}
 
 
-def table(report: Mapping[str, Any]) -> str:
+def table(report: Record) -> str:
     """Return a report as text of at most 120 columns, texts of the data aside."""
     means = report["means"]
     weights = f"checkpoint {report['checkpoint']}" if report["checkpoint"] else report["model"]

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from deft_lightning.annotations import Record
 from deft_lightning.figures import comparison_bars, focus_trajectories, gradient_scatter
 from deft_lightning.figures.runs import Scalars
 from deft_lightning.figures.style import dress, legend_beside, line, panels, save, styled
@@ -25,7 +26,7 @@ SEEN = (NLL(), Likelihood(), Cayley(), DEFT())
 EXAMPLES = 200
 
 
-def draw(study: Study, report: Mapping[str, Any], results: Mapping[str, Mapping[str, Any]], root: Path) -> None:
+def draw(study: Study, report: Record, results: Mapping[str, Record], root: Path) -> None:
     """Write `bars`, `locked`, `focus` and `gradients-REGIME-NOISE` as PNG and SVG."""
     headline = [tuple(place) for place in report["headline"]]
     if not headline:
@@ -63,7 +64,7 @@ def draw(study: Study, report: Mapping[str, Any], results: Mapping[str, Mapping[
 
 
 @styled
-def _locked(study: Study, results: Mapping[str, Mapping[str, Any]], headline: list[Any], output: Path) -> None:
+def _locked(study: Study, results: Mapping[str, Record], headline: list[Any], output: Path) -> None:
     """Draw the share of locked tokens with clean labels over training: mean over seeds, within their range."""
     shown = [objective for objective in (NLL(), DEFT(), *study.remedies) if objective in study.everything]
     figure, axes = panels(len(headline), 3.0, 2.7, sharey=True)

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 from deft_lightning.atomic import whole_file, whole_folder
 from deft_lightning.data.prepared.cache import source_identity
@@ -28,7 +27,7 @@ def complete_folder(target: Path) -> Iterator[Path]:
         # Somebody else was faster: the content is the same.
 
 
-def write_json(target: Path, value: Any) -> None:
+def write_json(target: Path, value: object) -> None:
     """Write JSON; the file appears under its name once it is complete."""
     write_text(target, json.dumps(value, indent=1) + "\n")
 
@@ -51,6 +50,6 @@ def file_name(text: str) -> str:
     return "".join(c if c.isalnum() or c in ".-" else "_" for c in text).strip("_")
 
 
-def digest(value: Any) -> str:
+def digest(value: object) -> str:
     """Return a hash of a value made of plain types."""
     return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=8).hexdigest()

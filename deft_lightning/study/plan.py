@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, Literal
+from typing import Literal
 
 from deft_lightning._version import __version__
+from deft_lightning.annotations import Settings
 from deft_lightning.data import known_noise
 from deft_lightning.errors import UserError, did_you_mean
 from deft_lightning.objectives import DEFT, DFT, EAFT, NLL, Cayley, Likelihood, Objective, Tsallis
@@ -130,7 +131,7 @@ class Cell:
     noise: float
     rate: float
     seed: int
-    architecture: dict[str, Any]
+    architecture: Settings
     rows: int
     held_out: int
     files: str = ""
@@ -184,7 +185,7 @@ class Study:
     """
 
     regimes: dict[str, Regime]
-    architecture: dict[str, Any]
+    architecture: Settings
     objectives: list[Objective] = field(default_factory=lambda: list(FIELD))
     remedies: list[Objective] = field(default_factory=list)
     seeds: int = 3

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
+from deft_lightning.annotations import Record
 from deft_lightning.objectives.parse import short_legend
 from deft_lightning.study.report import ENDS
 
@@ -15,7 +15,7 @@ JUDGED = {
 SIGN = {"exact_match": 1, "nll": -1}  # a report keeps minus the NLL: larger is better
 
 
-def text(report: Mapping[str, Any]) -> str:
+def text(report: Record) -> str:
     """Return a report as Markdown."""
     parts = []
     for kind, about in (("shared", "one learning rate for all"), ("tuned", "a learning rate tuned for each")):
@@ -30,7 +30,7 @@ def text(report: Mapping[str, Any]) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _ranking(report: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], about: str) -> str:
+def _ranking(report: Record, rows: Sequence[Record], about: str) -> str:
     places = [f"{regime}, noise {noise:g}" for regime, noise in report["headline"]]
     lines = [
         f"### Worst regime, {about}", "", f"{judged(report)}, median over seeds.", "",
@@ -49,7 +49,7 @@ def _ranking(report: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], about
     return "\n".join(lines)
 
 
-def _margins(report: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
+def _margins(report: Record, rows: Sequence[Record]) -> str:
     if not rows:
         return ""
     lines = [
@@ -63,7 +63,7 @@ def _margins(report: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> st
     return "\n".join(lines)
 
 
-def _table(report: Mapping[str, Any], regime: str, noises: Sequence[float]) -> str:
+def _table(report: Record, regime: str, noises: Sequence[float]) -> str:
     lines = [
         f"### {regime}: all noise rates, one learning rate", "",
         f"{judged(report)}, mean ± standard error over seeds.", "",
@@ -78,7 +78,7 @@ def _table(report: Mapping[str, Any], regime: str, noises: Sequence[float]) -> s
     return "\n".join(lines)
 
 
-def _ends(report: Mapping[str, Any], regime: str, noise: float) -> str:
+def _ends(report: Record, regime: str, noise: float) -> str:
     rows = [row for row in report["ends"] if (row["regime"], row["noise"]) == (regime, noise)]
     tags = [tag for tag in ENDS if any(tag in row for row in rows)]
     if not tags:
@@ -94,7 +94,7 @@ def _ends(report: Mapping[str, Any], regime: str, noise: float) -> str:
     return "\n".join(lines)
 
 
-def _rates(report: Mapping[str, Any]) -> str:
+def _rates(report: Record) -> str:
     if not report["ranking_tuned"]:
         return ""
     places = [tuple(place) for place in report["headline"]]
@@ -109,12 +109,12 @@ def _rates(report: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def judged(report: Mapping[str, Any]) -> str:
+def judged(report: Record) -> str:
     """Return what the values of a report are, as the start of a sentence."""
     return JUDGED[report["judge"]][0].upper() + JUDGED[report["judge"]][1:]
 
 
-def _cell(row: Mapping[str, Any] | None, sign: int) -> str:
+def _cell(row: Record | None, sign: int) -> str:
     if row is None:
         return "-"
     return f"{sign * row['mean']:.3f}" + ("" if row["se"] is None else f" ± {row['se']:.3f}")

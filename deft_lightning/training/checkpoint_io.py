@@ -15,6 +15,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, CheckpointIO
 from lightning_utilities.core.apply_func import apply_to_collection
 
+from deft_lightning.annotations import Checkpoint
 from deft_lightning.atomic import whole_file
 from deft_lightning.errors import UserError
 from deft_lightning.models import read_checkpoint
@@ -28,7 +29,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     A digest of every byte is written with it, and compared before it is used; nothing in a checkpoint is executed.
     """
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+    def save_checkpoint(self, checkpoint: Checkpoint, path: str | Path, storage_options: object = None) -> None:
         """Save to a local file.
 
         Raises:
@@ -47,8 +48,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             raise UserError(why_not_saved(target, error)) from None
 
     def load_checkpoint(
-        self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
-    ) -> dict[str, Any]:
+        self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
+    ) -> Checkpoint:
         """Load a local file whose every byte is as it was written; tensors and plain values alone.
 
         Args:
@@ -74,7 +75,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 def why_not_saved(target: Path, error: Exception) -> str:
     """Return the line for a checkpoint that cannot be written."""
-    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     try:
         full = full or shutil.disk_usage(target.parent).free < 1 << 20
     except OSError:
@@ -98,11 +99,11 @@ class BackgroundCheckpointIO(CheckpointIO):
         self._executor: ThreadPoolExecutor | None = None
         self._tasks: list[tuple[str, Future[None]]] = []
 
-    def pending(self, path: Any) -> bool:
+    def pending(self, path: str | Path) -> bool:
         """Whether a checkpoint has been saved but is not written yet."""
         return any(name == str(path) and not task.done() for name, task in self._tasks)
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+    def save_checkpoint(self, checkpoint: Checkpoint, path: str | Path, storage_options: object = None) -> None:
         """Take a copy of the state as it is, and write it in the background.
 
         Raises:
@@ -114,13 +115,13 @@ class BackgroundCheckpointIO(CheckpointIO):
                 Path(path).parent.mkdir(parents=True, exist_ok=True)
         self._submit(path, self.inner.save_checkpoint, copied, path, storage_options)
 
-    def remove_checkpoint(self, path: Any) -> None:
+    def remove_checkpoint(self, path: str | Path) -> None:
         """Remove a checkpoint once those saved before are written."""
         self._submit(path, self.inner.remove_checkpoint, path)
 
     def load_checkpoint(
-        self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
-    ) -> dict[str, Any]:
+        self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
+    ) -> Checkpoint:
         """Load a checkpoint once all that was saved is written."""
         self._finish(wait=True)
         return self.inner.load_checkpoint(path, map_location, weights_only)
@@ -136,7 +137,7 @@ class BackgroundCheckpointIO(CheckpointIO):
             executor.shutdown(wait=True)
         self._finish(wait=True)
 
-    def _submit(self, path: Any, call: Callable[..., None], *arguments: Any) -> None:
+    def _submit(self, path: str | Path, call: Callable[..., None], *arguments: Any) -> None:
         self._finish(wait=False)
         self._executor = self._executor or ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._tasks.append((str(path), self._executor.submit(call, *arguments)))

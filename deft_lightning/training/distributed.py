@@ -7,6 +7,7 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
+from torch.optim import Optimizer
 
 
 def ranks() -> int:
@@ -33,7 +34,7 @@ def whole(norm: Tensor) -> Tensor:
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 
-def parameters_of(optimizer: Any) -> Iterator[Tensor]:
+def parameters_of(optimizer: Optimizer) -> Iterator[Tensor]:
     """Yield what an optimizer trains."""
     for group in optimizer.param_groups:
         yield from group["params"]

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from lightning.pytorch.strategies import StrategyRegistry
 from torch.distributed.checkpoint.api import CheckpointException
@@ -21,8 +22,10 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.checkpoint.state_dict_loader import load as load_shares
+from torch.optim import Optimizer
 
 from deft_lightning._lightning import DataParallelStrategy, unwrapped
+from deft_lightning.annotations import Checkpoint, Settings
 from deft_lightning.atomic import partial_name, replace_folder, sweep
 from deft_lightning.errors import UserError
 from deft_lightning.models import check_shapes, check_state, load_checkpoint, read_checkpoint
@@ -32,7 +35,7 @@ from deft_lightning.models.shares import METADATA, SHARED, WEIGHTS, SharePlanner
 from deft_lightning.training.checkpoint_io import why_not_saved
 
 
-def _about_shares(folder: Path) -> dict[str, Any]:
+def _about_shares(folder: Path) -> Checkpoint:
     """Read what is neither weights nor optimizer of a folder, once the folder is verified."""
     checkpoint = read_checkpoint(folder)
     # The weights are read by all ranks together; here it only has to be a checkpoint of this package.
@@ -72,13 +75,13 @@ class FSDP2Strategy(DataParallelStrategy):
             self.low_precision, self.precision_plugin = True, Precision()
         super().setup_environment()
 
-    def setup(self, trainer: Any) -> None:
+    def setup(self, trainer: Trainer) -> None:
         """Set up; weights that are gathered in inference mode could not be trained afterwards."""
         for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
             loop.inference_mode = False
         super().setup(trainer)
 
-    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
+    def optimizer_state(self, optimizer: Optimizer) -> Settings:
         """Return the optimizer's state: shares, or on rank 0 all of it under the numbers a plain optimizer gives.
 
         Lightning numbers parameters by their place in the model, which is another one as soon as there are several
@@ -88,7 +91,7 @@ class FSDP2Strategy(DataParallelStrategy):
             return super().optimizer_state(optimizer)
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         optimizer = unwrapped(optimizer)
-        named: dict[str, Any] = get_optimizer_state_dict(self._owner, optimizer, options=options)
+        named: Settings = get_optimizer_state_dict(self._owner, optimizer, options=options)
         if not self.is_global_zero:
             return {}
         number = {name: i for i, name in enumerate(self._names(optimizer))}
@@ -99,7 +102,7 @@ class FSDP2Strategy(DataParallelStrategy):
             ],
         }
 
-    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> Checkpoint:
         """Load shares, or a file that any strategy has written: rank 0 reads it and hands out what is each rank's.
 
         Raises:
@@ -116,7 +119,7 @@ class FSDP2Strategy(DataParallelStrategy):
         set_model_state_dict(self._owner, weights if first else {}, options=options)
         for optimizer, state in zip(self.optimizers, states, strict=False):
             names = list(self._names(optimizer))
-            named: dict[str, Any] = {
+            named: Settings = {
                 "state": {names[i]: values for i, values in state["state"].items()},
                 "param_groups": [
                     {**group, "params": [names[i] for i in group["params"]]} for group in state["param_groups"]
@@ -136,11 +139,11 @@ class FSDP2Strategy(DataParallelStrategy):
             raise UserError(problem or "another rank cannot read the checkpoint (--ckpt_path)")
         return found
 
-    def _load_shares(self, folder: Path) -> dict[str, Any]:
+    def _load_shares(self, folder: Path) -> Checkpoint:
         """Load this rank's part of what many ranks have written, be they as many as now or not."""
-        checkpoint: dict[str, Any] = self._agreed(lambda: _about_shares(folder))
+        checkpoint: Settings = self._agreed(lambda: _about_shares(folder))
         entries = self._agreed(lambda: read_metadata(folder)).state_dict_metadata
-        weights: dict[str, Any] = get_model_state_dict(self._owner)
+        weights: Settings = get_model_state_dict(self._owner)
         own = {f"{WEIGHTS}{name}": tuple(value.shape) for name, value in weights.items()}
         theirs = {
             name: tuple(entry.size)
@@ -157,7 +160,7 @@ class FSDP2Strategy(DataParallelStrategy):
             set_optimizer_state_dict(self._owner, optimizer, named[f"optimizer_{number}"], options=options)
         return checkpoint
 
-    def _read(self, state: dict[str, Any], folder: Path) -> None:
+    def _read(self, state: Settings, folder: Path) -> None:
         try:
             load_shares(state, storage_reader=ShareReader(folder), planner=SharePlanner())
         except (Exception, CheckpointException) as error:  # torch raises on every rank what happened on one
@@ -168,13 +171,13 @@ class FSDP2Strategy(DataParallelStrategy):
         assert self.lightning_module is not None
         return self.lightning_module
 
-    def _names(self, optimizer: Any) -> Iterator[str]:
+    def _names(self, optimizer: Optimizer) -> Iterator[str]:
         """Names of what an optimizer trains, in the order in which it numbers them."""
         names = {id(parameter): name for name, parameter in self._owner.named_parameters()}
         for group in optimizer.param_groups:
             yield from (names[id(parameter)] for parameter in group["params"])
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+    def save_checkpoint(self, checkpoint: Checkpoint, filepath: Any, storage_options: object = None) -> None:
         """Save a file, or a folder that gets its name once every rank has written its share."""
         if not self.saves_shares:
             super().save_checkpoint(checkpoint, filepath, storage_options)

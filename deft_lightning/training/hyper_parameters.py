@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from deft_lightning.annotations import Record, Settings
 from deft_lightning.evaluation import Generation
 from deft_lightning.models import LoRA
 from deft_lightning.models.contents import KEY
@@ -34,7 +35,7 @@ PLAIN = (
 )  # fmt: skip
 
 
-def hyper_parameters(settings: Mapping[str, Any]) -> dict[str, Any]:
+def hyper_parameters(settings: Record) -> Settings:
     """Return the settings of a module as numbers, text, lists and dicts: nothing large, nothing that cannot be dumped.
 
     Args:
@@ -64,11 +65,11 @@ def _attempt(make: Callable[..., Any], argument: Any) -> Any | None:
         return None
 
 
-def _named(make: Any) -> dict[str, Any]:
+def _named(make: Any) -> Settings:
     return {"class": str(getattr(make, "__qualname__", type(make).__qualname__))}
 
 
-def _flat(described: Mapping[str, Any]) -> dict[str, Any]:
+def _flat(described: Record) -> Settings:
     return {"class": described["class"], **described["arguments"]}
 
 
@@ -86,7 +87,7 @@ def settings_of(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Any], list[str
     about = checkpoint[KEY]
     held = checkpoint.get(HYPER_PARAMETERS)
     held = _of_earlier(about) if not isinstance(held, Mapping) or "objective" not in held else held
-    arguments: dict[str, Any] = {}
+    arguments: Settings = {}
     unknown: list[str] = []
     readers: dict[str, Callable[[Any], Any]] = {
         "objective": _objective, "optimizer": _optimizer, "scheduler": _scheduler, "generation": _generation,
@@ -103,7 +104,7 @@ def settings_of(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Any], list[str
     return arguments, unknown
 
 
-def _of_earlier(about: Mapping[str, Any]) -> dict[str, Any]:
+def _of_earlier(about: Record) -> Settings:
     """Return what a checkpoint from before hyper-parameters were kept says of its settings."""
     settings = about.get("settings")
     settings = settings if isinstance(settings, Mapping) else {}
@@ -123,7 +124,7 @@ def _objective(text: Any) -> Objective:
     return parse_objective(text)
 
 
-def _optimizer(described: Mapping[str, Any]) -> Callable[..., Optimizer]:
+def _optimizer(described: Record) -> Callable[..., Optimizer]:
     cls = OPTIMIZERS[described["class"]]
     return partial(cls, **_arguments(cls, described))
 
@@ -136,7 +137,7 @@ def _scheduler(described: Mapping[str, Any] | None) -> Callable[..., Any] | None
     return partial(CosineWithWarmup, warmup=float(described["warmup"]), floor=float(described["floor"]))
 
 
-def _arguments(cls: type, described: Mapping[str, Any]) -> dict[str, Any]:
+def _arguments(cls: type, described: Record) -> Settings:
     """Return the arguments that a class takes, of plain values alone."""
     known = inspect.signature(cls).parameters
     found = {name: value for name, value in described.items() if name in known and name != "params"}
@@ -146,7 +147,7 @@ def _arguments(cls: type, described: Mapping[str, Any]) -> dict[str, Any]:
     return {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
 
 
-def _generation(described: Mapping[str, Any]) -> Generation:
+def _generation(described: Record) -> Generation:
     known = {field.name for field in fields(Generation)}
     return Generation(**{name: value for name, value in described.items() if name in known})
 

@@ -92,6 +92,11 @@ class LastingWriter:
         return (lambda *args, **kwargs: self._attempt(found, *args, **kwargs)) if callable(found) else found
 
 
+def folder_of(logger: Logger) -> str | None:
+    """Return the folder that a logger writes one run to, or all runs if it tells no more; None for a service."""
+    return getattr(logger, "log_dir", None) or logger.save_dir
+
+
 def lasting(logger: Any) -> Any:
     """Keep a logger, of whatever kind, from ending a run once it has been opened; return it.
 
@@ -123,13 +128,9 @@ def cause_outside(error: BaseException | None) -> OSError | None:
     return None
 
 
-def _line(logger: Any, outside: OSError | None, error: Exception) -> str:
-    where = (
-        getattr(logger, "log_dir", None)
-        or getattr(logger, "save_dir", None)
-        or type(logger).__name__.removeprefix("Lasting")
-    )
-    reason = " ".join(str(getattr(outside, "strerror", None) or error or type(error).__name__).split())
+def _line(logger: Logger, outside: OSError | None, error: Exception) -> str:
+    where = folder_of(logger) or type(logger).__name__.removeprefix("Lasting")
+    reason = " ".join(str((outside is not None and outside.strerror) or error or type(error).__name__).split())
     if outside is None:
         return visible(f"{where}: a value could not be logged and is left out ({reason}); the run goes on")
     return visible(

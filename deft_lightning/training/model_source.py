@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Self
@@ -11,6 +11,7 @@ from typing import Any, Self
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_info
 
+from deft_lightning.annotations import CausalLM, Record, Tokenizer
 from deft_lightning.errors import UserError
 from deft_lightning.models import (
     LoRA,
@@ -49,7 +50,7 @@ class ModelSource:
     compile: bool
 
     @classmethod
-    def of(cls, settings: Mapping[str, Any]) -> Self:
+    def of(cls, settings: Record) -> Self:
         """Return the source that the arguments of a module describe, whatever else is among them."""
         return cls(**{field.name: settings[field.name] for field in fields(cls)})
 
@@ -80,7 +81,7 @@ class ModelSource:
         folder = str(getattr(base_causal_lm(self.pretrained).config, "_name_or_path", "") or "")
         return folder if folder and (Path(folder) / "tokenizer_config.json").is_file() else None
 
-    def settle_tokenizer(self, data: Any | None, own: Any | None) -> None:
+    def settle_tokenizer(self, data: Any | None, own: Tokenizer | None) -> None:
         """Give the data the tokenizer of a model that was given, and say which that is.
 
         Args:
@@ -104,7 +105,7 @@ class ModelSource:
                 "the model that was given names no folder with a tokenizer: give InstructionDataModule(tokenizer=...)"
             )
 
-    def build(self, tokenizer: Any | None, longest: int) -> Any:
+    def build(self, tokenizer: Tokenizer | None, longest: int) -> CausalLM:
         """Return the model in train mode; on the meta device its weights hold nothing.
 
         Args:
@@ -128,7 +129,7 @@ class ModelSource:
         adapted = hasattr(model, "get_base_model")
         return model if self.lora is None or adapted else add_adapters(model, self.lora)
 
-    def _given(self) -> Any:
+    def _given(self) -> CausalLM:
         """The model that was given, itself; under the meta device its shapes."""
         if torch.get_default_device().type != "meta":
             return ready(self.pretrained)
@@ -159,7 +160,7 @@ class ModelSource:
         return model, loss
 
 
-def check_causal_lm(model: Any) -> None:
+def check_causal_lm(model: CausalLM) -> None:
     """Refuse an object that is no causal language model of transformers, with adapters or without.
 
     Raises:
@@ -175,7 +176,7 @@ def check_causal_lm(model: Any) -> None:
         )
 
 
-def check_vocabulary(tokenizer: Any | None, digest: str | None) -> None:
+def check_vocabulary(tokenizer: Tokenizer | None, digest: str | None) -> None:
     """Refuse another tokenizer than the one a checkpoint was trained with.
 
     Args:

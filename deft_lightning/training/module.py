@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from deft_lightning._lightning import is_accumulating, is_logging_step, trainer_of
+from deft_lightning.annotations import Batch, CausalLM, Checkpoint, Settings
 from deft_lightning.evaluation import Completion, Evaluator, Generation, TestSet, prediction_records
 from deft_lightning.functional import TokenStats
 from deft_lightning.models import LoRA, check_state, describe, is_sharded
@@ -153,14 +154,14 @@ class SFTModule(LightningModule):
         if self.model is None:
             self.model, self.batch_loss = self.source.place(self._build, getattr(trainer_of(self), "strategy", None))
 
-    def _build(self) -> Any:
+    def _build(self) -> CausalLM:
         return self.source.build(self.tokenizer, getattr(self.prompts, "longest", 0))
 
     def forward(self, input_ids: Tensor, **kwargs: Any) -> Any:
         """Return the model's own output, logits included."""
         return self.model(input_ids=input_ids, use_cache=False, **kwargs)
 
-    def loss_and_stats(self, batch: dict[str, Any]) -> tuple[Tensor, TokenStats, Tensor]:
+    def loss_and_stats(self, batch: Batch) -> tuple[Tensor, TokenStats, Tensor]:
         """Return the sum of the objective, the statistics of the N supervised tokens, and where they are.
 
         The router's loss of a mixture of experts is in the sum. The batch is as for
@@ -170,7 +171,7 @@ class SFTModule(LightningModule):
         return output.total, output.stats, output.keep
 
     @torch.no_grad()
-    def statistics(self, batch: dict[str, Any], topk: int = 0) -> tuple[TokenStats, Tensor]:
+    def statistics(self, batch: Batch, topk: int = 0) -> tuple[TokenStats, Tensor]:
         """Return the statistics and where the tokens are, without gradient; also the entropy of the `topk` largest."""
         output = self.batch_loss(batch, self.current_objective, NoObjective(topk))
         return output.stats, output.keep
@@ -186,7 +187,7 @@ class SFTModule(LightningModule):
         if self.objective.scheduled:
             self._steps = planned_steps(self.trainer, repr(self.objective))
 
-    def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Count the supervised tokens of the optimizer step; its first micro-batch settles `current_objective`."""
         if self.normaliser.begins_step:
             progress = min(self.trainer.global_step / self._steps, 1.0) if self.objective.scheduled else 1.0
@@ -194,7 +195,7 @@ class SFTModule(LightningModule):
         self.normaliser.count(batch["labels"], batch.get("token_weight"))
         reseed(self.current_epoch, batch_idx, self.global_rank)
 
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
+    def training_step(self, batch: Batch, batch_idx: int) -> Settings:
         """Return the summed loss, and detached statistics for the callbacks that watch."""
         output = self.batch_loss(batch, self.current_objective)
         self.meters.add_training(output)
@@ -223,7 +224,7 @@ class SFTModule(LightningModule):
         if by_value:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
-    def on_train_batch_end(self, outputs: Any, batch: dict[str, Any], batch_idx: int) -> None:
+    def on_train_batch_end(self, outputs: object, batch: Batch, batch_idx: int) -> None:
         """Log the exact token-weighted means since the last logged step, on every rank alike."""
         if is_logging_step(self.trainer) and not is_accumulating(self.trainer):
             self.meters.log_training(self.log, self.trainer.global_step)
@@ -235,7 +236,7 @@ class SFTModule(LightningModule):
         """Put the sums where the tokens are."""
         self.meters.to(self.device)
 
-    def validation_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Settings:
         """Add a batch to the validation sums; of the second loader, the corrupted tokens alone."""
         output = self.batch_loss(batch, self.current_objective)
         self.meters.add_validation(output, noise_of(batch, output.keep), corrupted=dataloader_idx > 0)
@@ -250,7 +251,7 @@ class SFTModule(LightningModule):
         if metric is None:
             scheduler.step()
 
-    def generate(self, batch: dict[str, Any], longest: int = 0) -> list[list[Completion]]:
+    def generate(self, batch: Batch, longest: int = 0) -> list[list[Completion]]:
         """Complete the left-padded prompts of a batch; one list of samples for each, none for a filler."""
         stops, together = stop_tokens_of(self.prompts), ranks() > 1 and is_sharded(self.model)
         return self.evaluator.complete(self.model, self.tokenizer, batch, stops, longest=longest, together=together)
@@ -263,7 +264,7 @@ class SFTModule(LightningModule):
         """Check the prompts."""
         self.evaluator.check_prompts(self.model, self._test_sets)
 
-    def predict_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
+    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
         """Return one record a prompt: what grading it later needs."""
         tests = self._test_sets[dataloader_idx]
         return prediction_records(self.generate(batch, tests.longest), batch, tests)
@@ -273,7 +274,7 @@ class SFTModule(LightningModule):
         self.evaluator.check_prompts(self.model, self._test_sets)
         self.evaluator.start(self._test_sets, self.device, self.trainer.num_devices)
 
-    def test_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Generate and grade."""
         tests = self._test_sets[dataloader_idx]
         self.evaluator.grade(self.generate(batch, tests.longest), batch, tests, dataloader_idx)
@@ -282,7 +283,7 @@ class SFTModule(LightningModule):
         """Log the figures of every loader's prompts over all ranks, and print them as one table."""
         self.evaluator.report(self._test_sets, self.log, self.global_rank, self.trainer.world_size)
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Add what `export` needs, so that a checkpoint stands alone, and where the run stands."""
         if not self._about:
             stops = self.prompts.stop_token_ids if self.prompts is not None else []
@@ -290,7 +291,7 @@ class SFTModule(LightningModule):
         run = {"objective": repr(self.objective), "training": list(self._run), **self.normaliser.state_dict()}
         checkpoint[KEY] = {**self._about, **run}
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Refuse another model or vocabulary than the checkpoint's; go on counting tokens and steps."""
         if "state_dict" in checkpoint:  # a sharded model has loaded its weights already
             check_state(self.model, checkpoint["state_dict"])

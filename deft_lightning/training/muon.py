@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch.optim import AdamW, Muon, Optimizer
 
+from deft_lightning.annotations import CausalLM
+
 
 class MuonAdamW(Optimizer):
     """Muon (https://kellerjordan.github.io/posts/muon) for full fine-tuning: an orthogonal step for each matrix.
@@ -72,7 +74,7 @@ class MuonAdamW(Optimizer):
         return loss
 
 
-def for_muon(model: Any, trained: list[torch.nn.Parameter]) -> list[dict[str, Any]]:
+def for_muon(model: CausalLM, trained: list[torch.nn.Parameter]) -> list[dict[str, Any]]:
     """Return the groups of a model's parameters: matrices of the layers, other matrices, vectors.
 
     Args:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
+from deft_lightning.annotations import CausalLM
 from deft_lightning.errors import UserError
 from deft_lightning.training.distributed import gather, local
 from deft_lightning.training.totals import StepTotals
@@ -39,7 +40,7 @@ class NonfiniteGuard:
         self.on_nonfinite = on_nonfinite
         self.skipped = self._in_a_row = 0
 
-    def check(self, norm: Tensor, totals: StepTotals, model: Any, step: int) -> None:
+    def check(self, norm: Tensor, totals: StepTotals, model: CausalLM, step: int) -> None:
         """Let a finite step pass; every rank has to call it, once their totals are summed.
 
         Args:
@@ -73,7 +74,7 @@ class NonfiniteGuard:
         self._in_a_row = self._in_a_row + 1 if skipped else 0
 
 
-def describe_nonfinite(totals: StepTotals, model: Any, step: int) -> str:
+def describe_nonfinite(totals: StepTotals, model: CausalLM, step: int) -> str:
     """Say in one line which examples and parameters a step that is not finite is about; every rank has to call it."""
     parameters = [name for name, p in model.named_parameters() if p.grad is not None and _bad(p.grad)]
     # Of the ranks whose loss was not finite, or of all if it was only the gradient.

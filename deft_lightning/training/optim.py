@@ -10,6 +10,7 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from deft_lightning.annotations import Settings
 from deft_lightning.errors import UserError
 from deft_lightning.training.muon import MuonAdamW
 
@@ -53,7 +54,7 @@ class CosineWithWarmup(LRScheduler):
             group["lr"] = rate
         self._last_lr = [group["lr"] for group in self.optimizer.param_groups]
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> Settings:
         """Return the place in the schedule; its shape and the peak rates belong to the run, not to the checkpoint."""
         return {"last_epoch": self.last_epoch, "_step_count": self._step_count}
 

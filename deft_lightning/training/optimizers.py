@@ -8,9 +8,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from lightning.pytorch import Trainer
 from torch.optim import Muon, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from deft_lightning.annotations import CausalLM, Settings
 from deft_lightning.errors import UserError, did_you_mean
 from deft_lightning.models import is_sharded
 from deft_lightning.training.muon import MuonAdamW, for_muon
@@ -20,12 +22,12 @@ CONSTANT = "--model.scheduler null"
 
 
 def make_optimizer(
-    model: Any,
+    model: CausalLM,
     optimizer: Callable[..., Optimizer],
     scheduler: Callable[..., LRScheduler] | None,
-    trainer: Any,
+    trainer: Trainer,
     rate: float | None = None,
-) -> dict[str, Any]:
+) -> Settings:
     """Return optimizer and schedule as Lightning wants them; biases and norms are exempt from weight decay.
 
     Args:
@@ -60,7 +62,7 @@ def make_optimizer(
         raise UserError(f"--model.scheduler: {error}") from None
     if isinstance(schedule, CosineWithWarmup) and schedule.total_steps is None:
         schedule.plan(planned_steps(trainer, "the schedule", f", or train at a constant rate with {CONSTANT}"))
-    config: dict[str, Any] = {"scheduler": schedule, "interval": "step"}
+    config: Settings = {"scheduler": schedule, "interval": "step"}
     if isinstance(schedule, ReduceLROnPlateau):
         config |= {"monitor": _monitor(schedule, trainer), "strict": False}
     return {"optimizer": built, "lr_scheduler": config}
@@ -74,7 +76,7 @@ def _class(optimizer: Callable[..., Optimizer]) -> type | None:
         return None
 
 
-def _groups_of_muon(cls: type | None, model: Any, trained: list[torch.nn.Parameter]) -> list[dict[str, Any]]:
+def _groups_of_muon(cls: type | None, model: CausalLM, trained: list[torch.nn.Parameter]) -> list[dict[str, Any]]:
     if cls is Muon:
         raise UserError(
             "--model.optimizer Muon trains matrices alone; --model.optimizer MuonAdamW trains those of the layers by"
@@ -89,7 +91,7 @@ def _groups_of_muon(cls: type | None, model: Any, trained: list[torch.nn.Paramet
     return for_muon(model, trained)
 
 
-def _monitor(schedule: ReduceLROnPlateau, trainer: Any) -> str:
+def _monitor(schedule: ReduceLROnPlateau, trainer: Trainer) -> str:
     """Return the metric that decides when a rate is reduced: one of validation, `val/nll` unless it is named."""
     monitor = str(getattr(schedule, "monitor", "val/nll"))
     if not monitor.startswith("val"):
@@ -126,7 +128,7 @@ def step_plateaus(trainer: Any, metrics: Mapping[str, Any]) -> None:
             config.scheduler.step(float(metrics[config.monitor]))
 
 
-def planned_steps(trainer: Any, what: str, otherwise: str = "") -> int:
+def planned_steps(trainer: Trainer, what: str, otherwise: str = "") -> int:
     """Return the number of optimizer steps of a run, for something that needs it.
 
     Args:

@@ -7,6 +7,7 @@ from typing import Any, Protocol, TypeGuard
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 
+from deft_lightning.annotations import Tokenizer
 from deft_lightning.errors import UserError
 from deft_lightning.evaluation import TestSet
 
@@ -19,7 +20,7 @@ class PromptSource(Protocol):
         test_sets: What the prompts of each loader belong to, once the loaders are made.
     """
 
-    tokenizer: Any
+    tokenizer: Tokenizer
     test_sets: list[TestSet]
 
     @property

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning_utilities.core.rank_zero import rank_zero_info
 
+from deft_lightning.annotations import Settings
 from deft_lightning.callbacks import (
     Checkpoint,
     Dashboard,
@@ -21,7 +21,7 @@ from deft_lightning.callbacks import (
     SFTProgressBar,
 )
 
-TRAINER_DEFAULTS: dict[str, Any] = {
+TRAINER_DEFAULTS: Settings = {
     "gradient_clip_val": 1.0,
     "log_every_n_steps": 10,
     "default_root_dir": "logs",
@@ -32,7 +32,7 @@ WATCHES = (GracefulStop, RankWatch, MetricCheck)
 KINDS: dict[type[Callback], type[Callback]] = {Checkpoint: ModelCheckpoint, SFTProgressBar: ProgressBar}
 
 
-def with_defaults(options: dict[str, Any]) -> dict[str, Any]:
+def with_defaults(options: Settings) -> Settings:
     """Return the options of a trainer with those of the recipe that were not given.
 
     Args:
@@ -54,7 +54,7 @@ def with_defaults(options: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def with_callbacks(options: dict[str, Any], monitors: bool) -> list[Callback]:
+def with_callbacks(options: Settings, monitors: bool) -> list[Callback]:
     """Return the callbacks of a run: those that were given, and those of the recipe whose kind is not among them.
 
     Args:

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_info
 
+from deft_lightning.annotations import Settings
 from deft_lightning.errors import UserError
 from deft_lightning.models import load_checkpoint, model_from_checkpoint
 from deft_lightning.training.hyper_parameters import settings_of
@@ -14,7 +15,7 @@ from deft_lightning.training.hyper_parameters import settings_of
 Module = TypeVar("Module")
 
 
-def restored(cls: type[Module], path: Any, map_location: Any, given: dict[str, Any]) -> Module:
+def restored(cls: type[Module], path: Any, map_location: Any, given: Settings) -> Module:
     """Return a module with the model and the settings of a checkpoint.
 
     Args:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+
+from lightning.pytorch import Trainer
 
 VERSION = re.compile(r"version_(\d+)")
 
@@ -22,7 +23,7 @@ class RunFolder:
         known: The folder once it is decided; None before.
     """
 
-    def __init__(self, trainer: Any) -> None:
+    def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
         self.known: str | None = None
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
+from deft_lightning.annotations import Record
 from deft_lightning.registry import concrete
-
-Record = Mapping[str, Any]
 
 
 class Grade(NamedTuple):

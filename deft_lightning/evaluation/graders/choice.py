@@ -6,13 +6,14 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from rapidfuzz.distance import Indel
 
+from deft_lightning.annotations import Record
 from deft_lightning.answers.locate import boxed
 from deft_lightning.answers.numbers import unwrapped
-from deft_lightning.evaluation.graders.base import Grader, Record
+from deft_lightning.evaluation.graders.base import Grader
 
 LINE = 500  # letters of the last line that are looked at
 TAIL = 2_000  # letters at the end in which `compat` seeks and compares
@@ -79,7 +80,7 @@ def nearest(completion: str, options: Mapping[str, str]) -> str | None:
     return best if tail and likeness[best] > 0 else None
 
 
-def label_of(answer: Any, options: Mapping[str, str]) -> str | None:
+def label_of(answer: object, options: Mapping[str, str]) -> str | None:
     """Return the label that a row's answer means: a label, a number counted from 0, or an option's text."""
     if isinstance(answer, int) and str(answer) in options:  # labels that are numbers
         return str(answer)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from deft_lightning.evaluation.graders.base import Grader, Record
+from deft_lightning.annotations import Record
+from deft_lightning.evaluation.graders.base import Grader
 
 
 def exact_match(completion: str, gold: str) -> bool:

@@ -7,7 +7,8 @@ from typing import ClassVar
 
 from rapidfuzz.distance import Jaro
 
-from deft_lightning.evaluation.graders.base import Grader, Record
+from deft_lightning.annotations import Record
+from deft_lightning.evaluation.graders.base import Grader
 from deft_lightning.evaluation.graders.exact import tidy
 
 LONGEST = 100_000  # letters of a completion that are compared; a word has a dozen

@@ -9,11 +9,12 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import ClassVar, Literal, get_args
 
+from deft_lightning.annotations import Record
 from deft_lightning.answers.locate import LONGEST, boxed, hashed, last_number
 from deft_lightning.answers.numbers import plain, same_number, same_words, words
 from deft_lightning.errors import UserError
 from deft_lightning.evaluation.graders.algebra import LIMITS, GaveUp
-from deft_lightning.evaluation.graders.base import Grader, Record
+from deft_lightning.evaluation.graders.base import Grader
 from deft_lightning.evaluation.graders.judge import Question, judge
 
 Rule = Literal["boxed", "hashes", "last_number"]

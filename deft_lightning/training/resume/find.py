@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_utilities.core.rank_zero import rank_zero_info
 
+from deft_lightning.annotations import Checkpoint
 from deft_lightning.errors import UserError
 from deft_lightning.models import load_checkpoint
 from deft_lightning.training.resume.last import last_checkpoint
@@ -20,11 +21,11 @@ class CheckpointFinder:
         trainer: Its folder and its checkpoint callbacks say where they lie.
     """
 
-    def __init__(self, trainer: Any) -> None:
+    def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
         self._older: tuple[str, Path] | None = None  # a checkpoint that `last` has meant, and the one before it
 
-    def read(self, ckpt_path: str) -> dict[str, Any]:
+    def read(self, ckpt_path: str) -> Checkpoint:
         """Read a checkpoint of this package, `last` included.
 
         Raises:
@@ -36,7 +37,7 @@ class CheckpointFinder:
         except UserError as error:
             raise self.naming_older(path, error) from None
 
-    def naming_older(self, path: Any, error: UserError) -> UserError:
+    def naming_older(self, path: str | Path | None, error: UserError) -> UserError:
         """Return an error of reading a checkpoint; if `last` meant that one, with the one before it."""
         if self._older is None or self._older[0] != str(path):
             return error

@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from deft_lightning.annotations import Checkpoint, Settings
 from deft_lightning.errors import UserError
 from deft_lightning.models.checkpoint import is_complete
 from deft_lightning.models.contents import KEY
@@ -37,7 +38,7 @@ class Saved(NamedTuple):
     step: int | None
     again: int
     time: float
-    run: dict[str, Any]
+    run: Settings
     problem: str | None
 
     @property
@@ -134,13 +135,13 @@ def read(path: Path) -> Saved:
     return Saved(path, step, again, time, run if isinstance(run, dict) else {}, None if KEY in held else FOREIGN)
 
 
-def line_of(held: dict[str, Any], path: Any) -> list[str]:
+def line_of(held: Checkpoint, path: str | Path | None) -> list[str]:
     """Return the runs a checkpoint goes back to, its own last; of one that does not say, its folder."""
     run = about(held).get("run")
     return _line(run if isinstance(run, dict) else {}) or [str(_home(Path(str(path)).resolve())[0])]
 
 
-def _line(run: dict[str, Any]) -> list[str]:
+def _line(run: Settings) -> list[str]:
     line = run.get("line")
     return [one for one in line if isinstance(one, str)] if isinstance(line, list) else []
 

@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch import Trainer
 
+from deft_lightning.annotations import Checkpoint, Settings
 from deft_lightning.errors import UserError
 from deft_lightning.models.checkpoint import is_complete
 from deft_lightning.models.contents import KEY
 from deft_lightning.models.seal import unbounded
 from deft_lightning.models.shares import SHARED
+from deft_lightning.training.protocols import shards
 from deft_lightning.training.resume.settings import class_path, of_optimizer, shown
 
 
@@ -33,27 +36,26 @@ def peek(path: str | Path) -> dict[str, Any] | None:
     return held if isinstance(held, dict) else None
 
 
-def about(held: dict[str, Any]) -> dict[str, Any]:
+def about(held: Checkpoint) -> Settings:
     """Return what this package has written into a checkpoint; empty if it is not one of this package."""
     found = held.get(KEY)
     return found if isinstance(found, dict) else {}
 
 
-def known_settings(held: dict[str, Any]) -> dict[str, Any]:
+def known_settings(held: Checkpoint) -> Settings:
     """Return what a checkpoint was trained with; empty for one from before this was kept."""
     found = about(held).get("settings")
     return found if isinstance(found, dict) else {}
 
 
-def refuse(path: str | Path, trainer: Any, module: Any) -> None:
+def refuse(path: str | Path, trainer: Trainer, module: Any) -> None:
     """Refuse to resume what cannot be.
 
     Raises:
         UserError: The checkpoint holds weights only, is a folder of shares under another strategy, is further than the
             limits of this run, or is of another optimizer, another schedule, or other adapters.
     """
-    sharded = getattr(trainer.strategy, "shards_weights", False)
-    if Path(path).is_dir() and is_complete(Path(path)) and not sharded:
+    if Path(path).is_dir() and is_complete(Path(path)) and not shards(trainer.strategy):
         raise UserError(
             f"{path}: is a folder of shares, which --trainer.strategy fsdp2 alone can resume; export it to go on from"
             " its weights"
@@ -74,7 +76,7 @@ def refuse(path: str | Path, trainer: Any, module: Any) -> None:
         refuse_classes(path, before, *found)
 
 
-def _refuse_limits(path: str | Path, held: dict[str, Any], trainer: Any) -> None:
+def _refuse_limits(path: str | Path, held: Checkpoint, trainer: Trainer) -> None:
     step, steps, epochs = held.get("global_step"), trainer.max_steps, trainer.max_epochs
     if isinstance(step, int) and 0 <= steps < step:
         raise UserError(
@@ -89,7 +91,7 @@ def _refuse_limits(path: str | Path, held: dict[str, Any], trainer: Any) -> None
         )
 
 
-def _epochs_done(held: dict[str, Any]) -> int:
+def _epochs_done(held: Checkpoint) -> int:
     """Return how many epochs a checkpoint has behind it; 0 if its progress cannot be read, which loading it tells."""
     try:
         progress = held["loops"]["fit_loop"]
@@ -119,7 +121,7 @@ def _refuse_adapters(path: str | Path, before: Any, lora: Any) -> None:
             )
 
 
-def _scale(lora: dict[str, Any], name: str) -> Any:
+def _scale(lora: Settings, name: str) -> Any:
     value = lora.get(name)
     return 2 * lora.get("r", 0) if name == "alpha" and value is None else value
 
@@ -134,7 +136,7 @@ def _made(module: Any) -> tuple[str, str | None] | None:
         return None
 
 
-def refuse_classes(path: str | Path, before: dict[str, Any], optimizer: str, scheduler: str | None) -> None:
+def refuse_classes(path: str | Path, before: Settings, optimizer: str, scheduler: str | None) -> None:
     """Refuse another optimizer or schedule than the one whose state a checkpoint holds.
 
     Raises:
@@ -154,6 +156,6 @@ def refuse_classes(path: str | Path, before: dict[str, Any], optimizer: str, sch
         )
 
 
-def short(path: Any) -> str:
+def short(path: str | Path | None) -> str:
     """Return the name of a class without its module."""
     return "null" if path is None else shown(path).rpartition(".")[2]

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from deft_lightning._lightning import CheckpointConnector, attached_module, restore_place_in_data
+from deft_lightning.annotations import Checkpoint, Settings
 from deft_lightning.errors import UserError
 from deft_lightning.models.contents import KEY
 from deft_lightning.training.resume.last import line_of
@@ -33,19 +35,19 @@ class Restoring(CheckpointConnector):
         trainer: The trainer it restores.
     """
 
-    def __init__(self, trainer: Any) -> None:
+    def __init__(self, trainer: Trainer) -> None:
         super().__init__(trainer)
-        self._settings: dict[str, Any] = {}
-        self._run: dict[str, Any] = {}
+        self._settings: Settings = {}
+        self._run: Settings = {}
         self._again = False
 
     # ---------------------------------------------------------------- which, and whether it can be
 
-    def find(self, stage: TrainerFn, ckpt_path: Any) -> Any:
+    def find(self, stage: TrainerFn, ckpt_path: str | Path | None) -> Any:
         """Let `last` mean the newest checkpoint of all runs, where Lightning knows those of this one alone."""
         return str(self.trainer.last_checkpoint()) if ckpt_path == "last" else ckpt_path  # type: ignore[attr-defined]
 
-    def found(self, stage: TrainerFn, path: Any) -> None:
+    def selected(self, stage: TrainerFn, path: str | Path | None) -> None:
         """Refuse what cannot be resumed."""
         self._settings, self._run = {}, {}
         if path is not None and stage is TrainerFn.FITTING and "://" not in str(path):
@@ -69,7 +71,7 @@ class Restoring(CheckpointConnector):
                 " (--ckpt_path)"
             ) from error
 
-    def resume_start(self, checkpoint_path: Any = None, weights_only: bool | None = None) -> None:
+    def resume_start(self, checkpoint_path: str | Path | None = None, weights_only: bool | None = None) -> None:
         """Read the checkpoint."""
         try:
             with self._of("contents"):
@@ -94,7 +96,7 @@ class Restoring(CheckpointConnector):
         with self._of("states of callbacks"):
             super().restore_callbacks()
 
-    def restore(self, checkpoint_path: Any = None, weights_only: bool | None = None) -> None:
+    def restore(self, checkpoint_path: str | Path | None = None, weights_only: bool | None = None) -> None:
         """Go back to a checkpoint within a run, as the tuner does: nothing is compared."""
         self._again = True
         try:
@@ -142,7 +144,7 @@ class Restoring(CheckpointConnector):
                 if name in own_group:
                     group[name] = own_group[name]
 
-    def _say(self, before: dict[str, Any], held: dict[str, Any]) -> None:
+    def _say(self, before: Settings, held: Checkpoint) -> None:
         if not before:
             rank_zero_info(
                 f"resuming: {self.path} is from before checkpoints kept their settings: nothing is known of its"
@@ -158,19 +160,19 @@ class Restoring(CheckpointConnector):
 
     # ---------------------------------------------------------------- saving
 
-    def dump_checkpoint(self, weights_only: bool | None = None) -> dict[str, Any]:
+    def dump_checkpoint(self, weights_only: bool | None = None) -> Checkpoint:
         """Add what this fit trains with, and which run it is, to what SFTModule writes."""
-        checkpoint: dict[str, Any] = super().dump_checkpoint(weights_only)
+        checkpoint: Settings = super().dump_checkpoint(weights_only)
         if self._settings and KEY in checkpoint:
             checkpoint[KEY] = {**checkpoint[KEY], "settings": self._settings, "run": self._run}
         return checkpoint
 
 
-def _without_params(group: dict[str, Any]) -> dict[str, Any]:
+def _without_params(group: dict[str, Any]) -> Settings:
     return {name: value for name, value in group.items() if name != "params"}
 
 
-def _keep_beside(held: dict[str, Any]) -> None:
+def _keep_beside(held: Checkpoint) -> None:
     """Take names of files that do not lie in the folder of their callback out of its state."""
     states = held.get("callbacks")
     for state in states.values() if isinstance(states, dict) else ():

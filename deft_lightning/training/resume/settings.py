@@ -14,11 +14,13 @@ from typing import Any
 from torch.optim import Optimizer
 
 from deft_lightning._lightning import unwrapped
+from deft_lightning.annotations import Settings
 from deft_lightning.data.prepared.cache import source_files
 from deft_lightning.data.sources.given import GivenRows
 from deft_lightning.data.sources.places import last_identity
 from deft_lightning.data.sources.read import address_of, weights
 from deft_lightning.terminal import visible
+from deft_lightning.training.protocols import shards
 
 ADDRESSES = {"deft_lightning.training.optim": "deft_lightning.optim"}  # where code is, where it is known to be
 WHOLE = 1 << 26  # bytes up to which a file is known by all of its content; of a larger one, blocks of it are read
@@ -56,14 +58,14 @@ def plain(value: Any) -> Any:
     return re.sub(r" at 0x[0-9a-f]+", "", repr(value))  # an address is another one in each process
 
 
-def settings(trainer: Any) -> dict[str, Any]:
+def settings(trainer: Any) -> Settings:
     """Return what the fit of a trainer trains with, under the names of the options."""
     module, data, strategy = trainer.lightning_module, trainer.datamodule, trainer.strategy
     seed = os.environ.get("PL_GLOBAL_SEED")
-    found: dict[str, Any] = {
+    found: Settings = {
         "seed_everything": int(seed) if seed is not None and seed.isdigit() else seed,
         "trainer.strategy": _strategy_name(strategy),
-        "trainer.precision": "bf16-mixed" if getattr(strategy, "low_precision", False) else trainer.precision,
+        "trainer.precision": "bf16-mixed" if shards(strategy) and strategy.low_precision else trainer.precision,
         "trainer.world_size": trainer.world_size,
         **{f"trainer.{name}": plain(getattr(trainer, name)) for name in OF_TRAINER},
         **_options(module, "model", NOT_MODEL),
@@ -91,14 +93,14 @@ def _strategy_name(strategy: Any) -> str:
     )
 
 
-def _options(owner: Any, prefix: str, leave_out: set[str]) -> dict[str, Any]:
+def _options(owner: Any, prefix: str, leave_out: set[str]) -> Settings:
     """Values of what a class is made with, where it keeps them under the same names."""
     names = [name for name in inspect.signature(type(owner).__init__).parameters if name not in leave_out]
     return {f"{prefix}.{name}": plain(vars(owner)[name]) for name in names if name in vars(owner)}
 
 
-def _data(data: Any) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+def _data(data: Any) -> Settings:
+    found: Settings = {}
     for name in ("source", "validation_source"):
         if (source := getattr(data, name, None)) is not None:
             found[f"data.{name}"] = [[weight, content(one)] for one, weight in weights(source).items()]
@@ -141,7 +143,7 @@ def _digest(path: Path) -> bytes:
     return digest.digest()
 
 
-def of_optimizer(optimizer: Optimizer) -> dict[str, Any]:
+def of_optimizer(optimizer: Optimizer) -> Settings:
     """Return class and arguments of an optimizer, and how many parameters each of its groups has."""
     optimizer = unwrapped(optimizer)
     return {
@@ -151,7 +153,7 @@ def of_optimizer(optimizer: Optimizer) -> dict[str, Any]:
     }
 
 
-def of_scheduler(scheduler: Any) -> dict[str, Any]:
+def of_scheduler(scheduler: Any) -> Settings:
     """Return class and arguments of a schedule; no place in it."""
     if scheduler is None:
         return {"class": None, "arguments": {}}
@@ -166,7 +168,7 @@ def class_path(thing: Any) -> str:
     return f"{ADDRESSES.get(module, module)}.{type(thing).__qualname__}"
 
 
-def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+def differences(before: Settings, now: Settings) -> list[str]:
     """Return a line for each setting that differs, of those both sides know."""
     lines = []
     for name in now:
@@ -204,13 +206,13 @@ def of_model(before: str, now: str) -> list[str]:
     ]
 
 
-def changed_arguments(before: dict[str, Any], now: dict[str, Any]) -> set[str]:
+def changed_arguments(before: Settings, now: Settings) -> set[str]:
     """Return the arguments of the optimizer for which another value is asked than the checkpoint was trained with."""
     old, new = (_arguments(side, "model.optimizer") for side in (before, now))
     return {name for name in new if name in old and old[name] != new[name]}
 
 
-def _of_optimizer(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+def _of_optimizer(before: Settings, now: Settings) -> list[str]:
     old, new = (_arguments(side, "model.optimizer") for side in (before, now))
     # Torch's own schedules restore the rates they began with; ours has those of the run.
     kept = "" if _class(now, "model.scheduler").startswith("deft_lightning.") else "; the schedule keeps the former"
@@ -221,7 +223,7 @@ def _of_optimizer(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     ]
 
 
-def _of_scheduler(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+def _of_scheduler(before: Settings, now: Settings) -> list[str]:
     old, new = (_arguments(side, "model.scheduler") for side in (before, now))
     ours = _class(now, "model.scheduler").startswith("deft_lightning.")
     lines = []
@@ -239,13 +241,13 @@ def _of_scheduler(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _arguments(side: dict[str, Any], name: str) -> dict[str, Any]:
+def _arguments(side: Settings, name: str) -> Settings:
     about = side.get(name)
     arguments = about.get("arguments") if isinstance(about, dict) else None
     return arguments if isinstance(arguments, dict) else {}
 
 
-def _class(side: dict[str, Any], name: str) -> str:
+def _class(side: Settings, name: str) -> str:
     about = side.get(name)
     return str(about.get("class")) if isinstance(about, dict) else ""
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from deft_lightning._lightning import unwrapped
+from deft_lightning.annotations import Checkpoint
 from deft_lightning.errors import UserError
 from deft_lightning.training.resume.refuse import short
 from deft_lightning.training.resume.settings import of_optimizer, shown
@@ -15,7 +16,7 @@ from deft_lightning.training.resume.settings import of_optimizer, shown
 LIKE_THE_PARAMETER = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
 
 
-def refuse_state(path: str | Path, held: dict[str, Any], optimizers: list[Any]) -> None:
+def refuse_state(path: str | Path, held: Checkpoint, optimizers: list[Any]) -> None:
     """Refuse an optimizer's state that is of another optimizer, or of other parameters, than the one it is meant for.
 
     Raises:
@@ -52,7 +53,7 @@ def refuse_state(path: str | Path, held: dict[str, Any], optimizers: list[Any]) 
                 )
 
 
-def refuse_loops(path: str | Path, held: dict[str, Any]) -> None:
+def refuse_loops(path: str | Path, held: Checkpoint) -> None:
     """Refuse progress that is not counted in whole numbers, and a place in the data that is none.
 
     Raises:

@@ -7,6 +7,7 @@ from typing import Any
 
 from lightning_utilities.core.rank_zero import rank_zero_info
 
+from deft_lightning.annotations import CausalLM
 from deft_lightning.errors import UserError
 from deft_lightning.models import describe, gathered, is_sharded, model_from_checkpoint, save_hugging_face
 from deft_lightning.models.contents import KEY
@@ -39,7 +40,7 @@ def export(
     return folder
 
 
-def whole_model(module: Any, first: bool) -> Any:
+def whole_model(module: Any, first: bool) -> CausalLM:
     """Return a module's model with whole weights; of one that is sharded, a copy in the memory of rank 0.
 
     Args:
