@@ -19,8 +19,10 @@ GenerationSettings: TypeAlias = "GenerationConfig"
 Batch: TypeAlias = dict[str, Any]
 # What Lightning saves and restores: states by name.
 Checkpoint: TypeAlias = dict[str, Any]
-# Plain values by name, as JSON and YAML have them: numbers, texts, lists, dictionaries.
+# Of a model or an optimizer: tensors, and what goes with them, by name.
+State: TypeAlias = dict[str, Any]
+# Plain values by name, as JSON and YAML have them: of a file or a report; of options.
+JsonObject: TypeAlias = dict[str, Any]
 Settings: TypeAlias = dict[str, Any]
-Report: TypeAlias = dict[str, Any]
 # The same where they are only read: a row, a config, a line of a report.
 Record: TypeAlias = Mapping[str, Any]

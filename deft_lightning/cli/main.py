@@ -14,7 +14,6 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
-from deft_lightning.annotations import Settings
 from deft_lightning.callbacks import (
     Checkpoint,
     Dashboard,
@@ -161,7 +160,7 @@ class DeftCLI(LightningCLI):
         except (ValueError, TypeError, ImportError, MisconfigurationException) as error:  # Lightning's own checks
             raise error if isinstance(error, UserError) else trainer_error(error) from None
 
-    def _prepare_subcommand_kwargs(self, subcommand: str) -> Settings:
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
         path = kwargs.get("ckpt_path")
         if subcommand == "fit" and self.config.fit.get("weights_only", False) is None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from deft_lightning.annotations import Settings, Tokenizer
+from deft_lightning.annotations import JsonObject, Tokenizer
 from deft_lightning.data.encoding.encode import prompts
 from deft_lightning.data.examples import Example, Prompt
 from deft_lightning.data.prepared.ids import unique_ids
@@ -86,7 +86,7 @@ def read_benchmark(
 class _Item:
     example: Example
     gold: str
-    record: Settings
+    record: JsonObject
 
 
 def _item(benchmark: Benchmark, row: Row, instruction: str | None) -> _Item:
@@ -100,7 +100,7 @@ def _item(benchmark: Benchmark, row: Row, instruction: str | None) -> _Item:
     context = _optional(benchmark, row, "context")
     context = "\n".join(map(str, context)) if isinstance(context, list) else str(context or "")
     text = benchmark.prompt(question, context, options, instruction)
-    record: Settings = {"options": options} if options else {}
+    record: JsonObject = {"options": options} if options else {}
     for field in ("source", "error"):
         value = _optional(benchmark, row, field)
         if value is not None and str(value).strip():
@@ -168,7 +168,7 @@ def _rows(source: str) -> Located:
         yield from read(path)
 
 
-def _by_id(file: Path, content: Settings, wanted: list[str] | None) -> Iterator[tuple[str, Any]]:
+def _by_id(file: Path, content: JsonObject, wanted: list[str] | None) -> Iterator[tuple[str, Any]]:
     for id in content if wanted is None else wanted:
         if id not in content:
             raise UserError(f"{file}: has no row {id!r}, which ?ids= names (--data.benchmarks)")

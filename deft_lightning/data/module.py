@@ -10,7 +10,6 @@ from typing import Any, Literal
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
-from deft_lightning.annotations import Tokenizer
 from deft_lightning.data.announce import announce
 from deft_lightning.data.benchmarks import named_benchmarks, read_benchmark
 from deft_lightning.data.encoding.settled import SettledTokenizer
@@ -159,11 +158,11 @@ class InstructionDataModule(LightningDataModule):
         self.settings = replace(self.settings, test_source=settled(source, "--data.test_source"))
 
     @property
-    def tokenizer(self) -> Tokenizer:
+    def tokenizer(self) -> Any:
         """The tokenizer with its chat template; None before it is named, given or built."""
         return self._tokenizer.current
 
-    def use_tokenizer(self, tokenizer: Tokenizer) -> None:
+    def use_tokenizer(self, tokenizer: Any) -> None:
         """Use a tokenizer object, for example a checkpoint's; a ``chat_template`` asked for wins over its own."""
         self._tokenizer.use(tokenizer)
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
-from deft_lightning.annotations import Batch, CausalLM, Settings, Tokenizer
+from deft_lightning.annotations import Batch, CausalLM, JsonObject, Tokenizer
 from deft_lightning.evaluation.aggregate import figure_names, figures, summary, table
 from deft_lightning.evaluation.benchmarks import TestSet
 from deft_lightning.evaluation.generate import Completion, Generation, complete, position_limit
@@ -138,7 +138,7 @@ def prediction_records(samples: Samples, batch: Batch, tests: TestSet) -> list[d
     benchmark = tests.benchmark.path or tests.benchmark.name
     records = []
     for completions, id, prompt, gold, record in _rows(samples, batch, ("example_id", "prompt", "gold", "record")):
-        one: Settings = {"benchmark": benchmark} if benchmark else {}
+        one: JsonObject = {"benchmark": benchmark} if benchmark else {}
         one |= {"id": id, "prompt": prompt, "completions": [c.text for c in completions], "gold": gold}
         one |= {"truncated": [c.truncated for c in completions]}
         records.append({**one, "record": record} if record else one)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from deft_lightning.annotations import Settings
+from deft_lightning.annotations import JsonObject
 from deft_lightning.errors import UserError
 
 LONGEST = 2**28  # letters of a line: sixteen completions of ten megabytes fit
@@ -23,7 +23,7 @@ class Prediction(NamedTuple):
     completions: list[str]
     gold: str
     truncated: list[bool]
-    record: Settings
+    record: JsonObject
 
 
 def read_predictions(path: Path) -> Iterator[Prediction]:
@@ -82,7 +82,7 @@ def _prediction(where: str, line: str) -> Prediction:
     )  # fmt: skip
 
 
-def _record(where: str, record: Settings) -> Settings:
+def _record(where: str, record: JsonObject) -> JsonObject:
     """Return the record; refuse values that no grader foresees."""
     for name in ("source", "error"):
         if not isinstance(value := record.get(name), str | int | float | None):

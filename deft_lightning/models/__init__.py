@@ -17,7 +17,7 @@ from deft_lightning.models.fused import FusedOutput, fused_forward
 from deft_lightning.models.head import HeadSeam, base_causal_lm, find_head, router_loss_factor
 from deft_lightning.models.load import check_fits, check_pretrained, compile_body, from_architecture, load_pretrained
 from deft_lightning.models.lora import LoRA, add_adapters
-from deft_lightning.models.shard import build_sharded, gathered, is_sharded, layers_of
+from deft_lightning.models.shard import build_sharded, gathered, is_sharded, layers_of, shapes_of
 
 __all__ = [
     "FusedOutput",
@@ -48,6 +48,7 @@ __all__ = [
     "read_checkpoint",
     "router_loss_factor",
     "save_hugging_face",
+    "shapes_of",
     "tokenizer_from_checkpoint",
     "vocabulary_digest",
 ]

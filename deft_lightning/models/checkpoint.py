@@ -14,7 +14,7 @@ import torch
 from lightning.fabric.utilities import rank_zero  # noqa: F401 - sets the rank, without which nothing is told
 from lightning_utilities.core.rank_zero import rank_zero_info
 
-from deft_lightning.annotations import CausalLM, Checkpoint, Record, Settings, Tokenizer
+from deft_lightning.annotations import CausalLM, Checkpoint, Record, Settings, State, Tokenizer
 from deft_lightning.config_sizes import check_sizes
 from deft_lightning.errors import UserError
 from deft_lightning.hashing import key
@@ -37,7 +37,7 @@ def vocabulary_digest(tokenizer: Tokenizer) -> str:
     return f"{key(*(part for item in items for part in item)):032x}"
 
 
-def check_state(model: CausalLM, state: Settings) -> None:
+def check_state(model: CausalLM, state: State) -> None:
     """Refuse weights of another architecture.
 
     Raises:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from deft_lightning.annotations import CausalLM, Settings
+from deft_lightning.annotations import CausalLM
 from deft_lightning.errors import UserError
 from deft_lightning.functional import IGNORE_INDEX, TokenStats, weighted_loss
 from deft_lightning.models.head import DENSE, HeadSeam
@@ -71,7 +71,7 @@ def fused_forward(
 
     run = seam.causal.forward
 
-    def forward(*args: Any, **kwargs: Any) -> Settings:
+    def forward(*args: Any, **kwargs: Any) -> dict[str, Any]:
         with _forward_of(seam.linear, head):
             output = run(*args, **kwargs)
         if len(head_outputs) != 1:

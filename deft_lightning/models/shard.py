@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from deft_lightning.annotations import CausalLM, Settings
+from deft_lightning.annotations import CausalLM, State
 from deft_lightning.errors import UserError
 from deft_lightning.models.head import base_causal_lm
 
@@ -70,6 +71,14 @@ def build_sharded(build: Callable[[], Any], mesh: Any, device: torch.device, low
     return model
 
 
+def shapes_of(model: nn.Module) -> CausalLM:
+    """Return a copy of a model whose weights and buffers hold nothing, adapters of its own included."""
+    empty: dict[int, Tensor] = {id(buffer): buffer.to("meta") for buffer in model.buffers()}
+    for weight in model.parameters():
+        empty[id(weight)] = nn.Parameter(weight.detach().to("meta"), weight.requires_grad)
+    return copy.deepcopy(model, empty)
+
+
 def _hand_out_buffers(model: CausalLM, full_model: CausalLM | None, device: torch.device) -> None:
     """Give every rank the buffers of rank 0: those that are not saved, such as rotary frequencies, too."""
     source = {} if full_model is None else dict(full_model.named_buffers())
@@ -88,5 +97,5 @@ def gathered(model: CausalLM) -> dict[str, Tensor]:
     """Return the whole weights in host memory on rank 0, nothing on the others; every rank has to call it."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-    state: Settings = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    state: State = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     return state

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from deft_lightning.annotations import Report, Tokenizer
+from deft_lightning.annotations import JsonObject, Tokenizer
 from deft_lightning.atomic import whole_file
 from deft_lightning.data.examples import Prepared
 from deft_lightning.functional import IGNORE_INDEX, TokenStats
@@ -117,7 +117,7 @@ def ranked(suspects: Iterable[Suspect]) -> list[Suspect]:
 
 def describe(
     suspect: Suspect, rank: int, example: Prepared, tokenizer: Tokenizer, operations: Sequence[str], noise_known: bool
-) -> Report:
+) -> JsonObject:
     """Return one record of the audit.
 
     Args:
@@ -151,7 +151,7 @@ def describe(
         for run in sorted(worst)
     ]  # fmt: skip
     text = tokenizer.decode([label for label in labels if label != IGNORE_INDEX])
-    record: Report = {
+    record: JsonObject = {
         "rank": rank, "id": suspect.id, "score": suspect.score, "nll": suspect.nll, "tokens": suspect.tokens,
         "is_noisy": bool(suspect.operations) if noise_known else None,
         "noise": [operations[code - 1] for code in sorted(suspect.operations)] if noise_known else None,
@@ -170,7 +170,7 @@ def _written(tokenizer: Tokenizer, example: Prepared, start: int, end: int) -> s
     return str(after[len(before) :] if after.startswith(before) else tokenizer.decode(learnt))
 
 
-def write_lines(path: Path, records: Iterable[Report]) -> None:
+def write_lines(path: Path, records: Iterable[JsonObject]) -> None:
     """Write records as lines of JSON; the file appears under its name once it is complete."""
     with whole_file(path) as partial, partial.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(finite(record), ensure_ascii=False, allow_nan=False) + "\n" for record in records)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Mapping
 
-from deft_lightning.annotations import Record, Report
+from deft_lightning.annotations import JsonObject, Record
 from deft_lightning.terminal import visible
 
 WEAK, STRONG = 1 / 3, 2 / 3
 
 
-def prior(means: Mapping[str, float]) -> Report:
+def prior(means: Mapping[str, float]) -> JsonObject:
     """Say where the model stands towards the data, by the mean target probability.
 
     ``position`` is mean p: below 1/3 the prior is called weak, from 2/3 strong, between them intermediate; the bounds

@@ -13,7 +13,7 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_info
 
 from deft_lightning._version import __version__
-from deft_lightning.annotations import Batch, Report
+from deft_lightning.annotations import Batch, JsonObject
 from deft_lightning.atomic import whole_file
 from deft_lightning.data.prepared.recipe import title
 from deft_lightning.data.progress import progress
@@ -67,7 +67,7 @@ def probe_data(
     noise = tally.noise()
     for row in noise:
         row |= _of_examples(suspects, operations.index(row["operation"]) + 1)
-    report: Report = {
+    report: JsonObject = {
         "version": __version__, "model": named(module), "checkpoint": None, "data": title(data.source),
         "examples": len(suspects), "examples_total": data.size(SPLIT),
         "tokens": tally.tokens, "means": means, "prior": prior(means), "objectives": tally.table(),
@@ -112,14 +112,14 @@ def named(module: Any) -> str:
     return str(module.pretrained or f"random weights of {kind}")
 
 
-def _of_examples(suspects: Sequence[Suspect], code: int) -> Report:
+def _of_examples(suspects: Sequence[Suspect], code: int) -> JsonObject:
     """Examples that an operation hit, and how well the score tells them from those that none hit."""
     hit = [suspect.score for suspect in suspects if code in suspect.operations]
     clean = [suspect.score for suspect in suspects if not suspect.operations]
     return {"examples": len(hit), "auroc_example": exact_auroc(hit, clean) if hit and clean else None}
 
 
-def records(data: Any, suspects: Sequence[Suspect]) -> Iterator[Report]:
+def records(data: Any, suspects: Sequence[Suspect]) -> Iterator[JsonObject]:
     """Yield the records of examples in order of rank."""
     operations = numbered([type(op).__name__ for op in data.noise.ops])
     for rank, suspect in enumerate(suspects, start=1):
@@ -128,7 +128,7 @@ def records(data: Any, suspects: Sequence[Suspect]) -> Iterator[Report]:
 
 
 def write(
-    report: Report,
+    report: JsonObject,
     suspects: Sequence[Suspect],
     sample: TokenSample,
     data: Any,

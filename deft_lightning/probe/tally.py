@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from deft_lightning.annotations import Report
+from deft_lightning.annotations import JsonObject
 from deft_lightning.errors import UserError
 from deft_lightning.functional import TokenStats
 from deft_lightning.metrics import Histogram, PackedHistogram, binned_auroc
@@ -119,7 +119,7 @@ class Tally:
         names = ("p", "entropy", "renyi2", "collision", "nll", "accuracy")
         return dict(zip(names, (self._means[1:] / self._means[0]).tolist(), strict=True))
 
-    def table(self) -> list[Report]:
+    def table(self) -> list[JsonObject]:
         """Return what each objective would do, the chosen one first.
 
         ``gate``: its mean. ``ess``: effective sample size ``(sum g)^2 / (n sum g^2)`` in (0, 1], 1 when all tokens
@@ -142,7 +142,7 @@ class Tally:
             rows.append(row)
         return rows
 
-    def noise(self) -> list[Report]:
+    def noise(self) -> list[JsonObject]:
         """Return, for each noise operation that hit a token: tokens, gates, and AUROC against the clean tokens.
 
         ``auroc_gate``, ``auroc_prob``, ``auroc_conflict``: how well 1 - gate of the chosen objective, 1 - p and
@@ -165,7 +165,7 @@ class Tally:
             })  # fmt: skip
         return result
 
-    def histograms(self) -> Report:
+    def histograms(self) -> JsonObject:
         """Return counts of p and C over [0, 1], clean and noisy tokens apart."""
         rows = self._shapes.rows()
         names = ("p_clean", "p_noisy", "collision_clean", "collision_noisy")

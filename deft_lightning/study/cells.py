@@ -15,7 +15,7 @@ from lightning import seed_everything
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from deft_lightning._version import __version__
-from deft_lightning.annotations import Report
+from deft_lightning.annotations import JsonObject
 from deft_lightning.callbacks import EntropyMonitor, GateMonitor, NoiseMonitor
 from deft_lightning.data import InstructionDataModule, known_noise
 from deft_lightning.data.noise import Noise
@@ -62,7 +62,7 @@ def start_from(cell: Cell, root: Path) -> str | None:
     return cell.setting.pretrained if base is None else str(base / "model")
 
 
-def train_base(cell: Cell, root: Path) -> Report:
+def train_base(cell: Cell, root: Path) -> JsonObject:
     """Train the model that a cell starts from, unless it is there."""
     target, base = base_folder(cell, root), cell.setting.base
     assert target is not None and isinstance(base, Base)
@@ -86,7 +86,7 @@ def cell_file(cell: Cell, root: Path) -> Path:
     return root / "cells" / f"{cell.id}.json"
 
 
-def run_cell(cell: Cell, root: Path) -> Report:
+def run_cell(cell: Cell, root: Path) -> JsonObject:
     """Train and score one cell, and write its result."""
     _quiet()
     seed_everything(cell.seed, verbose=False)
@@ -102,7 +102,7 @@ def run_cell(cell: Cell, root: Path) -> Report:
         raise UserError(
             f"the run ended after {trainer.global_step} of {cell.setting.steps} steps; start the study again"
         )
-    result: Report = {
+    result: JsonObject = {
         "version": __version__, "id": cell.id, "objective": repr(cell.objective),
         "noise": cell.noise, "rate": cell.rate, "seed": cell.seed, "steps": cell.setting.steps,
         cell.split: _score(cell, root, trainer, module, data, getattr(task, cell.split), model),

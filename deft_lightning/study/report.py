@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean, median, stdev
 from typing import Any
 
-from deft_lightning.annotations import Record, Report
+from deft_lightning.annotations import JsonObject, Record
 from deft_lightning.study.plan import Cell, Study
 
 Place = tuple[str, float]  # regime and noise
@@ -50,7 +50,7 @@ def chosen_rates(study: Study, results: Results) -> dict[tuple[str, float, str],
     }  # fmt: skip
 
 
-def worst_regime(values: Grid, headline: Sequence[Place], names: Sequence[str]) -> list[Report]:
+def worst_regime(values: Grid, headline: Sequence[Place], names: Sequence[str]) -> list[JsonObject]:
     """Return, best first, each objective's headline medians, the lowest of them, and its regret.
 
     ``worst`` is the lowest of the medians over seeds, ``where`` its place. ``regret`` is the largest distance of a
@@ -71,7 +71,7 @@ def worst_regime(values: Grid, headline: Sequence[Place], names: Sequence[str]) 
     return sorted(rows, key=lambda row: (-row["worst"], row["regret"]))
 
 
-def margins(rows: Sequence[Record], of: str = "DEFT()") -> list[Report]:
+def margins(rows: Sequence[Record], of: str = "DEFT()") -> list[JsonObject]:
     """Return by how much the worst regime of one objective is above every other's: of the medians, and seed by seed."""
     own = next((row for row in rows if row["objective"] == of), None)
     if own is None:
@@ -88,7 +88,7 @@ def margins(rows: Sequence[Record], of: str = "DEFT()") -> list[Report]:
     return result
 
 
-def summary(study: Study, results: Results) -> Report:
+def summary(study: Study, results: Results) -> JsonObject:
     """Return everything a study found, as plain values."""
     shared = grid(study.shared(), results)
     headline = [(name, noise) for name, regime in study.regimes.items() for noise in regime.headline]
@@ -99,7 +99,7 @@ def summary(study: Study, results: Results) -> Report:
     for place in headline:  # a regime with one candidate has nothing to choose
         tuned.setdefault(place, shared[place])
     places = [(name, noise) for name, regime in study.regimes.items() for noise in regime.noise]
-    report: Report = {
+    report: JsonObject = {
         "judge": study.judge, "objectives": plain, "remedies": [name for name in names if name not in plain],
         "headline": [list(place) for place in headline],
         "grid": [
@@ -128,7 +128,7 @@ ENDS = {
 LAST = 3  # logged steps that make an end
 
 
-def ends(study: Study, results: Results) -> list[Report]:
+def ends(study: Study, results: Results) -> list[JsonObject]:
     """Return where the curves of the headline cells end, means over seeds of their last logged steps."""
     last_values: dict[tuple[str, float, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for cell in study.shared():
@@ -143,6 +143,6 @@ def ends(study: Study, results: Results) -> list[Report]:
     ]
 
 
-def _spread(values: Sequence[float]) -> Report:
+def _spread(values: Sequence[float]) -> JsonObject:
     error = stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
     return {"mean": fmean(values), "se": error, "median": median(values), "values": list(values)}

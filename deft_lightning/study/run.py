@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from deft_lightning.annotations import Report
+from deft_lightning.annotations import JsonObject
 from deft_lightning.study import cells as work
 from deft_lightning.study.draw import draw
 from deft_lightning.study.files import write_json, write_text
@@ -18,7 +18,7 @@ from deft_lightning.study.tasks import task_files
 from deft_lightning.terminal import visible
 
 
-def run_study(study: Study, root: Path, workers: int) -> Report:
+def run_study(study: Study, root: Path, workers: int) -> JsonObject:
     """Run what is missing of a study and write its report, tables and figures.
 
     Args:
@@ -64,5 +64,5 @@ def _run(pool: Pool, stage: str, cells: Iterable[Cell], root: Path) -> None:
     pool.run(stage, work.run_cell, missing, lambda cell: cell.setting.steps)
 
 
-def _results(cells: Iterable[Cell], root: Path) -> dict[str, Report]:
+def _results(cells: Iterable[Cell], root: Path) -> dict[str, JsonObject]:
     return {cell.id: json.loads(work.cell_file(cell, root).read_text(encoding="utf-8")) for cell in cells}

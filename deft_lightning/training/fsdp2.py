@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_shares
 from torch.optim import Optimizer
 
 from deft_lightning._lightning import DataParallelStrategy, unwrapped
-from deft_lightning.annotations import Checkpoint, Settings
+from deft_lightning.annotations import Checkpoint, State
 from deft_lightning.atomic import partial_name, replace_folder, sweep
 from deft_lightning.errors import UserError
 from deft_lightning.models import check_shapes, check_state, load_checkpoint, read_checkpoint
@@ -81,7 +81,7 @@ class FSDP2Strategy(DataParallelStrategy):
             loop.inference_mode = False
         super().setup(trainer)
 
-    def optimizer_state(self, optimizer: Optimizer) -> Settings:
+    def optimizer_state(self, optimizer: Optimizer) -> State:
         """Return the optimizer's state: shares, or on rank 0 all of it under the numbers a plain optimizer gives.
 
         Lightning numbers parameters by their place in the model, which is another one as soon as there are several
@@ -91,7 +91,7 @@ class FSDP2Strategy(DataParallelStrategy):
             return super().optimizer_state(optimizer)
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         optimizer = unwrapped(optimizer)
-        named: Settings = get_optimizer_state_dict(self._owner, optimizer, options=options)
+        named: State = get_optimizer_state_dict(self._owner, optimizer, options=options)
         if not self.is_global_zero:
             return {}
         number = {name: i for i, name in enumerate(self._names(optimizer))}
@@ -119,7 +119,7 @@ class FSDP2Strategy(DataParallelStrategy):
         set_model_state_dict(self._owner, weights if first else {}, options=options)
         for optimizer, state in zip(self.optimizers, states, strict=False):
             names = list(self._names(optimizer))
-            named: Settings = {
+            named: State = {
                 "state": {names[i]: values for i, values in state["state"].items()},
                 "param_groups": [
                     {**group, "params": [names[i] for i in group["params"]]} for group in state["param_groups"]
@@ -141,9 +141,9 @@ class FSDP2Strategy(DataParallelStrategy):
 
     def _load_shares(self, folder: Path) -> Checkpoint:
         """Load this rank's part of what many ranks have written, be they as many as now or not."""
-        checkpoint: Settings = self._agreed(lambda: _about_shares(folder))
+        checkpoint: Checkpoint = self._agreed(lambda: _about_shares(folder))
         entries = self._agreed(lambda: read_metadata(folder)).state_dict_metadata
-        weights: Settings = get_model_state_dict(self._owner)
+        weights: State = get_model_state_dict(self._owner)
         own = {f"{WEIGHTS}{name}": tuple(value.shape) for name, value in weights.items()}
         theirs = {
             name: tuple(entry.size)
@@ -160,7 +160,7 @@ class FSDP2Strategy(DataParallelStrategy):
             set_optimizer_state_dict(self._owner, optimizer, named[f"optimizer_{number}"], options=options)
         return checkpoint
 
-    def _read(self, state: Settings, folder: Path) -> None:
+    def _read(self, state: State, folder: Path) -> None:
         try:
             load_shares(state, storage_reader=ShareReader(folder), planner=SharePlanner())
         except (Exception, CheckpointException) as error:  # torch raises on every rank what happened on one

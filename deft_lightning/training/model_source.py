@@ -25,6 +25,7 @@ from deft_lightning.models import (
     from_architecture,
     load_pretrained,
     router_loss_factor,
+    shapes_of,
     vocabulary_digest,
 )
 from deft_lightning.models.load import Dtype, ready
@@ -134,9 +135,10 @@ class ModelSource:
         if torch.get_default_device().type != "meta":
             return ready(self.pretrained)
         causal = base_causal_lm(self.pretrained)
-        shapes = ready(type(causal)(copy.deepcopy(causal.config)).to(causal.dtype))
-        # Adapters of its own are added anew, by the same settings.
-        return shapes if causal is self.pretrained or self.lora is None else add_adapters(shapes, self.lora)
+        if causal is not self.pretrained:
+            return ready(shapes_of(self.pretrained))
+        # Not a copy: rank 0 has put the adapters that a run adds into the model itself.
+        return ready(type(causal)(copy.deepcopy(causal.config)).to(causal.dtype))
 
     def place(self, build: Callable[[], Any], strategy: Any | None) -> tuple[Any, BatchLoss]:
         """Return the model where a strategy wants it, and what makes a loss of it.

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from deft_lightning._lightning import is_accumulating, is_logging_step, trainer_of
-from deft_lightning.annotations import Batch, CausalLM, Checkpoint, Settings
+from deft_lightning.annotations import Batch, CausalLM, Checkpoint
 from deft_lightning.evaluation import Completion, Evaluator, Generation, TestSet, prediction_records
 from deft_lightning.functional import TokenStats
 from deft_lightning.models import LoRA, check_state, describe, is_sharded
@@ -195,7 +195,7 @@ class SFTModule(LightningModule):
         self.normaliser.count(batch["labels"], batch.get("token_weight"))
         reseed(self.current_epoch, batch_idx, self.global_rank)
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Settings:
+    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """Return the summed loss, and detached statistics for the callbacks that watch."""
         output = self.batch_loss(batch, self.current_objective)
         self.meters.add_training(output)
@@ -206,9 +206,8 @@ class SFTModule(LightningModule):
         self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
     ) -> None:
         """Divide the summed gradients by the supervised tokens of the whole step, then step."""
-        accumulate, tracked = self.trainer.accumulate_grad_batches, self.current_objective.tracks
-        given = (optimizer, optimizer_closure, accumulate, lambda: self.stop_asked, tracked)
-        with self.normaliser.step(*given) as closure:
+        given = (optimizer, optimizer_closure, self.trainer.accumulate_grad_batches, lambda: self.stop_asked)
+        with self.normaliser.step(*given, self.current_objective.tracks) as closure:
             super().optimizer_step(epoch, batch_idx, optimizer, closure)
         self.stop_agreed = self.normaliser.stop_agreed
 
@@ -236,7 +235,7 @@ class SFTModule(LightningModule):
         """Put the sums where the tokens are."""
         self.meters.to(self.device)
 
-    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Settings:
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
         """Add a batch to the validation sums; of the second loader, the corrupted tokens alone."""
         output = self.batch_loss(batch, self.current_objective)
         self.meters.add_validation(output, noise_of(batch, output.keep), corrupted=dataloader_idx > 0)

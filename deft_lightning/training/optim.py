@@ -10,7 +10,7 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from deft_lightning.annotations import Settings
+from deft_lightning.annotations import State
 from deft_lightning.errors import UserError
 from deft_lightning.training.muon import MuonAdamW
 
@@ -54,11 +54,11 @@ class CosineWithWarmup(LRScheduler):
             group["lr"] = rate
         self._last_lr = [group["lr"] for group in self.optimizer.param_groups]
 
-    def state_dict(self) -> Settings:
+    def state_dict(self) -> State:
         """Return the place in the schedule; its shape and the peak rates belong to the run, not to the checkpoint."""
         return {"last_epoch": self.last_epoch, "_step_count": self._step_count}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: State) -> None:
         """Go to a place in the schedule."""
         self.__dict__.update(state_dict)
         self._apply()

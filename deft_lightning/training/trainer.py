@@ -9,7 +9,7 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch import Trainer as LightningTrainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from deft_lightning.annotations import Checkpoint, Settings
+from deft_lightning.annotations import Checkpoint, JsonObject
 from deft_lightning.training import fsdp2, verbs  # noqa: F401 - the first makes --trainer.strategy fsdp2 known
 from deft_lightning.training.checkpoint_io import checkpoint_plugins
 from deft_lightning.training.logs import lasting
@@ -110,7 +110,7 @@ class Trainer(LightningTrainer):
         audit: str | None = None,
         truth: str | None = None,
         ckpt_path: str | None = None,
-    ) -> Settings:
+    ) -> JsonObject:
         """Look at the training data through the model as it is, in one pass without gradients.
 
         Prints what the model believes, what each objective would do to the tokens, and the most suspicious examples;

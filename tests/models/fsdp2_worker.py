@@ -20,8 +20,10 @@ from tiny import LLAMA, VOCAB, architecture, build, move_adapters
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.utils.data import DataLoader
 from worlds import whole_tensor
 
+from deft_lightning import SFTModule, Trainer
 from deft_lightning.errors import UserError
 from deft_lightning.functional import TokenStats
 from deft_lightning.models import (
@@ -34,6 +36,7 @@ from deft_lightning.models import (
     router_loss_factor,
 )
 from deft_lightning.objectives import DEFT
+from deft_lightning.optim import MuonAdamW
 
 Found = dict[str, Any]
 WORLD = 2
@@ -94,6 +97,9 @@ CASES: dict[str, Case] = {
     "gemma2 bf16": Case(CAPPED, bf16=True),
     "lora head bf16": Case(UNTIED, lora=True, bf16=True),
 }
+
+
+GIVEN = ("llama", "llama tied", "lora head")  # those that a module is given as an object
 
 
 def make(case: Case) -> Any:
@@ -271,6 +277,44 @@ def evaluated(case: Case, rank: int) -> Found:
     return {"losses": found, "log_prob": stats.log_prob, "logits": logits}
 
 
+def fit(module: SFTModule, rank: int | None) -> dict[str, Tensor]:
+    """Weights after two steps of a run by Lightning: under fsdp2 with this rank's rows, or of None with all."""
+    batches = []
+    for piece in range(2):
+        ids, targets = rows(piece, CASES["llama"]) if rank is None else half(piece, CASES["llama"], rank)
+        labels = nn.functional.pad(targets[:, :-1], (1, 0), value=-100)
+        batches.append({"input_ids": ids, "labels": labels})
+    trainer = Trainer(
+        accelerator="cpu", devices=1 if rank is None else WORLD, strategy="auto" if rank is None else "fsdp2",
+        max_steps=2, logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        monitors=False, use_distributed_sampler=False,
+    )  # fmt: skip
+    trainer.fit(module, DataLoader(batches, batch_size=None))  # type: ignore[arg-type]
+    return {n: whole_tensor(p.detach()).clone() for n, p in module.model.named_parameters() if p.requires_grad}
+
+
+def sgd(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.5)
+
+
+def given(case: Case, rank: int | None) -> Found:
+    """A model object, trained by Lightning; or the line that refuses it."""
+    try:
+        return {"weights": fit(SFTModule(DEFT(), pretrained=make(case), optimizer=sgd, scheduler=None), rank)}
+    except UserError as error:
+        return {"error": str(error)}
+
+
+def muon(case: Case, rank: int) -> Found:
+    """An optimizer that needs whole matrices."""
+    module = SFTModule(DEFT(), architecture=case.options, optimizer=lambda groups: MuonAdamW(groups, lr=1e-2))
+    try:
+        fit(module, rank)
+    except UserError as error:
+        return {"error": str(error)}
+    return {"error": ""}
+
+
 Scenario = Callable[[int], Found]
 SCENARIOS: dict[str, Scenario] = {
     **{name: (lambda rank, case=case: step(case, rank)) for name, case in CASES.items()},
@@ -287,6 +331,8 @@ SCENARIOS: dict[str, Scenario] = {
     "head alone": lambda rank: head_alone(CASES["llama"], rank),
     "evaluated": lambda rank: evaluated(CASES["llama tied"], rank),
     "evaluated, lora": lambda rank: evaluated(CASES["lora head, root resharded"], rank),
+    **{f"given {name}": (lambda rank, case=CASES[name]: given(case, rank)) for name in GIVEN},
+    "muon": lambda rank: muon(CASES["llama"], rank),
 }
 
 

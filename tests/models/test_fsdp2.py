@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from fsdp2_worker import CASES, WORLD, Case, half, make
+from fsdp2_worker import CASES, GIVEN, WORLD, Case, given, half, make
 from start_ranks import run_ranks
 from tiny import VOCAB, assert_same_gradients, deft_by_hand, gradients
 from torch import Tensor
@@ -164,3 +164,21 @@ def test_evaluation_before_and_after_a_step_gives_the_same_as_one_process(name: 
         with torch.no_grad():
             own = model(input_ids=half(0, CASES[case], rank)[0], use_cache=False).logits
         torch.testing.assert_close(found["logits"], own, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", GIVEN)
+def test_a_model_object_trains_as_in_one_process(name: str, ranks: Ranks) -> None:
+    found = results(ranks, f"given {name}")
+    start = {n: p.detach() for n, p in make(CASES[name]).named_parameters()}
+    wanted = given(CASES[name], None)["weights"]
+    assert any(not torch.equal(value, start[n]) for n, value in wanted.items()), "two steps move the weights"
+    for rank in range(WORLD):
+        assert found[rank]["weights"].keys() == wanted.keys()
+        for n, value in wanted.items():
+            torch.testing.assert_close(found[rank]["weights"][n], value, rtol=1e-4, atol=1e-5)
+
+
+def test_muon_is_refused_in_one_line(ranks: Ranks) -> None:
+    for found in results(ranks, "muon"):
+        assert "MuonAdamW needs whole matrices: use --trainer.strategy auto or ddp" in found["error"]
+        assert "\n" not in found["error"]

@@ -16,7 +16,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from deft_lightning._lightning import CheckpointConnector, attached_module, restore_place_in_data
-from deft_lightning.annotations import Checkpoint, Settings
+from deft_lightning.annotations import Checkpoint, Settings, State
 from deft_lightning.errors import UserError
 from deft_lightning.models.contents import KEY
 from deft_lightning.training.resume.last import line_of
@@ -162,13 +162,13 @@ class Restoring(CheckpointConnector):
 
     def dump_checkpoint(self, weights_only: bool | None = None) -> Checkpoint:
         """Add what this fit trains with, and which run it is, to what SFTModule writes."""
-        checkpoint: Settings = super().dump_checkpoint(weights_only)
+        checkpoint: Checkpoint = super().dump_checkpoint(weights_only)
         if self._settings and KEY in checkpoint:
             checkpoint[KEY] = {**checkpoint[KEY], "settings": self._settings, "run": self._run}
         return checkpoint
 
 
-def _without_params(group: dict[str, Any]) -> Settings:
+def _without_params(group: State) -> State:
     return {name: value for name, value in group.items() if name != "params"}
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from deft_lightning._lightning import attach
-from deft_lightning.annotations import Settings
+from deft_lightning.annotations import JsonObject
 from deft_lightning.errors import UserError
 from deft_lightning.outputs import check_output, check_output_file
 from deft_lightning.probe import probe_data, write
@@ -22,7 +22,7 @@ def probe(
     audit: str | None,
     truth: str | None,
     ckpt_path: str | None,
-) -> Settings:
+) -> JsonObject:
     """Write the report and return it; arguments as those of :meth:`deft_lightning.Trainer.probe`.
 
     Raises:
