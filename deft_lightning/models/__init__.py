@@ -16,7 +16,7 @@ from deft_lightning.models.export import save_hugging_face
 from deft_lightning.models.fused import FusedOutput, fused_forward
 from deft_lightning.models.head import HeadSeam, base_causal_lm, find_head, router_loss_factor
 from deft_lightning.models.load import check_fits, check_pretrained, compile_body, from_architecture, load_pretrained
-from deft_lightning.models.lora import LoRA, add_adapters
+from deft_lightning.models.lora import LoRA, add_adapters, lora_of
 from deft_lightning.models.shard import build_sharded, gathered, is_sharded, layers_of, shapes_of
 
 __all__ = [
@@ -44,6 +44,7 @@ __all__ = [
     "layers_of",
     "load_checkpoint",
     "load_pretrained",
+    "lora_of",
     "model_from_checkpoint",
     "read_checkpoint",
     "router_loss_factor",

@@ -5,10 +5,17 @@ from __future__ import annotations
 import warnings
 from dataclasses import asdict, dataclass
 
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
 
 from deft_lightning.annotations import CausalLM, Settings
 from deft_lightning.errors import UserError
+
+# What LoRA says of an adapter, or what changes nothing of its arithmetic.
+DESCRIBED = {
+    "r", "lora_alpha", "lora_dropout", "target_modules", "task_type", "peft_version", "base_model_name_or_path",
+    "revision", "auto_mapping", "inference_mode", "init_lora_weights", "ensure_weight_tying",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -67,6 +74,29 @@ def add_adapters(model: CausalLM, lora: LoRA) -> CausalLM:
     except ValueError as error:
         reason = " ".join(str(error).split())
         raise UserError(f"--model.lora.target_modules {lora.target_modules}: {reason}") from None
+
+
+def lora_of(model: CausalLM) -> LoRA | None:
+    """Return the adapters that a model has of its own, None without any, as a checkpoint describes them.
+
+    Those that it cannot describe are None too, with a warning: DoRA, several adapters, ranks by layer.
+    """
+    from peft import LoraConfig, PeftModel
+
+    if not isinstance(model, PeftModel):
+        return None
+    config = model.active_peft_config
+    if isinstance(config, LoraConfig) and len(model.peft_config) == 1:
+        modules = config.target_modules if isinstance(config.target_modules, str) else sorted(config.target_modules)
+        lora = LoRA(config.r, config.lora_alpha, config.lora_dropout, modules)
+        usual, own = LoraConfig().to_dict(), config.to_dict()
+        if all(own[name] == value for name, value in usual.items() if name not in DESCRIBED):
+            return lora
+    rank_zero_warn(
+        "the adapters of the model are no plain LoRA: checkpoints of this run cannot be exported or loaded; export the"
+        " module itself once it is trained, trainer.export(module, output=...)"
+    )
+    return None
 
 
 def untie_adapted_head(model: CausalLM) -> None:

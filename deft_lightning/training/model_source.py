@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -24,6 +24,7 @@ from deft_lightning.models import (
     find_head,
     from_architecture,
     load_pretrained,
+    lora_of,
     router_loss_factor,
     shapes_of,
     vocabulary_digest,
@@ -53,7 +54,9 @@ class ModelSource:
     @classmethod
     def of(cls, settings: Record) -> Self:
         """Return the source that the arguments of a module describe, whatever else is among them."""
-        return cls(**{field.name: settings[field.name] for field in fields(cls)})
+        source = cls(**{field.name: settings[field.name] for field in fields(cls)})
+        own = lora_of(source.pretrained) if source.given and source.lora is None else None
+        return source if own is None else replace(source, lora=own)
 
     def __post_init__(self) -> None:
         """Refuse what cannot be loaded, and must not be, before data is prepared."""

@@ -88,7 +88,7 @@ class SFTModule(LightningModule):
         self.objective, self.pretrained, self.architecture = objective, self.source.name, architecture
         self.optimizer_callable, self.scheduler_callable = optimizer, scheduler
         self.head, self.head_backend, self.compile_layers = head, head_backend, compile
-        self.lora, self.dtype_name, self.attention = lora, dtype, attention
+        self.lora, self.dtype_name, self.attention = self.source.lora, dtype, attention
         self.gradient_checkpointing, self.generation = gradient_checkpointing, generation
         self.on_nonfinite, self.trust_remote_code = on_nonfinite, trust_remote_code
         self.save_hyperparameters(hyper_parameters({**given, "pretrained": self.pretrained}))

@@ -12,6 +12,7 @@ import pytest
 import torch
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.tuner import Tuner
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from worlds import quiet_trainer, same_state, split_data, tiny_llama
 
@@ -154,6 +155,22 @@ def test_adapters_are_added_to_a_model_object(pretrained: str, source: str, tmp_
     module = SFTModule(pretrained=AutoModelForCausalLM.from_pretrained(pretrained), lora=LoRA(r=2))
     trainer_in(tmp_path, max_steps=2).fit(module, split_data(source))
     assert same_state(module, SFTModule.load_from_checkpoint(newest(tmp_path)))
+
+
+def test_a_model_object_with_adapters_of_its_own_comes_back(pretrained: str, source: str, tmp_path: Path) -> None:
+    config = LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(pretrained), config)
+    module = SFTModule(pretrained=model, optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.5))
+    trainer_in(tmp_path, max_steps=2).fit(module, split_data(source))
+    assert module.model is model and any(value.any() for name, value in model.state_dict().items() if "lora_B" in name)
+    again = SFTModule.load_from_checkpoint(newest(tmp_path))
+    assert same_state(module, again) and again.lora == LoRA(3, 5, 0.0, ["q_proj", "v_proj"])
+
+
+def test_adapters_that_no_checkpoint_can_describe_are_named(pretrained: str) -> None:
+    config = LoraConfig(r=3, target_modules=["q_proj"], use_dora=True, task_type="CAUSAL_LM")
+    with pytest.warns(UserWarning, match="no plain LoRA: checkpoints of this run cannot be exported"):
+        SFTModule(pretrained=get_peft_model(AutoModelForCausalLM.from_pretrained(pretrained), config))
 
 
 def test_a_model_object_without_a_folder_needs_a_tokenizer(pretrained: str, source: str, tmp_path: Path) -> None:
