@@ -1,5 +1,7 @@
 """Files and folders that are there whole or not at all, and the removal of what a killed process left half-written.
 
+Whether a result can be written is asked before the work that it takes: :func:`check_output`.
+
 What is being written has the name ``.<target>.<machine>.<process>-<start of the process>``: whoever writes beside it
 later can tell whether its writer still lives.
 """
@@ -14,6 +16,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from deft_lightning.errors import UserError
 
 ELSEWHERE = 86_400  # seconds without a change after which another machine's unfinished work is taken for abandoned
 OLD = ".replaced"  # ends the name of what makes room for a folder that is complete
@@ -149,3 +153,32 @@ def whole_folder(target: Path) -> Iterator[Path]:
         partial.rename(target)
     finally:
         remove(partial)
+
+
+def check_output(path: str | Path, option: str, *, make: bool = True) -> None:
+    """Refuse a file or folder that could not be written.
+
+    Args:
+        path: What is to be written.
+        option: Who named it, for the message.
+        make: Make the folder that it is to lie in.
+
+    Raises:
+        UserError: It lies below a file, or nothing can be written there.
+    """
+    target = Path(path)
+    probe = partial_name(target.with_name(f"{target.name}.try"))
+    try:
+        if make:
+            target.parent.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"0")
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"{option} {path}: cannot be written ({error.strerror or error})") from None
+
+
+def check_output_file(path: str | Path, option: str, *, make: bool = True) -> None:
+    """Refuse as :func:`check_output` does, and a folder of that name."""
+    if Path(path).is_dir():
+        raise UserError(f"{option} {path}: is a folder, not a file")
+    check_output(path, option, make=make)

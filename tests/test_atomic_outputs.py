@@ -25,7 +25,6 @@ IN_A_FOLDER = "writes into a folder that its caller lets appear once it is compl
 REASONS = {
     "atomic.py::*": "it is what the others go through",
     "terminal.py::_guard": "the null device",
-    "outputs.py::check_output": "tries whether a file can be written, and removes it",
     "cli/crash.py::_write": "the report of a crash: a name of its own, and writing is perhaps what has failed",
     "evaluation/command.py::_write": "a pipe or a device, which cannot be replaced",
     "callbacks/predictions.py::on_predict_start": "the part of a rank, in a folder that is removed at the end",

@@ -13,9 +13,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning_utilities.core.rank_zero import rank_zero_info
 
-from deft_lightning.atomic import partial_name, remove, sweep
+from deft_lightning.atomic import check_output_file, partial_name, remove, sweep
 from deft_lightning.errors import UserError
-from deft_lightning.outputs import check_output_file
 
 
 class PredictionWriter(BasePredictionWriter):

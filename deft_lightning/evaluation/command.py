@@ -9,13 +9,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from deft_lightning.atomic import whole_file
+from deft_lightning.atomic import check_output_file, whole_file
 from deft_lightning.errors import UserError
 from deft_lightning.evaluation.aggregate import table
 from deft_lightning.evaluation.benchmarks import HELD_OUT, TestSet, find_benchmark
 from deft_lightning.evaluation.grading import Doubts
 from deft_lightning.evaluation.score import score
-from deft_lightning.outputs import check_output_file
 
 PROGRAM = "python -m deft_lightning"
 

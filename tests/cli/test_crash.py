@@ -18,9 +18,9 @@ from worlds import ROOT, fit_command
 
 from deft_lightning import callbacks
 from deft_lightning.__main__ import main
+from deft_lightning.atomic import check_output_file
 from deft_lightning.cli.crash import ended, explain
 from deft_lightning.errors import UserError
-from deft_lightning.outputs import check_output_file
 from deft_lightning.ranks import RANKS
 
 

@@ -277,7 +277,7 @@ def evaluated(case: Case, rank: int) -> Found:
     return {"losses": found, "log_prob": stats.log_prob, "logits": logits}
 
 
-def fit(module: SFTModule, rank: int | None) -> dict[str, Tensor]:
+def two_steps(module: SFTModule, rank: int | None) -> dict[str, Tensor]:
     """Weights after two steps of a run by Lightning: under fsdp2 with this rank's rows, or of None with all."""
     batches = []
     for piece in range(2):
@@ -293,23 +293,25 @@ def fit(module: SFTModule, rank: int | None) -> dict[str, Tensor]:
     return {n: whole_tensor(p.detach()).clone() for n, p in module.model.named_parameters() if p.requires_grad}
 
 
-def sgd(parameters: Any) -> torch.optim.Optimizer:
+def half_rate(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=0.5)
 
 
 def given(case: Case, rank: int | None) -> Found:
     """A model object, trained by Lightning; or the line that refuses it."""
     try:
-        return {"weights": fit(SFTModule(DEFT(), pretrained=make(case), optimizer=sgd, scheduler=None), rank)}
+        return {
+            "weights": two_steps(SFTModule(DEFT(), pretrained=make(case), optimizer=half_rate, scheduler=None), rank)
+        }
     except UserError as error:
         return {"error": str(error)}
 
 
-def muon(case: Case, rank: int) -> Found:
+def with_muon(case: Case, rank: int) -> Found:
     """An optimizer that needs whole matrices."""
     module = SFTModule(DEFT(), architecture=case.options, optimizer=lambda groups: MuonAdamW(groups, lr=1e-2))
     try:
-        fit(module, rank)
+        two_steps(module, rank)
     except UserError as error:
         return {"error": str(error)}
     return {"error": ""}
@@ -332,7 +334,7 @@ SCENARIOS: dict[str, Scenario] = {
     "evaluated": lambda rank: evaluated(CASES["llama tied"], rank),
     "evaluated, lora": lambda rank: evaluated(CASES["lora head, root resharded"], rank),
     **{f"given {name}": (lambda rank, case=CASES[name]: given(case, rank)) for name in GIVEN},
-    "muon": lambda rank: muon(CASES["llama"], rank),
+    "muon": lambda rank: with_muon(CASES["llama"], rank),
 }
 
 

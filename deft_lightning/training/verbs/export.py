@@ -8,10 +8,10 @@ from typing import Any
 from lightning_utilities.core.rank_zero import rank_zero_info
 
 from deft_lightning.annotations import CausalLM
+from deft_lightning.atomic import check_output
 from deft_lightning.errors import UserError
 from deft_lightning.models import describe, gathered, is_sharded, model_from_checkpoint, save_hugging_face
 from deft_lightning.models.contents import KEY
-from deft_lightning.outputs import check_output
 
 
 def export(

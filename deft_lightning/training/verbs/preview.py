@@ -8,11 +8,10 @@ from typing import Any
 from lightning_utilities.core.rank_zero import rank_zero_info
 
 from deft_lightning._lightning import attach
-from deft_lightning.atomic import whole_file
+from deft_lightning.atomic import check_output_file, whole_file
 from deft_lightning.data.prepared.recipe import title
 from deft_lightning.data.preview import page
 from deft_lightning.errors import UserError
-from deft_lightning.outputs import check_output_file
 
 
 def preview(trainer: Any, module: Any, datamodule: Any | None, output: str, split: str, examples: int) -> Path:

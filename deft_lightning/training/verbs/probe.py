@@ -7,8 +7,8 @@ from typing import Any
 
 from deft_lightning._lightning import attach
 from deft_lightning.annotations import JsonObject
+from deft_lightning.atomic import check_output, check_output_file
 from deft_lightning.errors import UserError
-from deft_lightning.outputs import check_output, check_output_file
 from deft_lightning.probe import probe_data, write
 from deft_lightning.training.protocols import shards
 
