@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from check_files import faults
 from worlds import ROOT
 
 from deft_lightning import __version__
@@ -119,7 +120,28 @@ def test_citation_and_templates_are_whole() -> None:
         assert {"name", "about", "labels"} <= set(head)
     hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))
     names = {hook["id"] for repo in hooks["repos"] for hook in repo["hooks"]}
-    assert names >= {"check-yaml", "trailing-whitespace", "check-added-large-files", "ruff-check", "mypy"}
+    assert names >= {"files", "ruff-check", "ruff-format", "mypy"}
+    assert all(repo["repo"] == "local" for repo in hooks["repos"]), "hooks run without a network"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "fault"),
+    [
+        ("a.yaml", b"a: [1\n", "flow sequence"),
+        ("a.json", b"{'a': 1}\n", "double quotes"),
+        ("a.toml", b"a = b\n", "Invalid value"),
+        ("a.md", b"a \n", "line 1: ends in blanks"),
+        ("a.md", b"a", "one line break"),
+        ("a.md", b"a\r\n", "line ends"),
+        ("a.py", b"<<<<<<< a\n", "a mark of a merge"),
+        ("a.png", bytes(range(256)) * 4000, "has 1,024,000 bytes"),
+        ("a.svg", b"<a \n>\n", ""),
+    ],
+)
+def test_the_hook_for_files_names_what_is_wrong(name: str, content: bytes, fault: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    named = faults(tmp_path / name)
+    assert [fault in line for line in named] == [True] * bool(fault), named
 
 
 def test_types_travel_with_the_package() -> None:
