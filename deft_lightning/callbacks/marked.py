@@ -56,11 +56,11 @@ def _runs(tokenizer: Tokenizer, learnt: Sequence[tuple[int, bool]], gates: Seque
             runs.append((key, [], []))
         runs[-1][1].append(label)
         runs[-1][2].append(gate)
-    said = []
+    spans = []
     for (mark, noisy), ids, own in runs:
         text = code_span(tokenizer.decode(ids))
-        said.append(f"{mark} {sum(own) / len(own):.2f} {f'**{text}**' if noisy else text}")
-    return " ".join(said)
+        spans.append(f"{mark} {sum(own) / len(own):.2f} {f'**{text}**' if noisy else text}")
+    return " ".join(spans)
 
 
 def level(gate: float) -> str:

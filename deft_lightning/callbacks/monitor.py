@@ -88,8 +88,8 @@ class TokenMonitor(Callback):
 
     def write_quantiles(self, trainer: Trainer, *names: str) -> None:
         """Write `name/q10`, `name/q50`, `name/q90` of the quantities of `quantiles`; nothing without tokens."""
-        found = zip(names, self.quantiles.compute(), strict=True)
-        values = {f"{name}/q{percent}": v for name, row in found for percent, v in zip(PERCENT, row, strict=False)}
+        rows = zip(names, self.quantiles.compute(), strict=True)
+        values = {f"{name}/q{percent}": v for name, row in rows for percent, v in zip(PERCENT, row, strict=False)}
         self.write_scalars(trainer, values)
 
     def write_histogram(self, trainer: Trainer, tag: str, row: Histogram) -> None:

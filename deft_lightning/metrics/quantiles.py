@@ -60,9 +60,9 @@ class Quantiles:
             digit = ((bits >> shift) & ((1 << width) - 1)).long().unsqueeze(1).expand(alike.shape)
             counts = _over_ranks(rank.new_zeros((*rank.shape, 1 << width)).scatter_add_(2, digit, alike.long()))
             upto = counts.cumsum(2)
-            found = (upto < rank.unsqueeze(2)).sum(2, keepdim=True)
-            rank = rank - (upto - counts).gather(2, found).squeeze(2)
-            known = (known << width) | found.squeeze(2).int()
+            next_digit = (upto < rank.unsqueeze(2)).sum(2, keepdim=True)
+            rank = rank - (upto - counts).gather(2, next_digit).squeeze(2)
+            known = (known << width) | next_digit.squeeze(2).int()
         return [list(map(float, row)) for row in known.view(torch.float32).tolist()]
 
 

@@ -76,10 +76,10 @@ class Objective(ABC):
     @property
     def tracks(self) -> TrackedGate | None:
         """Of what :meth:`at` wants to know the mean gate; by default what one of its parts wants, None for nothing."""
-        found = [tracked for part in self.parts().values() if (tracked := part.tracks) is not None]
-        if len(found) > 1:
+        wanted = [tracked for part in self.parts().values() if (tracked := part.tracks) is not None]
+        if len(wanted) > 1:
             raise UserError(f"{self!r}: a run keeps one mean gate, but two parts want one; rescale the whole instead")
-        return found[0] if found else None
+        return wanted[0] if wanted else None
 
     @property
     def deformed(self) -> DeformedLog | None:
@@ -89,8 +89,8 @@ class Objective(ABC):
     def parts(self) -> dict[str, Objective]:
         """Return the objectives among its settings, by name."""
         fields: tuple[dataclasses.Field[Any], ...] = dataclasses.fields(self) if dataclasses.is_dataclass(self) else ()
-        found = {field.name: getattr(self, field.name) for field in fields}
-        return {name: value for name, value in found.items() if isinstance(value, Objective)}
+        values = {field.name: getattr(self, field.name) for field in fields}
+        return {name: value for name, value in values.items() if isinstance(value, Objective)}
 
     def at(self, state: RunState) -> Objective:
         """Return the objective in force for the next optimizer step; by default itself, its parts as they are then.

@@ -130,14 +130,14 @@ class FSDP2Strategy(DataParallelStrategy):
 
     def _agreed(self, read: Callable[[], Any]) -> Any:
         """Read on every rank; where one cannot, none goes on."""
-        problem, found = None, None
+        problem, answer = None, None
         try:
-            found = read()
+            answer = read()
         except UserError as error:
             problem = str(error)
         if self._any(problem is not None):
             raise UserError(problem or "another rank cannot read the checkpoint (--ckpt_path)")
-        return found
+        return answer
 
     def _load_shares(self, folder: Path) -> Checkpoint:
         """Load this rank's part of what many ranks have written, be they as many as now or not."""
@@ -210,9 +210,9 @@ class FSDP2Strategy(DataParallelStrategy):
         return [*own, folder / METADATA, folder / SHARED] if self.is_global_zero else own
 
     def _any(self, here: bool) -> bool:
-        found = torch.tensor(int(here), device=self.root_device)
-        dist.all_reduce(found, op=dist.ReduceOp.MAX)
-        return bool(found)
+        flag = torch.tensor(int(here), device=self.root_device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag)
 
 
 def register() -> None:

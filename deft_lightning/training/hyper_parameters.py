@@ -47,14 +47,14 @@ def hyper_parameters(settings: Record) -> Settings:
     optimizer, scheduler, lora = (settings[name] for name in ("optimizer", "scheduler", "lora"))
     made = _attempt(optimizer, [{"params": [torch.nn.Parameter(torch.zeros(1, 1))]}])
     schedule = None if scheduler is None or made is None else _attempt(scheduler, made)
-    found = {name: plain(settings[name]) for name in PLAIN}
-    found |= {"objective": repr(settings["objective"]), "generation": asdict(settings["generation"])}
-    found["lora"] = None if lora is None else lora.settings()
-    found["optimizer"] = _named(optimizer) if made is None else _flat(of_optimizer(made))
-    found["scheduler"] = None
+    values = {name: plain(settings[name]) for name in PLAIN}
+    values |= {"objective": repr(settings["objective"]), "generation": asdict(settings["generation"])}
+    values["lora"] = None if lora is None else lora.settings()
+    values["optimizer"] = _named(optimizer) if made is None else _flat(of_optimizer(made))
+    values["scheduler"] = None
     if scheduler is not None:
-        found["scheduler"] = _named(scheduler) if schedule is None else _flat(of_scheduler(schedule))
-    return found
+        values["scheduler"] = _named(scheduler) if schedule is None else _flat(of_scheduler(schedule))
+    return values
 
 
 def _attempt(make: Callable[..., Any], argument: Any) -> Any | None:
@@ -140,11 +140,11 @@ def _scheduler(described: Mapping[str, Any] | None) -> Callable[..., Any] | None
 def _arguments(cls: type, described: Record) -> Settings:
     """Return the arguments that a class takes, of plain values alone."""
     known = inspect.signature(cls).parameters
-    found = {name: value for name, value in described.items() if name in known and name != "params"}
-    for name, value in found.items():
+    values = {name: value for name, value in described.items() if name in known and name != "params"}
+    for name, value in values.items():
         if not isinstance(value, bool | int | float | list | str | None):
             raise ValueError(f"{name} is no plain value")
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
 def _generation(described: Record) -> Generation:

@@ -50,7 +50,7 @@ class LastingLogger(Logger):
         if self._given_up:
             return None
         try:
-            found = call(*args, **kwargs)
+            result = call(*args, **kwargs)
         except Exception as error:
             outside = cause_outside(error)
             if outside is None and call.__name__ not in self._worked:
@@ -61,7 +61,7 @@ class LastingLogger(Logger):
             self._warned = True
             return None
         self._worked |= {call.__name__}
-        return found
+        return result
 
 
 class LastingTensorBoard(LastingLogger):
@@ -86,10 +86,10 @@ class LastingWriter:
 
     def __getattr__(self, name: str) -> Any:
         """Return what the writer has of that name."""
-        found = getattr(self._writer, name)
+        attribute = getattr(self._writer, name)
         if name == "_get_file_writer":  # Lightning writes hyperparameters through it
-            return lambda: LastingWriter(found(), self._attempt)
-        return (lambda *args, **kwargs: self._attempt(found, *args, **kwargs)) if callable(found) else found
+            return lambda: LastingWriter(attribute(), self._attempt)
+        return (lambda *args, **kwargs: self._attempt(attribute, *args, **kwargs)) if callable(attribute) else attribute
 
 
 def folder_of(logger: Logger) -> str | None:

@@ -48,7 +48,7 @@ class RunFolder:
         root = Path(self._trainer.default_root_dir)
         while True:
             names = [one.name for one in root.iterdir()] if root.is_dir() else []
-            taken = [int(found[1]) for name in names if (found := VERSION.fullmatch(name))]
+            taken = [int(match[1]) for name in names if (match := VERSION.fullmatch(name))]
             folder = root / f"version_{max(taken, default=-1) + 1}"
             if self._trainer.state.fn != "fit" or not self._trainer.checkpoint_callbacks:
                 return str(folder)  # whoever writes there makes it

@@ -149,21 +149,21 @@ def _line(run: Settings) -> list[str]:
 def _home(path: Path) -> tuple[Path, int | None]:
     """Folder of the run a checkpoint lies in, and its number."""
     for parent in path.parents:
-        if found := VERSION.fullmatch(parent.name):
-            return parent, int(found[1])
+        if match := VERSION.fullmatch(parent.name):
+            return parent, int(match[1])
     folder = path.parent
     return (folder.parent if folder.name == "checkpoints" else folder), None
 
 
 def _files(roots: Iterable[Path]) -> Iterator[Path]:
     """Checkpoints under some folders, each once, under its own name rather than that of a link."""
-    found: dict[Path, Path] = {}
+    by_target: dict[Path, Path] = {}
     for root in roots:
         for path in root.rglob("*.ckpt"):
             hidden = any(part.startswith(".") for part in path.relative_to(root).parts)
-            if not hidden and path.exists() and (path.resolve() not in found or not path.is_symlink()):
-                found[path.resolve()] = path
-    yield from sorted(found.values())
+            if not hidden and path.exists() and (path.resolve() not in by_target or not path.is_symlink()):
+                by_target[path.resolve()] = path
+    yield from sorted(by_target.values())
 
 
 def runs_under(roots: Iterable[Path]) -> list[Run]:
@@ -223,21 +223,21 @@ def last_checkpoint(roots: Iterable[Path], named: Path | None = None) -> Last | 
         return None
     if not any(run.good or run.damaged()[0] for run in runs):
         return None
-    chosen = next(run for run in runs if run.good or run.damaged()[0])
-    newer, older = chosen.damaged()
-    found = [one.path for run in runs for one in reversed(run.good)]
+    newest = next(run for run in runs if run.good or run.damaged()[0])
+    newer, older = newest.damaged()
+    usable = [one.path for run in runs for one in reversed(run.good)]
     if newer:
-        way = f"; the newest before it: --ckpt_path {found[0]}" if found else ""
+        way = f"; the newest before it: --ckpt_path {usable[0]}" if usable else ""
         raise UserError(f"--ckpt_path last: {newer[-1].path} is the newest, and {newer[-1].problem}{way}")
-    best = chosen.good[-1]
-    said = [] if best.step is None else [f"step {best.step}"]
-    said += [f"skipped {one.path}: {one.problem}" for one in older[-1:]]
-    other = next((run for run in runs if run is not chosen and run.good and not run.line & chosen.line), None)
+    best = newest.good[-1]
+    notes = [] if best.step is None else [f"step {best.step}"]
+    notes += [f"skipped {one.path}: {one.problem}" for one in older[-1:]]
+    other = next((run for run in runs if run is not newest and run.good and not run.line & newest.line), None)
     if other is not None:
         config = other.folder / "config.yaml"
         way = f"--config {config}" if config.is_file() else f"--ckpt_path {other.good[-1].path}"
-        said.append(f"another run lies there too, {other}: name it with {way}")
-    return Last(best.path, found[1] if len(found) > 1 else None, said)
+        notes.append(f"another run lies there too, {other}: name it with {way}")
+    return Last(best.path, usable[1] if len(usable) > 1 else None, notes)
 
 
 def newest_checkpoint(root: str | Path) -> Path | None:
@@ -246,8 +246,8 @@ def newest_checkpoint(root: str | Path) -> Path | None:
     Raises:
         UserError: The newest is damaged.
     """
-    found = last_checkpoint([Path(root)])
-    return None if found is None else found.path
+    last = last_checkpoint([Path(root)])
+    return None if last is None else last.path
 
 
 def run_folder(config: str | Path) -> Path | None:

@@ -38,14 +38,14 @@ def peek(path: str | Path) -> dict[str, Any] | None:
 
 def about(held: Checkpoint) -> Settings:
     """Return what this package has written into a checkpoint; empty if it is not one of this package."""
-    found = held.get(KEY)
-    return found if isinstance(found, dict) else {}
+    own = held.get(KEY)
+    return own if isinstance(own, dict) else {}
 
 
 def known_settings(held: Checkpoint) -> Settings:
     """Return what a checkpoint was trained with; empty for one from before this was kept."""
-    found = about(held).get("settings")
-    return found if isinstance(found, dict) else {}
+    settings = about(held).get("settings")
+    return settings if isinstance(settings, dict) else {}
 
 
 def refuse(path: str | Path, trainer: Trainer, module: Any) -> None:
@@ -71,9 +71,9 @@ def refuse(path: str | Path, trainer: Trainer, module: Any) -> None:
     _refuse_limits(path, held, trainer)
     _refuse_adapters(path, about(held).get("lora"), getattr(module, "lora", None))
     before = known_settings(held)
-    found = _made(module)
-    if found is not None:
-        refuse_classes(path, before, *found)
+    classes = _made(module)
+    if classes is not None:
+        refuse_classes(path, before, *classes)
 
 
 def _refuse_limits(path: str | Path, held: Checkpoint, trainer: Trainer) -> None:

@@ -62,7 +62,7 @@ def settings(trainer: Any) -> Settings:
     """Return what the fit of a trainer trains with, under the names of the options."""
     module, data, strategy = trainer.lightning_module, trainer.datamodule, trainer.strategy
     seed = os.environ.get("PL_GLOBAL_SEED")
-    found: Settings = {
+    values: Settings = {
         "seed_everything": int(seed) if seed is not None and seed.isdigit() else seed,
         "trainer.strategy": _strategy_name(strategy),
         "trainer.precision": "bf16-mixed" if shards(strategy) and strategy.low_precision else trainer.precision,
@@ -71,20 +71,20 @@ def settings(trainer: Any) -> Settings:
         **_options(module, "model", NOT_MODEL),
     }
     if hasattr(module, "dtype_name"):
-        found["model.dtype"] = module.dtype_name
+        values["model.dtype"] = module.dtype_name
     if getattr(module, "lora", None) is not None:
-        found["model.lora.dropout"] = module.lora.dropout  # other adapters are not resumed at all
+        values["model.lora.dropout"] = module.lora.dropout  # other adapters are not resumed at all
     if data is not None:
-        found |= {
+        values |= {
             **_options(data, "data", NOT_DATA),
             **_options(getattr(data, "settings", data), "data", NOT_DATA),
             **_data(data),
         }
     if trainer.optimizers:
-        found["model.optimizer"] = of_optimizer(trainer.optimizers[0])
+        values["model.optimizer"] = of_optimizer(trainer.optimizers[0])
         schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
-        found["model.scheduler"] = of_scheduler(schedulers[0] if schedulers else None)
-    return found
+        values["model.scheduler"] = of_scheduler(schedulers[0] if schedulers else None)
+    return values
 
 
 def _strategy_name(strategy: Any) -> str:
@@ -100,19 +100,19 @@ def _options(owner: Any, prefix: str, leave_out: set[str]) -> Settings:
 
 
 def _data(data: Any) -> Settings:
-    found: Settings = {}
+    values: Settings = {}
     for name in ("source", "validation_source"):
         if (source := getattr(data, name, None)) is not None:
-            found[f"data.{name}"] = [[weight, content(one)] for one, weight in weights(source).items()]
+            values[f"data.{name}"] = [[weight, content(one)] for one, weight in weights(source).items()]
     noise = getattr(data, "noise", None)
     if is_dataclass(noise):
-        found |= {f"data.noise.{field.name}": plain(getattr(noise, field.name)) for field in fields(noise)}
+        values |= {f"data.noise.{field.name}": plain(getattr(noise, field.name)) for field in fields(noise)}
     template = getattr(getattr(data, "tokenizer", None), "chat_template", None)
     if template is not None:
-        found["data.chat_template"] = hashlib.blake2b(str(template).encode(), digest_size=8).hexdigest()
+        values["data.chat_template"] = hashlib.blake2b(str(template).encode(), digest_size=8).hexdigest()
     if "train" in getattr(data, "reports", {}):
-        found["examples"] = data.size("train")
-    return found
+        values["examples"] = data.size("train")
+    return values
 
 
 def content(source: str | GivenRows) -> str:
@@ -162,10 +162,10 @@ def of_scheduler(scheduler: Any) -> Settings:
     return {"class": class_path(scheduler), "arguments": arguments}
 
 
-def class_path(thing: Any) -> str:
+def class_path(instance: Any) -> str:
     """Return module and name of an object's class, by the address that saved configs and checkpoints know."""
-    module = type(thing).__module__
-    return f"{ADDRESSES.get(module, module)}.{type(thing).__qualname__}"
+    module = type(instance).__module__
+    return f"{ADDRESSES.get(module, module)}.{type(instance).__qualname__}"
 
 
 def differences(before: Settings, now: Settings) -> list[str]:
@@ -177,8 +177,8 @@ def differences(before: Settings, now: Settings) -> list[str]:
         if name in ("data.source", "data.validation_source"):
             counts = before.get("examples"), now.get("examples")
             known = name == "data.source" and None not in counts
-            said = f" ({shown(counts[0])} -> {shown(counts[1])} training examples)" if known else ""
-            lines.append(f"{name}: other content than the checkpoint was trained on{said}")
+            sizes = f" ({shown(counts[0])} -> {shown(counts[1])} training examples)" if known else ""
+            lines.append(f"{name}: other content than the checkpoint was trained on{sizes}")
         elif name == "data.chat_template":
             lines.append(f"{name}: another template than the checkpoint was trained with")
         elif name == "trainer.world_size":

@@ -42,11 +42,11 @@ def probe(
     datamodule.prepare_data()
     datamodule.setup("fit")
     load(trainer, module, ckpt_path)
-    report, found, sample = probe_data(
+    report, suspects, sample = probe_data(
         module, datamodule, trainer.precision_plugin, trainer.strategy.root_device, examples=examples, truth=truth
     )
     report["checkpoint"] = ckpt_path
-    write(report, found, sample, datamodule, folder, target)
+    write(report, suspects, sample, datamodule, folder, target)
     return report
 
 
