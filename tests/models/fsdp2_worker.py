@@ -297,7 +297,7 @@ def half_rate(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=0.5)
 
 
-def given(case: Case, rank: int | None) -> Found:
+def given_object(case: Case, rank: int | None) -> Found:
     """A model object, trained by Lightning; or the line that refuses it."""
     try:
         return {
@@ -333,7 +333,7 @@ SCENARIOS: dict[str, Scenario] = {
     "head alone": lambda rank: head_alone(CASES["llama"], rank),
     "evaluated": lambda rank: evaluated(CASES["llama tied"], rank),
     "evaluated, lora": lambda rank: evaluated(CASES["lora head, root resharded"], rank),
-    **{f"given {name}": (lambda rank, case=CASES[name]: given(case, rank)) for name in GIVEN},
+    **{f"given {name}": (lambda rank, case=CASES[name]: given_object(case, rank)) for name in GIVEN},
     "muon": lambda rank: with_muon(CASES["llama"], rank),
 }
 

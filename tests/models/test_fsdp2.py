@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from fsdp2_worker import CASES, GIVEN, WORLD, Case, given, half, make
+from fsdp2_worker import CASES, GIVEN, WORLD, Case, given_object, half, make
 from start_ranks import run_ranks
 from tiny import VOCAB, assert_same_gradients, deft_by_hand, gradients
 from torch import Tensor
@@ -170,7 +170,7 @@ def test_evaluation_before_and_after_a_step_gives_the_same_as_one_process(name: 
 def test_a_model_object_trains_as_in_one_process(name: str, ranks: Ranks) -> None:
     found = results(ranks, f"given {name}")
     start = {n: p.detach() for n, p in make(CASES[name]).named_parameters()}
-    wanted = given(CASES[name], None)["weights"]
+    wanted = given_object(CASES[name], None)["weights"]
     assert any(not torch.equal(value, start[n]) for n, value in wanted.items()), "two steps move the weights"
     for rank in range(WORLD):
         assert found[rank]["weights"].keys() == wanted.keys()
