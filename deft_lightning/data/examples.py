@@ -13,7 +13,9 @@ from deft_lightning.functional import IGNORE_INDEX
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
-Message = dict[str, Any]  # role and content, both text; tool_calls of an assistant; name and tool_call_id of a tool
+# role and content, both text; of an assistant also reasoning_content, tool_calls and weight (of what is learnt, 1 where
+# it is absent); of a tool also name and tool_call_id.
+Message = dict[str, Any]
 Tool = dict[str, Any]
 
 
@@ -30,6 +32,8 @@ class Example:
         text: Raw text, supervised as a whole.
         tokens: ``(input_ids, labels)``, labels -100 where not supervised.
         tools: Descriptions of the functions that the assistant may call, for the chat template.
+        weight: Factor on the loss of everything that the example teaches, at least 0.
+        token_weights: One more factor for each of ``tokens``; None where nothing gives any.
     """
 
     id: str
@@ -39,6 +43,8 @@ class Example:
     text: str | None = None
     tokens: tuple[list[int], list[int]] | None = None
     tools: tuple[Tool, ...] | None = None
+    weight: float = 1.0
+    token_weights: list[float] | None = None
 
     @property
     def response(self) -> str | None:

@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader
 from deft_lightning.data.announce import announce
 from deft_lightning.data.benchmarks import named_benchmarks, read_benchmark
 from deft_lightning.data.encoding.settled import SettledTokenizer
-from deft_lightning.data.encoding.supervise import Supervise
+from deft_lightning.data.encoding.supervise import SpecialTokens, Supervise
+from deft_lightning.data.encoding.thoughts import Reasoning
 from deft_lightning.data.examples import Prepared, Prompt
 from deft_lightning.data.loading.factory import LoaderFactory
 from deft_lightning.data.loading.prompts import fitting, prompts_of, read_all
@@ -43,6 +44,10 @@ class InstructionDataModule(LightningDataModule):
             alpaca (instruction, input, output or response), question_answer, text, tokens (input_ids, labels).
         column_map: Canonical field to the column that holds it, dotted for nested ones, for example
             `--data.column_map.question extra_info.question`.
+        ignore_columns: Columns, or keys of messages such as `messages[].images`, that are left out on purpose; others
+            that become nothing are named, and refused where the row would mean something else without them.
+        weight_column: Column with the weight of each row: its tokens count that many times in the loss. Default: the
+            column `weight`, if it holds numbers.
         subset: Configuration of a hub dataset.
         split: Split of a hub dataset or folder.
         validation_source: Validation rows; default: held out of `source`.
@@ -54,10 +59,16 @@ class InstructionDataModule(LightningDataModule):
         on_bad_row: Stop at a row that cannot be used, or skip it; skipped rows are counted and the first is shown.
         tokenizer: Hub id or folder; default: the one of `model.pretrained`, else one built from the training rows.
         tokenizer_size: Vocabulary of a tokenizer that is built; at most 262 means one token a byte.
-        chat_template: None is the tokenizer's own (ChatML if it has none); `chatml`, a file, or a Jinja template.
+        chat_template: None is the tokenizer's own (ChatML if it has none); `chatml`, a file, a Jinja template, or
+            `trl:NAME` for the training variant of an installed TRL, for example `trl:qwen3`.
         max_length: Longest example in tokens, and longest row when packing.
         keep: Which end of a longer example is kept.
         supervise: Learn every assistant turn, the last one, or all tokens.
+        reasoning: What becomes of the reasoning of a turn (`reasoning_content`, `reasoning`, `thinking`): the chat
+            template writes it, it is put into the text between think tags (`text`), or it is left out (`drop`).
+        supervise_reasoning: Learn the reasoning too; false: it is read like a prompt, and the answer is learnt.
+        special_tokens: Special tokens that a message spells are read as `text`, letter by letter, or as the `token`
+            they name, with which a message could end its own turn.
         packing: Put several examples into a row of at most `max_length` tokens; they do not see each other.
         batch_size: Examples (rows when packing) per device and step.
         max_tokens_per_batch: Bound batches by their tokens, padding included, instead of by `batch_size`.
@@ -79,6 +90,8 @@ class InstructionDataModule(LightningDataModule):
         source: Source | None = None,
         format: Format = "auto",
         column_map: dict[str, str] | None = None,
+        ignore_columns: list[str] | None = None,
+        weight_column: str | None = None,
         subset: str | None = None,
         split: str = "train",
         validation_source: Source | None = None,
@@ -93,6 +106,9 @@ class InstructionDataModule(LightningDataModule):
         max_length: int = 1024,
         keep: Literal["start", "end"] = "start",
         supervise: Supervise = "assistant",
+        reasoning: Reasoning = "template",
+        supervise_reasoning: bool = True,
+        special_tokens: SpecialTokens = "text",
         packing: bool = False,
         batch_size: int = 8,
         max_tokens_per_batch: int | None = None,
@@ -115,7 +131,9 @@ class InstructionDataModule(LightningDataModule):
             keep=keep, supervise=supervise, packing=packing, batch_size=batch_size,
             max_tokens_per_batch=max_tokens_per_batch, group_by_length=group_by_length,
             eval_batch_size=eval_batch_size, num_workers=num_workers, num_proc=num_proc, cache_dir=cache_dir,
-            cache=cache, seed=seed, noise=noise,
+            cache=cache, seed=seed, noise=noise, ignore_columns=tuple(ignore_columns or ()),
+            weight_column=weight_column, reasoning=reasoning, supervise_reasoning=supervise_reasoning,
+            special_tokens=special_tokens,
         )  # fmt: skip
         self.benchmarks = named_benchmarks(benchmarks)
         self.test_sets: list[TestSet] = []  # what the prompts of each test loader belong to, once they are made

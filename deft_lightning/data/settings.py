@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-from deft_lightning.data.encoding.supervise import Supervise
+from deft_lightning.data.encoding.supervise import SpecialTokens, Supervise
+from deft_lightning.data.encoding.thoughts import Reasoning
 from deft_lightning.data.noise import Noise
 from deft_lightning.data.prepared.recipe import Recipe
 from deft_lightning.data.records.formats import FIELDS, Format
@@ -51,6 +52,11 @@ class DataSettings:
     cache: bool
     seed: int
     noise: Noise
+    ignore_columns: tuple[str, ...] = ()
+    weight_column: str | None = None
+    reasoning: Reasoning = "template"
+    supervise_reasoning: bool = True
+    special_tokens: SpecialTokens = "text"
 
     def __post_init__(self) -> None:
         """Refuse what means nothing."""
@@ -67,6 +73,12 @@ class DataSettings:
             raise UserError(f"--data.keep must be start or end, not {self.keep!r}")
         if self.supervise not in get_args(Supervise):
             raise UserError(f"--data.supervise must be assistant, last or all, not {self.supervise!r}")
+        for name, value, known in (
+            ("reasoning", self.reasoning, get_args(Reasoning)),
+            ("special_tokens", self.special_tokens, get_args(SpecialTokens)),
+        ):
+            if value not in known:
+                raise UserError(f"--data.{name} must be {', '.join(known[:-1])} or {known[-1]}, not {value!r}")
         self._check_batches()
         self._check_numbers()
         if self.benchmarks and self.test_source is not None:
@@ -118,7 +130,8 @@ class DataSettings:
         return Recipe(
             source, self.format, self.column_map, self.subset, self.split, self.validation_source,
             self.validation_fraction, self.seed, self.on_bad_row, self.tokenizer_size, self.max_length, self.keep,
-            self.supervise, self.noise,
+            self.supervise, self.noise, self.ignore_columns, self.weight_column, self.reasoning,
+            self.supervise_reasoning, self.special_tokens,
         )  # fmt: skip
 
     def noise_of(self, split: str) -> Noise:

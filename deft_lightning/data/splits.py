@@ -20,6 +20,7 @@ from deft_lightning.data.prepared.cache import DONE
 from deft_lightning.data.prepared.report import Report
 from deft_lightning.data.prepared.spool import SpooledExamples, Tokens
 from deft_lightning.data.preview import Sample, sample
+from deft_lightning.data.records.leftovers import ColumnReport
 from deft_lightning.data.settings import DataSettings
 from deft_lightning.errors import UserError
 from deft_lightning.functional import IGNORE_INDEX
@@ -42,6 +43,7 @@ class Splits:
         skipped: How many rows could not be used.
         bad_rows: What is wrong with the first of them.
         remarks: What was decided about the sources, a line each.
+        columns: What became of the columns.
 
     Raises:
         UserError: The folder holds something else.
@@ -79,6 +81,7 @@ class Splits:
         self.skipped: int = meta["skipped"]
         self.bad_rows: list[str] = meta["bad_rows"]
         self.remarks: list[str] = meta.get("remarks", [])
+        self.columns = ColumnReport.load(meta["columns"])
 
     def __getitem__(self, split: str) -> PreparedDataset:
         """Return the rows of a split."""

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from deft_lightning.data.encoding.bounds import TemplateCost, bounded
+from deft_lightning.data.encoding.markup import FOREIGN, as_letters, forging, without_doubles
 from deft_lightning.data.encoding.spans import Rendering, lay_out, lay_out_prompt
-from deft_lightning.data.encoding.supervise import NOT_SUPERVISED, Supervise, learnt, noise_codes, reaches_across, turns
+from deft_lightning.data.encoding.supervise import (
+    NOT_SUPERVISED,
+    Teaching,
+    learnt,
+    noise_codes,
+    reaches_across,
+    turns,
+    weights_of,
+)
 from deft_lightning.data.encoding.template import origin
 from deft_lightning.data.encoding.tokenizer import markers
 from deft_lightning.data.examples import Example, Ints, Prepared, Prompt
@@ -17,6 +29,8 @@ from deft_lightning.data.noise.edits import Mark
 from deft_lightning.data.sources.rows import RowError
 from deft_lightning.errors import UserError
 from deft_lightning.functional import IGNORE_INDEX
+
+ALL = Teaching()
 
 
 class Encoded(NamedTuple):
@@ -26,14 +40,18 @@ class Encoded(NamedTuple):
         input_ids: Shape ``(T,)``.
         turn: Shape ``(T,)``: number of the message a supervised token belongs to, -1 elsewhere.
         noise_code: Shape ``(T,)``: operation that corrupted the token, 0 where it is clean.
+        thought: Shape ``(T,)``: whether the token belongs to the reasoning before an answer.
+        notes: What is to be said of rows like this one.
     """
 
     input_ids: Ints
     turn: Ints
     noise_code: Ints
+    thought: NDArray[np.bool_]
+    notes: tuple[str, ...] = ()
 
 
-def encode(tokenizer: Any, example: Example, marks: Sequence[Mark] = ()) -> Encoded:
+def encode(tokenizer: Any, example: Example, marks: Sequence[Mark] = (), teaching: Teaching = ALL) -> Encoded:
     """Tokenise an example that has messages or text.
 
     A template with ``{% generation %}`` marks its own spans. Any other is rendered turn by turn: what the assistant's
@@ -44,22 +62,25 @@ def encode(tokenizer: Any, example: Example, marks: Sequence[Mark] = ()) -> Enco
         tokenizer: With its chat template.
         example: The example; with marks, a conversation that ends with a response.
         marks: Noise in that response.
+        teaching: What of it is learnt.
 
     Raises:
-        UserError: The template rewrites earlier turns, or leaves out a message, a call of a tool, or the tools.
+        UserError: The place of a turn that is learnt is unknown, or the template leaves out a message, the reasoning
+            of such a turn, a call of a tool, or the tools.
     """
-    (encoded,) = encode_many(tokenizer, [example], [marks])
+    (encoded,) = encode_many(tokenizer, [example], [marks], teaching)
     if isinstance(encoded, UserError):
         raise encoded
     return encoded
 
 
 def encode_many(
-    tokenizer: Any, examples: Sequence[Example], marks: Sequence[Sequence[Mark]]
+    tokenizer: Any, examples: Sequence[Example], marks: Sequence[Sequence[Mark]], teaching: Teaching = ALL
 ) -> list[Encoded | UserError]:
     """Tokenise examples as :func:`encode` does, in one call of the tokenizer; a refused one gives its error."""
     plain = {at: _text(tokenizer, example.text) for at, example in enumerate(examples) if example.text is not None}
     results: list[Encoded | UserError | Rendering] = []
+    special = forging(tokenizer) if teaching.special_tokens == "text" else None
     with bounded(origin(tokenizer)) as clock:
         for at, example in enumerate(examples):
             if at in plain:
@@ -67,36 +88,64 @@ def encode_many(
                 continue
             clock.next(example.where)
             try:
-                results.append(lay_out(tokenizer, list(example.messages or ()), example.where, example.tools))
+                results.append(
+                    lay_out(
+                        tokenizer, list(example.messages or ()), example.where, example.tools,
+                        needed=teaching.turns(example), reasoning=teaching.reasoning, special=special,
+                    )
+                )  # fmt: skip
             except UserError as error:
                 results.append(error)
     encodings = iter(_encodings(tokenizer, [item.text for item in results if isinstance(item, Rendering)]))
     ends = frozenset(markers(tokenizer).tolist())
     return [
-        _conversation(tokenizer, example, item, next(encodings), ends, noise) if isinstance(item, Rendering) else item
+        _conversation(tokenizer, example, item, next(encodings), ends, noise, teaching)
+        if isinstance(item, Rendering)
+        else item
         for example, item, noise in zip(examples, results, marks, strict=True)
     ]
 
 
 def _text(tokenizer: Any, text: str) -> Encoded:
-    ids = tokenizer(text).input_ids
+    bare, doubled = without_doubles(tokenizer, text)
+    ids = tokenizer(bare).input_ids
     ids = ids if ids[-1:] == [tokenizer.eos_token_id] else [*ids, tokenizer.eos_token_id]
     zeros = np.zeros(len(ids), dtype=np.int64)
-    return Encoded(np.array(ids, dtype=np.int64), zeros, zeros)
+    notes: tuple[str, ...] = ("begin or end with the token that is added anyway: it is there once",) if doubled else ()
+    pattern = forging(tokenizer)
+    if pattern is not None and (inside := pattern.search(bare)):
+        notes += (f"text with special tokens such as {inside[0]}, which are learnt as those tokens",)
+    return Encoded(np.array(ids, dtype=np.int64), zeros, zeros, zeros.astype(bool), notes)
 
 
 def _conversation(
-    tokenizer: Any, example: Example, rendering: Rendering, encoding: Any, ends: frozenset[int], marks: Sequence[Mark]
-) -> Encoded:
+    tokenizer: Any, example: Example, rendering: Rendering, encoding: Any, ends: frozenset[int], marks: Sequence[Mark],
+    teaching: Teaching,
+) -> Encoded:  # fmt: skip
     ids, offsets = encoding.ids, encoding.offsets
     # Generation would begin at the start of a span: a token that reaches across it is taken apart.
     if reaches_across(rendering, offsets):
         array, starts, stops = _tokens(tokenizer, rendering.text, [start for start, _, _ in rendering.spans])
         ids, offsets = array.tolist(), list(zip(starts.tolist(), stops.tolist(), strict=True))
+    notes: list[str] = []
+    pattern = forging(tokenizer)
+    if rendering.places:
+        ids, offsets, names = as_letters(tokenizer, ids, offsets, rendering.text, rendering.places)
+        notes += [f"spell the special token {name} in a message: it is read as letters" for name in set(names)]
+    elif pattern is not None and any(pattern.search(message["content"]) for message in example.messages or ()):
+        notes.append("spell special tokens in a message: they are read as those tokens")
+    foreign = {match for message in example.messages or () for match in FOREIGN.findall(message["content"])}
+    if foreign := {name for name in foreign if pattern is None or not pattern.search(name)}:
+        notes.append(f"have markup of another format in a message, such as {min(foreign)}: it is read as letters")
+    if rendering.left_out:
+        notes.append("lose the reasoning of turns that are not learnt: the template leaves it out")
     turn = turns(rendering, ids, offsets, ends)
     last = len(example.messages or ()) - 1
     codes = noise_codes(rendering, offsets, turn, example.response or "", last, marks)
-    return Encoded(np.array(ids, dtype=np.int64), turn, codes)
+    thought = np.zeros(len(ids), dtype=bool)
+    for start, end in rendering.thoughts.values():
+        thought[bisect_left(offsets, (start,)) : bisect_left(offsets, (end,))] = True
+    return Encoded(np.array(ids, dtype=np.int64), turn, codes, thought, tuple(notes))
 
 
 def _encodings(tokenizer: Any, texts: list[str]) -> list[Any]:
@@ -135,7 +184,8 @@ def _given_tokens(example: Example, vocab_size: int) -> Encoded | UserError:
             f"{field}[{at}]",
             "unknown token",
         )
-    return Encoded(ids, np.where(labels == IGNORE_INDEX, NOT_SUPERVISED, 0), np.zeros_like(labels))
+    zeros = np.zeros_like(labels)
+    return Encoded(ids, np.where(labels == IGNORE_INDEX, NOT_SUPERVISED, 0), zeros, zeros.astype(bool))
 
 
 def tokenise(
@@ -143,16 +193,18 @@ def tokenise(
     examples: Sequence[Example],
     marks: Sequence[Sequence[Mark]],
     refused: list[UserError] | None = None,
-    supervise: Supervise = "assistant",
+    teaching: Teaching = ALL,
+    notes: Counter[str] | None = None,
 ) -> list[Prepared]:
     """Turn examples into tokens labelled with themselves; ``marks`` are the noise in the last turn of each.
 
-    Rows that the template or the vocabulary refuses are told to ``refused`` and left out; without it they raise.
+    Rows that the template or the vocabulary refuses are told to ``refused`` and left out; without it they raise. What
+    is to be said of rows is counted in ``notes``. A label of weight 0 is none.
     """
     prepared = []
     size = len(tokenizer)
     written = [at for at, example in enumerate(examples) if not example.tokens]
-    texts = iter(encode_many(tokenizer, [examples[at] for at in written], [marks[at] for at in written]))
+    texts = iter(encode_many(tokenizer, [examples[at] for at in written], [marks[at] for at in written], teaching))
     for example in examples:
         encoded = _given_tokens(example, size) if example.tokens else next(texts)
         if isinstance(encoded, UserError):
@@ -160,27 +212,40 @@ def tokenise(
                 raise encoded
             refused.append(encoded)
             continue
-        supervised = learnt(encoded.turn, supervise if example.messages else "assistant")
+        if notes is not None:
+            notes.update(encoded.notes)
+        supervised = learnt(encoded.turn, teaching.supervise if example.messages else "assistant")
+        if not teaching.supervise_reasoning:
+            supervised &= ~encoded.thought
+        weight = weights_of(example, encoded.turn)
+        supervised &= weight > 0
         supervised[:1] = False  # nothing predicts the first token
         source = np.array(example.tokens[1], dtype=np.int64) if example.tokens else encoded.input_ids
         labels = np.where(supervised, source, IGNORE_INDEX)
-        prepared.append(Prepared(example.id, encoded.input_ids, labels, encoded.noise_code * supervised))
+        factors = None if (weight[supervised] == 1).all() else np.where(supervised, weight, 0).astype(np.float32)
+        codes = encoded.noise_code * supervised
+        prepared.append(Prepared(example.id, encoded.input_ids, labels, codes, weight=factors))
     return prepared
 
 
-def encode_prompt(tokenizer: Any, example: Example) -> tuple[str, list[int]]:
+def encode_prompt(tokenizer: Any, example: Example, teaching: Teaching = ALL) -> tuple[str, list[int]]:
     """Return what generation starts from: the prefix of the tokens that :func:`encode` would give."""
+    special = forging(tokenizer) if teaching.special_tokens == "text" else None
     with bounded(origin(tokenizer), example.where):
-        text, cuts = lay_out_prompt(tokenizer, list(example.prompt), example.where, example.tools)
-    return text, _tokens(tokenizer, text, cuts)[0].tolist()
+        text, cuts, places = lay_out_prompt(
+            tokenizer, list(example.prompt), example.where, example.tools, teaching.reasoning, special
+        )
+    array, starts, stops = _tokens(tokenizer, text, cuts)
+    offsets = list(zip(starts.tolist(), stops.tolist(), strict=True))
+    return text, as_letters(tokenizer, array.tolist(), offsets, text, places).ids
 
 
-def prompts(tokenizer: Any, examples: Sequence[Example]) -> list[Prompt]:
+def prompts(tokenizer: Any, examples: Sequence[Example], teaching: Teaching = ALL) -> list[Prompt]:
     """Return what generation starts from, for every example that is a conversation."""
     result = []
     for example in examples:
         if example.messages is None:
             continue
-        text, ids = encode_prompt(tokenizer, example)
+        text, ids = encode_prompt(tokenizer, example, teaching)
         result.append(Prompt(example.id, ids, text, example.response))
     return result

@@ -5,18 +5,44 @@ from __future__ import annotations
 import json
 from bisect import bisect_left
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from deft_lightning.data.encoding.spans import Rendering
-from deft_lightning.data.examples import Ints
+from deft_lightning.data.encoding.thoughts import Reasoning
+from deft_lightning.data.examples import Example, Ints
 from deft_lightning.data.noise.edits import Mark
 
 Supervise = Literal["assistant", "last", "all"]
+SpecialTokens = Literal["text", "token"]
 Offsets = Sequence[tuple[int, int]]  # first letter of each token, and the one behind its last
 NOT_SUPERVISED = -1
+
+
+@dataclass(frozen=True)
+class Teaching:
+    """What of a conversation is learnt.
+
+    Attributes:
+        supervise: Every assistant turn, the last one, or all tokens.
+        reasoning: What becomes of ``reasoning_content``: the template writes it, the text holds it, or it is left out.
+        supervise_reasoning: Whether it is learnt, or read like a prompt.
+        special_tokens: Whether special tokens that a message spells are its letters, or those tokens.
+    """
+
+    supervise: Supervise = "assistant"
+    reasoning: Reasoning = "template"
+    supervise_reasoning: bool = True
+    special_tokens: SpecialTokens = "text"
+
+    def turns(self, example: Example) -> list[int]:
+        """Return the numbers of the messages that are learnt."""
+        spoken = [i for i, m in enumerate(example.messages or ()) if m["role"] == "assistant"]
+        spoken = spoken if self.supervise == "assistant" else spoken[-1:]
+        return [i for i in spoken if (example.messages or ())[i].get("weight", 1.0) > 0]
 
 
 def reaches_across(rendering: Rendering, offsets: Offsets) -> bool:
@@ -132,3 +158,21 @@ def learnt(turn: Ints, supervise: Supervise) -> NDArray[np.bool_]:
     if supervise == "last":
         supervised &= turn == turn.max(initial=NOT_SUPERVISED)
     return supervised
+
+
+def weights_of(example: Example, turn: Ints) -> NDArray[np.float64]:
+    """Return how much each token weighs: its row, times its turn, times itself.
+
+    Args:
+        example: The row.
+        turn: Shape ``(T,)``, of :func:`turns`.
+
+    Returns:
+        Shape ``(T,)``; at least 0.
+    """
+    if example.token_weights is not None:
+        return example.weight * np.array(example.token_weights, dtype=np.float64)
+    of_message = [message.get("weight", 1.0) for message in example.messages or ()]
+    if not of_message:
+        return np.full(turn.shape, example.weight)
+    return example.weight * np.array([*of_message, 1.0])[turn]  # what belongs to no turn, -1, has the last entry

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 from collections.abc import Sequence
@@ -11,7 +12,9 @@ from typing import Any
 from deft_lightning.data.encoding.bounds import LETTERS, TEMPLATE, TemplateCost, bounded, check_length
 from deft_lightning.data.encoding.tokenizer import markers
 from deft_lightning.data.examples import Message, Tool
-from deft_lightning.errors import UserError
+from deft_lightning.errors import UserError, did_you_mean
+
+TRL = "trl:"
 
 
 def chatml(tokenizer: Any) -> str:
@@ -19,7 +22,7 @@ def chatml(tokenizer: Any) -> str:
 
     ChatML. Where ``<|im_end|>`` is not a token of its own, turns end with the end-of-sequence token instead: a base
     model knows it, generation stops at it, and the embedding keeps its size. Tools are listed in the system turn, one
-    JSON object a line; a call is the JSON of its name and arguments.
+    JSON object a line; a call is the JSON of its name and arguments; reasoning stands before the answer, in think tags.
     """
     end = "<|im_end|>" if "<|im_end|>" in tokenizer.get_vocab() else tokenizer.eos_token
     bos = tokenizer.bos_token if _prepends_bos(tokenizer) else ""
@@ -29,7 +32,9 @@ def chatml(tokenizer: Any) -> str:
         "{{ '<tools>\\n' }}{% for tool in tools %}{{ tool | tojson + '\\n' }}{% endfor %}"
         f"{{{{ '</tools>' + {end!r} + '\\n' }}}}{{% endif %}}"
         "{% for message in messages %}{% if not (tools and loop.first and message['role'] == 'system') %}"
-        "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] }}"
+        "{{ '<|im_start|>' + message['role'] + '\\n' }}"
+        "{% if message['reasoning_content'] %}"
+        "{{ '<think>\\n' + message['reasoning_content'] + '\\n</think>\\n\\n' }}{% endif %}{{ message['content'] }}"
         "{% for call in message['tool_calls'] or [] %}"
         "{{ '\\n' if message['content'] or not loop.first }}"
         "{{ '<tool_call>\\n' + (call['function'] | tojson) + '\\n</tool_call>' }}{% endfor %}"
@@ -48,12 +53,15 @@ def set_template(tokenizer: Any, choice: str | None) -> None:
     Args:
         tokenizer: Changed in place.
         choice: None keeps the tokenizer's own (ChatML if it has none); ``chatml``; a file with a Jinja template; or
-            the template itself.
+            the template itself; ``trl:NAME`` for one of an installed TRL.
     """
     if choice is None:
         tokenizer.chat_template = tokenizer.chat_template or chatml(tokenizer)
     elif choice == "chatml":
         tokenizer.chat_template = chatml(tokenizer)
+    elif choice.startswith(TRL):
+        tokenizer.chat_template = template_text(choice)
+        tokenizer.template_origin = f"that of --data.chat_template {choice}"
     else:
         tokenizer.chat_template = template_text(choice)
         tokenizer.template_origin = f"that of --data.chat_template{'' if '{' in choice else f' {choice}'}"
@@ -76,12 +84,34 @@ def template_text(choice: str) -> str:
     """Return a chosen template as text: what a file holds, or the choice itself."""
     if choice == "chatml" or "{" in choice:
         return choice
+    if choice.startswith(TRL):
+        return trl_template(choice.removeprefix(TRL))
     try:
         return Path(choice).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise UserError(
             f"--data.chat_template {choice!r} is neither chatml, a file, nor a template ({error})"
         ) from None
+
+
+def trl_template(name: str) -> str:
+    """Return a chat template of an installed TRL: its variant for training, if there is one.
+
+    Args:
+        name: Of the template, such as ``qwen3``.
+
+    Raises:
+        UserError: TRL is not installed, or has no template of that name.
+    """
+    found = importlib.util.find_spec("trl")  # without importing it
+    if found is None or found.origin is None:
+        raise UserError(f"--data.chat_template {TRL}{name}: TRL is not installed (pip install trl)")
+    folder = Path(found.origin).parent / "chat_templates"
+    for file in (folder / f"{name}_training.jinja", folder / f"{name}.jinja"):
+        if file.is_file():
+            return file.read_text(encoding="utf-8")
+    names = sorted({file.stem.removesuffix("_training") for file in folder.glob("*.jinja")})
+    raise UserError(f"--data.chat_template {TRL}{name}: TRL has no such template.{did_you_mean(name, names)}")
 
 
 TAG = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
@@ -109,6 +139,46 @@ def end_of_turn(tokenizer: Any) -> int | None:
         return None
     after = tokenizer(text.rpartition("zqz")[2], add_special_tokens=False).input_ids[:1]
     return after[0] if after and after[0] in markers(tokenizer) else None
+
+
+class Renderer:
+    """Renders conversations of one example, in a shape that the template can read.
+
+    Args:
+        tokenizer: With its chat template.
+        tools: What the assistant may call.
+        shape: Number in :data:`SHAPES`.
+    """
+
+    def __init__(self, tokenizer: Any, tools: Sequence[Tool] | None, shape: int = 0) -> None:
+        self.tokenizer, self.tools, self.shape = tokenizer, tools, SHAPES[shape]
+
+    def __call__(self, messages: Sequence[Message], *, prompt: bool) -> str:
+        """Return the conversation as text."""
+        return render(self.tokenizer, self.shape(messages), prompt=prompt, tools=self.tools)
+
+
+def _plain(messages: Sequence[Message]) -> Sequence[Message]:
+    return messages
+
+
+def _json_arguments(messages: Sequence[Message]) -> Sequence[Message]:
+    """Arguments as the JSON that OpenAI's interface has, which some templates write as it is."""
+    return [
+        {**message, "tool_calls": [_with_json(call) for call in message["tool_calls"]]}
+        if message.get("tool_calls")
+        else message
+        for message in messages
+    ]
+
+
+def _with_json(call: dict[str, Any]) -> dict[str, Any]:
+    function = call["function"]
+    return {**call, "function": {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}}
+
+
+# Shapes in which calls are given to a template; the first that it accepts counts.
+SHAPES = (_plain, _json_arguments)
 
 
 def render(tokenizer: Any, messages: Sequence[Message], *, prompt: bool, tools: Sequence[Tool] | None = None) -> str:

@@ -18,12 +18,12 @@ from deft_lightning.data.noise import Noise
 from deft_lightning.data.noise.apply import corrupted
 from deft_lightning.data.prepared.cache import DONE
 from deft_lightning.data.prepared.encoder import CHUNK, Encoder, encode_all
+from deft_lightning.data.prepared.findings import Findings
 from deft_lightning.data.prepared.recipe import Recipe, title
 from deft_lightning.data.prepared.report import Report
 from deft_lightning.data.prepared.split import View, split_rows
 from deft_lightning.data.prepared.spool import ROWS, TOKENS, Writer, row_of
 from deft_lightning.data.progress import progress
-from deft_lightning.data.sources.remarks import Remarks
 from deft_lightning.data.sources.rows import BadRows
 from deft_lightning.errors import UserError
 
@@ -43,8 +43,9 @@ def build(recipe: Recipe, tokenizer: Any | None, chat_template: str | None, fold
     Raises:
         UserError: A row that cannot be used (file, row, field), or nothing is left to train on.
     """
-    bad, remarks = BadRows(), Remarks()
-    splits = split_rows(recipe, folder, bad, remarks)
+    found = Findings()
+    bad = found.bad
+    splits = split_rows(recipe, folder, found)
     if tokenizer is None:
         train = splits["train"]
         if all(train[at].tokens for at in range(len(train))):
@@ -76,7 +77,10 @@ def build(recipe: Recipe, tokenizer: Any | None, chat_template: str | None, fold
         (folder / spool).unlink(missing_ok=True)
     if len(bad):
         bad.write(folder / BAD_ROWS)
-    meta = {"reports": reports, "skipped": len(bad), "bad_rows": bad.first, "remarks": remarks.lines()}
+    meta = {
+        "reports": reports, "skipped": len(bad), "bad_rows": bad.first, "remarks": found.remarks.lines(),
+        "columns": found.columns.state(),
+    }  # fmt: skip
     (folder / DONE).write_text(json.dumps(meta, indent=2), encoding="utf-8")
 
 
@@ -84,9 +88,7 @@ def _prepare(
     examples: View, noise: Noise, recipe: Recipe, tokenizer: Any, path: Path, report: Report, bad: BadRows, workers: int
 ) -> Ints:
     changed, report.applied = corrupted(examples, noise)
-    encoder = Encoder(
-        examples, tokenizer, recipe.supervise, recipe.on_bad_row == "skip", recipe.max_length, recipe.keep
-    )
+    encoder = Encoder(examples, tokenizer, recipe.teaching, recipe.on_bad_row == "skip", recipe.max_length, recipe.keep)
     counts = np.zeros(len(tokenizer), dtype=np.int64)
     supervised_before, refused = 0, 0
     with Writer(path, TOKENS) as out, progress(None, f"preparing {report.name}", len(examples)) as bar:

@@ -14,7 +14,7 @@ import pyarrow as pa
 import torch
 
 from deft_lightning.data.encoding.encode import tokenise
-from deft_lightning.data.encoding.supervise import Supervise
+from deft_lightning.data.encoding.supervise import Teaching
 from deft_lightning.data.examples import Example, Ints, Prepared
 from deft_lightning.data.lazy import Lazy
 from deft_lightning.data.noise.apply import Changed
@@ -53,7 +53,7 @@ class Encoder:
     Args:
         examples: Where they are read from.
         tokenizer: Tokenizer with its chat template.
-        supervise: Which turns are learnt.
+        teaching: What of a conversation is learnt.
         skip: Whether rows that the template refuses are left out.
         max_length: Longest example in tokens.
         keep: Which end of a longer one is kept.
@@ -61,7 +61,7 @@ class Encoder:
 
     examples: Lazy[Example]
     tokenizer: Any
-    supervise: Supervise
+    teaching: Teaching
     skip: bool
     max_length: int
     keep: str
@@ -71,10 +71,11 @@ class Encoder:
         places = range(start, min(start + CHUNK, len(self.examples)))
         pairs = [changed[at] if at in changed else (self.examples[at], []) for at in places]
         refused: list[UserError] = []
-        prepared = tokenise(
-            self.tokenizer, [e for e, _ in pairs], [m for _, m in pairs], refused if self.skip else None, self.supervise
-        )
         counted, rows = Report(""), []
+        prepared = tokenise(
+            self.tokenizer, [e for e, _ in pairs], [m for _, m in pairs], refused if self.skip else None, self.teaching,
+            counted.notes,
+        )  # fmt: skip
         for example in prepared:
             counted.truncated += len(example.input_ids) > self.max_length
             short = example.truncate(self.max_length, self.keep)

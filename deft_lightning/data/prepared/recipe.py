@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from deft_lightning.data.encoding.supervise import Supervise
+from deft_lightning.data.encoding.supervise import SpecialTokens, Supervise, Teaching
+from deft_lightning.data.encoding.thoughts import Reasoning
 from deft_lightning.data.examples import Example
 from deft_lightning.data.noise import Noise
 from deft_lightning.data.records.formats import FIELDS, detect_format, normalise
+from deft_lightning.data.records.leftovers import ColumnReport
 from deft_lightning.data.sources.given import GivenRows, Settled
 from deft_lightning.data.sources.layouts import Expected
 from deft_lightning.data.sources.places import shown
@@ -39,6 +41,16 @@ class Recipe:
     keep: str
     supervise: Supervise
     noise: Noise
+    ignore_columns: tuple[str, ...] = ()
+    weight_column: str | None = None
+    reasoning: Reasoning = "template"
+    supervise_reasoning: bool = True
+    special_tokens: SpecialTokens = "text"
+
+    @property
+    def teaching(self) -> Teaching:
+        """What of a conversation is learnt."""
+        return Teaching(self.supervise, self.reasoning, self.supervise_reasoning, self.special_tokens)
 
     def skip(self, bad: BadRows) -> BadRows | None:
         """Return what takes note of rows that cannot be used; None to stop at the first."""
@@ -52,10 +64,17 @@ def read_examples(
     *,
     need_response: bool = True,
     on_remark: OnRemark | None = None,
+    report: ColumnReport | None = None,
 ) -> Iterator[Example]:
-    """Yield the normalised rows of one source or several; rows that cannot be used are told to ``skip``, or raise.
+    """Yield the normalised rows of one source or several.
 
-    What was decided about a source is told to ``on_remark``; default: it is said.
+    Args:
+        source: Where they are.
+        recipe: How they are read.
+        skip: Told of rows that cannot be used; None raises at the first.
+        need_response: Whether a conversation must have something to learn.
+        on_remark: Told of what was decided about a source; default: it is said.
+        report: Counts what became of the columns.
     """
     formats: dict[str, str] = {}
     headers: set[tuple[str, ...]] = set()
@@ -70,7 +89,10 @@ def read_examples(
             format = formats.get(name, recipe.format)
             if format == "auto":
                 format = formats[name] = detect_format(record, where, recipe.column_map, need_response=need_response)
-            yield normalise(record, where, format, recipe.column_map, need_response=need_response)
+            yield normalise(
+                record, where, format, recipe.column_map, need_response=need_response, ignore=recipe.ignore_columns,
+                weight_column=recipe.weight_column, report=report,
+            )  # fmt: skip
         except UserError as error:
             if skip is None:
                 raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,6 +28,7 @@ class Report:
     weighted: int = 0
     sampled: bool = False
     applied: list[Applied] = field(default_factory=list)
+    notes: Counter[str] = field(default_factory=Counter)
 
     def add(self, example: Prepared) -> bool:
         """Count an example; return whether it has a supervised token left."""
@@ -45,12 +47,14 @@ class Report:
     @classmethod
     def load(cls, fields: dict[str, Any]) -> Report:
         """Return the report that ``asdict`` took apart."""
-        return cls(**{**fields, "applied": [Applied(**one) for one in fields["applied"]]})
+        applied, notes = [Applied(**one) for one in fields["applied"]], Counter(fields["notes"])
+        return cls(**{**fields, "applied": applied, "notes": notes})
 
     def merge(self, part: Report) -> None:
         """Add the counts of some of the examples."""
         for name in ("examples", "tokens", "supervised", "noisy", "noisy_examples", "truncated", "dropped", "weighted"):
             setattr(self, name, getattr(self, name) + getattr(part, name))
+        self.notes.update(part.notes)
 
     def count_noise(self, examples: int, example: Callable[[int], Prepared]) -> None:
         """Count what token noise adds, on all examples, or on two thousand of more than twenty thousand.
@@ -77,6 +81,10 @@ class Report:
         raise UserError(
             f"{self.name}: all {examples} examples are fully masked at max_length {max_length}: raise --data.max_length"
         )
+
+    def remarks(self) -> list[str]:
+        """Return what is said of rows beside their numbers, one line for each kind."""
+        return [f"{self.name}: {count} row{'s' * (count > 1)} {note}" for note, count in sorted(self.notes.items())]
 
     def __str__(self) -> str:
         """Return one line for the log."""

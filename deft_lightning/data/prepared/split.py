@@ -9,13 +9,12 @@ import numpy as np
 
 from deft_lightning.data.examples import Example, Ints
 from deft_lightning.data.lazy import Lazy
+from deft_lightning.data.prepared.findings import Findings
 from deft_lightning.data.prepared.ids import unique_ids
 from deft_lightning.data.prepared.recipe import Recipe, read_examples, title
 from deft_lightning.data.prepared.spool import ROWS, SpooledExamples, Writer, row_of
 from deft_lightning.data.progress import progress
 from deft_lightning.data.sources.given import Settled
-from deft_lightning.data.sources.remarks import Remarks
-from deft_lightning.data.sources.rows import BadRows
 from deft_lightning.errors import UserError
 from deft_lightning.hashing import uniform
 
@@ -44,21 +43,20 @@ def _view(rows: SpooledExamples) -> View:
     return View(rows, np.arange(len(rows)), renamed)
 
 
-def split_rows(recipe: Recipe, folder: Path, bad: BadRows, remarks: Remarks) -> dict[str, View]:
+def split_rows(recipe: Recipe, folder: Path, found: Findings) -> dict[str, View]:
     """Read the rows into a folder and return those of each split.
 
     Args:
         recipe: What to read.
         folder: Where the rows are kept while they are prepared.
-        bad: Takes note of rows that cannot be used.
-        remarks: Takes note of what was decided about the sources.
+        found: Takes note of what is found on the way.
 
     Raises:
         UserError: A row that cannot be used (file, row, field), or nothing is left to train on.
     """
-    every = _view(_spool(recipe.source, recipe, folder / "rows.arrow", bad, remarks))
+    every = _view(_spool(recipe.source, recipe, folder / "rows.arrow", found))
     if recipe.validation_source is not None:
-        validation = _view(_spool(recipe.validation_source, recipe, folder / "validation_rows.arrow", bad, remarks))
+        validation = _view(_spool(recipe.validation_source, recipe, folder / "validation_rows.arrow", found))
         return {"train": every, "validation": validation}
     draws = (uniform(recipe.seed, "split", digest) for digest in every.rows.column("digest"))
     held_out = np.fromiter(draws, dtype=np.float64) < recipe.validation_fraction
@@ -69,8 +67,9 @@ def split_rows(recipe: Recipe, folder: Path, bad: BadRows, remarks: Remarks) -> 
     return splits
 
 
-def _spool(source: Settled, recipe: Recipe, path: Path, bad: BadRows, remarks: Remarks) -> SpooledExamples:
-    examples = read_examples(source, recipe, recipe.skip(bad), on_remark=remarks)
+def _spool(source: Settled, recipe: Recipe, path: Path, found: Findings) -> SpooledExamples:
+    bad = found.bad
+    examples = read_examples(source, recipe, recipe.skip(bad), on_remark=found.remarks, report=found.columns)
     with Writer(path, ROWS) as out:
         for example in progress(examples, f"reading {title(source)}"):
             out.add(row_of(example))

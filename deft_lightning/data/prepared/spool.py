@@ -154,8 +154,10 @@ class Table(Lazy[T]):
 
 def row_of(example: Example) -> tuple[str, ...]:
     """Return an example as a row of :data:`ROWS`."""
-    content = {name: getattr(example, name) for name in ("messages", "text", "tokens", "tools")}
+    content = {name: getattr(example, name) for name in ("messages", "text", "tokens", "tools", "token_weights")}
     known = {name: value for name, value in content.items() if value is not None}
+    if example.weight != 1:
+        known["weight"] = example.weight
     return example.id, example.digest, example.where, json.dumps(known, ensure_ascii=False)
 
 

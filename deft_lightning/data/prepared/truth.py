@@ -46,7 +46,10 @@ def flags(recipe: Recipe, field: str) -> dict[str, bool]:
             if name not in formats:
                 auto = recipe.format == "auto"
                 formats[name] = detect_format(record, where, recipe.column_map) if auto else recipe.format
-            wrong[normalise(record, where, formats[name], recipe.column_map).id] = WORDS[str(value).lower()]
+            ignored = {*recipe.ignore_columns, field}
+            wrong[normalise(record, where, formats[name], recipe.column_map, ignore=ignored).id] = WORDS[
+                str(value).lower()
+            ]
         except UserError:  # left out of the training rows as well
             continue
     if not wrong:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Literal, NamedTuple
 
 from deft_lightning.data.examples import Example, Message
-from deft_lightning.data.records.turns import ALIASES, ROLES, read_tools, read_turns
+from deft_lightning.data.records.calls import read_tools
+from deft_lightning.data.records.leftovers import ColumnReport, refuse_leftovers
+from deft_lightning.data.records.shares import row_weight, token_weights
+from deft_lightning.data.records.turns import ALIASES, REASONING, ROLES, read_turns
 from deft_lightning.data.sources.rows import Row, RowError, columns, is_text
 
 __all__ = ["ALIASES", "CONVERSATIONS", "FIELDS", "OTHERS", "ROLES", "Format", "detect_format", "normalise"]
@@ -20,8 +23,11 @@ Format = Literal[
 # What column_map may rename.
 FIELDS = (
     "id", "messages", "conversations", "system", "tools", "prompt", "completion", "instruction", "input", "output",
-    "response", "history", "question", "context", "answer", "answers", "text", "input_ids", "labels",
+    "response", "history", "question", "context", "answer", "answers", "text", "input_ids", "labels", "reasoning",
+    "weight",
 )  # fmt: skip
+SYSTEM = ("system", "system_prompt", "system_message")
+SWITCHES = ("on", "off", "true", "false", "yes", "no", "none")  # a column named reasoning may say whether there is any
 
 
 def _user(text: str) -> Message:
@@ -102,19 +108,36 @@ OTHERS: dict[str, tuple[tuple[str, ...], ...]] = {"tokens": (("input_ids",),), "
 
 
 def _respond(row: Row, fields: tuple[str, ...]) -> list[Message]:
-    field = next((field for field in fields if row.get(field) is not None), fields[0])
+    field = next((field for field in fields if row.look(field) is not None), fields[0])
     name, value = row.require(*fields)
-    if field == "completion" and isinstance(value, list):
-        return read_turns(row, name, value, "role", "content")
+    if field == "completion" and (isinstance(value, list) or _is_turn(value)):
+        return read_turns(row, name, [value] if _is_turn(value) else value, "role", "content")
     if field == "answers":
         # SQuAD's layout, or the bare list. The first answer is taught: the others are other ways to say it.
-        name, value = (f"{name}.text", value.get("text")) if isinstance(value, Mapping) else (name, value)
+        if isinstance(value, Mapping):
+            del row.read[name]
+            name, value = f"{name}.text", value.get("text")
+            row.read[name] = "answers"
         if not isinstance(value, list | tuple):
             raise row.fail(name, f"expected a list of answers, got {type(value).__name__}", "type")
         if not value:
             raise row.fail(name, "holds no answer", "empty")
         name, value = f"{name}[0]", value[0]
-    return [_assistant(row.text(name, value))]
+    return [_assistant(row.text(name, value)) | _thought(row)]
+
+
+def _is_turn(value: Any) -> bool:
+    """Whether a response is written as a turn alone, as in files of preferences."""
+    return isinstance(value, Mapping) and any(key in value for key in ("role", "from"))
+
+
+def _thought(row: Row) -> Message:
+    """What stands beside a response as the reasoning that led to it."""
+    for field in REASONING:
+        value = row.look(field)
+        if isinstance(value, str) and value.strip() and value.strip().lower() not in SWITCHES:
+            return {"reasoning_content": row.text(row.name(field), row.get(field))}
+    return {}
 
 
 def _blank(value: Any) -> bool:
@@ -126,15 +149,16 @@ def _blank(value: Any) -> bool:
 def _conversation(row: Row, format: str, need_response: bool) -> dict[str, Any]:
     layout = CONVERSATIONS[format]
     messages = layout.prompt(row)
-    if layout.response and (need_response or not all(_blank(row.get(field)) for field in layout.response)):
+    if layout.response and (need_response or not all(_blank(row.look(field)) for field in layout.response)):
         messages += _respond(row, layout.response)
     if need_response and not any(message["role"] == "assistant" for message in messages):
         raise row.fail(row.name(layout.fields[0][0]), "has no assistant turn, so nothing to learn", "no response")
-    if (system := row.optional("system")).strip():
+    field = next((field for field in SYSTEM if row.look(field) is not None), "system")
+    if (system := row.optional(field)).strip():
         first = messages[0]
         if first["role"] == "system" and first["content"] != system:
             problem = f"differs from the system turn that {row.name(layout.fields[0][0])!r} begins with; keep one"
-            raise row.fail(row.name("system"), problem, "system")
+            raise row.fail(row.name(field), problem, "system")
         if first["role"] != "system":
             messages = [{"role": "system", "content": system}, *messages]
     content: dict[str, Any] = {"messages": tuple(messages)}
@@ -159,7 +183,7 @@ def detect_format(
     for answered in (True,) if need_response else (True, False):
         for name in (*mapped, *formats):
             needed = formats[name] if answered else formats[name][:1]
-            if all(any(row.get(field) is not None for field in choice) for choice in needed):
+            if all(any(row.look(field) is not None for field in choice) for choice in needed):
                 return name
     raise RowError(
         where,
@@ -181,7 +205,15 @@ def _tokens(row: Row) -> tuple[list[int], list[int]]:
 
 
 def normalise(
-    record: Any, where: str, format: str, column_map: Mapping[str, str], *, need_response: bool = True
+    record: Any,
+    where: str,
+    format: str,
+    column_map: Mapping[str, str],
+    *,
+    need_response: bool = True,
+    ignore: Collection[str] = (),
+    weight_column: str | None = None,
+    report: ColumnReport | None = None,
 ) -> Example:
     """Turn one record into an :class:`Example`.
 
@@ -192,26 +224,47 @@ def normalise(
         column_map: Canonical field to the record's own, dotted for nested ones. Naming a column that is not there
             leaves an optional field out.
         need_response: Refuse a conversation without an assistant turn (off for ``predict``).
+        ignore: Columns that are left out on purpose.
+        weight_column: Column with the weight of each row; default: ``weight`` where that is a number.
+        report: Counts what became of the columns.
 
     Raises:
-        UserError: Unknown role, missing or empty field, wrong type; one line with file, row and field.
+        UserError: Unknown role, missing or empty field, wrong type, or a column without which the row would mean
+            something else; one line with file, row and field.
     """
     row = Row(record, where, column_map)
     content: dict[str, Any]
+    weights = None
     if format == "text":
         content = {"text": row.string("text")}
     elif format == "tokens":
         content = {"tokens": _tokens(row)}
+        weights = token_weights(row, len(content["tokens"][0]))
     else:
         content = _conversation(row, format, need_response)
+    own_id, weight = _own_id(row.get("id")), row_weight(row, weight_column)
+    if need_response:
+        responds = format in CONVERSATIONS and bool(CONVERSATIONS[format].response)
+        refuse_leftovers(row, ignore, content["messages"][-1]["content"] if responds else None)
+    if report is not None:
+        report.add(row, ignore)
     try:
-        canonical = json.dumps(content, sort_keys=True, ensure_ascii=False, default=str).encode("utf-8")
+        # How much a turn weighs makes no other example of it: those that differ in that alone stay on one side.
+        canonical = json.dumps(_unweighted(content), sort_keys=True, ensure_ascii=False, default=str).encode("utf-8")
     except RecursionError:
         raise RowError(where, "is nested too deeply", kind="nesting") from None
     except UnicodeEncodeError:  # within tools and calls; all else was looked at field by field
         raise RowError(where, "holds half a surrogate pair, which is not text", kind="not text") from None
     digest = hashlib.blake2b(canonical, digest_size=8).hexdigest()
-    return Example(_own_id(row.get("id")) or digest, digest, where, **content)
+    return Example(own_id or digest, digest, where, **content, weight=weight, token_weights=weights)
+
+
+def _unweighted(content: dict[str, Any]) -> dict[str, Any]:
+    messages = content.get("messages")
+    if messages is None or not any("weight" in message for message in messages):
+        return content
+    bare = tuple({key: value for key, value in message.items() if key != "weight"} for message in messages)
+    return {**content, "messages": bare}
 
 
 def _own_id(value: Any) -> str:

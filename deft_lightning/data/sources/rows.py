@@ -151,10 +151,17 @@ def spelt_otherwise(record: Mapping[Any, Any], fields: Iterable[str], column_map
 
 
 class Row:
-    """A record with its place: every access that fails says file, row and field."""
+    """A record with its place: every access that fails says file, row and field.
+
+    Attributes:
+        read: Columns whose values became part of the example, with what each became.
+        left: Keys inside columns that were read, such as ``messages[].mood``, which became nothing.
+    """
 
     def __init__(self, record: Any, where: str, column_map: Mapping[str, str]) -> None:
         self.where, self.column_map = where, column_map
+        self.read: dict[str, str] = {}
+        self.left: set[str] = set()
         if not isinstance(record, Mapping):
             raise RowError(where, f"expected an object with named fields, got {type(record).__name__}", kind="type")
         self.record = record
@@ -179,8 +186,18 @@ class Row:
         return spelt[0]
 
     def get(self, field: str) -> Any:
+        """Return the value of a field as :meth:`look` does, and count its column as read."""
+        value = self.look(field)
+        if value is not None:
+            self.read[self.name(field)] = field
+        return value
+
+    def look(self, field: str) -> Any:
         """Return the value of a field, following dotted keys; None when absent, or NaN as pandas writes absence."""
-        name = self.name(field)
+        return self.column(self.name(field))
+
+    def column(self, name: str) -> Any:
+        """Return the value of a column by its own name, dotted for a nested one; None when absent."""
         value: Any = self.record
         for part in [name] if name in self.record else name.split("."):
             value = value.get(part) if isinstance(value, Mapping) else None

