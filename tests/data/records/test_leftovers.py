@@ -1,0 +1,156 @@
+"""Nothing of a row is ignored in silence: every column and key is used, named with a count, or refused."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deft_lightning.data.examples import Example
+from deft_lightning.data.records.formats import detect_format, normalise
+from deft_lightning.data.records.leftovers import ColumnReport
+from deft_lightning.errors import UserError
+
+WHERE = "rows.jsonl, row 4"
+
+
+def read(record: Mapping[str, Any], report: ColumnReport | None = None, **options: Any) -> Example:
+    column_map = options.pop("column_map", {})
+    format = detect_format(record, WHERE, column_map)
+    return normalise(record, WHERE, format, column_map, report=report, **options)
+
+
+def refused(record: Mapping[str, Any], **options: Any) -> str:
+    with pytest.raises(UserError) as caught:
+        read(record, **options)
+    message = str(caught.value)
+    assert message.startswith(WHERE) and len(message.splitlines()) == 1
+    return message
+
+
+def turns(*pairs: tuple[str, str], **last: Any) -> list[dict[str, Any]]:
+    made: list[dict[str, Any]] = [{"role": role, "content": text} for role, text in pairs]
+    made[-1] |= last
+    return made
+
+
+ASKED = (("user", "2 + 2?"), ("assistant", "4"))
+QA = {"question": "2 + 2?", "answer": "4"}
+# A row, and what its columns and keys become: the outcome is a column of the table in docs/data.md.
+USED: dict[str, tuple[dict[str, Any], str]] = {
+    "`system`, `system_prompt`, `system_message`": ({**QA, "system_prompt": "Be brief."}, "the system turn"),
+    "`reasoning`, `reasoning_content`, `thinking` beside an answer": (
+        {**QA, "reasoning": "two and two"}, "the reasoning before it",
+    ),
+    "the same keys of a turn": ({"messages": turns(*ASKED, thinking="two and two")}, "the reasoning before it"),
+    "`channel: analysis`, then `final`": (
+        {"messages": [{"role": "user", "content": "2 + 2?"},
+                      {"role": "assistant", "content": "two and two", "channel": "analysis"},
+                      {"role": "assistant", "content": "4", "channel": "final"}]},
+        "the reasoning before it",
+    ),
+    "`weight`, `train`, `loss`, `loss_mask`, `loss_weight` of a turn": (
+        {"messages": turns(*ASKED, loss_weight=0.5)}, "its weight",
+    ),
+    "`weight` of a row, if a number": ({**QA, "weight": 0.5}, "its weight"),
+    "`functions`, as `tools`": (
+        {"messages": turns(*ASKED), "functions": [{"name": "add", "parameters": {}}]}, "the tools",
+    ),
+}  # fmt: skip
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "`chosen`, `rejected` and their like": ({"prompt": "Hi", "completion": "Yes?", "rejected": "No!"}, "preference"),
+    "`label` that is true or false": ({**QA, "label": False}, "--data.weight_column label"),
+    "`images`, `video`, `audio`": ({**QA, "images": ["cat.jpg"]}, "pictures"),
+    "pictures in a turn": ({"messages": turns(*ASKED, images=["cat.jpg"])}, "pictures"),
+    "a second answer, such as `solution` beside `answer`": ({**QA, "solution": "2 + 2 = 4"}, "second answer"),
+}
+NAMED: dict[str, tuple[dict[str, Any], str]] = {
+    "any other column": ({**QA, "tags": ["sums"], "source": "me", "empty": "", "none": None}, "source"),
+    "a part of a column": ({"extra": {"q": "2 + 2?", "level": 3}, "answer": "4"}, "extra.level"),
+    "any other key of a turn": ({"messages": turns(*ASKED, mood="glad")}, "messages[].mood"),
+}
+
+
+@pytest.mark.parametrize(("record", "becomes"), USED.values(), ids=USED.keys())
+def test_what_belongs_to_the_example_becomes_part_of_it(record: dict[str, Any], becomes: str) -> None:
+    report = ColumnReport()
+    example = read(record, report)
+    assert not report.unused
+    messages = example.messages or ()
+    if becomes == "the system turn":
+        assert messages[0] == {"role": "system", "content": "Be brief."}
+    elif becomes == "the tools":
+        assert example.tools is not None and example.tools[0]["function"]["name"] == "add"
+    elif becomes == "its weight":
+        assert example.weight * messages[-1].get("weight", 1) == 0.5
+    else:
+        assert messages[-1] == {"role": "assistant", "content": "4", "reasoning_content": "two and two"}
+
+
+@pytest.mark.parametrize(("record", "says"), REFUSED.values(), ids=REFUSED.keys())
+def test_what_would_change_the_meaning_is_refused_unless_it_is_left_out_on_purpose(
+    record: dict[str, Any], says: str
+) -> None:
+    assert says in refused(record)
+    left = {"rejected", "label", "images", "solution", "messages[].images"}
+    if "messages" not in record:
+        assert read(record, ignore=left).messages
+
+
+@pytest.mark.parametrize(("record", "name"), NAMED.values(), ids=NAMED.keys())
+def test_what_means_nothing_is_named_with_a_count(record: dict[str, Any], name: str) -> None:
+    report = ColumnReport()
+    for _ in range(3):
+        read(record, report, column_map={"question": "extra.q"} if "extra" in record else {})
+    assert f"{name} (3 rows)" in report.lines()[-1] and report.lines()[-1].startswith("not used: ")
+    assert not {"empty", "none"} & set(report.unused)
+    again = ColumnReport.load(report.state())
+    assert again == report
+
+
+def test_the_report_says_which_columns_became_what_and_in_how_many_rows() -> None:
+    report = ColumnReport()
+    read(QA, report)
+    read({**QA, "system": "Be brief."}, report)
+    assert report.lines() == ["columns: answer → response, question → prompt, system → system (1 of 2 rows)"]
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"chosen": "a", "rejected": "b", **QA},
+        {"conversations": turns(*ASKED), "chosen": {"from": "gpt", "value": "4"}, "rejected": {"from": "gpt"}},
+        {"prompt": "Hi", "completion": "a", "answer_dispreferred": "b"},
+        {"text": "Hi", "rejected_response": "b"},
+    ],
+)
+def test_preferences_are_refused_under_any_layout(record: dict[str, Any]) -> None:
+    assert "preference" in refused(record)
+
+
+def test_the_better_answer_of_a_preference_is_learnt_when_it_is_named() -> None:
+    record = {"conversations": turns(ASKED[0]), "chosen": {"from": "gpt", "value": "4"}, "rejected": {"value": "5"}}
+    report = ColumnReport()
+    example = read(record, report, column_map={"prompt": "conversations", "completion": "chosen"})
+    assert example.response == "4" and report.unused == {"rejected": 1}
+
+
+def test_a_second_answer_that_says_the_same_stops_nothing() -> None:
+    assert read({**QA, "solution": " 4 "}).response == "4"
+    assert read({**QA, "solution": "2 + 2 = 4"}, column_map={"answer": "solution"}).response == "2 + 2 = 4"
+
+
+def test_a_verdict_that_is_no_truth_value_is_a_column_like_any_other() -> None:
+    report = ColumnReport()
+    read({**QA, "label": 2}, report)
+    assert report.unused == {"label": 1}
+
+
+def test_every_outcome_is_in_the_table_of_the_documentation() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "data.md").read_text(encoding="utf-8")
+    rows = [f"| {name} | {becomes} |" for name, (_, becomes) in USED.items()]
+    rows += [f"| {name} | refused |" for name in REFUSED] + [f"| {name} | named with a count |" for name in NAMED]
+    missing = [line for line in rows if line not in page]
+    assert not missing, "docs/data.md lacks:\n" + "\n".join(missing)
