@@ -42,12 +42,9 @@ class InstructionDataModule(LightningDataModule):
             chosen by hash, 2: twice). From Python also rows: a list of dicts, or a `datasets.Dataset`.
         format: Layout of a row; auto looks at the first one. messages, sharegpt (conversations), prompt_completion,
             alpaca (instruction, input, output or response), question_answer, text, tokens (input_ids, labels).
-        column_map: Canonical field to the column that holds it, dotted for nested ones, for example
-            `--data.column_map.question extra_info.question`.
-        ignore_columns: Columns, or keys of messages such as `messages[].images`, that are left out on purpose; others
-            that become nothing are named, and refused where the row would mean something else without them.
-        weight_column: Column with the weight of each row: its tokens count that many times in the loss. Default: the
-            column `weight`, if it holds numbers.
+        column_map: Field to the column that holds it, for example `--data.column_map.question extra_info.question`.
+        ignore_columns: Columns, or keys such as `messages[].mood`, that are left out on purpose; others are named.
+        weight_column: Column with the factor of each row on its loss; default: `weight`, if it holds numbers.
         subset: Configuration of a hub dataset.
         split: Split of a hub dataset or folder.
         validation_source: Validation rows; default: held out of `source`.
@@ -59,16 +56,14 @@ class InstructionDataModule(LightningDataModule):
         on_bad_row: Stop at a row that cannot be used, or skip it; skipped rows are counted and the first is shown.
         tokenizer: Hub id or folder; default: the one of `model.pretrained`, else one built from the training rows.
         tokenizer_size: Vocabulary of a tokenizer that is built; at most 262 means one token a byte.
-        chat_template: None is the tokenizer's own (ChatML if it has none); `chatml`, a file, a Jinja template, or
-            `trl:NAME` for the training variant of an installed TRL, for example `trl:qwen3`.
+        chat_template: None is the tokenizer's own (ChatML if it has none); `chatml`, a file, a Jinja template, or one
+            of an installed TRL, for example `trl:qwen3`.
         max_length: Longest example in tokens, and longest row when packing.
         keep: Which end of a longer example is kept.
         supervise: Learn every assistant turn, the last one, or all tokens.
-        reasoning: What becomes of the reasoning of a turn (`reasoning_content`, `reasoning`, `thinking`): the chat
-            template writes it, it is put into the text between think tags (`text`), or it is left out (`drop`).
-        supervise_reasoning: Learn the reasoning too; false: it is read like a prompt, and the answer is learnt.
-        special_tokens: Special tokens that a message spells are read as `text`, letter by letter, or as the `token`
-            they name, with which a message could end its own turn.
+        reasoning: The chat template writes `reasoning_content` of a turn, the text holds it between think tags, or drop.
+        supervise_reasoning: Learn the reasoning too; false: it is read like a prompt.
+        special_tokens: A special token that a message spells is text, letter by letter, or that token.
         packing: Put several examples into a row of at most `max_length` tokens; they do not see each other.
         batch_size: Examples (rows when packing) per device and step.
         max_tokens_per_batch: Bound batches by their tokens, padding included, instead of by `batch_size`.
@@ -121,20 +116,9 @@ class InstructionDataModule(LightningDataModule):
         seed: int = 0,
         noise: Noise = Noise(),  # noqa: B008 - frozen
     ) -> None:
+        given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
-        self.settings = DataSettings(
-            source=settled(source, "--data.source"), format=format, column_map=dict(column_map or {}), subset=subset,
-            split=split, validation_source=settled(validation_source, "--data.validation_source"),
-            validation_fraction=validation_fraction, test_source=settled(test_source, "--data.test_source"),
-            benchmarks=benchmarks, benchmark_instruction=benchmark_instruction, on_bad_row=on_bad_row,
-            tokenizer=tokenizer, tokenizer_size=tokenizer_size, chat_template=chat_template, max_length=max_length,
-            keep=keep, supervise=supervise, packing=packing, batch_size=batch_size,
-            max_tokens_per_batch=max_tokens_per_batch, group_by_length=group_by_length,
-            eval_batch_size=eval_batch_size, num_workers=num_workers, num_proc=num_proc, cache_dir=cache_dir,
-            cache=cache, seed=seed, noise=noise, ignore_columns=tuple(ignore_columns or ()),
-            weight_column=weight_column, reasoning=reasoning, supervise_reasoning=supervise_reasoning,
-            special_tokens=special_tokens,
-        )  # fmt: skip
+        self.settings = DataSettings.of(**given)
         self.benchmarks = named_benchmarks(benchmarks)
         self.test_sets: list[TestSet] = []  # what the prompts of each test loader belong to, once they are made
         self._tokenizer = SettledTokenizer(chat_template)

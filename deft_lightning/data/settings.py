@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from deft_lightning.data.encoding.supervise import SpecialTokens, Supervise
 from deft_lightning.data.encoding.thoughts import Reasoning
 from deft_lightning.data.noise import Noise
 from deft_lightning.data.prepared.recipe import Recipe
 from deft_lightning.data.records.formats import FIELDS, Format
-from deft_lightning.data.sources.given import Settled
+from deft_lightning.data.sources.given import Settled, settled
 from deft_lightning.errors import UserError, did_you_mean
 
+SOURCES = ("source", "validation_source", "test_source")
 Benchmarks = dict[str, str | None] | list[str] | str
 
 
@@ -57,6 +58,16 @@ class DataSettings:
     reasoning: Reasoning = "template"
     supervise_reasoning: bool = True
     special_tokens: SpecialTokens = "text"
+
+    @classmethod
+    def of(cls, **given: Any) -> DataSettings:
+        """Return the settings that the arguments of a data module say."""
+        sources = {name: settled(given[name], f"--data.{name}") for name in SOURCES}
+        columns = {
+            "column_map": dict(given["column_map"] or {}),
+            "ignore_columns": tuple(given["ignore_columns"] or ()),
+        }
+        return cls(**{**given, **sources, **columns})
 
     def __post_init__(self) -> None:
         """Refuse what means nothing."""

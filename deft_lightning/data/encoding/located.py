@@ -60,7 +60,8 @@ def locate(
             continue
         own = pieces.of.get(i, {})
         if i in needed:
-            _check_complete(message, own, where, i, i < max(needed))
+            kept_later = i < max(needed) and "t" in pieces.of.get(max(needed), {})
+            _check_complete(message, own, where, i, kept_later)
             first, last = min(start for start, _ in own.values()), max(end for _, end in own.values())
             start = _start(renderer, messages, where, i, text, behind, first)
             end = _end(renderer, messages, where, i, text, last, special)
@@ -101,11 +102,11 @@ def _texts(message: Message) -> list[str]:
     return [message["content"], *(message[key] for key in KEYS if message.get(key))]
 
 
-def _check_complete(message: Message, own: dict[str, tuple[int, int]], where: str, i: int, earlier: bool) -> None:
+def _check_complete(message: Message, own: dict[str, tuple[int, int]], where: str, i: int, kept_later: bool) -> None:
     if answer_of(message) and "c" not in own:
         raise refusal(where, f"leaves out or changes message {i + 1}")
     if thought_of(message) and "t" not in own:
-        raise left_out(where, i, earlier)
+        raise left_out(where, i, kept_later)
     if not own:
         check_calls("", message, where, i)
         raise refusal(where, f"leaves out message {i + 1}")

@@ -15,16 +15,16 @@ def refusal(where: str, problem: str, advice: str = "") -> RowError:
     return RowError(where, f"the chat template {problem}{advice} (--data.chat_template)", kind="chat template")
 
 
-def left_out(where: str, i: int, earlier: bool) -> RowError:
+def left_out(where: str, i: int, kept_later: bool) -> RowError:
     """Return the error of a template that leaves out the reasoning of a turn.
 
     Args:
         where: File and row.
         i: Number of the message, from 0.
-        earlier: Whether other turns that are learnt follow: many templates keep the reasoning of the last one alone.
+        kept_later: Whether it keeps that of the last turn, as many do.
     """
     ways = ["use one that writes it, such as chatml or trl:qwen3", "put it into the text (--data.reasoning text)"]
-    ways = ["learn the last turn alone (--data.supervise last)", *ways] if earlier else ways
+    ways = ["learn the last turn alone (--data.supervise last)", *ways] if kept_later else ways
     advice = f"; {', '.join(ways)}, or leave it out on purpose (--data.reasoning drop)"
     return refusal(where, f"leaves out the reasoning of message {i + 1}", advice)
 

@@ -184,6 +184,7 @@ def _thoughts(
     """Find the reasoning of each turn; one that is not learnt may lose it, as it would in a prompt."""
     found: dict[int, tuple[int, int]] = {}
     lost = {i for i, message in enumerate(messages) if message["role"] == "assistant" and thought_of(message)}
+    gone: list[int] = []
     for start, end, i in spans:
         thought, answer = thought_of(messages[i]), answer_of(messages[i])
         if not thought:
@@ -194,7 +195,9 @@ def _thoughts(
             behind = text.find(answer, at + len(thought), end) if answer else -1
             found[i] = (start, behind if behind >= 0 else _behind_tag(text, at + len(thought), end))
         elif i in asked:
-            raise left_out(where, i, i < max(asked))
+            gone.append(i)
+    if gone:
+        raise left_out(where, gone[0], max(asked) in found)
     return found, lost
 
 
