@@ -56,12 +56,11 @@ class InstructionDataModule(LightningDataModule):
         on_bad_row: Stop at a row that cannot be used, or skip it; skipped rows are counted and the first is shown.
         tokenizer: Hub id or folder; default: the one of `model.pretrained`, else one built from the training rows.
         tokenizer_size: Vocabulary of a tokenizer that is built; at most 262 means one token a byte.
-        chat_template: None is the tokenizer's own (ChatML if it has none); `chatml`, a file, a Jinja template, or one
-            of an installed TRL, for example `trl:qwen3`.
+        chat_template: Default: the tokenizer's own, else ChatML; `chatml`, a file, a Jinja template, or `trl:qwen3`.
         max_length: Longest example in tokens, and longest row when packing.
         keep: Which end of a longer example is kept.
         supervise: Learn every assistant turn, the last one, or all tokens.
-        reasoning: The chat template writes `reasoning_content` of a turn, the text holds it between think tags, or drop.
+        reasoning: Reasoning of a turn is written by the template, or into the text between think tags, or dropped.
         supervise_reasoning: Learn the reasoning too; false: it is read like a prompt.
         special_tokens: A special token that a message spells is text, letter by letter, or that token.
         packing: Put several examples into a row of at most `max_length` tokens; they do not see each other.
@@ -116,9 +115,8 @@ class InstructionDataModule(LightningDataModule):
         seed: int = 0,
         noise: Noise = Noise(),  # noqa: B008 - frozen
     ) -> None:
-        given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        self.settings = DataSettings.of(**{k: v for k, v in locals().items() if k not in ("self", "__class__")})
         super().__init__()
-        self.settings = DataSettings.of(**given)
         self.benchmarks = named_benchmarks(benchmarks)
         self.test_sets: list[TestSet] = []  # what the prompts of each test loader belong to, once they are made
         self._tokenizer = SettledTokenizer(chat_template)
