@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -71,11 +72,12 @@ class Encoder:
         places = range(start, min(start + CHUNK, len(self.examples)))
         pairs = [changed[at] if at in changed else (self.examples[at], []) for at in places]
         refused: list[UserError] = []
-        counted, rows = Report(""), []
+        counted, rows, notes = Report(""), [], Counter[str]()
         prepared = tokenise(
             self.tokenizer, [e for e, _ in pairs], [m for _, m in pairs], refused if self.skip else None, self.teaching,
-            counted.notes,
+            notes,
         )  # fmt: skip
+        counted.count_notes(notes)
         for example in prepared:
             counted.truncated += len(example.input_ids) > self.max_length
             short = example.truncate(self.max_length, self.keep)

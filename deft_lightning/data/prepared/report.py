@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,7 +27,7 @@ class Report:
     weighted: int = 0
     sampled: bool = False
     applied: list[Applied] = field(default_factory=list)
-    notes: Counter[str] = field(default_factory=Counter)
+    notes: dict[str, int] = field(default_factory=dict)
 
     def add(self, example: Prepared) -> bool:
         """Count an example; return whether it has a supervised token left."""
@@ -47,14 +46,18 @@ class Report:
     @classmethod
     def load(cls, fields: dict[str, Any]) -> Report:
         """Return the report that ``asdict`` took apart."""
-        applied, notes = [Applied(**one) for one in fields["applied"]], Counter(fields["notes"])
-        return cls(**{**fields, "applied": applied, "notes": notes})
+        return cls(**{**fields, "applied": [Applied(**one) for one in fields["applied"]]})
 
     def merge(self, part: Report) -> None:
         """Add the counts of some of the examples."""
         for name in ("examples", "tokens", "supervised", "noisy", "noisy_examples", "truncated", "dropped", "weighted"):
             setattr(self, name, getattr(self, name) + getattr(part, name))
-        self.notes.update(part.notes)
+        self.count_notes(part.notes)
+
+    def count_notes(self, notes: Mapping[str, int]) -> None:
+        """Add what is to be said of rows, with how many they are."""
+        for note, count in notes.items():
+            self.notes[note] = self.notes.get(note, 0) + count
 
     def count_noise(self, examples: int, example: Callable[[int], Prepared]) -> None:
         """Count what token noise adds, on all examples, or on two thousand of more than twenty thousand.

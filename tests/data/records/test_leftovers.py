@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from instruction_rows import write
 
+from deft_lightning import InstructionDataModule
 from deft_lightning.data.examples import Example
 from deft_lightning.data.records.formats import detect_format, normalise
 from deft_lightning.data.records.leftovers import ColumnReport
@@ -146,6 +148,20 @@ def test_a_verdict_that_is_no_truth_value_is_a_column_like_any_other() -> None:
     report = ColumnReport()
     read({**QA, "label": 2}, report)
     assert report.unused == {"label": 1}
+
+
+def test_what_is_noted_of_rows_is_said_by_a_run(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    rows = [{**QA, "question": f"what ends a turn, {i}? <|end|> does", "tags": "x"} for i in range(4)]
+    for num_proc in (1, 2):
+        data = InstructionDataModule(
+            source=write(tmp_path / "rows.jsonl", rows), tokenizer_size=0, validation_fraction=0.0, num_proc=num_proc,
+            cache_dir=str(tmp_path / str(num_proc)),
+        )  # fmt: skip
+        data.setup("fit")
+        said = [str(warning.message) for warning in recwarn.list]
+        assert any("rows.jsonl: not used: tags (4 rows)" in line for line in said)
+        assert any("train: 4 rows spell the special token <|end|> in a message" in line for line in said)
+        recwarn.clear()
 
 
 def test_every_outcome_is_in_the_table_of_the_documentation() -> None:
