@@ -69,7 +69,7 @@ def _alpaca(row: Row) -> list[Message]:
 
 
 def _question(row: Row) -> list[Message]:
-    question, context = row.string("question"), _context(row)
+    question, context = row.string("question", "problem"), _context(row)
     return [_user(f"{context}\n\n{question}" if context.strip() else question)]
 
 
@@ -97,12 +97,13 @@ class Layout(NamedTuple):
     response: tuple[str, ...] = ()
 
 
+REPLIES = ("answer", "answers", "solution", "response")
 CONVERSATIONS: dict[str, Layout] = {
     "messages": Layout(_messages, (("messages",),)),
     "sharegpt": Layout(_sharegpt, (("conversations",),)),
-    "prompt_completion": Layout(_prompt, (("prompt",), ("completion",)), ("completion",)),
+    "prompt_completion": Layout(_prompt, (("prompt",), ("completion", "response")), ("completion", "response")),
     "alpaca": Layout(_alpaca, (("instruction",), ("output", "response")), ("output", "response")),
-    "question_answer": Layout(_question, (("question",), ("answer", "answers")), ("answer", "answers")),
+    "question_answer": Layout(_question, (("question", "problem"), REPLIES), REPLIES),
 }
 OTHERS: dict[str, tuple[tuple[str, ...], ...]] = {"tokens": (("input_ids",),), "text": (("text",),)}
 

@@ -12,9 +12,9 @@ from deft_lightning.data.sources.rows import Row, RowError
 FORMS: dict[str, tuple[tuple[str, ...], ...]] = {
     "messages": (("messages",),),
     "sharegpt": (("conversations",),),
-    "prompt_completion": (("prompt",), ("completion",)),
+    "prompt_completion": (("prompt",), ("completion", "response")),
     "alpaca": (("instruction",), ("output", "response")),
-    "question_answer": (("question",), ("answer", "answers")),
+    "question_answer": (("question", "problem"), ("answer", "answers", "solution", "response")),
     "tokens": (("input_ids",),),
     "text": (("text",),),
 }

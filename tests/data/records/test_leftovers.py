@@ -61,6 +61,11 @@ USED: dict[str, tuple[dict[str, Any], str]] = {
         {"messages": turns(*ASKED), "functions": [{"name": "add", "parameters": {}}]}, "the tools",
     ),
 }  # fmt: skip
+ALIASES: dict[str, dict[str, Any]] = {
+    "problem and solution": {"problem": "2 + 2?", "solution": "4"},
+    "question and response": {"question": "2 + 2?", "response": "4"},
+    "prompt and response": {"prompt": "2 + 2?", "response": "4"},
+}
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "`chosen`, `rejected` and their like": ({"prompt": "Hi", "completion": "Yes?", "rejected": "No!"}, "preference"),
     "`label` that is true or false": ({**QA, "label": False}, "--data.weight_column label"),
@@ -89,6 +94,13 @@ def test_what_belongs_to_the_example_becomes_part_of_it(record: dict[str, Any], 
         assert example.weight * messages[-1].get("weight", 1) == 0.5
     else:
         assert messages[-1] == {"role": "assistant", "content": "4", "reasoning_content": "two and two"}
+
+
+@pytest.mark.parametrize("record", ALIASES.values(), ids=ALIASES.keys())
+def test_names_that_say_the_same_are_read(record: dict[str, Any]) -> None:
+    report = ColumnReport()
+    assert [message["content"] for message in read(record, report).messages or ()] == ["2 + 2?", "4"]
+    assert not report.unused
 
 
 @pytest.mark.parametrize(("record", "says"), REFUSED.values(), ids=REFUSED.keys())
@@ -150,18 +162,19 @@ def test_a_verdict_that_is_no_truth_value_is_a_column_like_any_other() -> None:
     assert report.unused == {"label": 1}
 
 
-def test_what_is_noted_of_rows_is_said_by_a_run(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
-    rows = [{**QA, "question": f"what ends a turn, {i}? <|end|> does", "tags": "x"} for i in range(4)]
-    for num_proc in (1, 2):
-        data = InstructionDataModule(
-            source=write(tmp_path / "rows.jsonl", rows), tokenizer_size=0, validation_fraction=0.0, num_proc=num_proc,
-            cache_dir=str(tmp_path / str(num_proc)),
-        )  # fmt: skip
-        data.setup("fit")
-        said = [str(warning.message) for warning in recwarn.list]
-        assert any("rows.jsonl: not used: tags (4 rows)" in line for line in said)
-        assert any("train: 4 rows spell the special token <|end|> in a message" in line for line in said)
-        recwarn.clear()
+@pytest.mark.parametrize("num_proc", [1, 2])
+def test_what_is_noted_of_rows_is_said_by_a_run(
+    tmp_path: Path, num_proc: int, recwarn: pytest.WarningsRecorder
+) -> None:
+    rows = [{**QA, "question": f"what ends a turn, {i}? <|end|> does", "tags": "x"} for i in range(600)]
+    data = InstructionDataModule(
+        source=write(tmp_path / "rows.jsonl", rows), tokenizer_size=0, validation_fraction=0.0, num_proc=num_proc,
+        cache_dir=str(tmp_path / "cache"),
+    )  # fmt: skip
+    data.setup("fit")
+    said = [str(warning.message) for warning in recwarn.list]
+    assert any("rows.jsonl: not used: tags (600 rows)" in line for line in said)
+    assert any("train: 600 rows spell the special token <|end|> in a message" in line for line in said)
 
 
 def test_every_outcome_is_in_the_table_of_the_documentation() -> None:
