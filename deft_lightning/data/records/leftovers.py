@@ -20,7 +20,8 @@ SAYS = {
     "messages": "turns", "conversations": "turns", "prompt": "prompt", "completion": "response", "history": "turns",
     "instruction": "prompt", "input": "prompt", "context": "prompt", "question": "prompt", "output": "response",
     "response": "response", "answer": "response", "answers": "response", "functions": "tools", "labels": "labels",
-    "problem": "prompt", "solution": "response", "system_prompt": "system", "system_message": "system", "input_ids": "tokens",
+    "problem": "prompt", "solution": "response", "system_prompt": "system", "system_message": "system",
+    "input_ids": "tokens",
 }  # fmt: skip
 
 
