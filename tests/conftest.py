@@ -22,11 +22,13 @@ torch.set_num_threads(1)
 
 # What Lightning sets for ranks in this process; what starts ranks later would inherit it, and a port that is taken.
 OF_RANKS = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "NODE_RANK", "RANK", "LOCAL_RANK")
-# Files of few tests that take minutes. They come first, so that no worker has them alone at the end.
+# Files that take a minute or more, longest first. They begin, so that no worker has one alone at the end.
 LONG = (
-    "study/test_study.py", "ops/test_triton.py", "training/test_ranks.py", "cli/test_cli.py",
-    "models/test_fused_bodies.py", "callbacks/test_stop.py", "probe/test_probe.py", "fuzz/test_fuzz.py",
-    "training/test_checkpoints.py",
+    "study/test_study.py", "models/test_fused_bodies.py", "training/test_ranks.py", "ops/test_triton.py",
+    "cli/test_cli.py", "probe/test_probe.py", "data/noise/test_noise_ops.py", "configs/test_paper_configs.py",
+    "callbacks/test_stop.py", "training/test_checkpoints.py", "evaluation/test_adversarial.py", "test_saved.py",
+    "evaluation/test_grader_bounds.py", "data/loading/test_order_resume.py", "cli/test_lost_rank.py",
+    "training/test_module.py", "data/sources/test_long_rows.py", "fuzz/test_fuzz.py",
 )  # fmt: skip
 
 
@@ -66,4 +68,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the long files first."""
     here = Path(__file__).parent
     place = {here / name: number for number, name in enumerate(LONG)}
+    assert all(path.is_file() for path in place), "LONG names a file that has moved"
     items.sort(key=lambda item: place.get(item.path, len(LONG)))

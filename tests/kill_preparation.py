@@ -88,7 +88,7 @@ def half(root: Path) -> list[Path]:
     return [path for place in (root / "cache" / "data", root / "tmp") for path in place.glob(".*")]
 
 
-def prepared(root: Path) -> set[str]:
+def prepared_tables(root: Path) -> set[str]:
     """Digests of the training tables in the cache."""
     tables = (path for path in (root / "cache" / "data").rglob("train.arrow"))
     return {hashlib.sha256(path.read_bytes()).hexdigest() for path in tables}
@@ -115,7 +115,7 @@ def kill_and_go_on(root: Path, start: Start, kills: int, seed: int) -> dict[str,
     until(lambda: half(root), 120, "it does not begin")
     began = time.monotonic()
     assert process.ended(600) == 0, (root / "log").read_text()[-2000:] if (root / "log").exists() else ""
-    takes, expected = time.monotonic() - began, prepared(root)
+    takes, expected = time.monotonic() - began, prepared_tables(root)
     assert len(expected) == 1
     for number in range(1, kills + 1):
         cache = draw.random() < 0.7
@@ -145,7 +145,7 @@ def kill_and_go_on(root: Path, start: Start, kills: int, seed: int) -> dict[str,
         # The same key, or one that nobody has prepared.
         process = start(root, 2 * number + draw.randrange(2), True)
         assert process.ended(600) == 0, f"after {way}"
-        assert prepared(root) == expected, f"after {way}: something else is prepared"
+        assert prepared_tables(root) == expected, f"after {way}: something else is prepared"
         left = [*half(root), *(root / "cache").rglob("*.lock")]
         assert not left, f"after {way}: {left}"
     return {"kills": kills, "ways": ways, "prepared differently": 0, "left behind": 0}

@@ -80,7 +80,7 @@ def run(arguments: list[str], root: Path, kill_after: float | None = None, writi
     return time.monotonic() - begun, code
 
 
-def weights(folder: Path) -> dict[str, torch.Tensor]:
+def exported_weights(folder: Path) -> dict[str, torch.Tensor]:
     """The weights of an exported folder."""
     return load_file(folder / "model.safetensors")
 
@@ -106,23 +106,23 @@ def export(root: Path) -> tuple[list[str], Path, Callable[[Path], Any]]:
     )  # fmt: skip
     assert code == 0, (root / "log").read_text()[-2000:]
     checkpoint = next((root / "logs").rglob("step=1.ckpt"))
-    return ["export", "--ckpt_path", str(checkpoint), "--output", str(root / "out")], root / "out", weights
+    return ["export", "--ckpt_path", str(checkpoint), "--output", str(root / "out")], root / "out", exported_weights
 
 
-def study(root: Path) -> tuple[list[str], Path, Callable[[Path], Any]]:
+def study_line(root: Path) -> tuple[list[str], Path, Callable[[Path], Any]]:
     """Six short runs."""
     (root / "study.yaml").write_text(STUDY)
     arguments = ["study", "--config", "study.yaml", "--output", str(root / "out"), "--workers", "2"]
-    return arguments, root / "out", values
+    return arguments, root / "out", numbers_in
 
 
-def values(folder: Path) -> dict[str, Any]:
+def numbers_in(folder: Path) -> dict[str, Any]:
     """What a study has found; how long it took and which machine it ran on may differ."""
     found = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     return {key: found[key] for key in ("grid", "tuned", "ranking_shared", "ranking_tuned", "margins_shared")}
 
 
-def same(verb: str, one: Any, other: Any) -> float:
+def distance_of(verb: str, one: Any, other: Any) -> float:
     """Largest difference of a weight; of reports, 0 if they are equal and 1 if not."""
     return largest_difference(one, other) if verb == "export" else float(one != other)
 
@@ -130,7 +130,7 @@ def same(verb: str, one: Any, other: Any) -> float:
 def kill(verb: str, root: Path, kills: int, seed: int) -> dict[str, Any]:
     """Return what became of a verb that was killed so often."""
     draw = random.Random(seed)
-    arguments, target, read = {"export": export, "study": study}[verb](root)
+    arguments, target, read = {"export": export, "study": study_line}[verb](root)
     seconds, code = run(arguments, root)
     assert code == 0, (root / "log").read_text()[-2000:]
     whole = read(target)
@@ -148,7 +148,7 @@ def kill(verb: str, root: Path, kills: int, seed: int) -> dict[str, Any]:
                 json.loads(path.read_text(encoding="utf-8"))  # each is whole
         # What has come to its end begins again; what a study has not ended goes on.
         if target.exists() and (verb == "export" or code == 0):
-            assert same(verb, read(target), whole) == 0.0, "what stands under its final name is not whole"
+            assert distance_of(verb, read(target), whole) == 0.0, "what stands under its final name is not whole"
             shutil.rmtree(target)
     _, code = run(arguments, root)
     assert code == 0, (root / "log").read_text()[-2000:]
@@ -156,7 +156,7 @@ def kill(verb: str, root: Path, kills: int, seed: int) -> dict[str, Any]:
     return {
         "verb": verb, "seconds of a run": round(seconds, 1), "runs killed": done, "kills that left something": half,
         "runs that ended": ended,
-        "largest difference of a weight" if verb == "export" else "reports differ": same(verb, again, whole),
+        "largest difference of a weight" if verb == "export" else "reports differ": distance_of(verb, again, whole),
         "left after the last run": half_written(root),
     }  # fmt: skip
 

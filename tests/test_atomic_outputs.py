@@ -95,6 +95,7 @@ def test_whatever_writes_goes_through_atomic_or_has_a_reason() -> None:
     assert not unexplained, "write inside `with whole_file(path) as partial:`, or add a reason to REASONS"
 
 
+@pytest.mark.slow
 def test_no_reason_is_left_over() -> None:
     gone = set(REASONS) - set(found()) - {"atomic.py::*"}
     assert not gone

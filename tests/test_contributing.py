@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import runpy
 import shlex
@@ -34,6 +35,7 @@ def test_there_is_a_recipe_for_each_kind_of_part() -> None:
     assert set(RECIPES) == {"objective", "noise operation", "format", "grader", "monitor"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_works_as_it_is_written(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -164,3 +166,29 @@ def test_examples_of_docstrings_print_what_they_say(path: Path) -> None:
 
 def test_there_are_examples() -> None:
     assert sum(path.read_text(encoding="utf-8").count(">>>") for path in EXAMPLES) >= 10
+
+
+def quick_tests(path: Path) -> list[str]:
+    """Names of the tests of a file that are not marked as slow, by themselves or by their file."""
+    body = ast.parse(path.read_text(encoding="utf-8")).body
+    if any(isinstance(node, ast.Assign) and ast.unparse(node) == "pytestmark = pytest.mark.slow" for node in body):
+        return []
+    return [
+        node.name
+        for node in body
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
+        if "pytest.mark.slow" not in map(ast.unparse, node.decorator_list)
+    ]
+
+
+@pytest.mark.parametrize(
+    "folder",
+    sorted(
+        str(path.parent.relative_to(ROOT / "deft_lightning"))
+        for pattern in ("*/__init__.py", "data/*/__init__.py")
+        for path in (ROOT / "deft_lightning").glob(pattern)
+    ),
+)
+def test_the_quick_loop_has_tests_of_every_folder_of_the_package(folder: str) -> None:
+    files = (ROOT / "tests" / folder).glob("test_*.py")
+    assert any(quick_tests(path) for path in files)

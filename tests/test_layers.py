@@ -61,7 +61,7 @@ def name_of(path: Path) -> str:
 MODULES = {name_of(path): path for path in FILES}
 
 
-def room(path: Path) -> str:
+def room_of(path: Path) -> str:
     """Room of a file."""
     first, *rest = path.relative_to(PACKAGE).with_suffix("").parts
     if first in GROUND:
@@ -95,11 +95,12 @@ def imports(path: Path) -> set[Path]:
 FLOOR = {name: number for number, rooms in enumerate(FLOORS) for name in rooms}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_imports_point_down(path: Path) -> None:
-    here = room(path)
+    here = room_of(path)
     for other in imports(path):
-        there = room(other)
+        there = room_of(other)
         if name_of(other) == "data" and here not in ("data/module", "addresses"):
             # The package itself gathers public names: who is above it may use them.
             assert FLOOR[here] > FLOOR["data/module"], f"{name_of(path)} imports the whole of data"
@@ -109,6 +110,7 @@ def test_imports_point_down(path: Path) -> None:
         )
 
 
+@pytest.mark.slow
 def test_no_circle_of_files() -> None:
     """Not even one that an import within a function closes."""
     try:
@@ -126,6 +128,7 @@ def test_functional_needs_torch_alone() -> None:
     assert roots <= {"__future__", "collections", "typing", "torch"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_files_and_classes_are_small(path: Path) -> None:
     text = path.read_text(encoding="utf-8")

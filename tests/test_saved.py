@@ -21,6 +21,8 @@ from worlds import ROOT, largest_difference
 
 from deft_lightning import SFTModule
 
+pytestmark = pytest.mark.slow
+
 RUNS = ("single", "lora", "shares")
 
 # Every class that a config, or a line of somebody's Python, could name before.

@@ -39,6 +39,7 @@ def test_nothing_that_steers_is_left(text: str) -> None:
     assert not set(shown) & set("\u202e\u2066\u2069\U000e0041\U000e0042")
 
 
+@pytest.mark.slow
 @given(st.text(st.characters(codec="utf-8", exclude_categories=("Cc", "Cf", "Zl", "Zp", "Co", "Cn"))))
 def test_what_can_be_seen_stays(text: str) -> None:
     assert visible(text) == text

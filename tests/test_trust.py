@@ -80,7 +80,7 @@ VERBS: dict[str, list[str]] = {
 }  # fmt: skip
 
 
-def command(verb: str, folder: Path, *more: str) -> list[str]:
+def verb_line(verb: str, folder: Path, *more: str) -> list[str]:
     rows = folder.parent / "rows.jsonl"
     rows.write_text('{"question": "one", "answer": "two"}\n' * 4)
     return [
@@ -90,6 +90,7 @@ def command(verb: str, folder: Path, *more: str) -> list[str]:
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("verb", "own"), [*((verb, own_model) for verb in VERBS), ("preview", own_tokenizer)])
 def test_no_verb_runs_code_of_a_folder(
     folder: Path, marker: Path, verb: str, own: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -98,16 +99,17 @@ def test_no_verb_runs_code_of_a_folder(
     monkeypatch.chdir(folder.parent)
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked on standard input"))
     with pytest.raises(SystemExit) as ended:
-        run(command(verb, folder))
+        run(verb_line(verb, folder))
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
     assert ended.value.code == 2 and not marker.exists()
     assert str(folder) in line and "own.py" in line and REMEDY in line
 
 
+@pytest.mark.slow
 def test_yes_on_standard_input_does_not_help(folder: Path, marker: Path) -> None:
     own_model(folder, marker)
     done = subprocess.run(
-        [sys.executable, "-m", "deft_lightning", *command("fit", folder)],
+        [sys.executable, "-m", "deft_lightning", *verb_line("fit", folder)],
         input="y\n" * 50, capture_output=True, text=True, cwd=folder.parent, timeout=120,
     )  # fmt: skip
     assert done.returncode == 2 and "[y/N]" not in done.stdout + done.stderr and not marker.exists()

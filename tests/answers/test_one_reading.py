@@ -78,6 +78,7 @@ def _boxed_by_noise(text: str) -> list[tuple[int, int]]:
 pieces = st.sampled_from(["\\boxed", "\\fbox", "\\", "{", "}", "7", " ", "\n", "x", "boxed", "\\{", "\\\\"])
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=2000, derandomize=True)
 @given(st.lists(pieces, max_size=14).map("".join))
 def test_what_noise_found_before_it_finds_still(text: str) -> None:

@@ -63,7 +63,7 @@ NOISE: dict[str, NoiseOp] = {
 }
 
 
-def stories(model: Any, tokenizer: Any, count: int, temperature: float) -> list[dict[str, str]]:
+def sampled_stories(model: Any, tokenizer: Any, count: int, temperature: float) -> list[dict[str, str]]:
     """Sample rows of prompt and response; a story without the end of a sentence in its middle is left out."""
     torch.manual_seed(0)
     rows = []
@@ -136,7 +136,7 @@ def main(args: Sequence[str] | None = None) -> None:
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         for temperature in (0.7, 1.0):
-            rows = stories(model, tokenizer, options.stories, temperature)
+            rows = sampled_stories(model, tokenizer, options.stories, temperature)
             source = Path(folder) / f"stories-{temperature}.jsonl"
             source.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
             for name, op in NOISE.items():

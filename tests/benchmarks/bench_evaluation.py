@@ -38,14 +38,14 @@ def timed(work: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
     return work(*arguments), time.perf_counter() - start
 
 
-def rows(path: Path) -> list[dict[str, Any]]:
+def read_rows(path: Path) -> list[dict[str, Any]]:
     with path.open(encoding="utf-8") as file:
         return [json.loads(line) for line in file]
 
 
 def agreement(data: Path) -> dict[str, Any]:
     """Verdicts of the grader against those known by hand and by rule."""
-    gsm8k, svamp, math500 = (rows(data / f"{name}_test.jsonl") for name in ("gsm8k", "svamp", "math500"))
+    gsm8k, svamp, math500 = (read_rows(data / f"{name}_test.jsonl") for name in ("gsm8k", "svamp", "math500"))
     golds = [final_answer(row["answer"]).replace(",", "") for row in gsm8k]
     latex = [final_answer(row["answer"]) for row in math500]
     numbers = NUMBER_RIGHT, NUMBER_WRONG
@@ -95,7 +95,7 @@ def flips(folder: str, data: Path, count: int, new_tokens: int) -> dict[str, Any
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    questions = [row["question"][:300] for row in rows(data / "gsm8k_test.jsonl")[:count]]
+    questions = [row["question"][:300] for row in read_rows(data / "gsm8k_test.jsonl")[:count]]
     prompts = [Prompt(str(i), tokenizer(text).input_ids, text, None) for i, text in enumerate(questions)]
     collate = PromptCollator(tokenizer.pad_token_id or 0)
     found: dict[str, Any] = {}

@@ -34,7 +34,7 @@ STRATEGIES = ("single", "ddp", "fsdp2")
 EXAMPLES = 12
 
 
-def prepared(seed: int, learnt: int) -> Any:
+def random_row(seed: int, learnt: int) -> Any:
     import numpy as np
 
     from deft_lightning.data.examples import Prepared
@@ -47,10 +47,10 @@ def prepared(seed: int, learnt: int) -> Any:
 
 def examples() -> list[Any]:
     """Every second one of the second half is fully masked."""
-    return [prepared(i, 0 if i > 6 and i % 2 else 1 + (3 * i * i) % 9) for i in range(EXAMPLES)]
+    return [random_row(i, 0 if i > 6 and i % 2 else 1 + (3 * i * i) % 9) for i in range(EXAMPLES)]
 
 
-def rows(packing: bool) -> list[Any]:
+def rows_for_loader(packing: bool) -> list[Any]:
     """What a loader picks from: examples, or rows of two."""
     found = examples()
     return [[found[i], found[i + 1]] for i in range(0, EXAMPLES, 2)] if packing else found
@@ -82,7 +82,7 @@ def step(case: dict[str, Any], strategy: str, rank: int, world: int) -> dict[str
     from deft_lightning.data.loading.collate import TrainCollator
     from deft_lightning.data.loading.sampler import ShardedSampler
 
-    trained, content = module(case), rows(case["packing"])
+    trained, content = module(case), rows_for_loader(case["packing"])
     sampler = ShardedSampler(len(content), rank=rank, world=world, seed=0, shuffle=False, even=True)
     # Of 12 examples on two ranks, accumulated 4 times in batches of 2, the last window would be short of one.
     size = -(-len(content) // (world * case["accumulate"]))

@@ -39,7 +39,7 @@ def official(hidden: Any, weight: Any, targets: Any) -> Any:
     return ((1 - (alpha * log_p).exp()) / (alpha + 1e-6)).sum()
 
 
-def fused(objective: Any) -> Callable[..., Any]:
+def fused_head(objective: Any) -> Callable[..., Any]:
     """This package's head."""
     from deft_lightning.ops import linear_loss
 
@@ -59,7 +59,7 @@ def head(variant: str) -> Callable[..., Any]:
     if variant == "dense NLL":
         return lambda h, w, t: F.cross_entropy((h @ w.T).float(), t, reduction="sum")
     if variant.startswith("fused"):
-        return fused(Cayley(floor=0.5) if "Cayley" in variant else DEFT() if "DEFT" in variant else NLL())
+        return fused_head(Cayley(floor=0.5) if "Cayley" in variant else DEFT() if "DEFT" in variant else NLL())
     if variant == "torch linear_cross_entropy":
         return lambda h, w, t: F.linear_cross_entropy(h, w, t, reduction="sum", options=LinearCrossEntropyOptions())
     if variant == "TRL (DEFT)":
@@ -114,10 +114,10 @@ def measure(variant: str, tokens: int, args: argparse.Namespace) -> dict[str, fl
     before = peak(device, reset=True)
     call()
     memory = peak(device) - before
-    return {"seconds": clock(call, device), "MB": memory}
+    return {"seconds": seconds_of(call, device), "MB": memory}
 
 
-def clock(call: Callable[[], None], device: Any) -> float:
+def seconds_of(call: Callable[[], None], device: Any) -> float:
     """Seconds of one call: of all CPU threads, or between two events of the stream."""
     import torch
 

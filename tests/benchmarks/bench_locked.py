@@ -50,7 +50,7 @@ def often_wrong(a: int, b: int) -> int:
     return draw.randrange(19) if draw.random() < WRONG else a + b
 
 
-def write(path: Path, answer: Answer, count: int) -> str:
+def write_sums(path: Path, answer: Answer, count: int) -> str:
     pairs = [(draw.randrange(10), draw.randrange(10)) for _ in range(count)]
     texts = [(f"{a}+{b}", f"{answer(a, b):02d}") for a, b in pairs]
     rows = [{"id": f"{path.stem}{i}", "question": q, "answer": a} for i, (q, a) in enumerate(texts)]
@@ -69,8 +69,8 @@ def train(
         optimizer=lambda groups: torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), weight_decay=0.01),
     )  # fmt: skip
     data = InstructionDataModule(
-        write(folder / f"{name}-train.jsonl", answer, 6400), tokenizer_size=0, batch_size=64, eval_batch_size=200,
-        validation_source=write(folder / f"{name}-val.jsonl", right, 200),
+        write_sums(folder / f"{name}-train.jsonl", answer, 6400), tokenizer_size=0, batch_size=64, eval_batch_size=200,
+        validation_source=write_sums(folder / f"{name}-val.jsonl", right, 200),
         noise=Noise(ops=[ResponseSwap(WRONG)] if swapped else []),
     )  # fmt: skip
     log = CSVLogger(str(folder), name=f"{name}-log", version=0)

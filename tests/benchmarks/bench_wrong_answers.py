@@ -69,13 +69,13 @@ TASKS = {
 }  # fmt: skip
 
 
-def write(path: Path, rows: Sequence[dict[str, Any]]) -> str:
+def write_lines_of(path: Path, rows: Sequence[dict[str, Any]]) -> str:
     """Write rows as JSON lines."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return str(path)
 
 
-def trainer(folder: Path, **options: Any) -> Trainer:
+def silent(folder: Path, **options: Any) -> Trainer:
     """Return a quiet trainer."""
     return Trainer(
         accelerator="cpu", devices=1, logger=False, default_root_dir=str(folder), enable_progress_bar=False,
@@ -93,7 +93,7 @@ def learn(source: str, folder: Path, steps: int, seed: int, rate: float = 2e-3, 
         NLL(), pretrained=start, architecture=SHAPE,
         optimizer=lambda groups: torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), weight_decay=0.01),
     )  # fmt: skip
-    run = trainer(folder, max_steps=steps, gradient_clip_val=1.0)
+    run = silent(folder, max_steps=steps, gradient_clip_val=1.0)
     run.fit(module, datamodule=data)
     return str(run.export(module, output=str(folder), datamodule=data))
 
@@ -105,7 +105,7 @@ def answers(model: str, prompts: str, folder: Path, temperature: float) -> dict[
         prompts, validation_fraction=0, test_source=prompts, tokenizer=model, eval_batch_size=100, cache=False
     )
     found: dict[str, str] = {}
-    run = trainer(folder)
+    run = silent(folder)
     for batch in run.predict(module, datamodule=data) or []:
         found |= {record["id"]: record["completions"][0] for record in batch}  # type: ignore[call-overload]
     return {id: text for id, text in found.items() if text.strip()}
@@ -121,7 +121,7 @@ def audited(model: str, rows: str, folder: Path, plain: bool = False) -> dict[st
         cache=False,
         chat_template=PLAIN if plain else None,
     )
-    run = trainer(folder)
+    run = silent(folder)
     report = run.probe(
         SFTModule(pretrained=model), data, truth="wrong", audit=str(folder / "audit.jsonl"), output=str(folder)
     )
@@ -140,14 +140,17 @@ def measure(task: Task, other: str | None, folder: Path, scale: float) -> dict[s
     random.Random(0).shuffle(questions)
     rows = [{"id": f"q{i}", "question": q, "answer": task.rule(q)} for i, q in enumerate(questions)]
     gold = {row["id"]: row for row in rows[:HELD_OUT]}
-    prompts, train = write(folder / "prompts.jsonl", rows[:HELD_OUT]), write(folder / "train.jsonl", rows[HELD_OUT:])
+    prompts, train = (
+        write_lines_of(folder / "prompts.jsonl", rows[:HELD_OUT]),
+        write_lines_of(folder / "train.jsonl", rows[HELD_OUT:]),
+    )
     steps = {"writer": round(task.short * scale), "longer": round(task.long * scale)}
     models = {name: learn(train, folder / name, n, seed) for seed, (name, n) in enumerate(steps.items())}
     said = answers(models["writer"], prompts, folder, 1.0)
     marked = [
         {**gold[id], "answer": text, "wrong": not exact_match(text, gold[id]["answer"])} for id, text in said.items()
     ]
-    graded = write(folder / "graded.jsonl", marked)
+    graded = write_lines_of(folder / "graded.jsonl", marked)
     models["writer, trained on them"] = learn(
         graded, folder / "again", round(3 * len(marked) / 64), 2, 5e-4, models["writer"]
     )

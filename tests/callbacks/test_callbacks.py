@@ -107,18 +107,21 @@ def monitored(
 # --- tags -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_tag_of_the_contract_is_in_the_event_file(pretrained: str, tmp_path: Path) -> None:
     events, _, _ = monitored(tmp_path, pretrained)
     assert contract() | NOISE_SCALARS <= events.scalars.keys()
     assert events.histograms.keys() == HISTOGRAMS
 
 
+@pytest.mark.slow
 def test_without_noise_nothing_speaks_of_noise(pretrained: str, tmp_path: Path) -> None:
     events, _, _ = monitored(tmp_path, pretrained, noise=Noise())
     assert not NOISE_SCALARS & events.scalars.keys()
     assert contract() <= events.scalars.keys()
 
 
+@pytest.mark.slow
 def test_an_objective_without_a_focus_writes_none(pretrained: str, tmp_path: Path) -> None:
     events, _, _ = monitored(tmp_path, pretrained, DFT())
     assert contract("focus") <= events.scalars.keys()
@@ -165,7 +168,7 @@ class Tokens:
         return math.sqrt(sum(float(g.square().sum()) for g in grads))
 
 
-def auroc(positive: Tensor, negative: Tensor) -> float:
+def pairwise_auroc(positive: Tensor, negative: Tensor) -> float:
     difference = positive[:, None] - negative[None, :]
     return float(((difference > 0).double() + 0.5 * (difference == 0)).mean())
 
@@ -199,6 +202,7 @@ def expected_scalars(tokens: Tokens) -> dict[str, float]:
     return {tag: float(value.detach() if isinstance(value, Tensor) else value) for tag, value in values.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulate", [1, 2, 4])
 def test_scalars_of_every_step_are_those_of_all_micro_batches_of_its_window(
     accumulate: int, pretrained: str, tmp_path: Path
@@ -215,13 +219,14 @@ def test_scalars_of_every_step_are_those_of_all_micro_batches_of_its_window(
             assert events.scalars[tag][step] == pytest.approx(value, rel=2e-5, abs=1e-9), (tag, step)
         with torch.no_grad():
             for tag, score in (("noise/auroc_gate", -tokens.gate), ("noise/auroc_prob", -tokens.p)):
-                exact = auroc(score[tokens.noisy], score[~tokens.noisy])
+                exact = pairwise_auroc(score[tokens.noisy], score[~tokens.noisy])
                 # Of 1024 bins few are shared by two tokens.
                 assert events.scalars[tag][step] == pytest.approx(exact, abs=0.02), (tag, step)
     for tag in (contract("val") | NOISE_SCALARS) & events.scalars.keys():
         assert sorted(events.scalars[tag]) == list(range(steps)), tag
 
 
+@pytest.mark.slow
 def test_validation_scalars_are_means_over_all_held_out_tokens(pretrained: str, tmp_path: Path) -> None:
     events, _, loaded = monitored(tmp_path, pretrained)
     clean, _ = loaded.val_dataloader()
@@ -231,6 +236,7 @@ def test_validation_scalars_are_means_over_all_held_out_tokens(pretrained: str, 
         assert list(events.scalars[tag].values()) == [pytest.approx(expected[tag], rel=2e-5)], tag
 
 
+@pytest.mark.slow
 def test_histograms_count_every_token_of_the_window(pretrained: str, tmp_path: Path) -> None:
     events, _, loaded = monitored(tmp_path, pretrained, accumulate_grad_batches=2)
     batches = list(loaded.train_dataloader())
@@ -256,6 +262,7 @@ def test_histograms_count_every_token_of_the_window(pretrained: str, tmp_path: P
             assert found.sum_squares == pytest.approx(float(values.square().sum()), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_an_unbounded_gate_has_an_exact_mean(pretrained: str, tmp_path: Path) -> None:
     """Gates p^-1 of improbable tokens lie far outside the histogram."""
     events, _, loaded = monitored(tmp_path, pretrained, Tsallis(q=2.0), accumulate_grad_batches=4)
@@ -267,6 +274,7 @@ def test_an_unbounded_gate_has_an_exact_mean(pretrained: str, tmp_path: Path) ->
     assert last == [len(gate)] and found.num == len(gate)
 
 
+@pytest.mark.slow
 def test_auroc_is_chance_for_a_gate_that_is_the_same_for_all(pretrained: str, tmp_path: Path) -> None:
     events, _, _ = monitored(tmp_path, pretrained, Tsallis(q=1.0), accumulate_grad_batches=4)
     assert events.scalars["noise/auroc_gate"] == {0: 0.5}
@@ -287,6 +295,7 @@ class Counting(GateMonitor):
         super().observe(*args)
 
 
+@pytest.mark.slow
 def test_nothing_is_written_or_looked_at_on_steps_that_are_not_logged(pretrained: str, tmp_path: Path) -> None:
     counting = Counting()
     module, loaded = module_of(pretrained), data(tmp_path, noise=NOISE, batch_size=1)
@@ -310,6 +319,7 @@ def test_nothing_is_written_or_looked_at_on_steps_that_are_not_logged(pretrained
             assert events.scalars[tag][step] == pytest.approx(window[tag], rel=2e-5), tag
 
 
+@pytest.mark.slow
 def test_a_step_with_only_clean_tokens_compares_nothing(pretrained: str, tmp_path: Path) -> None:
     loaded = data(tmp_path, noise=Noise(ops=[TokenReplace(rate=0.1)]), batch_size=1)
     trainer = make_trainer(tmp_path / "run", GateMonitor(histograms=False), NoiseMonitor())
@@ -328,11 +338,11 @@ def test_a_step_with_only_clean_tokens_compares_nothing(pretrained: str, tmp_pat
 # --- checkpoints ----------------------------------------------------------------------------------------------------
 
 
-def quick(parameters: Any) -> torch.optim.Optimizer:
+def half_rate(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=0.5)
 
 
-def saved(folder: Path) -> dict[str, int]:
+def checkpoints_of(folder: Path) -> dict[str, int]:
     """Steps of the checkpoint files, links apart."""
     return {
         path.name: torch.load(path, weights_only=True)["global_step"]
@@ -344,26 +354,27 @@ def saved(folder: Path) -> dict[str, int]:
 def test_by_default_the_newest_state_is_kept_and_last_links_to_it(pretrained: str, tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path / "run", Checkpoint(), max_epochs=3)
     trainer.fit(module_of(pretrained), data(tmp_path))
-    assert saved(tmp_path / "run") == {"step=12.ckpt": 12}
+    assert checkpoints_of(tmp_path / "run") == {"step=12.ckpt": 12}
     assert Path(str(trainer.log_dir)) / "checkpoints" == next((tmp_path / "run").rglob("*.ckpt")).parent
     last = next(p for p in (tmp_path / "run").rglob("last.ckpt"))
     assert last.resolve().name == "step=12.ckpt"
     assert trainer.last_checkpoint().resolve() == last.resolve()
 
 
+@pytest.mark.slow
 def test_checkpoints_can_be_saved_every_few_optimizer_steps(pretrained: str, tmp_path: Path) -> None:
     saver = Checkpoint(every_n_train_steps=2, save_top_k=-1)
     trainer = make_trainer(tmp_path / "run", saver, max_epochs=3, accumulate_grad_batches=2)
     trainer.fit(module_of(pretrained), data(tmp_path))
-    assert saved(tmp_path / "run") == {"step=2.ckpt": 2, "step=4.ckpt": 4, "step=6.ckpt": 6}
+    assert checkpoints_of(tmp_path / "run") == {"step=2.ckpt": 2, "step=4.ckpt": 4, "step=6.ckpt": 6}
 
 
 def test_a_monitored_checkpoint_keeps_the_best_and_the_last(pretrained: str, tmp_path: Path) -> None:
     saver = Checkpoint(monitor="train/nll", mode="max", save_top_k=1)
     trainer = make_trainer(tmp_path / "run", saver, max_epochs=4)
-    trainer.fit(module_of(pretrained, optimizer=quick), data(tmp_path, batch_size=8, validation_source=None,
+    trainer.fit(module_of(pretrained, optimizer=half_rate), data(tmp_path, batch_size=8, validation_source=None,
                                                              validation_fraction=0.0))  # fmt: skip
-    found = saved(tmp_path / "run")
+    found = checkpoints_of(tmp_path / "run")
     assert found.pop("last.ckpt") == 4
     assert found == {"step=1.ckpt": 1}, "training lowers the NLL, so the first is the highest"
 
@@ -421,7 +432,7 @@ def test_without_a_checkpoint_of_ours_there_is_none(tmp_path: Path) -> None:
 # --- predictions ----------------------------------------------------------------------------------------------------
 
 
-def predict(
+def predicted_rows(
     tmp_path: Path,
     pretrained: str,
     rows: Sequence[dict[str, Any]],
@@ -441,7 +452,7 @@ def test_predictions_are_one_json_line_a_prompt_in_the_order_of_the_file(pretrai
     rows = [
         {"id": f"t{i}", "question": q, "answer": f"gold {i}"} for i, q in enumerate(["abc", "d", "ef", "g\nh", "ü"])
     ]
-    found, trainer = predict(tmp_path, pretrained, rows)
+    found, trainer = predicted_rows(tmp_path, pretrained, rows)
     assert [list(record) for record in found] == [["id", "prompt", "completions", "gold", "truncated"]] * 5
     assert [record["id"] for record in found] == [row["id"] for row in rows]
     assert [record["gold"] for record in found] == [row["answer"] for row in rows]
@@ -495,23 +506,26 @@ def test_what_a_killed_prediction_has_left_is_removed_by_the_next(tmp_path: Path
 @pytest.mark.parametrize("format", ["question_answer", "auto"])
 def test_rows_without_a_response_are_predicted_with_no_gold(format: str, pretrained: str, tmp_path: Path) -> None:
     rows = [{"id": "a", "question": "abc"}, {"id": "b", "question": "d"}]
-    found, _ = predict(tmp_path, pretrained, rows, format=format)
+    found, _ = predicted_rows(tmp_path, pretrained, rows, format=format)
     assert [(record["id"], record["gold"]) for record in found] == [("a", None), ("b", None)]
 
 
+@pytest.mark.slow
 def test_samples_of_a_prompt_stand_together_and_repeat(pretrained: str, tmp_path: Path) -> None:
     rows = [{"question": q} for q in ("abc", "d", "ef")]
-    first, _ = predict(tmp_path, pretrained, rows, samples=3, temperature=1.0)
+    first, _ = predicted_rows(tmp_path, pretrained, rows, samples=3, temperature=1.0)
     assert [len(record["completions"]) for record in first] == [3, 3, 3]
     assert len({text for record in first for text in record["completions"]}) > 3
-    assert predict(tmp_path, pretrained, rows, samples=3, temperature=1.0)[0] == first
-    assert predict(tmp_path, pretrained, rows, samples=3, temperature=1.0, seed=1)[0] != first
+    assert predicted_rows(tmp_path, pretrained, rows, samples=3, temperature=1.0)[0] == first
+    assert predicted_rows(tmp_path, pretrained, rows, samples=3, temperature=1.0, seed=1)[0] != first
 
 
 def test_predictions_go_to_the_file_named_and_replace_what_was_there(pretrained: str, tmp_path: Path) -> None:
     output = tmp_path / "deep" / "out.jsonl"
-    predict(tmp_path, pretrained, [{"id": "old", "question": "abc"}] * 3, str(output))
-    found, _ = predict(tmp_path, pretrained, [{"id": "new", "question": "line\u2028separator\u0085"}], str(output))
+    predicted_rows(tmp_path, pretrained, [{"id": "old", "question": "abc"}] * 3, str(output))
+    found, _ = predicted_rows(
+        tmp_path, pretrained, [{"id": "new", "question": "line\u2028separator\u0085"}], str(output)
+    )
     assert [record["id"] for record in found] == ["new"]
     assert "line\u2028separator\u0085" in found[0]["prompt"]
     assert [path.name for path in output.parent.iterdir()] == ["out.jsonl"]

@@ -34,6 +34,8 @@ from deft_lightning.callbacks.marked import code_span, marked
 from deft_lightning.data.noise import Noise, TokenReplace
 from deft_lightning.objectives import DEFT, NLL, Likelihood, Objective, Rescaled, Schedule
 
+pytestmark = pytest.mark.slow
+
 NASTY = "a `tick` <script>x</script> **b** | c\nd \\"
 
 

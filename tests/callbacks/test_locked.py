@@ -63,7 +63,7 @@ def test_shares_of_locked_tokens_of_all_and_of_the_clean_labels(monkeypatch: pyt
 # --- when it is said ------------------------------------------------------------------------------------------------
 
 
-def told(shares: Sequence[float], probs: Sequence[float]) -> list[int]:
+def warned_at(shares: Sequence[float], probs: Sequence[float]) -> list[int]:
     """After which logged step something is said."""
     lock, found = LockWatch(), []
     for step, (share, prob) in enumerate(zip(shares, probs, strict=True), start=1):
@@ -83,14 +83,14 @@ FLAT = np.full(60, 0.4)
 
 @pytest.mark.parametrize("seed", range(5))
 def test_a_plateau_is_told_once(seed: int) -> None:
-    steps = told(noisy(FLAT, 0.02, seed), noisy(FLAT, 0.005, seed + 100))
+    steps = warned_at(noisy(FLAT, 0.02, seed), noisy(FLAT, 0.005, seed + 100))
     assert len(steps) == 1 and 10 <= steps[0] <= 20
 
 
 def test_a_plateau_that_comes_later_is_told_when_the_window_is_full_of_it() -> None:
     shares = [*np.linspace(0.0, 0.5, 20), *[0.5] * 20]
     probs = [*np.linspace(0.1, 0.5, 20), *[0.5] * 20]
-    (step,) = told(shares, probs)
+    (step,) = warned_at(shares, probs)
     assert 22 <= step <= 30
 
 
@@ -106,7 +106,7 @@ def test_a_plateau_that_comes_later_is_told_when_the_window_is_full_of_it() -> N
     ],
 )
 def test_nothing_is_told_where_something_moves_or_little_is_locked(shares: Any, probs: Any) -> None:
-    assert told(list(shares), list(probs)) == []
+    assert warned_at(list(shares), list(probs)) == []
 
 
 def test_what_is_told_is_one_line_that_names_both_readings_how_to_tell_and_a_way_out() -> None:

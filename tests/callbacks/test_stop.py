@@ -14,6 +14,8 @@ import pytest
 import torch
 from worlds import ROOT
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_one_signal_saves_the_step_in_hand_and_the_run_goes_on(tmp_path: Path, number: signal.Signals) -> None:

@@ -19,6 +19,8 @@ from worlds import ROOT, conversation, write_rows
 from deft_lightning import __version__
 from deft_lightning.__main__ import main
 
+pytestmark = pytest.mark.slow
+
 TINY = [
     "--config", str(ROOT / "configs" / "quickstart.yaml"), "--trainer.max_steps", "4",
     "--trainer.val_check_interval", "2", "--trainer.log_every_n_steps", "1", "--trainer.limit_val_batches", "1",

@@ -138,6 +138,7 @@ def test_numbers_with_exponents_are_numbers(tmp_path: Path) -> None:
     assert found == {"a": 5e-5, "b": 1e4, "c": 0.5e-3, "d": 1000, "e": "010", "f": "2024-01-01", "g": False}
 
 
+@pytest.mark.slow
 def test_every_verb_and_every_place_of_a_file_is_bounded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     twice = tmp_path / "twice.yaml"
     twice.write_text("head: dense\nhead: fused\n")
@@ -160,6 +161,7 @@ def test_every_verb_and_every_place_of_a_file_is_bounded(tmp_path: Path, capsys:
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("args", "wanted"),
     [

@@ -46,6 +46,7 @@ class Fail(Callback):
         setattr(self, hook, fail)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hook", ["on_train_batch_end", "on_fit_end", "teardown"])
 def test_an_unexpected_error_goes_to_a_file_and_names_the_checkpoint(
     hook: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -65,6 +66,7 @@ def test_an_unexpected_error_goes_to_a_file_and_names_the_checkpoint(
     assert "\x1b" not in told
 
 
+@pytest.mark.slow
 def test_what_fails_after_training_leaves_the_checkpoint_and_can_be_repeated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -113,6 +115,7 @@ def test_other_errors_are_not_taken_for_known_ones() -> None:
     assert explain(KeyError("momentum")) is None and explain(RuntimeError("Connection reset by peer")) is None
 
 
+@pytest.mark.slow
 def test_a_killed_loader_process_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from worlds import ROOT, fit_command
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_lost_rank_is_one_line_that_says_how_to_go_on(victim: int, tmp_path: Path) -> None:

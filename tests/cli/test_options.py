@@ -68,6 +68,7 @@ WRONG_TYPES = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", WRONG_TYPES)
 def test_a_value_of_another_type_names_the_innermost_option(options: str, capsys: pytest.CaptureFixture[str]) -> None:
     line = refused(["fit", *options.split(" ")], capsys)
@@ -104,6 +105,7 @@ def checked(options: str, verb: str = "fit") -> str:
     return str(error.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -197,6 +199,7 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 STOP = ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "says"),
     [
@@ -224,6 +227,7 @@ def test_what_cannot_work_is_one_line_before_training(
     assert not line.endswith("Expected a bool")
 
 
+@pytest.mark.slow
 def test_early_stopping_looks_after_validations(given: list[str], tmp_path: Path) -> None:
     """A run that ends before its first validation is no run without the metric."""
     run([*given, *STOP, "val/nll", "--trainer.default_root_dir", str(tmp_path)])
@@ -286,6 +290,7 @@ def bad_file(draw: random.Random) -> bytes:
     )()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(60))
 def test_anything_wrong_is_one_line(seed: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     draw = random.Random(seed)

@@ -53,11 +53,13 @@ SPELLINGS = [
 each_spelling = pytest.mark.parametrize(("text", "objective"), SPELLINGS, ids=[text for text, _ in SPELLINGS])
 
 
+@pytest.mark.slow
 @each_spelling
 def test_the_command_line_reads_it(text: str, objective: Objective) -> None:
     assert objective_of("--model.objective", text) == objective == parse_objective(text)
 
 
+@pytest.mark.slow
 @each_spelling
 def test_a_configuration_reads_it(text: str, objective: Objective, tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(f"model:\n  objective: '{text}'\n", encoding="utf-8")

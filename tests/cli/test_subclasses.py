@@ -14,6 +14,8 @@ from worlds import ROOT
 from deft_lightning.__main__ import main
 from deft_lightning.cli.subclasses import take_classes
 
+pytestmark = pytest.mark.slow
+
 TINY = [
     "--config", str(ROOT / "configs" / "quickstart.yaml"), "--trainer.max_steps", "2",
     "--trainer.limit_val_batches", "1",

@@ -20,12 +20,12 @@ from deft_lightning.cli.verbs import TRAINER, VERBS
 TEN = ["fit", "validate", "test", "predict", "export", "probe", "preview", "score", "figures", "study"]
 
 
-def command(*words: str) -> subprocess.CompletedProcess[str]:
+def started(*words: str) -> subprocess.CompletedProcess[str]:
     line = [sys.executable, "-X", "importtime", "-m", "deft_lightning", *words]
     return subprocess.run(line, capture_output=True, text=True, cwd=ROOT, timeout=120)
 
 
-def told(done: subprocess.CompletedProcess[str]) -> list[str]:
+def stderr_of(done: subprocess.CompletedProcess[str]) -> list[str]:
     """What a process wrote to stderr, without the times of its imports."""
     return [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
 
@@ -38,23 +38,24 @@ def test_the_table_has_ten_verbs_with_a_home_and_a_line_each() -> None:
     assert set(DeftCLI.subcommands()) == {verb.name for verb in VERBS.values() if verb.home == TRAINER}
 
 
+@pytest.mark.slow
 def test_the_help_of_a_verb_has_no_control_characters() -> None:
     """One that is printed is shown escaped: a backspace of the parser's was."""
-    done = command("export", "--help")
+    done = started("export", "--help")
     assert "--print_config[=flags]" in done.stdout and "\\x" not in done.stdout and "\b" not in done.stdout
 
 
 def test_help_lists_every_verb_before_torch_is_imported() -> None:
-    done = command("--help")
-    assert done.returncode == 0 and "torch" not in done.stderr and told(done) == []
+    done = started("--help")
+    assert done.returncode == 0 and "torch" not in done.stderr and stderr_of(done) == []
     for verb in VERBS.values():
         assert re.search(rf"^  {verb.name} +{re.escape(verb.help)}$", done.stdout, re.MULTILINE)
 
 
 def test_no_verb_is_answered_with_the_list_and_status_2() -> None:
-    done = command()
+    done = started()
     assert done.returncode == 2 and done.stdout == "" and "torch" not in done.stderr
-    assert "\n".join(told(done)) + "\n" == command("--help").stdout
+    assert "\n".join(stderr_of(done)) + "\n" == started("--help").stdout
 
 
 @pytest.mark.parametrize(
@@ -62,10 +63,10 @@ def test_no_verb_is_answered_with_the_list_and_status_2() -> None:
 )
 def test_a_typo_is_one_line_with_the_verb_that_was_meant(typed: str, meant: str) -> None:
     start = time.perf_counter()
-    done = command(typed, "--data.source", "rows.jsonl")
+    done = started(typed, "--data.source", "rows.jsonl")
     assert time.perf_counter() - start < 5, "about 0.1 s on an idle machine; torch alone takes seconds"
     assert done.returncode == 2 and "torch" not in done.stderr
-    (line,) = told(done)
+    (line,) = stderr_of(done)
     assert line.startswith(f"error: unknown verb {typed}. Did you mean {meant}? Known: fit, validate,")
 
 
@@ -90,6 +91,7 @@ def test_a_typo_behind_options_gets_the_same_line(
     assert capsys.readouterr().err.startswith("error: unknown verb ftt. Did you mean fit? Known: fit,")
 
 
+@pytest.mark.slow
 def test_a_configuration_with_a_section_for_the_verb_stands_before_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -107,6 +109,7 @@ class Unbuilt(Exception):
     """Ends a command line once its parsers are there."""
 
 
+@pytest.mark.slow
 def test_only_the_parser_of_the_verb_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
     class Stopped(DeftCLI):
         def parse_arguments(self, parser: object, args: object) -> None:
@@ -146,6 +149,7 @@ def completion() -> str:
     return script()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "wanted"),
     [

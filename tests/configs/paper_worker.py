@@ -80,7 +80,7 @@ def question(i: int) -> str:
     return f"Which number follows {i}?\nA. {i + 1}\nB. {i - 1}"
 
 
-def row(task: str, i: int) -> dict[str, Any]:
+def row_of(task: str, i: int) -> dict[str, Any]:
     """A row with the columns of the authors' file."""
     if task == "math":
         return {"extra_info": {"question": f"{i} + {i} = ?", "answer": f"Twice {i} is $\\boxed{{{2 * i}}}$."}}
@@ -99,7 +99,7 @@ def row(task: str, i: int) -> dict[str, Any]:
     }
 
 
-def prepare(root: Path) -> None:
+def prepare_stand_ins(root: Path) -> None:
     """Leave models and rows where :func:`arguments` looks for them."""
     for model in MODELS:
         make_model(model, root / "models" / model)
@@ -107,10 +107,10 @@ def prepare(root: Path) -> None:
     import pyarrow.parquet as pq
 
     for task in ("math", "medical"):
-        pq.write_table(pa.Table.from_pylist([row(task, i) for i in range(2 * ROWS)]), root / f"{task}.parquet")
+        pq.write_table(pa.Table.from_pylist([row_of(task, i) for i in range(2 * ROWS)]), root / f"{task}.parquet")
 
 
-def source(task: str, root: Path, ranks: int) -> str:
+def source_of(task: str, root: Path, ranks: int) -> str:
     """Where the rows of a dry run are; of FigFont the task itself, a few rows of a small font."""
     few = f"reasoning_gym:figlet_font?size={ranks * ROWS}&seed=42&min_word_len=2&max_word_len=5&static_font=mini"
     return few if task == "figfont" else f"{root / task}.parquet?limit={ranks * ROWS}"
@@ -121,7 +121,7 @@ def arguments(verb: str, pair: str, root: Path, ranks: int, *more: str) -> list[
     task, model = parts(pair)
     return [
         verb, *options(pair), "--model.pretrained", str(root / "models" / model),
-        "--data.source", source(task, root, ranks), "--data.cache_dir", str(root / "cache"),
+        "--data.source", source_of(task, root, ranks), "--data.cache_dir", str(root / "cache"),
         "--trainer.accelerator", "cpu", "--trainer.devices", str(ranks), "--trainer.log_every_n_steps", str(STEPS),
         "--trainer.default_root_dir", str(root / "logs" / pair), "--trainer.enable_progress_bar", "false",
         "--trainer.enable_model_summary", "false", *more,

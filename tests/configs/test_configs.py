@@ -13,6 +13,8 @@ from worlds import ROOT
 
 from deft_lightning.__main__ import main
 
+pytestmark = pytest.mark.slow
+
 # Those of the verb `study`, and the paper's, have tests of their own.
 CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if not {"study", "paper"} & set(path.parts))
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"

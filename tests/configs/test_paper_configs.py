@@ -24,9 +24,9 @@ from paper_worker import (
     ROWS,
     STEPS,
     arguments,
-    prepare,
+    prepare_stand_ins,
     question,
-    row,
+    row_of,
     tokenizer_of,
 )
 from start_ranks import run_ranks
@@ -39,6 +39,8 @@ from deft_lightning.data.benchmarks import read_benchmark
 from deft_lightning.data.encoding.template import chatml
 from deft_lightning.data.sources.read import read
 from deft_lightning.evaluation import find_benchmark
+
+pytestmark = pytest.mark.slow
 
 sys.path.insert(0, str(ROOT / "tests" / "benchmarks"))
 
@@ -76,7 +78,7 @@ each_pair = pytest.mark.parametrize("pair", PAIRS)
 
 
 @functools.cache
-def parsed(*words: str) -> dict[str, Any]:
+def parsed_config(*words: str) -> dict[str, Any]:
     """What ``fit --print_config`` makes of the options."""
     out = io.StringIO()
     line = ["deft_lightning", "fit", *words, "--print_config"]
@@ -101,7 +103,7 @@ def test_there_is_a_file_for_every_model_and_task_and_each_is_used() -> None:
 @each_pair
 def test_the_files_of_a_pair_resolve_to_the_settings_of_the_one_file_it_once_had(pair: str, tmp_path: Path) -> None:
     (tmp_path / "whole.yaml").write_text(yaml.safe_dump(BEFORE[pair]), encoding="utf-8")
-    whole, layered = parsed("--config", str(tmp_path / "whole.yaml")), parsed(*options(pair))
+    whole, layered = parsed_config("--config", str(tmp_path / "whole.yaml")), parsed_config(*options(pair))
     assert layered == whole
 
 
@@ -111,8 +113,8 @@ def test_medicine_without_the_prompts_of_a_family_is_refused(
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    prepare(tmp_path)
-    pq.write_table(pa.Table.from_pylist([row("medical", i) for i in range(4)]), tmp_path / "medical.parquet")
+    prepare_stand_ins(tmp_path)
+    pq.write_table(pa.Table.from_pylist([row_of("medical", i) for i in range(4)]), tmp_path / "medical.parquet")
     words = arguments(
         "fit", "medical-qwen2.5-7b", tmp_path, 1, "--trainer.strategy", "auto", "--trainer.max_steps", "1"
     )
@@ -131,7 +133,7 @@ def test_a_pair_is_the_papers_recipe(pair: str) -> None:
     task, name = parts(pair)
     recipe, (model, data, trainer) = (
         RECIPES[task],
-        (parsed(*options(pair))[key] for key in ("model", "data", "trainer")),
+        (parsed_config(*options(pair))[key] for key in ("model", "data", "trainer")),
     )
     assert model["pretrained"] == HUB[name] and model["head"] == "fused" and model["lora"] is None
     assert model["objective"] == {"class_path": "deft_lightning.objectives.DEFT", "init_args": {"eps": 0.0}}
@@ -158,7 +160,7 @@ def test_a_pair_is_the_papers_recipe(pair: str) -> None:
 def test_the_file_of_a_task_says_how_256_comes_out_on_other_numbers_of_devices(pair: str) -> None:
     lines = [line for path in layers(pair) for line in path.read_text(encoding="utf-8").splitlines()]
     (line,) = [line for line in lines if "accumulate_grad_batches" in line]
-    size, trainer = parsed(*options(pair))["data"]["batch_size"], parsed(*options(pair))["trainer"]
+    size, trainer = parsed_config(*options(pair))["data"]["batch_size"], parsed_config(*options(pair))["trainer"]
     assert f"{trainer['devices']} devices x {size} examples x {trainer['accumulate_grad_batches']} = 256" in line
     windows = int(line.rpartition("on n devices ")[2].removesuffix(" / n"))
     assert all(size * n * (windows // n) == 256 and windows % n == 0 for n in (1, 2, 4, 8, 16))
@@ -181,8 +183,8 @@ def look_up(tree: Any, at: tuple[str, ...]) -> Any:
 @each_pair
 def test_files_state_nothing_but_departures_from_the_defaults(pair: str) -> None:
     for at, value in leaves(written(pair)):
-        assert look_up(parsed(*options(pair)), at) == value
-        assert look_up(parsed(), at) != value, f"{'.'.join(at)} is the default"
+        assert look_up(parsed_config(*options(pair)), at) == value
+        assert look_up(parsed_config(), at) != value, f"{'.'.join(at)} is the default"
 
 
 # --- two steps of each -----------------------------------------------------------------------------------------------
@@ -194,7 +196,7 @@ RANKS = [(1, 0), (2, 0), (2, 1)]  # how many work together, and which of them
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("paper")
-    prepare(folder)
+    prepare_stand_ins(folder)
     return folder
 
 
@@ -242,7 +244,7 @@ def test_two_ranks_run_every_task_on_every_architecture() -> None:
 def trained_on(pair: str, root: Path) -> tuple[Any, str, str]:
     """The tokenizer of a pair's run, and a row of its training data as text: all of it, and what is learnt."""
     task, model = parts(pair)
-    (root / f"{task}.jsonl").write_text(json.dumps(row(task, 7)) + "\n", encoding="utf-8")
+    (root / f"{task}.jsonl").write_text(json.dumps(row_of(task, 7)) + "\n", encoding="utf-8")
     settings = {**written(pair)["data"], "source": str(root / f"{task}.jsonl"), "cache": False}
     data = InstructionDataModule(**settings)
     tokenizer = tokenizer_of(model)
@@ -260,7 +262,7 @@ def trained_on(pair: str, root: Path) -> tuple[Any, str, str]:
 def test_a_prompt_with_its_turns_written_in_gets_no_second_template(model: str, tmp_path: Path) -> None:
     pair = f"medical-{model}"
     tokenizer, text, learnt = trained_on(pair, tmp_path)
-    extra = row("medical", 7)["extra_info"]
+    extra = row_of("medical", 7)["extra_info"]
     assert learnt == extra["qwen_reponse_no_thinking"] + tokenizer.eos_token
     if model.startswith("deepseek"):  # the file has no prompt for it
         assert text.count("<|im_start|>") == 2 and text.count(extra["question"]) == 1
@@ -286,7 +288,7 @@ def test_a_benchmarks_question_gets_the_turns_of_the_training_prompts(model: str
 def test_mathematics_gets_the_template_of_its_tokenizer_once(model: str, tmp_path: Path) -> None:
     pair = f"math-{model}"
     tokenizer, text, learnt = trained_on(pair, tmp_path)
-    extra = row("math", 7)["extra_info"]
+    extra = row_of("math", 7)["extra_info"]
     end = "<|im_end|>" if model.startswith("qwen") else tokenizer.eos_token
     assert learnt == extra["answer"] + end
     assert text.count("<|im_start|>") == 2 and text.count(extra["question"]) == 1

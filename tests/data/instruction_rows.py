@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable
-from pathlib import Path
 from types import SimpleNamespace
+
+from worlds import write_rows as write
 
 from deft_lightning.data import InstructionDataModule
 
-
-def write(path: Path, rows: Iterable[object]) -> str:
-    """Write rows as JSON, one a line, and return where they are."""
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
+__all__ = ["on_rank", "write"]
 
 
 def on_rank(data: InstructionDataModule, rank: int, world: int) -> InstructionDataModule:

@@ -26,7 +26,7 @@ def tokenizer() -> Any:
     return build_tokenizer(["hello"], 0)
 
 
-def write(path: Path, rows: Any) -> str:
+def write_benchmark(path: Path, rows: Any) -> str:
     text = "".join(json.dumps(row) + "\n" for row in rows) if path.suffix == ".jsonl" else json.dumps(rows)
     path.write_text(text, encoding="utf-8")
     return str(path)
@@ -94,7 +94,7 @@ def test_every_known_benchmark_has_a_layout_here() -> None:
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_layout_becomes_prompts_with_the_right_answers(name: str, tokenizer: Any, tmp_path: Path) -> None:
     rows, questions, golds, records = LAYOUTS[name]
-    tests, prompts = load(tokenizer, name, write(tmp_path / "rows.jsonl", rows))
+    tests, prompts = load(tokenizer, name, write_benchmark(tmp_path / "rows.jsonl", rows))
     assert [asked(prompt) for prompt in prompts] == questions
     assert [prompt.gold for prompt in prompts] == golds
     assert [dict(prompt.record) for prompt in prompts] == records
@@ -113,9 +113,12 @@ def test_a_layout_becomes_prompts_with_the_right_answers(name: str, tokenizer: A
 def test_rows_keep_their_ids_and_others_get_one_of_their_own(tokenizer: Any, tmp_path: Path) -> None:
     rows = [{"id": 3, "question": "a"}, {"question": "b"}, {"question": "b"}, {"id": 3, "question": "c"}]
     rows = [{**row, "answer": "1"} for row in rows]
-    ids = [prompt.id for prompt in load(tokenizer, "math", write(tmp_path / "rows.jsonl", rows))[1]]
+    ids = [prompt.id for prompt in load(tokenizer, "math", write_benchmark(tmp_path / "rows.jsonl", rows))[1]]
     assert len(set(ids)) == 4 and ids[0].startswith("3/") and ids[2] == f"{ids[1]}#2"
-    again = [prompt.id for prompt in load(tokenizer, "math", write(tmp_path / "other.jsonl", rows[:1] + rows[3:]))[1]]
+    again = [
+        prompt.id
+        for prompt in load(tokenizer, "math", write_benchmark(tmp_path / "other.jsonl", rows[:1] + rows[3:]))[1]
+    ]
     assert again == [ids[0], ids[3]]
 
 
@@ -149,7 +152,7 @@ def test_benchmarks_are_named_with_or_without_their_rows() -> None:
 
 
 def test_a_benchmark_of_ones_own_is_named_by_its_path(tokenizer: Any, tmp_path: Path) -> None:
-    source = write(tmp_path / "rows.jsonl", [{"q": "Who?", "a": {"text": "Me"}}])
+    source = write_benchmark(tmp_path / "rows.jsonl", [{"q": "Who?", "a": {"text": "Me"}}])
     tests, (prompt,) = load(tokenizer, f"{__name__}.MINE", source)
     assert (asked(prompt), prompt.gold, tests.prefix) == ("Who?\n\nSay it.", "Me", "test/mine/")
 
@@ -177,7 +180,7 @@ def test_benchmarks_and_a_test_source_exclude_each_other() -> None:
 
 
 def test_another_instruction_or_none(tokenizer: Any, tmp_path: Path) -> None:
-    source = write(tmp_path / "rows.jsonl", [{"problem": "P", "answer": "1"}])
+    source = write_benchmark(tmp_path / "rows.jsonl", [{"problem": "P", "answer": "1"}])
     for instruction, expected in (("", "P"), ("Be brief.", "P\n\nBe brief."), (None, f"P\n\n{BOX}")):
         (prompt,) = load(tokenizer, "math500", source, instruction)[1]
         assert asked(prompt) == expected
@@ -213,7 +216,7 @@ def test_a_bad_row_is_one_line_with_file_row_and_field(
         "gsm8k": {"question": "a", "answer": "1"}, "pubmedqa": {"question": "a", "final_decision": "no"},
         "medical": WHICH,
     }  # fmt: skip
-    source = write(tmp_path / "rows.jsonl", [good[name], row])
+    source = write_benchmark(tmp_path / "rows.jsonl", [good[name], row])
     with pytest.raises(UserError) as caught:
         load(tokenizer, name, source)
     assert str(caught.value).startswith(f"{source}, row 2") and says in str(caught.value)
@@ -226,20 +229,20 @@ BY_ID = {str(i): {"QUESTION": f"Q{i}", "final_decision": "yes"} for i in (11, 12
 
 
 def test_rows_by_id_are_chosen_by_a_file_of_ids(tokenizer: Any, tmp_path: Path) -> None:
-    source = write(tmp_path / "rows.json", BY_ID)
+    source = write_benchmark(tmp_path / "rows.json", BY_ID)
     assert [prompt.id for prompt in load(tokenizer, "pubmedqa", source)[1]] == ["11", "12", "13"]
     for ids in ({"13": "yes", "11": "no"}, ["13", "11"]):
-        chosen_ids = f"{source}?ids={write(tmp_path / 'ids.json', ids)}"
+        chosen_ids = f"{source}?ids={write_benchmark(tmp_path / 'ids.json', ids)}"
         assert [prompt.id for prompt in load(tokenizer, "pubmedqa", chosen_ids)[1]] == ["13", "11"]
 
 
 def test_lists_of_rows_by_source_name_it(tokenizer: Any, tmp_path: Path) -> None:
     row = {"question": "a", "options": AB, "answer": "A"}
-    source = write(tmp_path / "rows.json", {"MedQA": [row, {**row, "question": "b"}], "MMLU": [row]})
+    source = write_benchmark(tmp_path / "rows.json", {"MedQA": [row, {**row, "question": "b"}], "MMLU": [row]})
     tests, prompts = load(tokenizer, "medical", source)
     assert tests.sources == ("MMLU", "MedQA")
     assert [prompt.record["source"] for prompt in prompts] == ["MedQA", "MedQA", "MMLU"]
-    plain = write(tmp_path / "list.json", {"data": [row]})
+    plain = write_benchmark(tmp_path / "list.json", {"data": [row]})
     assert load(tokenizer, "medical", plain)[0].sources == ()
 
 
@@ -254,7 +257,7 @@ def test_lists_of_rows_by_source_name_it(tokenizer: Any, tmp_path: Path) -> None
     ],
 )
 def test_ids_that_fit_no_object_of_rows(content: Any, ids: Any, says: str, tokenizer: Any, tmp_path: Path) -> None:
-    source = f"{write(tmp_path / 'rows.json', content)}?ids={write(tmp_path / 'ids.json', ids)}"
+    source = f"{write_benchmark(tmp_path / 'rows.json', content)}?ids={write_benchmark(tmp_path / 'ids.json', ids)}"
     with pytest.raises(UserError) as caught:
         load(tokenizer, "pubmedqa", source)
     assert says in str(caught.value) and "--data.benchmarks" in str(caught.value)
@@ -262,7 +265,7 @@ def test_ids_that_fit_no_object_of_rows(content: Any, ids: Any, says: str, token
 
 def test_files_that_are_not_there_or_broken(tokenizer: Any, tmp_path: Path) -> None:
     (tmp_path / "broken.json").write_text("{")
-    write(tmp_path / "rows.json", BY_ID)
+    write_benchmark(tmp_path / "rows.json", BY_ID)
     for source, says in [
         (tmp_path / "none.jsonl", "no such file"),
         (tmp_path / "broken.json", "is not JSON"),
@@ -277,6 +280,7 @@ def test_files_that_are_not_there_or_broken(tokenizer: Any, tmp_path: Path) -> N
 # --- real files ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "source", "count"),
     [

@@ -441,6 +441,7 @@ def test_there_are_enough_cases_and_names_do_not_hide_each_other() -> None:
     assert len(CASES) == len(JSONL) + len(TALKS) + len(FILES) >= 100
 
 
+@pytest.mark.slow
 @every_case
 def test_reading_stops_at_the_first_bad_row_with_one_line_or_reads_all(tmp_path: Path, name: str) -> None:
     case = CASES[name]
@@ -455,6 +456,7 @@ def test_reading_stops_at_the_first_bad_row_with_one_line_or_reads_all(tmp_path:
     one_line(caught.value, str(path), first, case.fatal or case.bad[min(case.bad)])
 
 
+@pytest.mark.slow
 @every_case
 def test_skipping_loses_no_row_without_a_word(tmp_path: Path, name: str) -> None:
     case, bad = CASES[name], BadRows(shown=10)
@@ -473,6 +475,7 @@ def test_skipping_loses_no_row_without_a_word(tmp_path: Path, name: str) -> None
     assert [line.split("\t")[:2] for line in report[1:]] == [[str(path), str(row)] for row in sorted(case.bad)]
 
 
+@pytest.mark.slow
 @every_case
 def test_what_is_kept_survives_a_tokenizer(tmp_path: Path, name: str) -> None:
     case = CASES[name]
@@ -625,6 +628,7 @@ TOLD = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TOLD)
 def test_the_command_line_ends_with_one_line_and_status_2(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -43,7 +43,7 @@ def make(folder: Path, rows: Iterable[object], **options: Any) -> InstructionDat
     return InstructionDataModule(write(folder / "rows.jsonl", rows), **options)
 
 
-def fitted(folder: Path, rows: Iterable[object], **options: Any) -> InstructionDataModule:
+def set_up(folder: Path, rows: Iterable[object], **options: Any) -> InstructionDataModule:
     data = make(folder, rows, **options)
     data.setup("fit")
     return data
@@ -66,7 +66,7 @@ class Line(NamedTuple):
         return [label for label in self.labels if label != -100]
 
 
-def lines(loader: Any) -> dict[str, Line]:
+def lines_of(loader: Any) -> dict[str, Line]:
     """Examples of a loader by id; an id that comes twice is an error."""
     found: dict[str, Line] = {}
     for batch in loader:
@@ -79,7 +79,7 @@ def lines(loader: Any) -> dict[str, Line]:
 
 def answers(data: InstructionDataModule, loader: Any) -> list[str]:
     """What is supervised, as text, sorted; the end of the turn is taken off."""
-    texts = [data.tokenizer.decode(line.clean) for line in lines(loader).values()]
+    texts = [data.tokenizer.decode(line.clean) for line in lines_of(loader).values()]
     assert all(text.endswith("<|end|>") for text in texts)
     return sorted(text.removesuffix("<|end|>") for text in texts)
 
@@ -107,21 +107,21 @@ def refused(data: InstructionDataModule, stage: str = "fit") -> str:
 
 def test_shuffling_the_file_leaves_the_split_and_every_token_unchanged(tmp_path: Path) -> None:
     rows = qa(120)
-    ordered = fitted(tmp_path, rows)
-    expected = [lines(loader) for loader in (ordered.train_dataloader(), ordered.val_dataloader())]
+    ordered = set_up(tmp_path, rows)
+    expected = [lines_of(loader) for loader in (ordered.train_dataloader(), ordered.val_dataloader())]
     random.Random(0).shuffle(rows)
-    shuffled = fitted(tmp_path, rows)
-    assert [lines(loader) for loader in (shuffled.train_dataloader(), shuffled.val_dataloader())] == expected
+    shuffled = set_up(tmp_path, rows)
+    assert [lines_of(loader) for loader in (shuffled.train_dataloader(), shuffled.val_dataloader())] == expected
     assert all(len(side) > 10 for side in expected) and not set(expected[0]) & set(expected[1])
 
 
 def test_more_rows_move_no_row_to_the_other_side(tmp_path: Path) -> None:
-    few, more = sides(fitted(tmp_path, qa(80))), sides(fitted(tmp_path, [*qa(60, start=80), *qa(80)]))
+    few, more = sides(set_up(tmp_path, qa(80))), sides(set_up(tmp_path, [*qa(60, start=80), *qa(80)]))
     assert set(few[0]) < set(more[0]) and set(few[1]) < set(more[1])
 
 
 def test_the_name_and_the_layout_of_the_file_do_not_matter(tmp_path: Path) -> None:
-    expected = sides(fitted(tmp_path, qa(80)))
+    expected = sides(set_up(tmp_path, qa(80)))
     (tmp_path / "other.json").write_text(json.dumps({"rows": qa(80)}, indent=1))
     with (tmp_path / "other.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, ["answer", "question", "id"])
@@ -135,43 +135,45 @@ def test_the_name_and_the_layout_of_the_file_do_not_matter(tmp_path: Path) -> No
 
 def test_copies_of_a_row_stay_on_one_side(tmp_path: Path) -> None:
     rows = [{"id": f"{i}-{copy}", **row} for copy in range(4) for i, row in enumerate(qa(60))]
-    data = fitted(tmp_path, rows)
+    data = set_up(tmp_path, rows)
     train, validation = (
-        {id.split("-")[0] for id in lines(x)} for x in (data.train_dataloader(), data.val_dataloader())
+        {id.split("-")[0] for id in lines_of(x)} for x in (data.train_dataloader(), data.val_dataloader())
     )
     assert not train & validation and len(train | validation) == 60 and len(validation) > 5
-    assert len(lines(data.train_dataloader())) == 4 * len(train)
+    assert len(lines_of(data.train_dataloader())) == 4 * len(train)
 
 
+@pytest.mark.slow
 def test_the_held_out_share_is_the_one_asked_for(tmp_path: Path) -> None:
-    data = fitted(tmp_path, qa(1500), validation_fraction=0.3, tokenizer_size=1)
+    data = set_up(tmp_path, qa(1500), validation_fraction=0.3, tokenizer_size=1)
     held_out = data.reports["validation"].examples
     assert abs(held_out - 450) < 5 * math.sqrt(1500 * 0.3 * 0.7)
     assert held_out + data.reports["train"].examples == 1500
 
 
 def test_what_is_held_out_at_a_small_fraction_is_held_out_at_a_larger_one(tmp_path: Path) -> None:
-    small, large = (set(sides(fitted(tmp_path, qa(150), validation_fraction=f))[1]) for f in (0.1, 0.4))
+    small, large = (set(sides(set_up(tmp_path, qa(150), validation_fraction=f))[1]) for f in (0.1, 0.4))
     assert small < large
 
 
+@pytest.mark.slow
 def test_another_seed_holds_out_others(tmp_path: Path) -> None:
-    zero, one = (set(sides(fitted(tmp_path, qa(400), seed=seed))[1]) for seed in (0, 1))
+    zero, one = (set(sides(set_up(tmp_path, qa(400), seed=seed))[1]) for seed in (0, 1))
     assert len(zero & one) < 0.5 * min(len(zero), len(one))
 
 
 def test_without_a_fraction_everything_is_trained_on_and_there_is_no_validation(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        data = fitted(tmp_path, qa(9), validation_fraction=0.0)
+        data = set_up(tmp_path, qa(9), validation_fraction=0.0)
     assert answers(data, data.train_dataloader()) == sorted(row["answer"] for row in qa(9))
     assert data.val_dataloader() == []
 
 
 def test_a_file_too_small_to_hold_anything_out_is_warned_of(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="no validation"):
-        data = fitted(tmp_path, qa(3), validation_fraction=1e-6)
-    assert data.val_dataloader() == [] and len(lines(data.train_dataloader())) == 3
+        data = set_up(tmp_path, qa(3), validation_fraction=1e-6)
+    assert data.val_dataloader() == [] and len(lines_of(data.train_dataloader())) == 3
 
 
 def test_a_file_of_which_nothing_is_left_to_train_on_is_an_error(tmp_path: Path) -> None:
@@ -180,7 +182,7 @@ def test_a_file_of_which_nothing_is_left_to_train_on_is_an_error(tmp_path: Path)
 
 def test_a_validation_source_replaces_the_held_out_rows(tmp_path: Path) -> None:
     held_out = write(tmp_path / "validation.jsonl", qa(7, start=100))
-    train, validation = sides(fitted(tmp_path, qa(20), validation_source=held_out, validation_fraction=0.9))
+    train, validation = sides(set_up(tmp_path, qa(20), validation_source=held_out, validation_fraction=0.9))
     assert train == sorted(row["answer"] for row in qa(20))
     assert validation == sorted(row["answer"] for row in qa(7, start=100))
 
@@ -188,7 +190,7 @@ def test_a_validation_source_replaces_the_held_out_rows(tmp_path: Path) -> None:
 def test_the_built_tokenizer_has_not_seen_the_validation_rows(tmp_path: Path) -> None:
     one = write(tmp_path / "one.jsonl", qa(5))
     other = write(tmp_path / "other.jsonl", [{"question": "zzzz qqqq zzzz " * 50, "answer": "zzzz qqqq " * 50}])
-    vocabularies = [fitted(tmp_path, qa(20), validation_source=v).tokenizer.get_vocab() for v in (one, other)]
+    vocabularies = [set_up(tmp_path, qa(20), validation_source=v).tokenizer.get_vocab() for v in (one, other)]
     assert vocabularies[0] == vocabularies[1]
 
 
@@ -198,8 +200,8 @@ def test_the_built_tokenizer_has_not_seen_the_validation_rows(tmp_path: Path) ->
 def test_every_assistant_turn_is_learnt_and_the_last_one_is_generated(tmp_path: Path) -> None:
     talk = [("system", "s"), ("user", "a?"), ("assistant", "first"), ("user", "b?"), ("assistant", "second")]
     rows = [{"messages": [{"role": r, "content": c} for r, c in talk]}]
-    data = fitted(tmp_path, rows, validation_source=write(tmp_path / "validation.jsonl", rows))
-    (line,) = lines(data.train_dataloader()).values()
+    data = set_up(tmp_path, rows, validation_source=write(tmp_path / "validation.jsonl", rows))
+    (line,) = lines_of(data.train_dataloader()).values()
     assert data.tokenizer.decode(line.clean) == "first<|end|>second<|end|>"
     (batch,) = data.test_dataloader()
     assert batch["gold"] == ["second"]
@@ -210,8 +212,8 @@ def test_every_assistant_turn_is_learnt_and_the_last_one_is_generated(tmp_path: 
 
 
 def test_text_is_learnt_as_a_whole_and_there_is_nothing_to_generate_for(tmp_path: Path) -> None:
-    data = fitted(tmp_path, [{"text": f"Once upon a time {i}."} for i in range(20)])
-    for line in lines(data.train_dataloader()).values():
+    data = set_up(tmp_path, [{"text": f"Once upon a time {i}."} for i in range(20)])
+    for line in lines_of(data.train_dataloader()).values():
         assert line.labels == [-100, *line.ids[1:]]
         assert data.tokenizer.decode(line.ids).startswith("Once upon a time")
     with pytest.raises(UserError, match=r"--data\.test_source"):
@@ -225,10 +227,12 @@ def test_the_first_row_decides_the_format_and_a_row_of_another_is_named(tmp_path
 
 def test_column_map_and_format_reach_the_rows(tmp_path: Path) -> None:
     rows = [{"extra": {"q": row["question"]}, "gold": row["answer"], "text": "not this"} for row in qa(12)]
-    data = fitted(tmp_path, rows, column_map={"question": "extra.q", "answer": "gold"}, validation_fraction=0.0)
+    data = set_up(tmp_path, rows, column_map={"question": "extra.q", "answer": "gold"}, validation_fraction=0.0)
     assert answers(data, data.train_dataloader()) == sorted(row["answer"] for row in qa(12))
-    data = fitted(tmp_path, rows, format="text", validation_fraction=0.0)
-    assert {data.tokenizer.decode(line.ids) for line in lines(data.train_dataloader()).values()} == {"not this<|end|>"}
+    data = set_up(tmp_path, rows, format="text", validation_fraction=0.0)
+    assert {data.tokenizer.decode(line.ids) for line in lines_of(data.train_dataloader()).values()} == {
+        "not this<|end|>"
+    }
 
 
 # --- truncation and what is dropped ---------------------------------------------------------------------------------
@@ -236,10 +240,10 @@ def test_column_map_and_format_reach_the_rows(tmp_path: Path) -> None:
 
 def test_examples_are_cut_at_the_end_and_counted(tmp_path: Path) -> None:
     rows = [*qa(10), {"question": "long?", "answer": "word " * 60}]
-    whole = lines(fitted(tmp_path, rows, validation_fraction=0.0, max_length=1000).train_dataloader())
+    whole = lines_of(set_up(tmp_path, rows, validation_fraction=0.0, max_length=1000).train_dataloader())
     longest = sorted(len(line.ids) for line in whole.values())
-    data = fitted(tmp_path, rows, validation_fraction=0.0, max_length=longest[-2])
-    cut = lines(data.train_dataloader())
+    data = set_up(tmp_path, rows, validation_fraction=0.0, max_length=longest[-2])
+    cut = lines_of(data.train_dataloader())
     assert longest[-1] > longest[-2] == data.longest
     assert cut == {id: Line(*(field[: longest[-2]] for field in line)) for id, line in whole.items()}
     report = data.reports["train"]
@@ -251,7 +255,7 @@ def test_examples_are_cut_at_the_end_and_counted(tmp_path: Path) -> None:
 
 def test_rows_that_lose_every_label_are_dropped_and_counted(tmp_path: Path) -> None:
     long = [{"question": f"{i} " + "word " * 200, "answer": "yes"} for i in range(3)]
-    data = fitted(tmp_path, [*qa(10), *long], validation_fraction=0.0, max_length=100)
+    data = set_up(tmp_path, [*qa(10), *long], validation_fraction=0.0, max_length=100)
     assert answers(data, data.train_dataloader()) == sorted(row["answer"] for row in qa(10))
     report = data.reports["train"]
     assert (report.examples, report.dropped) == (10, 3)
@@ -269,8 +273,8 @@ def test_a_split_whose_rows_are_all_masked_is_an_error_that_names_max_length(tmp
 
 def test_rows_of_tokens_without_a_label_are_dropped(tmp_path: Path) -> None:
     rows = [{"input_ids": [7, 8, 9], "labels": labels} for labels in ([-100, 8, 9], [-100] * 3, [7, -100, -100])]
-    data = fitted(tmp_path, rows, validation_fraction=0.0, tokenizer=saved_tokenizer(tmp_path))
-    assert [line.labels for line in lines(data.train_dataloader()).values()] == [[-100, 8, 9]]
+    data = set_up(tmp_path, rows, validation_fraction=0.0, tokenizer=saved_tokenizer(tmp_path))
+    assert [line.labels for line in lines_of(data.train_dataloader()).values()] == [[-100, 8, 9]]
     assert data.reports["train"].dropped == 2
 
 
@@ -279,7 +283,7 @@ def test_rows_of_tokens_without_a_label_are_dropped(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("split", ["train", "validation"])
 def test_training_batches_are_padded_on_the_right(tmp_path: Path, split: str) -> None:
-    data = fitted(tmp_path, qa(60), noise=Noise(splits=["train", "validation"], ops=[TokenReplace(rate=0.3)]))
+    data = set_up(tmp_path, qa(60), noise=Noise(splits=["train", "validation"], ops=[TokenReplace(rate=0.3)]))
     pad, padded = data.tokenizer.pad_token_id, 0
     for batch in data.train_dataloader() if split == "train" else validation(data, noisy=True):
         assert set(batch) == {
@@ -306,7 +310,7 @@ def test_padding_with_the_end_of_sequence_leaves_the_end_of_turn_supervised(tmp_
     tokenizer = build_tokenizer([json.dumps(row) for row in qa(50)], 300)
     tokenizer.pad_token = None
     tokenizer.save_pretrained(tmp_path / "tokenizer")
-    data = fitted(tmp_path, qa(60), tokenizer=str(tmp_path / "tokenizer"))
+    data = set_up(tmp_path, qa(60), tokenizer=str(tmp_path / "tokenizer"))
     assert data.tokenizer.pad_token_id == data.tokenizer.eos_token_id
     assert set(sides(data)[0]) | set(sides(data)[1]) == {row["answer"] for row in qa(60)}
     for batch in data.train_dataloader():
@@ -341,15 +345,15 @@ def test_training_and_evaluation_have_batch_sizes_of_their_own(tmp_path: Path) -
         return [len(batch["example_id"]) for batch in loader]
 
     held_out = write(tmp_path / "validation.jsonl", qa(5))
-    data = fitted(tmp_path, qa(10), validation_source=held_out, batch_size=4)
+    data = set_up(tmp_path, qa(10), validation_source=held_out, batch_size=4)
     assert sizes(data.train_dataloader()) == [4, 4, 2] and sizes(data.val_dataloader()) == [4, 1]
-    data = fitted(tmp_path, qa(10), validation_source=held_out, batch_size=4, eval_batch_size=3)
+    data = set_up(tmp_path, qa(10), validation_source=held_out, batch_size=4, eval_batch_size=3)
     assert sizes(data.train_dataloader()) == [4, 4, 2]
     assert sizes(data.val_dataloader()) == sizes(data.test_dataloader()) == sizes(data.predict_dataloader()) == [3, 2]
 
 
 def test_by_default_test_and_predict_are_about_the_held_out_rows(tmp_path: Path) -> None:
-    data = fitted(tmp_path, qa(80))
+    data = set_up(tmp_path, qa(80))
     expected = sides(data)[1]
     assert expected
     for stage in ("test", "predict"):
@@ -370,9 +374,9 @@ def test_with_nothing_held_out_there_is_nothing_to_test_and_the_options_are_name
 
 
 def test_codes_of_replaced_tokens_reach_the_batch(tmp_path: Path) -> None:
-    clean = lines(fitted(tmp_path, qa(80)).train_dataloader())
-    data = fitted(tmp_path, qa(80), noise=Noise(ops=[TokenReplace(rate=0.3)]))
-    noisy = lines(data.train_dataloader())
+    clean = lines_of(set_up(tmp_path, qa(80)).train_dataloader())
+    data = set_up(tmp_path, qa(80), noise=Noise(ops=[TokenReplace(rate=0.3)]))
+    noisy = lines_of(data.train_dataloader())
     assert set(noisy) == set(clean)
     for id, line in noisy.items():
         assert line.ids == clean[id].ids
@@ -384,10 +388,10 @@ def test_codes_of_replaced_tokens_reach_the_batch(tmp_path: Path) -> None:
 
 
 def test_codes_of_swapped_responses_reach_the_batch(tmp_path: Path) -> None:
-    clean = fitted(tmp_path, qa(80))
-    expected = lines(clean.train_dataloader())
-    data = fitted(tmp_path, qa(80), noise=Noise(ops=[TokenReplace(rate=0.0), ResponseSwap(rate=0.5)]))
-    noisy = lines(data.train_dataloader())
+    clean = set_up(tmp_path, qa(80))
+    expected = lines_of(clean.train_dataloader())
+    data = set_up(tmp_path, qa(80), noise=Noise(ops=[TokenReplace(rate=0.0), ResponseSwap(rate=0.5)]))
+    noisy = lines_of(data.train_dataloader())
     assert set(noisy) == set(expected)
     swapped = {id for id in noisy if noisy[id].ids != expected[id].ids}
     assert 10 < len(swapped) < len(noisy)
@@ -398,34 +402,35 @@ def test_codes_of_swapped_responses_reach_the_batch(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("target", ["labels", "text"])
 def test_special_tokens_are_never_drawn(tmp_path: Path, target: Any) -> None:
-    data = fitted(tmp_path, qa(80), noise=Noise(ops=[TokenReplace(rate=1.0, target=target)]), tokenizer_size=1)
+    data = set_up(tmp_path, qa(80), noise=Noise(ops=[TokenReplace(rate=1.0, target=target)]), tokenizer_size=1)
     special = set(data.tokenizer.all_special_ids)
-    drawn = {label for line in lines(data.train_dataloader()).values() for label in line.clean}
+    drawn = {label for line in lines_of(data.train_dataloader()).values() for label in line.clean}
     assert len(special) == 6 and len(drawn) > 200 and not drawn & special
 
 
 def test_unigram_draws_from_the_labels_of_the_clean_training_rows(tmp_path: Path) -> None:
     held_out = write(tmp_path / "validation.jsonl", [{"question": "zq?", "answer": "zzqq"}])
-    clean = fitted(tmp_path, qa(80), validation_source=held_out, tokenizer_size=1)
-    spoken = {label for line in lines(clean.train_dataloader()).values() for label in line.clean}
+    clean = set_up(tmp_path, qa(80), validation_source=held_out, tokenizer_size=1)
+    spoken = {label for line in lines_of(clean.train_dataloader()).values() for label in line.clean}
     noise = Noise(splits=["train", "validation"], ops=[TokenReplace(rate=1.0, source="unigram")])
-    data = fitted(tmp_path, qa(80), validation_source=held_out, tokenizer_size=1, noise=noise)
+    data = set_up(tmp_path, qa(80), validation_source=held_out, tokenizer_size=1, noise=noise)
     for loader in (data.train_dataloader(), validation(data, noisy=True)):
-        drawn = {label for line in lines(loader).values() for label in line.clean}
+        drawn = {label for line in lines_of(loader).values() for label in line.clean}
         assert drawn and drawn <= spoken - {data.tokenizer.eos_token_id}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "op", [TokenReplace(rate=0.4), TokenReplace(rate=0.4, target="text"), ResponseSwap(rate=0.4)], ids=repr
 )
 def test_noise_does_not_depend_on_order_batches_or_truncation(tmp_path: Path, op: Any) -> None:
     rows, noise = qa(60), Noise(ops=[op])
-    expected = lines(fitted(tmp_path, rows, noise=noise).train_dataloader())
+    expected = lines_of(set_up(tmp_path, rows, noise=noise).train_dataloader())
     assert any(any(line.codes) for line in expected.values())
     random.Random(1).shuffle(rows)
-    assert lines(fitted(tmp_path, rows, noise=noise, batch_size=7).train_dataloader()) == expected
+    assert lines_of(set_up(tmp_path, rows, noise=noise, batch_size=7).train_dataloader()) == expected
     short = min(len(line.ids) for line in expected.values())
-    cut = lines(fitted(tmp_path, rows, noise=noise, max_length=short).train_dataloader())
+    cut = lines_of(set_up(tmp_path, rows, noise=noise, max_length=short).train_dataloader())
     assert cut == {id: Line(*(field[:short] for field in line)) for id, line in expected.items()} != expected
 
 
@@ -442,14 +447,14 @@ def test_a_bad_row_stops_by_default_with_file_row_and_field(tmp_path: Path) -> N
 @pytest.mark.parametrize("format", ["auto", "question_answer"])
 def test_bad_rows_are_skipped_counted_and_the_first_is_shown(tmp_path: Path, format: str) -> None:
     with pytest.warns(UserWarning, match=r"skipped 3 rows.*row 4, field 'answer': is empty"):
-        data = fitted(tmp_path, SPOILT, on_bad_row="skip", format=format, validation_fraction=0.0)
+        data = set_up(tmp_path, SPOILT, on_bad_row="skip", format=format, validation_fraction=0.0)
     assert answers(data, data.train_dataloader()) == sorted(row["answer"] for row in qa(6))
 
 
 def test_a_first_row_that_is_bad_does_not_decide_the_format(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="skipped 2 rows.*row 1"):
-        data = fitted(tmp_path, [{}, {"question": "a"}, *qa(5)], on_bad_row="skip", validation_fraction=0.0)
-    assert len(lines(data.train_dataloader())) == 5
+        data = set_up(tmp_path, [{}, {"question": "a"}, *qa(5)], on_bad_row="skip", validation_fraction=0.0)
+    assert len(lines_of(data.train_dataloader())) == 5
 
 
 def test_a_line_that_is_not_json_is_a_bad_row_too(tmp_path: Path) -> None:
@@ -464,7 +469,7 @@ def test_a_line_that_is_not_json_is_a_bad_row_too(tmp_path: Path) -> None:
 def test_good_rows_alone_are_not_warned_of(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        fitted(tmp_path, qa(40), on_bad_row="skip")
+        set_up(tmp_path, qa(40), on_bad_row="skip")
 
 
 @pytest.mark.filterwarnings("ignore:.*skipped 2 rows.*")
@@ -570,8 +575,8 @@ def test_ids_that_repeat_are_made_unique_whatever_the_order_of_the_rows(tmp_path
     rows = [{"id": id, **row} for id, row in zip(ids, qa(5), strict=True)]
     names: list[dict[str, tuple[int, ...]]] = []
     for order in (rows, rows[::-1], rows[2:] + rows[:2]):
-        data = fitted(tmp_path, order, validation_fraction=0.0)
-        names.append({id: tuple(line.ids) for id, line in lines(data.train_dataloader()).items()})
+        data = set_up(tmp_path, order, validation_fraction=0.0)
+        names.append({id: tuple(line.ids) for id, line in lines_of(data.train_dataloader()).items()})
     assert len(names[0]) == len(set(names[0].values())) == 5
     assert names[0] == names[1] == names[2]
     written = [str(id) for id in ids]
@@ -580,8 +585,8 @@ def test_ids_that_repeat_are_made_unique_whatever_the_order_of_the_rows(tmp_path
 
 def test_copies_of_a_row_are_examples_of_their_own(tmp_path: Path) -> None:
     # Each draws its own noise, so that a copy of a wrong row can be right.
-    data = fitted(tmp_path, qa(1) * 40, validation_fraction=0.0, noise=Noise(ops=[TokenReplace(rate=0.5)]))
-    found = lines(data.train_dataloader())
+    data = set_up(tmp_path, qa(1) * 40, validation_fraction=0.0, noise=Noise(ops=[TokenReplace(rate=0.5)]))
+    found = lines_of(data.train_dataloader())
     assert len(found) == 40 and len({tuple(line.codes) for line in found.values()}) > 20
 
 
@@ -595,8 +600,8 @@ def test_rows_of_tokens_need_the_tokenizer_they_were_made_with(tmp_path: Path) -
 
 def test_rows_of_tokens_are_used_as_they_are(tmp_path: Path) -> None:
     rows = [{"input_ids": [7, 8, 9, 10], "labels": [7, -100, 9, 11]}, {"input_ids": [11, 12]}]
-    data = fitted(tmp_path, rows, validation_fraction=0.0, tokenizer=saved_tokenizer(tmp_path))
-    found = sorted(lines(data.train_dataloader()).values())
+    data = set_up(tmp_path, rows, validation_fraction=0.0, tokenizer=saved_tokenizer(tmp_path))
+    found = sorted(lines_of(data.train_dataloader()).values())
     assert found == [Line([7, 8, 9, 10], [-100, -100, 9, 11], [0] * 4), Line([11, 12], [-100, 12], [0, 0])]
 
 
@@ -618,12 +623,12 @@ def test_tokens_outside_the_vocabulary_are_named_with_their_field(tmp_path: Path
 
 @pytest.mark.parametrize(("size", "expected"), [(1, 262), (262, 262), (290, 290)])
 def test_tokenizer_size_is_that_of_the_tokenizer_that_is_built(tmp_path: Path, size: int, expected: int) -> None:
-    assert len(fitted(tmp_path, qa(80), tokenizer_size=size).tokenizer) == expected
+    assert len(set_up(tmp_path, qa(80), tokenizer_size=size).tokenizer) == expected
 
 
 def test_a_tokenizer_that_is_given_is_not_built(tmp_path: Path) -> None:
     folder = saved_tokenizer(tmp_path)
-    data = fitted(tmp_path, qa(80), tokenizer=folder, tokenizer_size=1)
+    data = set_up(tmp_path, qa(80), tokenizer=folder, tokenizer_size=1)
     assert len(data.tokenizer) == 300
     assert data.tokenizer.get_vocab() == build_tokenizer([json.dumps(row) for row in qa(50)], 300).get_vocab()
 
@@ -631,7 +636,7 @@ def test_a_tokenizer_that_is_given_is_not_built(tmp_path: Path) -> None:
 def test_a_tokenizer_below_the_home_folder_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved_tokenizer(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert len(fitted(tmp_path, qa(20), tokenizer="~/tokenizer").tokenizer) == 300
+    assert len(set_up(tmp_path, qa(20), tokenizer="~/tokenizer").tokenizer) == 300
 
 
 @pytest.mark.parametrize("name", ["./nothing", "~/nothing", "{folder}", "{folder}/rows.jsonl"])
@@ -711,14 +716,14 @@ def test_what_is_left_out_of_an_uneven_epoch_changes_with_the_epoch() -> None:
 
 
 def test_lightning_leaves_the_samplers_alone(tmp_path: Path) -> None:
-    data = fitted(tmp_path, qa(40))
+    data = set_up(tmp_path, qa(40))
     for loader in (data.train_dataloader(), data.val_dataloader(), data.test_dataloader(), data.predict_dataloader()):
         assert not isinstance(loader, list) and isinstance(loader.sampler, DistributedSampler)
 
 
 def test_ranks_share_the_examples(tmp_path: Path) -> None:
     held_out = write(tmp_path / "validation.jsonl", qa(8))
-    data = fitted(tmp_path, qa(20), validation_source=held_out)
+    data = set_up(tmp_path, qa(20), validation_source=held_out)
     for name, total in {"train_dataloader": 18, "val_dataloader": 8, "predict_dataloader": 8}.items():
         seen = [[i for b in getattr(on_rank(data, r, 3), name)() for i in b["example_id"]] for r in range(3)]
         everyone = [id for rank in seen for id in rank]
@@ -727,19 +732,19 @@ def test_ranks_share_the_examples(tmp_path: Path) -> None:
 
 
 def test_fewer_examples_than_ranks_is_an_error(tmp_path: Path) -> None:
-    data = on_rank(fitted(tmp_path, qa(3), validation_fraction=0.0), 0, 4)
+    data = on_rank(set_up(tmp_path, qa(3), validation_fraction=0.0), 0, 4)
     with pytest.raises(UserError, match="3 examples are fewer than the 4 ranks") as caught:
         data.train_dataloader()
     assert len(str(caught.value).splitlines()) == 1
 
 
-def same(a: Any, b: Any) -> bool:
+def same_value(a: Any, b: Any) -> bool:
     return torch.equal(a, b) and a.dtype == b.dtype if isinstance(a, torch.Tensor) else a == b
 
 
 def assert_same_batches(first: Iterable[dict[str, Any]], second: Iterable[dict[str, Any]]) -> None:
     for a, b in zip(first, second, strict=True):
-        assert a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+        assert a.keys() == b.keys() and all(same_value(a[key], b[key]) for key in a)
 
 
 def loaders(data: InstructionDataModule) -> Sequence[Any]:
@@ -749,8 +754,9 @@ def loaders(data: InstructionDataModule) -> Sequence[Any]:
 NOISY = Noise(ops=[ResponseSwap(rate=0.3), TokenReplace(rate=0.2, target="text")])
 
 
+@pytest.mark.slow
 def test_workers_do_not_change_the_batches(tmp_path: Path) -> None:
-    alone, helped = (fitted(tmp_path, qa(50), noise=NOISY, num_workers=workers) for workers in (0, 2))
+    alone, helped = (set_up(tmp_path, qa(50), noise=NOISY, num_workers=workers) for workers in (0, 2))
     for one, other in zip(loaders(alone), loaders(helped), strict=True):
         for epoch in (0, 1):
             one.sampler.set_epoch(epoch)
@@ -758,10 +764,11 @@ def test_workers_do_not_change_the_batches(tmp_path: Path) -> None:
             assert_same_batches(one, other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("done", [0, 1, 4])
 def test_an_epoch_goes_on_where_it_was_left(tmp_path: Path, workers: int, done: int) -> None:
-    data = fitted(tmp_path, qa(50), validation_fraction=0.0, batch_size=8, num_workers=workers)
+    data = set_up(tmp_path, qa(50), validation_fraction=0.0, batch_size=8, num_workers=workers)
     whole = data.train_dataloader()
     whole.sampler.set_epoch(3)
     expected = list(whole)
@@ -777,7 +784,7 @@ def test_an_epoch_goes_on_where_it_was_left(tmp_path: Path, workers: int, done: 
 
 
 def test_another_epoch_than_the_one_that_was_left_starts_at_its_beginning(tmp_path: Path) -> None:
-    data = fitted(tmp_path, qa(50), validation_fraction=0.0, batch_size=8)
+    data = set_up(tmp_path, qa(50), validation_fraction=0.0, batch_size=8)
     left = data.train_dataloader()
     list(itertools.islice(left, 3))
     again, whole = data.train_dataloader(), data.train_dataloader()
@@ -788,7 +795,7 @@ def test_another_epoch_than_the_one_that_was_left_starts_at_its_beginning(tmp_pa
 
 
 def test_an_epoch_left_on_two_ranks_goes_on_upon_three_and_no_example_is_seen_twice(tmp_path: Path) -> None:
-    data = fitted(tmp_path, qa(60), validation_fraction=0.0, batch_size=4)
+    data = set_up(tmp_path, qa(60), validation_fraction=0.0, batch_size=4)
 
     def ids(loader: Any, batches: int | None = None) -> list[str]:
         return [id for batch in itertools.islice(loader, batches) for id in batch["example_id"]]
@@ -808,14 +815,14 @@ def test_an_epoch_left_on_two_ranks_goes_on_upon_three_and_no_example_is_seen_tw
 
 
 def test_preparing_twice_gives_the_same_batches_to_the_bit(tmp_path: Path) -> None:
-    first, second = (fitted(tmp_path, qa(50), noise=NOISY) for _ in range(2))
+    first, second = (set_up(tmp_path, qa(50), noise=NOISY) for _ in range(2))
     for one, other in zip(loaders(first), loaders(second), strict=True):
         assert_same_batches(one, other)
     assert first.tokenizer.get_vocab() == second.tokenizer.get_vocab()
 
 
 def test_setting_up_again_changes_nothing(tmp_path: Path) -> None:
-    data = fitted(tmp_path, qa(50), noise=NOISY)
+    data = set_up(tmp_path, qa(50), noise=NOISY)
     before = [list(loader) for loader in loaders(data)]
     for stage in ("validate", "fit", "test", "predict", "fit"):
         data.setup(stage)
@@ -849,7 +856,7 @@ class Watch(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.0)
 
 
-def watched(folder: Path, *, seed: int = 0, state: int = 0) -> Watch:
+def watched_fit(folder: Path, *, seed: int = 0, state: int = 0) -> Watch:
     rows, module = qa(30), Watch()
     torch.manual_seed(state)
     random.seed(state)
@@ -862,13 +869,13 @@ def watched(folder: Path, *, seed: int = 0, state: int = 0) -> Watch:
 
 
 def test_in_a_run_each_epoch_has_an_order_of_its_own_that_only_the_seed_decides(tmp_path: Path) -> None:
-    first, again = watched(tmp_path), watched(tmp_path, state=1)
+    first, again = watched_fit(tmp_path), watched_fit(tmp_path, state=1)
     assert first.trained == again.trained and first.validated == again.validated
     one, two, three = first.trained
     assert len(one) > 15 and sorted(one) == sorted(two) == sorted(three)
     assert one != two != three != one
     assert first.validated == [first.validated[0]] * 3 and not set(first.validated[0]) & set(one)
-    other = watched(tmp_path, seed=1).trained[0]
+    other = watched_fit(tmp_path, seed=1).trained[0]
     assert [id for id in one if id in set(other)] != [id for id in other if id in set(one)]
 
 

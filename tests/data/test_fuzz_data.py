@@ -16,6 +16,8 @@ from deft_lightning.data import InstructionDataModule
 from deft_lightning.data.preview import as_text, page
 from deft_lightning.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 
 def outcome(arguments: list[str]) -> str:
     """Prepare and show the data of a command line of ``preview``; return the line of the error, or nothing."""

@@ -113,7 +113,7 @@ def preview(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Preview:
 WORDS = ["naïve", "Ünïcödé", "日本語", "😀😀", "👩‍👩‍👧‍👦", "é", "🇫🇷", "a\tb", "x  y", "\n\n", "٣", "ok"]
 
 
-def talks(count: int) -> list[dict[str, str]]:
+def three_talks(count: int) -> list[dict[str, str]]:
     pick = [WORDS[(7 * i + i // 5) % len(WORDS)] for i in range(6 * count)]
     return [
         {"id": f"t{i}", "question": " ".join([str(i), *pick[i : i + 3]]), "answer": " ".join([*pick[2 * i :][:4], "."])}
@@ -137,7 +137,7 @@ def ready(folder: Path, **options: Any) -> InstructionDataModule:
     return data
 
 
-def tensors(data: InstructionDataModule) -> dict[str, dict[str, Any]]:
+def batches_by_id(data: InstructionDataModule) -> dict[str, dict[str, Any]]:
     return {batch["example_id"][0]: batch for batch in data.train_dataloader()}
 
 
@@ -150,9 +150,10 @@ def by_id(page: Page) -> dict[str, Article]:
 # --- text ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [0, 400])
 def test_every_letter_is_there_and_the_response_alone_is_learnt(preview: Preview, size: int) -> None:
-    rows = talks(12)
+    rows = three_talks(12)
     found = by_id(preview(rows, "--data.tokenizer_size", str(size)))
     assert len(found) == 12
     for row in rows:
@@ -163,7 +164,7 @@ def test_every_letter_is_there_and_the_response_alone_is_learnt(preview: Preview
 
 
 def test_letters_of_which_some_bytes_are_noisy_are_still_whole(preview: Preview) -> None:
-    rows = talks(12)
+    rows = three_talks(12)
     op = {"class_path": "TokenReplace", "init_args": {"rate": 0.3}}
     page = preview(rows, "--data.tokenizer_size", "0", "--data.noise.ops", json.dumps([op]))
     assert any(span.kind == "noisy" for article in page.articles for span in article.spans)
@@ -172,6 +173,7 @@ def test_letters_of_which_some_bytes_are_noisy_are_still_whole(preview: Preview)
     assert {id: article.text for id, article in found.items()} == {row["id"]: rendered(row) for row in rows}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keep", ["start", "end"])
 @pytest.mark.parametrize("length", [20, 21, 22, 23])  # within a letter of four bytes, wherever it begins
 def test_a_letter_that_is_cut_in_two_is_shown_once(preview: Preview, length: int, keep: str) -> None:
@@ -199,14 +201,15 @@ def metaspace(folder: Path) -> str:
     return str(folder / "metaspace")
 
 
-def stories(folder: Path) -> str:
+def stories_model(folder: Path) -> str:
     path = SHARED / "models" / "stories260K"
     if not path.exists():
         pytest.skip(f"{path} is not there")
     return str(path)
 
 
-@pytest.mark.parametrize("make", [metaspace, stories])
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [metaspace, stories_model])
 @pytest.mark.parametrize("rate", ["0", "0.3"])
 def test_blanks_of_a_sentencepiece_tokenizer_are_kept(
     preview: Preview, tmp_path: Path, make: Callable[[Path], str], rate: str
@@ -219,8 +222,8 @@ def test_blanks_of_a_sentencepiece_tokenizer_are_kept(
     folder = make(tmp_path)
     found = by_id(preview(rows, "--data.tokenizer", folder, "--data.noise.ops", json.dumps([op])))
     data = ready(tmp_path, tokenizer=folder, noise=Noise(ops=[TokenReplace(float(rate))]))
-    assert found.keys() == tensors(data).keys()
-    for id, batch in tensors(data).items():
+    assert found.keys() == batches_by_id(data).keys()
+    for id, batch in batches_by_id(data).items():
         assert found[id].text == data.tokenizer.decode(batch["input_ids"][0].tolist())
         assert f"what is  {id[1:]} ?" in found[id].text and f"it is\n {id[1:]} . ok  a b naïve 😀" in found[id].text
 
@@ -228,6 +231,7 @@ def test_blanks_of_a_sentencepiece_tokenizer_are_kept(
 # --- classes ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keep", ["start", "end"])
 @pytest.mark.parametrize("supervise", ["assistant", "all"])
 def test_the_classes_count_as_many_tokens_as_the_tensors(
@@ -243,7 +247,7 @@ def test_the_classes_count_as_many_tokens_as_the_tensors(
     data = ready(
         tmp_path, tokenizer_size=0, noise=Noise(ops=[TokenReplace(0.2)]), max_length=48, supervise=supervise, keep=keep
     )
-    expected, found = tensors(data), by_id(page)
+    expected, found = batches_by_id(data), by_id(page)
     assert found.keys() == expected.keys() and len(found) == 16
     cuts = 0
     for row in rows:
@@ -327,23 +331,25 @@ def test_markup_in_the_data_is_text(preview: Preview) -> None:
 
 
 def test_the_page_needs_nothing_but_itself(preview: Preview) -> None:
-    page = preview(talks(3))
+    page = preview(three_talks(3))
     for word in ("http", "src=", "href", "url(", "@import", "<script", "<link", "<iframe"):
         assert word not in page.html.lower(), word
     assert 'charset="utf-8"' in page.html and page.html.startswith("<!doctype html>")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("asked", "shown"), [("1", 1), ("5", 5), ("12", 12), ("99", 12)])
 def test_as_many_different_examples_as_asked_for(preview: Preview, asked: str, shown: int) -> None:
-    assert len(by_id(preview(talks(12), "--examples", asked))) == shown
+    assert len(by_id(preview(three_talks(12), "--examples", asked))) == shown
 
 
+@pytest.mark.slow
 def test_pages_of_the_validation_examples(preview: Preview) -> None:
     split = ["--data.validation_fraction", "0.4"]
     op = {"class_path": "TokenReplace", "init_args": {"rate": 0.5}}
     noise = ["--data.noise.ops", json.dumps([op]), "--data.noise.splits", '["train", "validation"]']
     pages = {
-        name: by_id(preview(talks(30), *split, *noise, "--split", name, "--examples", "99"))
+        name: by_id(preview(three_talks(30), *split, *noise, "--split", name, "--examples", "99"))
         for name in ("train", "validation", "validation_noisy")
     }
     assert pages["validation"].keys() == pages["validation_noisy"].keys()
@@ -374,6 +380,7 @@ def failed(call: Callable[[], Any], capfd: pytest.CaptureFixture[str]) -> str:
     return line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "says"),
     [
@@ -386,13 +393,13 @@ def failed(call: Callable[[], Any], capfd: pytest.CaptureFixture[str]) -> str:
 def test_what_cannot_be_shown_is_one_line(
     preview: Preview, capfd: pytest.CaptureFixture[str], options: list[str], says: list[str]
 ) -> None:
-    line = failed(lambda: preview(talks(3), *options), capfd)
+    line = failed(lambda: preview(three_talks(3), *options), capfd)
     assert all(word in line for word in says)
 
 
 def test_a_split_without_examples_is_said_to_be_empty(preview: Preview, capfd: pytest.CaptureFixture[str]) -> None:
     # A page of no examples would look like a page that failed.
-    assert "validation" in failed(lambda: preview(talks(3), "--split", "validation"), capfd)
+    assert "validation" in failed(lambda: preview(three_talks(3), "--split", "validation"), capfd)
 
 
 def test_without_any_source_the_option_is_named(
@@ -427,10 +434,11 @@ def opened(page: Path, profile: Path) -> tuple[str, str]:
     return done.stdout, "\n".join(line for line in done.stderr.splitlines() if "CONSOLE" in line)
 
 
+@pytest.mark.slow
 def test_a_browser_finds_the_same_articles_and_nothing_to_complain_of(preview: Preview, tmp_path: Path) -> None:
     browser()
     op = {"class_path": "TokenReplace", "init_args": {"rate": 0.3}}
-    rows = [*NASTY, *talks(8)]
+    rows = [*NASTY, *three_talks(8)]
     page = preview(
         rows, "--data.tokenizer_size", "400", "--data.noise.ops", json.dumps([op]), "--data.max_length", "30"
     )
@@ -446,6 +454,7 @@ def test_a_browser_finds_the_same_articles_and_nothing_to_complain_of(preview: P
     assert [article.spans for article in seen.articles] == [article.spans for article in page.articles]
 
 
+@pytest.mark.slow
 def test_the_browser_would_have_complained(tmp_path: Path) -> None:
     browser()
     (tmp_path / "page.html").write_text("<!doctype html><body><script>missing()</script></body>")

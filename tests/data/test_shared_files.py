@@ -36,7 +36,7 @@ def first_lines(name: str, n: int, folder: Path) -> Path:
     return target
 
 
-def parsed(path: Path) -> list[dict[str, Any]]:
+def parsed_row(path: Path) -> list[dict[str, Any]]:
     text = path.read_text(encoding="utf-8")
     rows: list[dict[str, Any]] = (
         json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in text.splitlines()]
@@ -44,7 +44,7 @@ def parsed(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def spell(ids: list[int]) -> str:
+def spelled(ids: list[int]) -> str:
     """Tokens of the story model as text, by the letter: ▁ is a blank, and bytes are bytes."""
     tokenizer, raw = Tokenizer.from_file(str(STORIES / "tokenizer.json")), b""
     for piece in map(tokenizer.id_to_token, ids):
@@ -53,7 +53,7 @@ def spell(ids: list[int]) -> str:
     return raw.decode()
 
 
-def prepare(source: Path, **options: Any) -> InstructionDataModule:
+def prepared_file(source: Path, **options: Any) -> InstructionDataModule:
     data = InstructionDataModule(
         str(source),
         **{
@@ -68,9 +68,9 @@ def prepare(source: Path, **options: Any) -> InstructionDataModule:
     return data
 
 
-def supervised(data: InstructionDataModule) -> list[str]:
+def supervised_texts(data: InstructionDataModule) -> list[str]:
     """What each training example supervises, in no order."""
-    return sorted(spell(row[row != -100].tolist()) for batch in data.train_dataloader() for row in batch["labels"])
+    return sorted(spelled(row[row != -100].tolist()) for batch in data.train_dataloader() for row in batch["labels"])
 
 
 SVAMP = {"question": "Question", "answer": "Answer", "id": "ID"}
@@ -86,6 +86,7 @@ FILES: dict[str, tuple[int, dict[str, str], str, str]] = {
 every_file = pytest.mark.parametrize("name", FILES)
 
 
+@pytest.mark.slow
 @every_file
 def test_every_row_of_the_file_becomes_messages(name: str) -> None:
     count, column_map, format, response = FILES[name]
@@ -93,12 +94,13 @@ def test_every_row_of_the_file_becomes_messages(name: str) -> None:
     found = list(read(str(path)))
     assert len(found) == count
     assert detect_format(found[0][1], found[0][0], column_map) == format
-    for (where, record), row in zip(found, parsed(path), strict=True):
+    for (where, record), row in zip(found, parsed_row(path), strict=True):
         example = normalise(record, where, format, column_map)
         assert example.response == str(row[response])
         assert example.id == row[column_map["id"]] if column_map else example.id == example.digest
 
 
+@pytest.mark.slow
 @every_file
 def test_the_response_alone_is_supervised_to_the_letter(tmp_path: Path, name: str) -> None:
     _, column_map, _, response = FILES[name]
@@ -106,17 +108,17 @@ def test_the_response_alone_is_supervised_to_the_letter(tmp_path: Path, name: st
         path = first_lines(name, 30, tmp_path)
     else:
         path = tmp_path / name
-        path.write_text(json.dumps(parsed(shared(f"data/{name}"))[:30]))
-    data = prepare(path, column_map=column_map)
-    assert supervised(data) == sorted(str(row[response]) + "</s>" for row in parsed(path))
+        path.write_text(json.dumps(parsed_row(shared(f"data/{name}"))[:30]))
+    data = prepared_file(path, column_map=column_map)
+    assert supervised_texts(data) == sorted(str(row[response]) + "</s>" for row in parsed_row(path))
     assert data.stop_token_ids == [data.tokenizer.eos_token_id]
 
 
 def test_code_that_ends_in_blanks_is_supervised_with_them(tmp_path: Path) -> None:
-    rows = [row for row in parsed(shared("data/gpteacher_codegen.json")) if row["response"][-1].isspace()]
+    rows = [row for row in parsed_row(shared("data/gpteacher_codegen.json")) if row["response"][-1].isspace()]
     assert len(rows) > 20
     (tmp_path / "rows.json").write_text(json.dumps(rows))
-    assert supervised(prepare(tmp_path / "rows.json")) == sorted(row["response"] + "</s>" for row in rows)
+    assert supervised_texts(prepared_file(tmp_path / "rows.json")) == sorted(row["response"] + "</s>" for row in rows)
 
 
 def test_prompts_of_one_file_are_generated_for_after_training_on_another(tmp_path: Path) -> None:
@@ -132,10 +134,10 @@ def test_prompts_of_one_file_are_generated_for_after_training_on_another(tmp_pat
     for batch in data.test_dataloader():
         golds += batch["gold"]
         for ids, mask in zip(batch["input_ids"], batch["attention_mask"].bool(), strict=True):
-            prompts.append(spell(ids[mask].tolist()))
-    assert golds == [row["answer"] for row in parsed(test)]
+            prompts.append(spelled(ids[mask].tolist()))
+    assert golds == [row["answer"] for row in parsed_row(test)]
     # The tokenizer writes a blank before the first word of a text.
-    wanted = [f"<s> <|im_start|>user\n{row['question']}</s> \n<|im_start|>assistant\n" for row in parsed(test)]
+    wanted = [f"<s> <|im_start|>user\n{row['question']}</s> \n<|im_start|>assistant\n" for row in parsed_row(test)]
     assert prompts == wanted
 
 
@@ -144,7 +146,7 @@ def test_noise_on_real_rows_is_recorded_to_the_token(tmp_path: Path) -> None:
 
     def by_id(noise: Noise) -> dict[str, tuple[list[int], list[int]]]:
         rows = {}
-        for batch in prepare(path, noise=noise).train_dataloader():
+        for batch in prepared_file(path, noise=noise).train_dataloader():
             for i, id in enumerate(batch["example_id"]):
                 keep = batch["labels"][i] != -100
                 rows[id] = (batch["labels"][i][keep].tolist(), batch["noise_code"][i][keep].tolist())
@@ -171,5 +173,5 @@ def test_an_object_of_objects_is_no_list_of_rows_and_a_list_of_them_is() -> None
 def test_long_answers_of_pubmedqa_are_supervised_under_a_column_map(tmp_path: Path) -> None:
     rows = list(json.loads(shared("data/pubmedqa_labeled.json").read_text(encoding="utf-8")).values())[:20]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
-    data = prepare(tmp_path / "rows.json", column_map={"question": "QUESTION", "answer": "LONG_ANSWER"})
-    assert supervised(data) == sorted(row["LONG_ANSWER"] + "</s>" for row in rows)
+    data = prepared_file(tmp_path / "rows.json", column_map={"question": "QUESTION", "answer": "LONG_ANSWER"})
+    assert supervised_texts(data) == sorted(row["LONG_ANSWER"] + "</s>" for row in rows)

@@ -21,6 +21,8 @@ from deft_lightning.evaluation.graders.algebra import Algebra, GaveUp
 from deft_lightning.evaluation.graders.algebra_worker import WALL
 from deft_lightning.evaluation.graders.mathematics import same_answer
 
+pytestmark = pytest.mark.slow
+
 OPTIONS = {"options": {"A": "Paris", "B": "the largest prime below a million"}}
 GRADERS: dict[str, tuple[Grader, str]] = {
     "gsm8k": (BENCHMARKS["gsm8k"].grader, "18"),
@@ -33,7 +35,7 @@ MB = 2**20
 
 
 @contextmanager
-def within(seconds: float) -> Iterator[None]:
+def ends_within(seconds: float) -> Iterator[None]:
     """Fail if the block takes longer: a hang is interrupted, so that the suite goes on."""
 
     def late(*_: Any) -> None:
@@ -87,7 +89,7 @@ def test_ten_megabytes_are_graded_at_once(kind: str, name: str) -> None:
     text = LONG[kind](10 * MB)
     assert len(text.encode()) > 9 * MB
     assert same_answer("x+1", "1+x")  # the process that compares is started
-    with within(20):
+    with ends_within(20):
         assert_grades(grader, text, gold)
 
 
@@ -106,7 +108,7 @@ ODD = ["", " ", "\n", "\x00", "\ufeff", "\ud800", "1\u200b8", "\r\n\r\n", "{", "
 @pytest.mark.parametrize("text", ODD, ids=repr)
 def test_short_oddities_are_graded(text: str, name: str) -> None:
     grader, gold = GRADERS[name]
-    with within(30):
+    with ends_within(30):
         scores = assert_grades(grader, text, gold)
     assert next(iter(scores.values())) == 0.0
 
@@ -145,7 +147,7 @@ def quick() -> Iterator[Algebra]:
 
 @pytest.mark.parametrize("answer", HANGING)
 def test_a_hang_ends_with_its_process(quick: Algebra, answer: str) -> None:
-    with within(2 * WALL):
+    with ends_within(2 * WALL):
         assert not quick.same("5", answer)
         assert quick.same(r"\frac{\pi}{2}", r"\pi/2"), "the next one is graded"
 
@@ -169,14 +171,14 @@ def test_an_answer_that_is_no_longer_waited_for_is_not_the_next_ones(
 ) -> None:
     """As after Ctrl-C, or a limit of time that somebody else has set."""
     assert quick.same("u+1", "1+u")
-    with pytest.raises(TimeoutError), within(0.3), monkeypatch.context() as patch:
+    with pytest.raises(TimeoutError), ends_within(0.3), monkeypatch.context() as patch:
         patch.setattr(quick, "calls", 10**7)
         quick.same("5", HANGING[2])
     assert quick.same("u+2", "2+u") and not quick.same("u+2", "3+u")
 
 
 def test_the_grader_itself_survives_a_hang() -> None:
-    with within(3 * WALL + 20):
+    with ends_within(3 * WALL + 20):
         assert Math()(f"\\boxed{{{HANGING[0]}}}", "5", {}) == {"correct": 0.0}
     assert Math()(r"\boxed{\pi/2}", r"\frac{\pi}{2}", {}) == {"correct": 1.0}
 

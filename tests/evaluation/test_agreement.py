@@ -13,6 +13,8 @@ from rewrites import LATEX_RIGHT, LATEX_WRONG, NUMBER_RIGHT, NUMBER_WRONG, Grade
 from deft_lightning.evaluation import BENCHMARKS
 from deft_lightning.evaluation.benchmarks import final_answer
 
+pytestmark = pytest.mark.slow
+
 SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 MADE_UP = ["1", "7", "12", "40", "365", "1000", "4096", "27000", "1234567"]
 LATEX = [
@@ -21,7 +23,7 @@ LATEX = [
 ]  # fmt: skip
 
 
-def rows(name: str) -> list[dict[str, Any]]:
+def shared_rows(name: str) -> list[dict[str, Any]]:
     path = SHARED / name
     if not path.exists():
         pytest.skip(f"{path} is not there")
@@ -76,7 +78,7 @@ def test_every_rule_on_latex_of_our_own() -> None:
 
 
 def test_gsm8k_by_rule() -> None:
-    answers = [row["answer"] for row in rows("gsm8k_test.jsonl")]
+    answers = [row["answer"] for row in shared_rows("gsm8k_test.jsonl")]
     golds = [final_answer(answer).replace(",", "") for answer in answers]
     official = [Graded(gold, answer, True, "official") for gold, answer in zip(golds, answers, strict=True)]
     positive = [gold for gold in golds if int(gold) > 0]
@@ -84,13 +86,13 @@ def test_gsm8k_by_rule() -> None:
 
 
 def test_svamp_by_rule() -> None:
-    golds = [final_answer(row["Answer"]) for row in rows("svamp_test.jsonl")]
+    golds = [final_answer(row["Answer"]) for row in shared_rows("svamp_test.jsonl")]
     assert_agrees("svamp", rewritten(golds, NUMBER_RIGHT, NUMBER_WRONG), 2000)
 
 
 def test_math500_by_rule() -> None:
     """The official solutions, and answers rewritten."""
-    found = rows("math500_test.jsonl")
+    found = shared_rows("math500_test.jsonl")
     golds = [final_answer(row["answer"]) for row in found]
     official = [Graded(gold, row["solution"], True, "official") for gold, row in zip(golds, found, strict=True)]
     assert_agrees("math500", [*official, *rewritten(golds, LATEX_RIGHT, LATEX_WRONG)], 1500)

@@ -62,7 +62,7 @@ def test_generation_takes_the_ends_of_its_ranges() -> None:
     Generation(temperature=2.0, top_p=1e-3, samples=64)
 
 
-def batch_of(tokenizer: Any, texts: Sequence[str]) -> dict[str, Any]:
+def prompt_batch(tokenizer: Any, texts: Sequence[str]) -> dict[str, Any]:
     collate = PromptCollator(tokenizer.pad_token_id)
     return collate([Prompt(f"id-{t}", tokenizer(t).input_ids, t, None) for t in texts])
 
@@ -85,7 +85,7 @@ def test_greedy_completions_of_a_left_padded_batch_are_those_of_each_prompt_alon
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.pad_token = padding
     texts = [*PROMPTS, "one<|end|>two<|end|>!"]
-    batch = batch_of(tokenizer, texts)
+    batch = prompt_batch(tokenizer, texts)
     assert batch["attention_mask"].sum(1).unique().numel() == len(texts), "every prompt is padded differently"
     stops = [tokenizer.eos_token_id]
     found = complete(model, tokenizer, batch, Generation(max_new_tokens=12), stops)
@@ -101,7 +101,11 @@ def test_a_completion_ends_before_its_first_stop_token_and_is_not_truncated(mode
     # A token one prompt says midway becomes a stop token; others may never say it.
     stop = next(t for t in free[0][2:] if t not in free[0][:2])
     found = complete(
-        model, tokenizer, batch_of(tokenizer, PROMPTS), Generation(max_new_tokens=12), [tokenizer.eos_token_id, stop]
+        model,
+        tokenizer,
+        prompt_batch(tokenizer, PROMPTS),
+        Generation(max_new_tokens=12),
+        [tokenizer.eos_token_id, stop],
     )
     for (sample,), ids in zip(found, free, strict=True):
         end = ids.index(stop) if stop in ids else None
@@ -112,13 +116,13 @@ def test_a_completion_ends_before_its_first_stop_token_and_is_not_truncated(mode
 
 def test_a_stop_token_as_the_very_last_one_does_not_count_as_truncated(model: Any, tokenizer: Any) -> None:
     first = generated_alone(model, tokenizer, "ab", 1, [tokenizer.eos_token_id])[0]
-    ((sample,),) = complete(model, tokenizer, batch_of(tokenizer, ["ab"]), Generation(max_new_tokens=1), [first])
+    ((sample,),) = complete(model, tokenizer, prompt_batch(tokenizer, ["ab"]), Generation(max_new_tokens=1), [first])
     assert sample == ("", False)
 
 
 def sampled(model: Any, tokenizer: Any, texts: Sequence[str], **settings: Any) -> list[list[str]]:
     generation = Generation(**{"max_new_tokens": 8, "temperature": 1.0, **settings})
-    found = complete(model, tokenizer, batch_of(tokenizer, texts), generation, [tokenizer.eos_token_id])
+    found = complete(model, tokenizer, prompt_batch(tokenizer, texts), generation, [tokenizer.eos_token_id])
     return [[sample.text for sample in samples] for samples in found]
 
 
@@ -133,7 +137,7 @@ def test_sampling_repeats_for_the_same_ids_and_seed_whatever_was_drawn_before(mo
 def test_another_seed_or_other_ids_sample_something_else(model: Any, tokenizer: Any) -> None:
     first = sampled(model, tokenizer, PROMPTS, seed=5)
     assert sampled(model, tokenizer, PROMPTS, seed=6) != first
-    batch = batch_of(tokenizer, PROMPTS)
+    batch = prompt_batch(tokenizer, PROMPTS)
     batch["example_id"] = [f"other-{i}" for i in range(len(PROMPTS))]
     settings = Generation(max_new_tokens=8, temperature=1.0, seed=5)
     renamed = complete(model, tokenizer, batch, settings, [tokenizer.eos_token_id])
@@ -173,6 +177,6 @@ def test_greedy_is_plain_greedy_whatever_the_models_own_generation_config_asks_f
     penalised.generation_config.repetition_penalty = 5.0
     penalised.generation_config.num_beams = 3
     settings, stops = Generation(max_new_tokens=12), [tokenizer.eos_token_id]
-    batch = batch_of(tokenizer, PROMPTS)
+    batch = prompt_batch(tokenizer, PROMPTS)
     assert complete(penalised, tokenizer, batch, settings, stops) == complete(model, tokenizer, batch, settings, stops)
     assert generated_alone(penalised, tokenizer, "ab", 12, stops) != generated_alone(model, tokenizer, "ab", 12, stops)

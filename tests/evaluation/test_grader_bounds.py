@@ -25,8 +25,10 @@ from deft_lightning.evaluation.graders.mathematics import same_answer
 from deft_lightning.evaluation.grading import Doubts
 from deft_lightning.evaluation.score import score
 
+pytestmark = pytest.mark.slow
 
-def write(path: Path, *rows: dict[str, Any]) -> Path:
+
+def write_predictions_of(path: Path, *rows: dict[str, Any]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
@@ -46,7 +48,7 @@ def test_numbers_beyond_a_float_are_graded() -> None:
 @pytest.mark.parametrize("gold", ["nan", "Infinity", "-inf", "", "\x00", "7" * 100_000, "{" * 3000, "x" * 2**20])
 def test_absurd_right_answers_are_graded_or_counted(gold: str, tmp_path: Path) -> None:
     doubts = Doubts()
-    path = write(tmp_path / "p.jsonl", row(gold, "x+1"), row("2", "1+1"))
+    path = write_predictions_of(tmp_path / "p.jsonl", row(gold, "x+1"), row("2", "1+1"))
     assert score(path, "math500", doubts=doubts)["math500"]["avg@1"] == 0.5
     assert len(gold) < 3000 or "too long a right answer: 1); the first: row 1" in str(doubts)
 
@@ -68,7 +70,7 @@ def test_sizes_are_known_before_they_are_computed(answer: str) -> None:
 def test_a_hostile_file_ends_soon_and_is_told_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What is given up is not asked again, and a question given up is no longer than a question."""
     answers = [f"9^{{9^{{{i}}}}}" for i in range(8, 24)] + ["(" * 200 + "1" + ")" * 200, r"\sqrt{4}"]
-    path = write(tmp_path / "p.jsonl", *(row("2", answer) for answer in answers * 20))
+    path = write_predictions_of(tmp_path / "p.jsonl", *(row("2", answer) for answer in answers * 20))
     before, known = time.process_time(), len(judge().memory)
     main([str(path), "--benchmark", "math500"])
     told = capsys.readouterr()
@@ -111,7 +113,9 @@ def test_a_question_gets_the_same_number_of_calls_whatever_came_before() -> None
 
 @pytest.mark.parametrize("ended_by", [signal.SIGINT, signal.SIGTERM])
 def test_no_process_is_left(ended_by: signal.Signals, tmp_path: Path) -> None:
-    path = write(tmp_path / "p.jsonl", *(row("5", f"\\sum_{{k=1}}^{{10^{{12}}}} k!+{i}") for i in range(500)))
+    path = write_predictions_of(
+        tmp_path / "p.jsonl", *(row("5", f"\\sum_{{k=1}}^{{10^{{12}}}} k!+{i}") for i in range(500))
+    )
     with subprocess.Popen(
         [sys.executable, "-m", "deft_lightning", "score", str(path), "--benchmark", "math500"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,

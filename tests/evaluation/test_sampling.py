@@ -14,6 +14,8 @@ from deft_lightning.data.loading.collate import PromptCollator
 from deft_lightning.evaluation import Generation, complete
 from deft_lightning.evaluation.sampling import GAMMA, KeyedGumbel, gumbel, splitmix
 
+pytestmark = pytest.mark.slow
+
 MASK = 2**64 - 1
 
 

@@ -17,7 +17,7 @@ from deft_lightning.evaluation.score import score
 AB = {"A": "red", "B": "blue"}
 
 
-def write(path: Path, rows: list[Any]) -> Path:
+def write_scored(path: Path, rows: list[Any]) -> Path:
     lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
     path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     return path
@@ -35,7 +35,7 @@ def test_lines_are_graded_by_the_benchmark_they_name(tmp_path: Path) -> None:
         row("B", "A", "blau", benchmark="medical", record={"options": AB, "source": "two"}),
         row("x y", " x y\n", "x  y"),
     ]
-    found = score(write(tmp_path / "p.jsonl", rows))
+    found = score(write_scored(tmp_path / "p.jsonl", rows))
     assert list(found) == ["gsm8k", "medical", ""]
     assert found["gsm8k"] == pytest.approx(
         {"avg@2": 0.75, "avg@2_se": 0.25, "pass@2": 1.0, "pass@2_se": 0.0, "maj@2": 0.75, "maj@2_se": 0.25,
@@ -50,7 +50,7 @@ def test_lines_are_graded_by_the_benchmark_they_name(tmp_path: Path) -> None:
 def test_a_benchmark_may_be_named_for_all_lines(tmp_path: Path) -> None:
     """Also for the predictions of held-out rows, whose gold is the whole response."""
     rows = [row("1+1=2\n#### 2", "so \\boxed{2}"), row("1+1=2\n#### 3", "so 2")]
-    path = write(tmp_path / "p.jsonl", rows)
+    path = write_scored(tmp_path / "p.jsonl", rows)
     assert score(path, "gsm8k")["gsm8k"]["avg@1"] == 0.5
     assert score(path)[""]["exact_match"] == 0.0
     with pytest.raises(UserError, match=r"no benchmark 'gsm8'\. Did you mean gsm8k"):
@@ -89,7 +89,7 @@ def test_a_benchmark_may_be_named_for_all_lines(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_a_bad_file_is_one_line_with_file_row_and_field(rows: list[Any], says: str, tmp_path: Path) -> None:
-    path = write(tmp_path / "p.jsonl", rows)
+    path = write_scored(tmp_path / "p.jsonl", rows)
     with pytest.raises(UserError) as caught:
         score(path)
     assert says in str(caught.value) and "\n" not in str(caught.value)
@@ -99,7 +99,7 @@ def test_a_bad_file_is_one_line_with_file_row_and_field(rows: list[Any], says: s
 
 def test_the_same_id_in_two_benchmarks_is_two_examples(tmp_path: Path) -> None:
     rows = [{**row("5", "5", benchmark=name), "id": "1"} for name in ("gsm8k", "svamp")]
-    assert {name: found["examples"] for name, found in score(write(tmp_path / "p.jsonl", rows)).items()} == {
+    assert {name: found["examples"] for name, found in score(write_scored(tmp_path / "p.jsonl", rows)).items()} == {
         "gsm8k": 1, "svamp": 1,
     }  # fmt: skip
 
@@ -121,7 +121,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
 def test_the_verb_prints_a_table_and_writes_the_tags_of_test(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = write(tmp_path / "p.jsonl", [row("5", "5", benchmark="svamp"), row("a", "a")])
+    path = write_scored(tmp_path / "p.jsonl", [row("5", "5", benchmark="svamp"), row("a", "a")])
     run(monkeypatch, str(path), "--output", str(tmp_path / "s.json"))
     shown = capsys.readouterr().out
     assert "svamp" in shown and "held out" in shown and "avg@1" in shown
@@ -142,16 +142,17 @@ def test_the_verb_prints_a_table_and_writes_the_tags_of_test(
 def test_a_mistake_is_one_line_and_status_2(
     arguments: list[str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = write(tmp_path / "p.jsonl", [row("5", "5")])
+    path = write_scored(tmp_path / "p.jsonl", [row("5", "5")])
     with pytest.raises(SystemExit) as stop:
         run(monkeypatch, *(argument.format(path=path) for argument in arguments))
     error = capsys.readouterr().err
     assert stop.value.code == 2 and says in error and error.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_grading_imports_neither_torch_nor_lightning(tmp_path: Path) -> None:
     rows = [row("\\frac{\\pi}{2}", "\\boxed{\\pi/2}", benchmark="math500"), row("WORD", "WORT", benchmark="figfont")]
-    path = write(tmp_path / "p.jsonl", rows)
+    path = write_scored(tmp_path / "p.jsonl", rows)
     code = (
         "import sys; sys.argv[1:] = ['score', sys.argv[1]]\n"
         "from deft_lightning.__main__ import main; main()\n"

@@ -15,6 +15,8 @@ from deft_lightning.errors import UserError
 from deft_lightning.evaluation import Benchmark, ExactMatch, Generation
 from deft_lightning.evaluation.score import score
 
+pytestmark = pytest.mark.slow
+
 AB = {"A": "red", "B": "blue"}
 WORDS = ["abc", "d", "a longer one", "ef", "12345", "g\nh", "xyz"]
 PRETRAINED = {
@@ -22,29 +24,29 @@ PRETRAINED = {
 }  # fmt: skip
 
 
-def module(pretrained: str, **generation: Any) -> SFTModule:
+def generating(pretrained: str, **generation: Any) -> SFTModule:
     return SFTModule(pretrained=pretrained, generation=Generation(**{"max_new_tokens": 6, **generation}))
 
 
-def predict(folder: Path, pretrained: str, benchmarks: Any, size: int = 3, **generation: Any) -> Path:
+def predict_to(folder: Path, pretrained: str, benchmarks: Any, size: int = 3, **generation: Any) -> Path:
     path = folder / "predictions.jsonl"
     data = InstructionDataModule(benchmarks=benchmarks, eval_batch_size=size)
     bare_trainer(folder, PredictionWriter(str(path))).predict(
-        module(pretrained, **generation), data, return_predictions=False
+        generating(pretrained, **generation), data, return_predictions=False
     )
     return path
 
 
 def test(folder: Path, pretrained: str, benchmarks: Any, size: int = 3, **generation: Any) -> dict[str, float]:
     data, runner = InstructionDataModule(benchmarks=benchmarks, eval_batch_size=size), bare_trainer(folder)
-    runner.test(module(pretrained, **generation), data, verbose=False)
+    runner.test(generating(pretrained, **generation), data, verbose=False)
     return {name: float(value) for name, value in runner.callback_metrics.items()}
 
 
 test.__test__ = False  # type: ignore[attr-defined]
 
 
-def lines(path: Path) -> list[dict[str, Any]]:
+def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
@@ -52,10 +54,10 @@ def lines(path: Path) -> list[dict[str, Any]]:
 def benchmarks(tmp_path: Path, pretrained: str) -> dict[str, str]:
     """Three benchmarks of which the model, which says the same every time, gets some right."""
     words = [{"id": f"w{i}", "question": word, "answer": "?"} for i, word in enumerate(WORDS)]
-    first = predict(
+    first = predict_to(
         tmp_path, pretrained, {"figfont": write_rows(tmp_path / "w.jsonl", words)}, samples=4, temperature=1.0
     )
-    for i, (row, made) in enumerate(zip(words, lines(first), strict=True)):
+    for i, (row, made) in enumerate(zip(words, read_lines(first), strict=True)):
         if i % 2:
             row["answer"] = next((text for text in made["completions"] if text.strip()), "?")
     medical = [
@@ -77,7 +79,7 @@ def test_predictions_of_a_benchmark_of_ones_own_are_scored_as_they_are(pretraine
         f"{__name__}.MINE": write_rows(tmp_path / "mine.jsonl", [{"q": word, "a": "x"} for word in WORDS]),
         "gsm8k": write_rows(tmp_path / "gsm8k.jsonl", [{"question": w, "answer": "#### 1"} for w in WORDS]),
     }
-    live, file = test(tmp_path, pretrained, benchmarks), predict(tmp_path, pretrained, benchmarks)
+    live, file = test(tmp_path, pretrained, benchmarks), predict_to(tmp_path, pretrained, benchmarks)
     with pytest.raises(UserError, match=r"MINE is code to import.*--trust_benchmarks"):
         score(file)
     found = score(file, trust=True)
@@ -100,7 +102,7 @@ def test_predictions_scored_later_give_the_figures_of_the_run(
     generation: dict[str, Any], benchmarks: dict[str, str], pretrained: str, tmp_path: Path
 ) -> None:
     live = test(tmp_path, pretrained, benchmarks, **generation)
-    found = score(predict(tmp_path, pretrained, benchmarks, **generation))
+    found = score(predict_to(tmp_path, pretrained, benchmarks, **generation))
     later = {f"test/{name}/{figure}": value for name, figures in found.items() for figure, value in figures.items()}
     assert live == pytest.approx(later, rel=1e-6)
     n = generation.get("samples", 1)
@@ -115,7 +117,7 @@ def test_predictions_scored_later_give_the_figures_of_the_run(
 def test_predictions_hold_what_grading_needs_in_the_order_of_the_files(
     benchmarks: dict[str, str], pretrained: str, tmp_path: Path
 ) -> None:
-    found = lines(predict(tmp_path, pretrained, benchmarks, size=2, **SAMPLED))
+    found = read_lines(predict_to(tmp_path, pretrained, benchmarks, size=2, **SAMPLED))
     assert [row["benchmark"] for row in found] == ["figfont"] * 7 + ["medical"] * 5 + ["gsm8k"] * 7
     assert [row["id"] for row in found[:12]] == [f"w{i}" for i in range(7)] + ["0", "1", "2", "3", "4"]
     for row in found:
@@ -130,7 +132,7 @@ def test_neither_batch_size_nor_order_nor_company_changes_a_completion(
     generation: dict[str, Any], benchmarks: dict[str, str], pretrained: str, tmp_path: Path
 ) -> None:
     def completions(chosen: dict[str, str], size: int) -> dict[tuple[str, str], Any]:
-        found = lines(predict(tmp_path, pretrained, chosen, size, **generation))
+        found = read_lines(predict_to(tmp_path, pretrained, chosen, size, **generation))
         return {(row["benchmark"], row["id"]): (row["completions"], row["truncated"]) for row in found}
 
     whole = completions(benchmarks, 7)
@@ -160,7 +162,7 @@ def test_a_limit_of_batches_tests_the_first_ones(benchmarks: dict[str, str], pre
         accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, default_root_dir=str(tmp_path), limit_test_batches=1,
     )  # fmt: skip
-    runner.test(module(pretrained), data, verbose=False)
+    runner.test(generating(pretrained), data, verbose=False)
     assert [float(runner.callback_metrics[f"test/{name}/examples"]) for name in benchmarks] == [2, 2, 2]
 
 
@@ -172,11 +174,11 @@ def test_prompts_that_fill_the_model_are_skipped_and_counted(pretrained: str, tm
         found = test(tmp_path, pretrained, some, 1)
     assert found["test/gsm8k/skipped_prompts"] == 2 and found["test/gsm8k/examples"] == 3
     with pytest.warns(UserWarning, match=r"skipped 2 of 5 .*\(the rows of gsm8k in --data\.benchmarks\)"):
-        predicted = predict(tmp_path, pretrained, some, 1)
+        predicted = predict_to(tmp_path, pretrained, some, 1)
     left = test(tmp_path, pretrained, {"gsm8k": write_rows(tmp_path / "left.jsonl", short)}, 1)
     assert left == {name: value for name, value in found.items() if not name.endswith("skipped_prompts")}
-    assert [row["id"] for row in lines(predicted)] == ["s0", "s1", "s2"]
-    for verb in (test, predict):
+    assert [row["id"] for row in read_lines(predicted)] == ["s0", "s1", "s2"]
+    for verb in (test, predict_to):
         with pytest.raises(UserError, match=r"skipped 2 of 2 prompts.*nothing left to generate for"):
             verb(tmp_path, pretrained, {"gsm8k": write_rows(tmp_path / "long.jsonl", long)}, 1)
 
@@ -189,13 +191,13 @@ def test_held_out_rows_are_graded_by_exact_match_as_before(pretrained: str, tmp_
         return InstructionDataModule(test_source=source, eval_batch_size=3)
 
     writer = PredictionWriter(str(path))
-    bare_trainer(tmp_path, writer).predict(module(pretrained), data(), return_predictions=False)
-    said = lines(path)
+    bare_trainer(tmp_path, writer).predict(generating(pretrained), data(), return_predictions=False)
+    said = read_lines(path)
     for row, made in zip(rows, said, strict=True):
         row["answer"] = made["completions"][0] or "?"
     write_rows(tmp_path / "rows.jsonl", rows)
     runner = bare_trainer(tmp_path)
-    runner.test(module(pretrained), data(), verbose=False)
+    runner.test(generating(pretrained), data(), verbose=False)
     right = sum(bool(row["completions"][0].strip()) for row in said) / len(said)
     found = {name: float(value) for name, value in runner.callback_metrics.items()}
     assert set(found) == {"test/exact_match", "test/exact_match_se", "test/truncated", "test/examples"}

@@ -37,6 +37,7 @@ def curves(figure: Any) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     return result
 
 
+@pytest.mark.slow
 def test_gates_and_losses_are_those_of_the_formulas(tmp_path: Path, drawn: list[Any]) -> None:
     chosen = [NLL(), Likelihood(), DEFT(), Cayley(), Tsallis(q=0.25)]
     gate_curves(chosen, tmp_path / "g.png", collision=(0.1, 0.5))
@@ -81,6 +82,7 @@ def test_possible_is_what_predictions_show(collision: float) -> None:
         assert bool(possible(torch.tensor(p), collision)) == reached or abs(collision - found.min()) < 1e-4, p
 
 
+@pytest.mark.slow
 def test_every_line_is_in_the_legend(tmp_path: Path, texts: Callable[[Path], list[str]]) -> None:
     _, svg = gate_curves([NLL(), DEFT(), EAFT(), Truncated(threshold=0.4, base=Likelihood())], tmp_path / "g")
     found = texts(svg)
@@ -91,6 +93,7 @@ def test_every_line_is_in_the_legend(tmp_path: Path, texts: Callable[[Path], lis
         assert text in found, text
 
 
+@pytest.mark.slow
 def test_a_long_legend_takes_nothing_from_the_panel(tmp_path: Path, drawn: list[Any]) -> None:
     short, long = [NLL(), DEFT()], [NLL(), Truncated(threshold=0.123456789, keep="below", normalize_by="kept")]
     images = [imread(gate_curves(objectives, tmp_path / "x.png")[0]) for objectives in (short, long)]

@@ -23,6 +23,7 @@ def shell(*args: str, **options: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, **options)
 
 
+@pytest.mark.slow
 def test_it_draws_and_names_its_files(tmp_path: Path, log: Callable[..., Path]) -> None:
     log("weak", RUN), log("strong", RUN)
     done = shell("focus", "weak", "top=strong", "--output", "out/focus", cwd=tmp_path)
@@ -49,6 +50,7 @@ def test_the_other_verbs_know_of_it(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert "figures   Draw figures" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_help_and_figures_of_runs_wait_for_nothing(tmp_path: Path, log: Callable[..., Path]) -> None:
     run = log("run", RUN)
     code = (
@@ -64,6 +66,7 @@ def test_help_and_figures_of_runs_wait_for_nothing(tmp_path: Path, log: Callable
         assert done.stdout.splitlines()[-1] == "set()", args
 
 
+@pytest.mark.slow
 def test_every_kind_draws(
     tmp_path: Path, log: Callable[..., Path], drawn: list[Any], capsys: pytest.CaptureFixture[str]
 ) -> None:

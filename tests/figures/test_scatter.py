@@ -55,6 +55,7 @@ def test_magnitude_is_the_norm_of_what_autograd_sends_to_the_logits(objective: O
     assert gradient_norm(sample().stats(objective.topk), objective).tolist() == pytest.approx(wanted.tolist(), abs=2e-3)
 
 
+@pytest.mark.slow
 def test_every_objective_is_a_panel_on_one_scale(
     tmp_path: Path, drawn: list[Any], texts: Callable[[Path], list[str]]
 ) -> None:
@@ -82,6 +83,7 @@ def test_every_objective_is_a_panel_on_one_scale(
     assert counts[0] == 0 and 100 < counts[2] < 0.9 * counts[1], counts
 
 
+@pytest.mark.slow
 def test_noisy_labels_have_a_marker_and_a_legend(
     tmp_path: Path, drawn: list[Any], texts: Callable[[Path], list[str]]
 ) -> None:
@@ -101,6 +103,7 @@ def test_an_outlier_does_not_flatten_the_scale(tmp_path: Path, drawn: list[Any])
     assert max(map(max, values)) > 1e3 and norm.vmax == pytest.approx(np.quantile(np.stack(values), 0.995))
 
 
+@pytest.mark.slow
 def test_of_a_large_sample_every_nth_is_drawn(tmp_path: Path, drawn: list[Any]) -> None:
     for most, wanted in ((50, 50), (1, 1), (1000, 200)):
         gradient_scatter(sample(), [NLL()], tmp_path / "x.png", most=most)

@@ -73,6 +73,7 @@ def test_a_name_without_a_format_is_two_files(tmp_path: Path) -> None:
     assert heads == [b"\x89PNG\r", b"<?xml", b"%PDF-"]
 
 
+@pytest.mark.slow
 def test_the_same_figure_is_the_same_file(tmp_path: Path) -> None:
     table = {"a": {"NLL": [0.2, 0.3], "DEFT": [0.4]}}
     for draw in (lambda path: gate_curves([DEFT()], path), lambda path: comparison_bars(table, path)):
@@ -94,6 +95,7 @@ def test_settings_of_the_user_neither_change_the_figure_nor_are_changed(tmp_path
     assert plain.read_bytes() == other.read_bytes()
 
 
+@pytest.mark.slow
 def test_pyplot_is_not_touched(tmp_path: Path) -> None:
     code = (
         "import sys; from deft_lightning.figures import gate_curves; from deft_lightning.objectives import DEFT;"

@@ -19,10 +19,11 @@ RISING = {"focus/mean": [0.1, 0.4, 0.7, 0.8], "prob/mean": [0.05, 0.2, 0.4, 0.6]
 STRONG = {"focus/mean": [0.8, 0.85, 0.9, 0.93], "prob/mean": [0.7, 0.75, 0.8, 0.83]}
 
 
-def lines(axes: Any) -> list[list[float]]:
+def line_values(axes: Any) -> list[list[float]]:
     return [np.asarray(line.get_ydata(), dtype=float).tolist() for line in axes.get_lines()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("noisy", [True, False])
 def test_run_figure_shows_what_was_logged(
     noisy: bool, tmp_path: Path, log: Callable[..., Path], drawn: list[Any], texts: Callable[[Path], list[str]]
@@ -34,11 +35,12 @@ def test_run_figure_shows_what_was_logged(
     assert steps == [0, 10, 20, 30, 40] and values == pytest.approx([4, 2, 4 / 3, 1, 0.8])
     png, svg = run_figure(run, tmp_path / "out")
     assert imread(png).shape[:2] == (450, 1500)
-    shown = [[line[0] for line in lines(axes)] for axes in drawn[0].axes]
+    shown = [[line[0] for line in line_values(axes)] for axes in drawn[0].axes]
     assert shown == [[1, 2], [3, 4], [8, 9] if noisy else [5, 6]]
     assert ("noisy labels" in texts(svg)) == noisy == ("effective sample size" not in texts(svg))
 
 
+@pytest.mark.slow
 def test_each_run_is_a_panel_with_its_own_lines(
     tmp_path: Path, log: Callable[..., Path], drawn: list[Any], texts: Callable[[Path], list[str]]
 ) -> None:
@@ -46,8 +48,8 @@ def test_each_run_is_a_panel_with_its_own_lines(
     _, svg = focus_trajectories(runs, tmp_path / "out")
     focus_trajectories(runs, tmp_path / "share", progress="share")
     left, right = drawn[0].axes
-    assert lines(left) == [pytest.approx(RISING["focus/mean"]), pytest.approx(RISING["prob/mean"])]
-    assert lines(right) == [pytest.approx(STRONG["focus/mean"]), pytest.approx(STRONG["prob/mean"])]
+    assert line_values(left) == [pytest.approx(RISING["focus/mean"]), pytest.approx(RISING["prob/mean"])]
+    assert line_values(right) == [pytest.approx(STRONG["focus/mean"]), pytest.approx(STRONG["prob/mean"])]
     assert [axes.get_title("left") for axes in (left, right)] == ["weak", "strong"]
     for axes in (left, right):
         alpha, p = axes.get_lines()
@@ -59,6 +61,7 @@ def test_each_run_is_a_panel_with_its_own_lines(
     assert drawn[1].axes[0].get_lines()[0].get_xdata().tolist() == pytest.approx([0, 1 / 3, 2 / 3, 1])
 
 
+@pytest.mark.slow
 def test_another_focus_is_another_line(tmp_path: Path, log: Callable[..., Path]) -> None:
     """In the picture itself: the dark line of alpha lies where its values say."""
     heights = []
@@ -98,6 +101,7 @@ def test_one_panel_for_all_tells_runs_apart_by_marker(
     assert [line.get_linestyle() for line in found] == ["-", "--"] * 2
 
 
+@pytest.mark.slow
 def test_labels_at_the_ends_do_not_cover_each_other(tmp_path: Path, log: Callable[..., Path], drawn: list[Any]) -> None:
     for at, (alpha, p) in enumerate([(0.98, 0.98), (0.5, 0.49), (0.01, 0.02), (1.0, 0.97), (0.0, 1.0)]):
         run = log(f"r{at}", {"focus/mean": [0.5, alpha], "prob/mean": [0.5, p]})

@@ -33,13 +33,13 @@ def dense_stats(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor
     return log_prob, (pi * pi).sum(-1), torch.special.entr(pi).sum(-1), logits.argmax(-1) == targets
 
 
-def random_tokens(shape: tuple[int, ...], vocab: int, seed: int, scale: float = 3.0) -> tuple[Tensor, Tensor]:
+def random_logits(shape: tuple[int, ...], vocab: int, seed: int, scale: float = 3.0) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     logits = scale * torch.randn(*shape, vocab, generator=generator, dtype=torch.float64)
     return logits, torch.randint(vocab, shape, generator=generator)
 
 
-def exact(alpha: float, log_prob: float) -> tuple[float, float]:
+def in_float64(alpha: float, log_prob: float) -> tuple[float, float]:
     """Loss ``(1 - p^alpha) / alpha`` and gate ``p^alpha`` in 1100-digit arithmetic, from the very inputs given."""
     with localcontext() as context:
         context.prec = 1100  # 1 - p^alpha loses 624 of them for the smallest alpha and log p
@@ -79,7 +79,7 @@ def test_token_stats_reproduce_the_golden_numbers(field: str, dtype: torch.dtype
 def test_token_stats_agree_with_log_softmax_in_float64(
     shape: tuple[int, ...], vocab: int, scale: float, offset: float, dtype: torch.dtype, seed: int
 ) -> None:
-    logits, targets = random_tokens(shape, vocab, seed, scale)
+    logits, targets = random_logits(shape, vocab, seed, scale)
     logits = (logits + offset).to(dtype)
     stats = token_stats(logits, targets)
     log_prob, collision, entropy, correct = dense_stats(logits, targets)
@@ -91,10 +91,11 @@ def test_token_stats_agree_with_log_softmax_in_float64(
     torch.testing.assert_close(stats.correct, correct, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 @quick
 @given(vocab=st.integers(1, 50), scale=st.sampled_from([0.0, 1.0, 20.0, 1e4]), seed=st.integers(0, 10_000))
 def test_statistics_stay_within_their_bounds(vocab: int, scale: float, seed: int) -> None:
-    logits, targets = random_tokens((6,), vocab, seed, scale)
+    logits, targets = random_logits((6,), vocab, seed, scale)
     stats = token_stats(logits.float(), targets)
     assert (stats.log_prob <= 0).all() and (stats.entropy >= 0).all()
     assert (stats.entropy <= math.log(vocab) * (1 + 1e-6)).all()
@@ -103,7 +104,7 @@ def test_statistics_stay_within_their_bounds(vocab: int, scale: float, seed: int
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_padded_vocabulary_changes_no_statistic_and_gets_no_gradient(dtype: torch.dtype) -> None:
-    logits, targets = random_tokens((9,), 11, seed=1)
+    logits, targets = random_logits((9,), 11, seed=1)
     logits = logits.to(dtype)
     padded = torch.cat([logits, torch.full((9, 5), -torch.inf, dtype=dtype)], dim=-1).requires_grad_()
     plain = logits.clone().requires_grad_()
@@ -131,7 +132,7 @@ def test_statistics_of_extreme_logits_are_exact(dtype: torch.dtype) -> None:
 
 
 def test_only_log_prob_is_differentiable_and_its_gradient_passes_gradcheck() -> None:
-    logits, targets = random_tokens((3, 2), 6, seed=2)
+    logits, targets = random_logits((3, 2), 6, seed=2)
     logits.requires_grad_()
     stats = token_stats(logits, targets, topk=3)
     assert [field is not None and field.requires_grad for field in stats] == [True, *[False] * 6]
@@ -153,7 +154,7 @@ def test_target_gradient_of_a_nearly_certain_token_does_not_cancel(dtype: torch.
 @quick
 @given(vocab=st.integers(1, 30), topk=st.integers(1, 40), seed=st.integers(0, 10_000))
 def test_topk_entropy_is_that_of_the_renormalised_largest_probabilities(vocab: int, topk: int, seed: int) -> None:
-    logits, targets = random_tokens((4,), vocab, seed)
+    logits, targets = random_logits((4,), vocab, seed)
     pi = torch.softmax(logits, dim=-1).sort(dim=-1, descending=True).values[:, :topk]
     wanted = torch.special.entr(pi / pi.sum(-1, keepdim=True)).sum(-1)
     found = token_stats(logits, targets, topk=topk).topk_entropy
@@ -182,13 +183,13 @@ def test_statistics_made_by_hand_may_leave_out_the_last_fields() -> None:
 
 
 def test_topk_entropy_is_absent_unless_asked_for() -> None:
-    logits, targets = random_tokens((4,), 5, seed=3)
+    logits, targets = random_logits((4,), 5, seed=3)
     assert token_stats(logits, targets).topk_entropy is None
 
 
 @pytest.mark.parametrize("ignore_index", [-100, -1, 2])
 def test_ignored_positions_have_zero_statistics_and_leave_the_others_alone(ignore_index: int) -> None:
-    logits, targets = random_tokens((4, 5), 6, seed=4)
+    logits, targets = random_logits((4, 5), 6, seed=4)
     targets[targets == ignore_index] = 3
     logits[0, 0, 0] = 9.0  # ignored, and the arg-max is the entry that an implementation may put in its place
     whole = token_stats(logits, targets, ignore_index=ignore_index, topk=2)
@@ -202,7 +203,7 @@ def test_ignored_positions_have_zero_statistics_and_leave_the_others_alone(ignor
 
 
 def test_ignored_positions_get_no_gradient() -> None:
-    logits, targets = random_tokens((4,), 6, seed=5)
+    logits, targets = random_logits((4,), 6, seed=5)
     targets[1:3] = -100
     logits.requires_grad_()
     (grad,) = torch.autograd.grad(token_stats(logits, targets).log_prob.sum(), logits)
@@ -210,7 +211,7 @@ def test_ignored_positions_get_no_gradient() -> None:
 
 
 def test_select_and_detach_treat_every_field_alike() -> None:
-    logits, targets = random_tokens((2, 3), 6, seed=6)
+    logits, targets = random_logits((2, 3), 6, seed=6)
     stats = token_stats(logits.requires_grad_(), targets, topk=4).weighted(torch.rand(2, 3))
     mask = torch.tensor([[True, False, True], [False, False, True]])
     for full, part in zip(stats, stats.select(mask), strict=True):
@@ -227,6 +228,7 @@ ALPHAS = [0.0, 5e-324, 1e-310, 1e-45, 1e-40, 1e-20, 1e-17, 1e-9, 1e-6, 1e-3, 0.1
 LOG_PROBS = [0.0, -1e-300, -1e-39, -1e-20, -1e-8, -1e-3, -0.7, -4.0, -15.0, -50.0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["loss", "gate"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("alpha", ALPHAS)
@@ -239,7 +241,7 @@ def test_deformed_log_and_its_gate_match_exact_arithmetic(alpha: float, dtype: t
     eps, tiny = torch.finfo(dtype).eps, torch.finfo(dtype).tiny
     wrong = []
     for lp, value in zip(log_prob.tolist(), found, strict=True):
-        wanted = exact(alpha, lp)[("loss", "gate").index(what)]
+        wanted = in_float64(alpha, lp)[("loss", "gate").index(what)]
         # Rounding the product alpha * log p once changes its exponential by that much: no float formula does better.
         if abs(value - wanted) > 4 * eps * (1 + abs(alpha * lp)) * abs(wanted) + tiny:
             wrong.append((lp, value, wanted))
@@ -253,7 +255,7 @@ def test_deformed_log_is_continuous_across_the_switch_to_its_limit(dtype: torch.
     for share in (0.2, 0.2499, 0.2501, 0.3, 0.5, 1.0, 2.0):
         alpha = torch.tensor(share * eps, dtype=dtype).item()
         found = deformed_log(log_prob, alpha).double().item()
-        assert found == pytest.approx(exact(alpha, -1.0)[0], rel=eps, abs=0)
+        assert found == pytest.approx(in_float64(alpha, -1.0)[0], rel=eps, abs=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -291,7 +293,7 @@ def test_deformed_log_is_finite_for_the_least_probable_tokens(alpha: float) -> N
 
 
 def test_token_loss_takes_any_callable_and_keeps_the_shape_of_the_targets() -> None:
-    logits, targets = random_tokens((2, 3), 5, seed=7)
+    logits, targets = random_logits((2, 3), 5, seed=7)
     found = token_loss(logits, targets, lambda stats: stats.entropy - 2 * stats.log_prob)
     log_prob, _, entropy, _ = dense_stats(logits, targets)
     torch.testing.assert_close(found, entropy - 2 * log_prob, rtol=1e-12, atol=0)
@@ -299,7 +301,7 @@ def test_token_loss_takes_any_callable_and_keeps_the_shape_of_the_targets() -> N
 
 @pytest.mark.parametrize("target", [3, -100])
 def test_token_loss_of_a_single_position_is_a_scalar(target: int) -> None:
-    logits, _ = random_tokens((), 5, seed=8)
+    logits, _ = random_logits((), 5, seed=8)
     loss = token_loss(logits, torch.tensor(target), NLL())
     wanted = 0.0 if target < 0 else -torch.log_softmax(logits, -1)[target].item()
     assert loss.shape == () and loss.item() == pytest.approx(wanted, rel=1e-12)
@@ -310,7 +312,7 @@ def test_token_loss_of_a_single_position_is_a_scalar(target: int) -> None:
     [(torch.float64, torch.float64), (torch.float32,) * 2, (torch.bfloat16, torch.float32)],
 )
 def test_loss_is_wide_and_gradient_has_the_dtype_of_the_logits(dtype: torch.dtype, wide: torch.dtype) -> None:
-    logits, targets = random_tokens((6,), 5, seed=9)
+    logits, targets = random_logits((6,), 5, seed=9)
     logits = logits.to(dtype).requires_grad_()
     loss = token_loss(logits, targets, DEFT())
     loss.mean().backward()
@@ -322,7 +324,7 @@ def test_loss_is_wide_and_gradient_has_the_dtype_of_the_logits(dtype: torch.dtyp
 def test_padding_neither_enters_the_loss_nor_gets_a_gradient_even_if_it_is_nan(
     objective: DEFT | Cayley | EAFT, ignore_index: int
 ) -> None:
-    logits, targets = random_tokens((7,), 6, seed=10)
+    logits, targets = random_logits((7,), 6, seed=10)
     targets[targets == ignore_index] = 4
     alone = logits.clone().requires_grad_()
     wanted = token_loss(alone, targets, objective, ignore_index)
@@ -351,7 +353,7 @@ def test_token_loss_hands_the_objective_the_supervised_tokens_and_the_topk_it_as
             seen.append(stats)
             return -stats.log_prob
 
-    logits, targets = random_tokens((5,), 6, seed=11)
+    logits, targets = random_logits((5,), 6, seed=11)
     targets[[1, 4]] = -100
     token_loss(logits, targets, Spy())
     (stats,) = seen

@@ -40,7 +40,7 @@ def cases(seed: int, count: int, folder: Path) -> Iterator[tuple[str, list[str]]
         draw = random.Random(f"{seed}/{number}")
         kind, how = draw.choice(KINDS), draw.choice(list(DAMAGE))
         path = folder / f"{number}{kind}"
-        _write(path, kind, [_row(draw) for _ in range(draw.randrange(1, 30))], draw)
+        _write(path, kind, [_malformed_row(draw) for _ in range(draw.randrange(1, 30))], draw)
         path.write_bytes(DAMAGE[how](path.read_bytes(), draw))
         bad, template = draw.choice(("error", "skip")), draw.choice(("chatml", "null"))
         yield f"{number}{kind}, {how}, {bad}", [
@@ -64,7 +64,7 @@ def _turn(draw: random.Random) -> Any:
     return turn
 
 
-def _row(draw: random.Random) -> Any:
+def _malformed_row(draw: random.Random) -> Any:
     rows: dict[str, Callable[[], Any]] = {
         "answer": lambda: {"question": _value(draw), "answer": _value(draw), "id": _value(draw)},
         "messages": lambda: {"messages": [_turn(draw) for _ in range(draw.randrange(4))], "tools": _value(draw)},

@@ -36,55 +36,55 @@ def cases(seed: int, count: int, folder: Path) -> Iterator[tuple[str, list[str]]
         yield f"score {i}: {name}", ["score", str(path), *more]
 
 
-def _row(rng: random.Random) -> dict[str, Any]:
+def _prediction(rng: random.Random) -> dict[str, Any]:
     return {
         "id": str(rng.random()), "benchmark": rng.choice(BENCHMARKS[:6]), "completions": ["so \\boxed{A}"], "gold": "A",
         "truncated": [False], "record": {"options": {"A": "red", "B": "blue"}},
     }  # fmt: skip
 
 
-def _write(path: Path, *rows: dict[str, Any]) -> None:
+def _write_predictions(path: Path, *rows: dict[str, Any]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def _field(rng: random.Random, path: Path) -> tuple[str, list[str]]:
-    row, field, value = _row(rng), rng.choice(FIELDS), rng.choice([*VALUES, *BENCHMARKS])
+    row, field, value = _prediction(rng), rng.choice(FIELDS), rng.choice([*VALUES, *BENCHMARKS])
     row[field] = value
-    _write(path, _row(rng), row)
+    _write_predictions(path, _prediction(rng), row)
     return f"field {field} is {str(value)[:20]!r}", []
 
 
 def _record(rng: random.Random, path: Path) -> tuple[str, list[str]]:
-    row, field, value = _row(rng), rng.choice(RECORD), rng.choice(VALUES)
+    row, field, value = _prediction(rng), rng.choice(RECORD), rng.choice(VALUES)
     row["record"][field] = value
     if rng.random() < 0.5 and isinstance(value, str):
         row["record"]["options"] = {value: value, "A": value}
-    _write(path, row)
+    _write_predictions(path, row)
     return f"record.{field} is {str(value)[:20]!r}", []
 
 
 def _missing(rng: random.Random, path: Path) -> tuple[str, list[str]]:
-    row, field = _row(rng), rng.choice(FIELDS)
+    row, field = _prediction(rng), rng.choice(FIELDS)
     del row[field]
-    _write(path, row)
+    _write_predictions(path, row)
     return f"no {field}", ["--benchmark", rng.choice(BENCHMARKS)] if rng.random() < 0.5 else []
 
 
 def _hostile(rng: random.Random, path: Path) -> tuple[str, list[str]]:
     gold, said = rng.choice(HOSTILE), rng.choice(HOSTILE)
-    _write(path, {"completions": [f"\\boxed{{{said}}}"], "gold": gold})
+    _write_predictions(path, {"completions": [f"\\boxed{{{said}}}"], "gold": gold})
     return f"gold {gold[:20]}, answer {said[:20]}", ["--benchmark", rng.choice(["math500", "gsm8k", "figfont"])]
 
 
 def _encoded(rng: random.Random, path: Path) -> tuple[str, list[str]]:
     encoding = rng.choice(["utf-16", "utf-32", "cp1252", "utf-8-sig"])
-    row = _row(rng) | {"gold": "\xe9"}
+    row = _prediction(rng) | {"gold": "\xe9"}
     path.write_bytes((json.dumps(row, ensure_ascii=False) + "\n").encode(encoding))
     return f"in {encoding}", []
 
 
 def _torn(rng: random.Random, path: Path) -> tuple[str, list[str]]:
-    text = (json.dumps(_row(rng)) + "\n").encode() * 2
+    text = (json.dumps(_prediction(rng)) + "\n").encode() * 2
     cut = rng.randrange(len(text))
     kinds = [
         text[:cut], text[:cut] + bytes([rng.randrange(256)]) + text[cut + 1 :], text[:cut] + b"\n" + text[cut:],
@@ -96,7 +96,7 @@ def _torn(rng: random.Random, path: Path) -> tuple[str, list[str]]:
 
 
 def _output(rng: random.Random, path: Path) -> tuple[str, list[str]]:
-    _write(path, _row(rng))
+    _write_predictions(path, _prediction(rng))
     output = rng.choice(
         [str(path / "x.json"), str(path.parent), "/dev/full", "/nowhere/x.json", "/proc/x.json", "\x1b[2J/x"]
     )

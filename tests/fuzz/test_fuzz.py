@@ -36,11 +36,13 @@ from deft_lightning import InstructionDataModule, SFTModule, Trainer  # noqa: E4
 from deft_lightning.cli.crash import explain  # noqa: E402
 from deft_lightning.models import load_checkpoint, model_from_checkpoint, save_hugging_face  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 SEED = int(os.environ.get("FUZZ_SEED", 12))
 TIMES = float(os.environ.get("FUZZ_COUNT", 300)) / 300
 
 
-def told(action: Callable[[], Any]) -> str:
+def line_of(action: Callable[[], Any]) -> str:
     """Run something; return the line of its error, nothing without one; fail where there would be a traceback."""
     try:
         with bounded(), warnings.catch_warnings():
@@ -60,7 +62,7 @@ def survive(cases: Iterator[tuple[str, Path]], use: Callable[[Path], Any]) -> di
     said, crashed = {}, []
     for name, path in cases:
         try:
-            said[name] = told(lambda path=path: use(path))
+            said[name] = line_of(lambda path=path: use(path))
         except Exception as error:
             crashed.append(f"{name}: {type(error).__name__}: {str(error)[:300]}")
     assert not crashed, "\n".join(crashed)
@@ -73,13 +75,13 @@ def checkpoint() -> Path:
     return next(root.rglob("step=2.ckpt"))
 
 
-def export(path: Path) -> None:
+def export_from(path: Path) -> None:
     network, tokenizer, stops = model_from_checkpoint(load_checkpoint(path))
     save_hugging_face(network, tokenizer, stops, path.with_suffix(".out"))
 
 
 def test_malformed_checkpoints_are_exported_or_told(checkpoint: Path, tmp_path: Path) -> None:
-    said = survive(checkpoints.cases(SEED, int(80 * TIMES), checkpoint, tmp_path), export)
+    said = survive(checkpoints.cases(SEED, int(80 * TIMES), checkpoint, tmp_path), export_from)
     assert sum(bool(line) for line in said.values()) > 0.4 * len(said), "most of them cannot be used"
 
 

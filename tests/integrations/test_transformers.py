@@ -15,7 +15,7 @@ from deft_lightning.integrations import TokenWeights, compute_loss_func
 from deft_lightning.objectives import DEFT, NLL, Floored, Likelihood, Objective, Rescaled, Schedule
 
 
-def tiny() -> Any:
+def tiny_model() -> Any:
     torch.manual_seed(0)
     return LlamaForCausalLM(
         LlamaConfig(
@@ -25,7 +25,7 @@ def tiny() -> Any:
     )  # fmt: skip
 
 
-def rows() -> list[dict[str, list[int]]]:
+def token_rows() -> list[dict[str, list[int]]]:
     generator = torch.Generator().manual_seed(1)
     result = []
     for masked in (1, 5, 7, 2):  # unlike numbers of supervised tokens: a mean of means would be wrong
@@ -34,18 +34,19 @@ def rows() -> list[dict[str, list[int]]]:
     return result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", [NLL(), DEFT()], ids=repr)
 @pytest.mark.parametrize(("batch", "accumulate"), [(4, 1), (1, 4), (2, 2)])
 def test_one_step_of_the_trainer_is_the_mean_over_all_its_tokens(
     objective: Objective, batch: int, accumulate: int, tmp_path: Path
 ) -> None:
-    data = rows()
-    reference = tiny().double()
+    data = token_rows()
+    reference = tiny_model().double()
     ids = torch.tensor([row["input_ids"] for row in data])
     labels = torch.tensor([row["labels"] for row in data])
     loss = token_loss(reference(ids).logits[:, :-1], labels[:, 1:], objective)
     (loss.sum() / (labels[:, 1:] != -100).sum()).backward()
-    model = tiny()
+    model = tiny_model()
     before = [p.detach().clone() for p in model.parameters()]
     arguments = TrainingArguments(
         output_dir=str(tmp_path), per_device_train_batch_size=batch, gradient_accumulation_steps=accumulate,
@@ -67,17 +68,17 @@ class WeightedTrainer(TokenWeights, Trainer):
 def test_one_step_of_a_trainer_with_weights_is_the_weighted_mean(
     batch: int, accumulate: int, weighted: bool, tmp_path: Path
 ) -> None:
-    generator, data = torch.Generator().manual_seed(2), rows()
+    generator, data = torch.Generator().manual_seed(2), token_rows()
     for row in data if weighted else []:
         row["token_weight"] = (3 * torch.rand(8, generator=generator) * torch.rand(1, generator=generator)).tolist()  # type: ignore[assignment]
-    reference = tiny().double()
+    reference = tiny_model().double()
     ids, labels = (torch.tensor([row[name] for row in data]) for name in ("input_ids", "labels"))
     weight = torch.tensor([row.get("token_weight", [1.0] * 8) for row in data]).double()[:, 1:]
     keep = labels[:, 1:] != -100
     log_pi = torch.log_softmax(reference(ids).logits[:, :-1], -1)
     p = log_pi.gather(-1, labels[:, 1:].clamp_min(0).unsqueeze(-1)).squeeze(-1).exp()
     ((weight * (1 - p))[keep].sum() / weight[keep].sum()).backward()
-    model = tiny()
+    model = tiny_model()
     before = [p.detach().clone() for p in model.parameters()]
     arguments = TrainingArguments(
         output_dir=str(tmp_path), per_device_train_batch_size=batch, gradient_accumulation_steps=accumulate,

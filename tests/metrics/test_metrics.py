@@ -99,6 +99,7 @@ token_batches = st.lists(
 )
 
 
+@pytest.mark.slow
 @given(token_batches, st.integers(0, 5))
 @quick
 def test_merging_two_token_meters_equals_one_over_the_concatenation(
@@ -186,6 +187,7 @@ def test_packed_histogram_starts_afresh_after_reset() -> None:
     assert row.sum == pytest.approx(0.9)
 
 
+@pytest.mark.slow
 @given(st.lists(st.lists(st.floats(-0.5, 1.5, width=32), max_size=8), min_size=1, max_size=5), st.integers(0, 5))
 @quick
 def test_merging_two_packed_histograms_equals_one_over_the_concatenation(parts: list[list[float]], cut: int) -> None:
@@ -299,6 +301,7 @@ def test_example_sums_count_add_and_square_by_group() -> None:
 shares = st.lists(st.sampled_from([0.0, 0.25, 0.5, 1.0]), min_size=2, max_size=2)
 
 
+@pytest.mark.slow
 @given(st.lists(st.tuples(st.integers(0, 2), shares), max_size=12), st.integers(0, 12))
 @quick
 def test_merging_example_sums_equals_one_over_the_concatenation(

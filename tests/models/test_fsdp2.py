@@ -12,6 +12,8 @@ from start_ranks import run_ranks
 from tiny import VOCAB, assert_same_gradients, deft_by_hand, gradients
 from torch import Tensor
 
+pytestmark = pytest.mark.slow
+
 Ranks = list[dict[str, dict[str, Any]]]
 EXACT = [name for name, case in CASES.items() if not case.bf16]
 ROUNDED = [name for name, case in CASES.items() if case.bf16]
@@ -32,7 +34,7 @@ def results(ranks: Ranks, name: str) -> list[dict[str, Any]]:
     return [found[name] for found in ranks]
 
 
-def dense(case: Case, dtype: torch.dtype = torch.float32) -> tuple[list[Tensor], list[Tensor], dict[str, Tensor]]:
+def dense_runs(case: Case, dtype: torch.dtype = torch.float32) -> tuple[list[Tensor], list[Tensor], dict[str, Tensor]]:
     """Loss and log p of each rank's rows, and the gradients of them all, from the logits of one whole model.
 
     Half by half, because the router's loss is that of a micro-batch on one rank.
@@ -58,7 +60,7 @@ def dense(case: Case, dtype: torch.dtype = torch.float32) -> tuple[list[Tensor],
 @pytest.mark.parametrize("name", EXACT)
 def test_two_ranks_have_the_loss_and_every_gradient_of_one_process_with_dense_logits(name: str, ranks: Ranks) -> None:
     found = results(ranks, name)
-    losses, log_probs, wanted = dense(CASES[name])
+    losses, log_probs, wanted = dense_runs(CASES[name])
     for rank in range(WORLD):
         assert found[rank]["loss"].isfinite()
         torch.testing.assert_close(found[rank]["loss"], losses[rank], rtol=1e-5, atol=1e-6)
@@ -78,10 +80,10 @@ def test_the_cases_are_what_they_say(ranks: Ranks) -> None:
             assert any("lm_head.lora_A" in n for n in names) and all(".lora_" in n for n in names)
     case = CASES["mixture"]
     plain = Case({**case.options, "output_router_logits": False})
-    assert dense(case)[0][0] > dense(plain)[0][0] + 1
+    assert dense_runs(case)[0][0] > dense_runs(plain)[0][0] + 1
 
 
-def distance(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
+def error_of(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
     assert found.keys() == wanted.keys()
     gap = sum(float((found[name].float() - value.float()).square().sum()) for name, value in wanted.items())
     return (gap / sum(float(value.float().square().sum()) for value in wanted.values())) ** 0.5
@@ -92,12 +94,12 @@ def test_gathered_in_bfloat16_the_gradients_are_as_close_to_the_exact_ones_as_de
     name: str, ranks: Ranks
 ) -> None:
     found = results(ranks, name)
-    losses, _, exact = dense(CASES[name])
-    rounded = dense(CASES[name], torch.bfloat16)
-    allowed = 2 * distance(rounded[2], exact)
+    losses, _, exact = dense_runs(CASES[name])
+    rounded = dense_runs(CASES[name], torch.bfloat16)
+    allowed = 2 * error_of(rounded[2], exact)
     assert 1e-3 < allowed < 0.2, "bfloat16 rounds, and not everything away"
     for rank in range(WORLD):
-        gap = distance(found[rank]["gradients"], exact)
+        gap = error_of(found[rank]["gradients"], exact)
         assert 1e-4 < gap <= allowed, (gap, allowed)
         assert found[rank]["loss"].item() == pytest.approx(losses[rank].item(), rel=2e-2)
         # Reduced and kept in float32: the sharded parameters are.
@@ -119,7 +121,7 @@ def test_outside_the_forward_the_weight_is_a_shard_that_nobody_can_use_by_accide
 
 @pytest.mark.parametrize(("name", "case"), [("found late", "llama tied"), ("found late, lora", "lora head")])
 def test_a_head_found_after_sharding_is_the_same(name: str, case: str, ranks: Ranks) -> None:
-    losses, _, wanted = dense(CASES[case])
+    losses, _, wanted = dense_runs(CASES[case])
     for rank, found in enumerate(results(ranks, name)):
         torch.testing.assert_close(found["loss"], losses[rank], rtol=1e-5, atol=1e-6)
         assert_same_gradients(found["gradients"], wanted, 2e-5)
@@ -129,7 +131,7 @@ def test_a_head_found_after_sharding_is_the_same(name: str, case: str, ranks: Ra
     "name", ["llama", "llama tied", "gemma2", "lora head", "llama bf16", "lora head bf16", "root resharded"]
 )
 def test_the_first_batch_is_checked_on_both_ranks_and_training_goes_on(name: str, ranks: Ranks) -> None:
-    losses, _, _ = dense(CASES[name])
+    losses, _, _ = dense_runs(CASES[name])
     for rank, found in enumerate(results(ranks, f"checked {name}")):
         assert found["loss"].item() == pytest.approx(losses[rank].item(), rel=2e-2 if "bf16" in name else 1e-5)
 
@@ -155,7 +157,7 @@ def test_a_head_that_is_sharded_on_its_own_is_refused_on_both_ranks(ranks: Ranks
 
 @pytest.mark.parametrize(("name", "case"), [("evaluated", "llama tied"), ("evaluated, lora", "lora head")])
 def test_evaluation_before_and_after_a_step_gives_the_same_as_one_process(name: str, case: str, ranks: Ranks) -> None:
-    losses, log_probs, _ = dense(CASES[case])
+    losses, log_probs, _ = dense_runs(CASES[case])
     model = make(CASES[case])
     for rank, found in enumerate(results(ranks, name)):
         for loss in found["losses"]:

@@ -262,6 +262,7 @@ def config_of(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "config.json").read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "targets"),
     [
@@ -314,6 +315,7 @@ def test_an_export_of_a_head_that_modules_to_save_has_copied_is_the_trained_mode
     torch.testing.assert_close(logits_of(loaded, ids), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_trained_head_with_adapters_goes_from_its_checkpoint_to_a_folder(tied: bool, tmp_path: Path) -> None:
     lora = LoRA(r=4, target_modules=["q_proj", "lm_head"])

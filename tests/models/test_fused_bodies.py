@@ -43,6 +43,8 @@ from worlds import bare_trainer, constant, sgd
 from deft_lightning import SFTModule
 from deft_lightning.models import LoRA, base_causal_lm, save_hugging_face
 
+pytestmark = pytest.mark.slow
+
 
 def all_gradients(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
     """Distance of all gradients together, as a share of their length."""
@@ -184,7 +186,6 @@ def test_a_compiled_model_is_copied_checkpointed_and_exported(tmp_path: Path, ba
             torch.testing.assert_close(logits_of(loaded, batch["input_ids"]), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
 def test_layers_that_inductor_compiles_give_the_same(batch: dict[str, Tensor]) -> None:
     from torch._dynamo.utils import counters

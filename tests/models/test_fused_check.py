@@ -52,7 +52,7 @@ from deft_lightning.objectives import DEFT, EAFT
 from deft_lightning.ops.torch_rows import TorchRows
 
 
-def changed(model: Any, change: Callable[[Tensor], Tensor]) -> Any:
+def changed_model(model: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """The model with a change to its logits that nobody knows of."""
     forward = model.forward
 
@@ -70,6 +70,7 @@ def faint() -> Any:
     return build({**LLAMA, "initializer_range": 0.02})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [
@@ -92,7 +93,7 @@ def test_what_nobody_knows_of_is_found_whatever_the_weights(change: Any, lora: b
     check_head(model, find_head(model), ids, DEFT())
     before = logits_of(model, ids)
     assert float(before.abs().max()) < 0.5
-    changed(base_causal_lm(model), change)
+    changed_model(base_causal_lm(model), change)
     with pytest.raises(UserError) as caught:
         check_head(model, find_head(model), ids, DEFT())
     one_line(caught, DENSE, "LlamaForCausalLM", "logits")
@@ -102,7 +103,7 @@ def test_a_hidden_softcap_is_invisible_at_the_logits_themselves() -> None:
     """Why the check makes them larger."""
     ids, _ = tokens()
     before = logits_of(faint(), ids)
-    after = logits_of(changed(faint(), lambda z: 30 * torch.tanh(z / 30)), ids)
+    after = logits_of(changed_model(faint(), lambda z: 30 * torch.tanh(z / 30)), ids)
     assert 0 < float((after - before).abs().max()) < 1e-4
 
 
@@ -150,6 +151,7 @@ MAKERS: dict[str, Callable[[], Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("name", MAKERS)
 def test_the_check_runs_in_every_grad_mode_and_leaves_the_model_as_it_was(name: str, mode: Any) -> None:
@@ -180,7 +182,7 @@ def test_the_check_leaves_parts_that_are_in_evaluation_mode_there() -> None:
 
 
 def test_hooks_of_others_survive_the_check_even_when_it_refuses() -> None:
-    model, (ids, _) = changed(faint(), lambda z: 1.1 * z), tokens()
+    model, (ids, _) = changed_model(faint(), lambda z: 1.1 * z), tokens()
     seen: list[int] = []
     model.lm_head.register_forward_hook(lambda *_: seen.append(1))
     own, lent = model.lm_head._forward_hooks.copy(), model.__dict__["forward"]
@@ -190,6 +192,7 @@ def test_hooks_of_others_survive_the_check_even_when_it_refuses() -> None:
     assert model.__dict__["forward"] is lent and seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [None, LoRA(r=2, target_modules=["q_proj", "lm_head"])], ids=["full", "lora"])
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed"])
 def test_a_run_that_validates_first_is_checked_there_and_then_trains(
@@ -215,6 +218,7 @@ def wide(kind: str, seed: int, dtype: str, adapters: Any) -> Any:
     return move_adapters(get_peft_model(model, config, autocast_adapter_dtype=adapters == "float32"), seed, 0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapters", [None, "float32", "bfloat16"])
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "phi", "granite"])
 def test_what_is_right_is_not_refused_for_its_rounding(kind: str, adapters: str | None) -> None:
@@ -235,14 +239,16 @@ def test_what_is_right_is_not_refused_for_its_rounding(kind: str, adapters: str 
 @pytest.mark.parametrize("change", [lambda z: 30 * torch.tanh(z / 30), lambda z: 1.2 * z], ids=["softcap", "scale"])
 def test_rounding_does_not_hide_what_nobody_knows_of(mode: str, change: Any) -> None:
     ids, _ = tokens()
-    model = changed(build({**LLAMA, "initializer_range": 0.02}, 0, "bfloat16" if mode == "bf16" else "float32"), change)
+    model = changed_model(
+        build({**LLAMA, "initializer_range": 0.02}, 0, "bfloat16" if mode == "bf16" else "float32"), change
+    )
     with torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast"), pytest.raises(UserError) as caught:
         check_head(model, find_head(model), ids, DEFT())
     one_line(caught, DENSE)
 
 
 def test_rows_too_short_to_predict_anything_pass(batch: dict[str, Tensor]) -> None:
-    model = changed(faint(), lambda z: 2 * z)
+    model = changed_model(faint(), lambda z: 2 * z)
     check_causal(model, torch.tensor([[5]]))
     check_head(model, find_head(model), torch.tensor([[5]]), DEFT())
     with pytest.raises(UserError):
@@ -251,7 +257,7 @@ def test_rows_too_short_to_predict_anything_pass(batch: dict[str, Tensor]) -> No
 
 def test_a_first_batch_of_one_token_is_no_way_past_the_check() -> None:
     module = prepare(LLAMA)
-    changed(module.model, lambda z: 2 * z)
+    changed_model(module.model, lambda z: 2 * z)
     with pytest.raises(UserError):
         module.loss_and_stats({"input_ids": torch.tensor([[5]]), "labels": torch.tensor([[-100]])})
 
@@ -268,6 +274,7 @@ def test_float64_is_checked_too() -> None:
         check_head(model, find_head(model), tokens()[0], DEFT())
 
 
+@pytest.mark.slow
 def test_a_checked_model_of_every_known_architecture_is_not_refused_at_the_weights_it_starts_from() -> None:
     for kind in ARCHITECTURES:
         options = options_of(kind)

@@ -34,6 +34,7 @@ from deft_lightning.models import check_causal, check_head, find_head
 from deft_lightning.objectives import DEFT, EAFT, Cayley, Objective
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [*FAMILIES, *QUIET_MIXTURES])
 def test_of_many_families_fused_loss_statistics_and_every_gradient_equal_the_dense_ones(kind: str) -> None:
     model = build(options_of(kind))
@@ -63,6 +64,7 @@ def test_the_bias_of_a_head_is_added_and_trained_tied_or_not(kind: str, tied: bo
         assert abs(fused(model, ids, targets).loss.item() - before) > 0.1, "the bias is not small"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["gemma2", "gemma3n_text", "nanochat", "granite", "cohere", "cohere2"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_softcapping_and_scale_tied_or_not(kind: str, tied: bool) -> None:
@@ -71,6 +73,7 @@ def test_softcapping_and_scale_tied_or_not(kind: str, tied: bool) -> None:
     assert_fused_is_dense(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "more"),
     [

@@ -33,6 +33,8 @@ from worlds import bare_trainer, constant, sgd
 from deft_lightning.errors import UserError
 from deft_lightning.models import LoRA, add_adapters, router_loss_factor
 
+pytestmark = pytest.mark.slow
+
 
 def padded(batch: dict[str, Tensor], columns: int) -> dict[str, Tensor]:
     """The same batch with more right padding."""

@@ -242,7 +242,7 @@ def test_rotary_frequencies_of_other_families_stay_float32(kind: str) -> None:
 # --- the head -------------------------------------------------------------------------------------------------------
 
 
-def dense(model: Any, batch: dict[str, Tensor]) -> Tensor:
+def dense_loss_of(model: Any, batch: dict[str, Tensor]) -> Tensor:
     """The loss through the model's own forward, attention mask included."""
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
     targets = batch["labels"][:, 1:]
@@ -250,13 +250,14 @@ def dense(model: Any, batch: dict[str, Tensor]) -> Tensor:
     return deft_by_hand(logits[keep], targets[keep])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_fused_deft_and_its_gradients_equal_the_dense_ones(kind: str, batch: dict[str, Tensor]) -> None:
     module = prepare(architecture(kind))
     seam = find_head(module.model)
     check_head(module.model, seam, batch["input_ids"], DEFT())
     module.double()
-    wanted = dense(module.model, batch)
+    wanted = dense_loss_of(module.model, batch)
     wanted.backward()
     wanted_gradients = gradients(module.model)
     found, stats, keep = module.loss_and_stats(batch)
@@ -269,6 +270,7 @@ def test_fused_deft_and_its_gradients_equal_the_dense_ones(kind: str, batch: dic
         assert module.loss_and_stats(batch)[0].item() == pytest.approx(wanted.item(), rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "cohere", "gpt2"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_fused_gradients_equal_the_dense_ones_whether_or_not_the_embedding_is_tied(
@@ -277,7 +279,7 @@ def test_fused_gradients_equal_the_dense_ones_whether_or_not_the_embedding_is_ti
     module = prepare(architecture(kind, tie_word_embeddings=tied)).double()
     head, embedding = module.model.get_output_embeddings().weight, module.model.get_input_embeddings().weight
     assert (head is embedding) is tied
-    dense(module.model, batch).backward()
+    dense_loss_of(module.model, batch).backward()
     wanted = gradients(module.model)
     module.loss_and_stats(batch)[0].backward()
     assert_same_gradients(gradients(module.model), wanted, 2e-6)
@@ -301,7 +303,7 @@ def scaled(forward: Callable[..., Any], factor: float) -> Callable[..., Any]:
     return wrapped
 
 
-def suppressed(forward: Callable[..., Any], token: int) -> Callable[..., Any]:
+def suppressed_logits(forward: Callable[..., Any], token: int) -> Callable[..., Any]:
     def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
         out = forward(*args, **kwargs)
         out.logits[..., token] = -torch.inf
@@ -310,7 +312,9 @@ def suppressed(forward: Callable[..., Any], token: int) -> Callable[..., Any]:
     return wrapped
 
 
-@pytest.mark.parametrize("change", [lambda f: scaled(f, 1.1), lambda f: scaled(f, 0.99), lambda f: suppressed(f, 5)])
+@pytest.mark.parametrize(
+    "change", [lambda f: scaled(f, 1.1), lambda f: scaled(f, 0.99), lambda f: suppressed_logits(f, 5)]
+)
 def test_a_head_that_does_something_unknown_is_refused(change: Any, batch: dict[str, Tensor]) -> None:
     module = prepare(LLAMA)
     module.model.forward = types.MethodType(change(module.model.forward), module.model)
@@ -388,7 +392,7 @@ def test_fused_equals_dense_through_adapters(batch: dict[str, Tensor]) -> None:
     for name, parameter in module.model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.3)
-    wanted = dense(module.model, batch)
+    wanted = dense_loss_of(module.model, batch)
     wanted.backward()
     wanted_gradients = gradients(module.model)
     found = module.loss_and_stats(batch)[0]

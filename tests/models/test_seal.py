@@ -60,6 +60,7 @@ def test_what_is_saved_is_read_as_it_was_by_this_package_and_by_torch(saved: Pat
         assert archive.testzip() is None and archive.comment.startswith(b"deft_lightning sha256 ")
 
 
+@pytest.mark.slow
 def test_a_flip_of_any_of_200_bits_is_refused_by_what_fit_and_what_export_reads(saved: Path, tmp_path: Path) -> None:
     raw, draw, flipped = saved.read_bytes(), random.Random(12), tmp_path / "flipped.ckpt"
     places = [draw.randrange(len(raw)) for _ in range(150)] + [len(raw) - 1 - i for i in range(0, 120, 3)]
@@ -117,6 +118,7 @@ def test_a_compressed_archive_is_refused_as_it_could_unpack_to_any_size(tmp_path
         load_checkpoint(tmp_path / "small.ckpt")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2])
 def test_what_is_compressed_is_not_unpacked_to_find_out(tmp_path: Path, how: int) -> None:
     bomb = tmp_path / "bomb.ckpt"
@@ -229,6 +231,7 @@ MALFORMED: dict[str, Change] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", MALFORMED.values(), ids=MALFORMED)
 @pytest.mark.filterwarnings("ignore")
 def test_a_malformed_checkpoint_is_one_line(change: Change, tmp_path: Path) -> None:
@@ -268,6 +271,7 @@ def test_names_stay_in_their_folder(name: str, inside: bool) -> None:
     assert is_inside(name) is inside
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name, inside in NAMES.items() if not inside])
 def test_a_checkpoint_that_names_files_elsewhere_is_refused_and_writes_nothing(name: str, tmp_path: Path) -> None:
     held, path = whole(), tmp_path / "theirs.ckpt"

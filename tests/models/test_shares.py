@@ -22,6 +22,8 @@ from deft_lightning.models import load_checkpoint, model_from_checkpoint
 from deft_lightning.models.seal import DIGESTS
 from deft_lightning.models.shares import METADATA, read_metadata, read_weights
 
+pytestmark = pytest.mark.slow
+
 WORKER = Path(__file__).with_name("shares_worker.py")
 
 

@@ -77,6 +77,7 @@ def test_a_head_that_config_json_unties_by_mistake(tmp_path: Path) -> None:
     refused(tmp_path, r"missing.*: lm_head\.weight; .*tie_word_embeddings: true")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prefix", ["module.", "base_model.model.", "_orig_mod.", "model.", "module._orig_mod."])
 def test_prefixes_of_wrappers_are_read(folder: Path, prefix: str, caplog: pytest.LogCaptureFixture) -> None:
     wanted = load_file(folder / "model.safetensors")
@@ -162,6 +163,7 @@ def empty(path: Path) -> None:
     path.write_bytes(b"")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "damage"),
     [
@@ -207,6 +209,7 @@ ABSURD: list[tuple[str, Any]] = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "value"), ABSURD)
 def test_sizes_that_no_model_has(folder: Path, name: str, value: Any) -> None:
     begin = time.process_time()
@@ -321,6 +324,7 @@ SETTINGS: list[tuple[dict[str, Any], dict[str, Any]]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("given", "wanted"), SETTINGS)
 @pytest.mark.parametrize("through", ["folder", "checkpoint"])
 def test_generation_settings_of_real_models_are_exported(

@@ -319,7 +319,7 @@ def golden(name: str, key: str) -> Tensor:
     return torch.tensor(GOLDEN["objectives"][name][key], dtype=torch.float64)
 
 
-def values(objective: Objective, logits: Tensor) -> dict[str, Tensor]:
+def golden_values(objective: Objective, logits: Tensor) -> dict[str, Tensor]:
     stats = stats_for(objective, logits, torch.tensor(GOLDEN["target"]))
     found = {"loss": objective(stats), "gate": objective.gate(stats)}
     if isinstance(objective, DeformedLog):
@@ -355,7 +355,7 @@ def input_rounding(dtype: torch.dtype) -> float:
 @pytest.mark.parametrize("name", GOLDEN["objectives"])
 def test_golden_loss_gate_and_alpha_in_float64(name: str) -> None:
     objective = eval(name, dict(CLASSES))
-    found = values(objective, torch.tensor(GOLDEN["logits"], dtype=torch.float64))
+    found = golden_values(objective, torch.tensor(GOLDEN["logits"], dtype=torch.float64))
     tolerance = {key: 1e-12 * golden(name, key).abs() for key in GOLDEN["objectives"][name]}
     for key, bound in tolerance.items():
         bound[SHIFTED] += input_rounding(torch.float64) * golden(name, key)[SHIFTED].abs()
@@ -369,7 +369,7 @@ def test_golden_loss_gate_and_alpha_in_float32(name: str) -> None:
     logits = torch.tensor(GOLDEN["logits"], dtype=torch.float64)
     # "shifted" is "mild" plus 1000 and has its own test: as "mild" it leaves the mean over the batch what it is.
     logits[SHIFTED] = logits[MILD]
-    found = values(objective, logits.float())
+    found = golden_values(objective, logits.float())
     # 1e-30: float32 holds numbers such as the saturated token's 1 - p = 4e-39 only as subnormals, if at all.
     tolerance = {key: 2e-6 * golden(name, key).abs() + 1e-30 for key in GOLDEN["objectives"][name]}
     # Half an ulp in log p and half an ulp in the product with alpha is what exp(alpha log p) then amplifies.
@@ -381,7 +381,7 @@ def test_golden_loss_gate_and_alpha_in_float32(name: str) -> None:
 @pytest.mark.parametrize("name", GOLDEN["objectives"])
 def test_golden_token_with_logits_near_a_thousand_loses_only_its_input_rounding(name: str) -> None:
     objective = eval(name, dict(CLASSES))
-    found = values(objective, torch.tensor(GOLDEN["logits"]))
+    found = golden_values(objective, torch.tensor(GOLDEN["logits"]))
     for key in GOLDEN["objectives"][name]:
         wanted = golden(name, key)[SHIFTED].item()
         rounding = input_rounding(torch.float32)
@@ -436,6 +436,7 @@ CLOSED_FORMS: list[tuple[Objective, Callable[[Tensor, Tensor, Tensor], tuple[Ten
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("objective", "formula"), CLOSED_FORMS, ids=[repr(o) for o, _ in CLOSED_FORMS])
 @quick
 @given(vocab=st.integers(2, 20), seed=st.integers(0, 10_000))
@@ -451,6 +452,7 @@ def test_loss_and_gate_are_the_published_formulas(
     torch.testing.assert_close(objective.gate(stats), gate, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.slow
 @every_objective
 @quick
 @given(count=st.integers(1, 9), vocab=st.integers(1, 12), seed=st.integers(0, 10_000))
@@ -516,6 +518,7 @@ def test_needs_batch_and_topk_follow_the_parameters() -> None:
     assert NLL().topk == Truncated().topk == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ignored", [[], [0, 3, 9], list(range(10))])
 @every_objective
 def test_loss_is_zero_where_ignored_and_unaffected_by_padding(objective: Objective, ignored: list[int]) -> None:
@@ -529,6 +532,7 @@ def test_loss_is_zero_where_ignored_and_unaffected_by_padding(objective: Objecti
         assert (loss != 0).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [0, 5])
 @every_objective
 def test_a_batch_without_supervised_tokens_is_a_zero_connected_to_the_graph(objective: Objective, count: int) -> None:
@@ -539,6 +543,7 @@ def test_a_batch_without_supervised_tokens_is_a_zero_connected_to_the_graph(obje
     assert grad.shape == logits.shape and not grad.any()
 
 
+@pytest.mark.slow
 @every_objective
 def test_gate_works_without_gradients_and_in_inference_mode(objective: Objective) -> None:
     logits, targets = random_tokens(20, 6, seed=13)
@@ -586,6 +591,7 @@ def extreme_logits(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return logits.repeat(2, 1), torch.arange(2).repeat_interleave(len(rows))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @every_bounded_objective
 def test_values_and_gradients_are_finite_for_extreme_logits(objective: Objective, dtype: torch.dtype) -> None:

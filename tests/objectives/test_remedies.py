@@ -19,13 +19,13 @@ from deft_lightning.objectives import DEFT, DFT, EAFT, NLL, Cayley, Floored, Lik
 quick = settings(deadline=None, max_examples=25, derandomize=True)
 
 
-def tokens(count: int = 40, vocab: int = 9, seed: int = 0) -> tuple[Tensor, Tensor]:
+def two_tokens(count: int = 40, vocab: int = 9, seed: int = 0) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     logits = 3 * torch.randn(count, vocab, generator=generator, dtype=torch.float64)
     return logits, torch.randint(vocab, (count,), generator=generator)
 
 
-def gradient(logits: Tensor, targets: Tensor, objective: Any) -> Tensor:
+def gradient_of(logits: Tensor, targets: Tensor, objective: Any) -> Tensor:
     """By autograd through the whole softmax."""
     leaf = logits.clone().requires_grad_()
     (found,) = torch.autograd.grad(token_loss(leaf, targets, objective).sum(), leaf)
@@ -47,20 +47,20 @@ def p_and_collision(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def test_a_schedule_switches_on_the_step_at_which_its_share_of_the_steps_is_done() -> None:
-    logits, targets = tokens()
+    logits, targets = two_tokens()
     p, collision = p_and_collision(logits, targets)
     for steps in (10, 100, 7):
         for step in range(steps):
             there = Schedule(switch=0.3).at(RunState(step / steps))
             gate = torch.ones_like(p) if step * 10 < 3 * steps else p**collision
-            torch.testing.assert_close(gradient(logits, targets, there), wanted_gradient(logits, targets, gate))
+            torch.testing.assert_close(gradient_of(logits, targets, there), wanted_gradient(logits, targets, gate))
 
 
 @quick
 @given(progress=st.floats(0, 1), switch=st.floats(0, 1), share=st.floats(0, 1), seed=st.integers(0, 1000))
 def test_a_blend_mixes_losses_and_gates_in_proportion(progress: float, switch: float, share: float, seed: int) -> None:
     blend = share * (1 - switch)
-    logits, targets = tokens(seed=seed)
+    logits, targets = two_tokens(seed=seed)
     p, collision = p_and_collision(logits, targets)
     if blend < 1e-6 and abs(progress - switch) < 1e-6:
         return  # at the jump
@@ -70,7 +70,7 @@ def test_a_blend_mixes_losses_and_gates_in_proportion(progress: float, switch: f
     loss = -(1 - weight) * p.log() + weight * (1 - p**collision) / collision
     tolerance = {"rtol": 1e-5, "atol": 1e-7} if blend < 1e-3 else {"rtol": 1e-9, "atol": 1e-12}
     torch.testing.assert_close(there(token_stats(logits, targets)), loss, **tolerance)
-    torch.testing.assert_close(gradient(logits, targets, there), wanted_gradient(logits, targets, gate), **tolerance)
+    torch.testing.assert_close(gradient_of(logits, targets, there), wanted_gradient(logits, targets, gate), **tolerance)
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_a_blend_mixes_losses_and_gates_in_proportion(progress: float, switch: f
 )
 def test_a_schedule_starts_as_the_first_and_ends_as_the_other(switch: float, blend: float) -> None:
     schedule = Schedule(switch=switch, blend=blend)
-    stats = token_stats(*tokens())
+    stats = token_stats(*two_tokens())
     assert torch.equal(schedule.at(RunState(1.0))(stats), DEFT()(stats))
     assert torch.equal(schedule(stats), DEFT()(stats))
     first: Objective = NLL() if switch else DEFT()
@@ -103,7 +103,7 @@ def test_a_schedule_has_the_focus_of_the_one_in_force_and_a_mix_has_none() -> No
 
 def test_schedules_inside_schedules_follow_the_same_run() -> None:
     schedule = Schedule(first=Schedule(then=Likelihood(), switch=0.2), then=DEFT(), switch=0.5)
-    stats = token_stats(*tokens())
+    stats = token_stats(*two_tokens())
     for progress, there in ((0.1, NLL()), (0.2, Likelihood()), (0.4, Likelihood()), (0.5, DEFT())):
         assert torch.equal(schedule.at(RunState(progress))(stats), there(stats)), progress
 
@@ -127,27 +127,27 @@ def test_legends_and_tags_of_nested_objectives_can_be_read() -> None:
 def test_the_gate_is_the_larger_of_the_bases_and_the_floor(
     floor: float, progress: float, decay: Any, seed: int
 ) -> None:
-    logits, targets = tokens(seed=seed)
+    logits, targets = two_tokens(seed=seed)
     p, collision = p_and_collision(logits, targets)
     there = Floored(floor=floor, decay=decay).at(RunState(progress))
     smallest = floor * (1 - progress) if decay == "linear" else floor
     gate = (p**collision).clamp_min(smallest)
     stats = token_stats(logits, targets)
     torch.testing.assert_close(there.gate(stats), gate, rtol=1e-9, atol=1e-12)
-    torch.testing.assert_close(gradient(logits, targets, there), wanted_gradient(logits, targets, gate))
+    torch.testing.assert_close(gradient_of(logits, targets, there), wanted_gradient(logits, targets, gate))
     base = (1 - p**collision) / collision
     missing = (smallest - p**collision).clamp_min(0)
     torch.testing.assert_close(there(stats), base - missing * p.log(), rtol=1e-9, atol=1e-12)
 
 
 def test_a_floor_opens_some_gates_and_leaves_others() -> None:
-    stats = token_stats(*tokens())
+    stats = token_stats(*two_tokens())
     below = Floored(floor=0.3).gate(stats) > DEFT().gate(stats)
     assert 5 < int(below.sum()) < 35
 
 
 def test_a_linear_floor_starts_whole_and_ends_as_the_base() -> None:
-    stats = token_stats(*tokens())
+    stats = token_stats(*two_tokens())
     floored = Floored(floor=0.3, decay="linear")
     assert torch.equal(floored.at(RunState(1.0))(stats), DEFT()(stats)) and torch.equal(floored(stats), DEFT()(stats))
     torch.testing.assert_close(floored.at(RunState(0.0))(stats), Floored(floor=0.3)(stats), rtol=0, atol=0)
@@ -155,8 +155,8 @@ def test_a_linear_floor_starts_whole_and_ends_as_the_base() -> None:
 
 
 def test_a_floor_of_one_is_nll_in_its_gradient() -> None:
-    logits, targets = tokens()
-    torch.testing.assert_close(gradient(logits, targets, Floored(floor=1.0)), gradient(logits, targets, NLL()))
+    logits, targets = two_tokens()
+    torch.testing.assert_close(gradient_of(logits, targets, Floored(floor=1.0)), gradient_of(logits, targets, NLL()))
 
 
 def test_a_label_the_model_rules_out_costs_what_the_base_says_once_there_is_no_floor() -> None:

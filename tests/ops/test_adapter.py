@@ -120,6 +120,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @ranks
 @pytest.mark.parametrize("n", [0, 1, 30, 513, 1100])  # none, one, one chunk, two and three
 @every_head
@@ -142,6 +143,7 @@ def without(case: Adapted) -> Adapted:
     return case._replace(tensors=case.tensors | {"up": torch.zeros_like(case.tensors["up"])})
 
 
+@pytest.mark.slow
 @ranks
 @pytest.mark.parametrize("option", OPTIONS)
 @every_head
@@ -223,6 +225,7 @@ def assert_no_worse_than_twice(fused: Gradients, dense: Gradients, oracle: Gradi
         assert error <= 2 * allowed + 1e-6, f"{name}: {error:.2e} against {allowed:.2e}"
 
 
+@pytest.mark.slow
 @ranks
 @pytest.mark.parametrize("n", [100, 1100])
 @every_head

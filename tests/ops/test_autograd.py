@@ -56,6 +56,7 @@ def arguments(given: dict[str, Tensor], options: dict[str, float]) -> dict[str, 
     }  # fmt: skip
 
 
+@pytest.mark.slow
 @every_call
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("objective", TRUE_DERIVATIVES, ids=repr)
@@ -74,6 +75,7 @@ def test_gradients_of_linear_loss_are_its_finite_differences(
     assert torch.autograd.gradcheck(loss, tuple(given.values()), eps=1e-6, atol=1e-7, rtol=1e-6)
 
 
+@pytest.mark.slow
 @every_call
 def test_gradients_of_log_prob_are_its_finite_differences(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunked, "CHUNK_CPU", 4)
@@ -318,6 +320,7 @@ def assert_no_worse_than_twice_dense(
         assert error <= 2 * allowed + 1e-6, f"{name}: {error:.2e} against {allowed:.2e}"
 
 
+@pytest.mark.slow
 @every_head
 @pytest.mark.parametrize("objective", [NLL(), *OBJECTIVES, Likelihood()], ids=repr)
 @pytest.mark.parametrize(("n", "upstream"), [(20, 1.0), (530, 0.05)])  # one chunk, and two
@@ -349,6 +352,7 @@ def test_float16_values_are_no_worse_than_twice_dense_float16() -> None:
         assert error <= 2 * allowed, f"{name}: {error:.2e} against {allowed:.2e}"
 
 
+@pytest.mark.slow
 @every_head
 @pytest.mark.parametrize("n", [300, 700])
 def test_float16_gradients_stay_finite_where_many_tokens_have_one_target(head: Heads, n: int) -> None:

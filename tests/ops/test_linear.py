@@ -62,6 +62,7 @@ quick = settings(deadline=None, max_examples=50, derandomize=True)
 SHAPES = [(0, 7), (1, 1), (1, 2), (1, 33), (5, 1), (17, 101), (511, 37), (512, 37), (513, 37), (1025, 19)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("n", "vocab"), SHAPES)
 @every_objective
 def test_linear_loss_matches_dense_float64_for_every_shape(objective: Objective, n: int, vocab: int) -> None:
@@ -83,6 +84,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", OPTIONS)
 @every_objective
 def test_linear_loss_matches_dense_float64_for_every_option(objective: Objective, option: str) -> None:
@@ -123,6 +125,7 @@ def test_linear_loss_is_exact_in_float64_for_any_combination(
     assert_close(differentiate(fused_loss(OBJECTIVES[which]), case, upstream), wanted, 1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [100, 1100])
 @every_objective
 def test_bfloat16_is_no_worse_than_twice_the_dense_bfloat16_head(objective: Objective, n: int) -> None:
@@ -343,6 +346,7 @@ def test_statistics_under_autocast_are_those_of_the_bfloat16_product() -> None:
 # --- linear_token_stats ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("topk", [0, 4])
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize(("n", "vocab"), SHAPES)
@@ -482,6 +486,7 @@ MEMORY_HEADS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", MEMORY_HEADS.values(), ids=MEMORY_HEADS.keys())
 def test_no_tensor_of_all_logits_is_ever_made(head: Callable[[Problem], Tensor]) -> None:
     n = 3000
@@ -494,6 +499,7 @@ def test_no_tensor_of_all_logits_is_ever_made(head: Callable[[Problem], Tensor])
     assert watch.bytes == watched(head, 2 * n).bytes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", MEMORY_HEADS.values(), ids=MEMORY_HEADS.keys())
 def test_peak_memory_does_not_grow_with_the_number_of_tokens(head: Callable[[Problem], Tensor]) -> None:
     n = 1500

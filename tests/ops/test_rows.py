@@ -174,6 +174,7 @@ def test_a_smaller_last_block_does_not_see_what_is_left_of_the_one_before() -> N
         torch.testing.assert_close(product.double(), gradient, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", [DEFT(), Cayley(floor=0.5), EAFT(k=3)], ids=repr)
 @pytest.mark.parametrize("options", [{}, {"softcap": 5.0, "logit_scale": 0.5}], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)

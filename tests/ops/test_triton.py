@@ -186,6 +186,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[Any, ...], 
     return {tuple(result["key"]): result for result in results}
 
 
+@pytest.mark.slow
 @needs_triton
 @pytest.mark.parametrize("capped", [False, True])
 @pytest.mark.parametrize(("alignment", "architecture"), VARIANTS)
@@ -205,6 +206,7 @@ def test_the_kernels_compile_for_cuda_without_a_gpu_and_spill_nothing(
 # --- run by the interpreter -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @needs_triton
 @pytest.mark.skipif(INTERPRETED, reason="this process runs them")
 def test_the_kernels_pass_their_tests_in_tritons_interpreter() -> None:

@@ -102,7 +102,7 @@ def dense(pretrained: str, data: InstructionDataModule) -> Dense:
     return Dense(*(torch.stack(column) for column in zip(*found, strict=True)))
 
 
-def by_hand(truth: Dense) -> dict[str, Tensor]:
+def gates_by_hand(truth: Dense) -> dict[str, Tensor]:
     """The gates of the README's table, written out."""
     p, focal = truth.p, 1 - truth.p
     return {
@@ -116,6 +116,7 @@ def by_hand(truth: Dense) -> dict[str, Tensor]:
 # --- the table ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", ["fused", "dense"])
 @pytest.mark.parametrize("chosen", [DEFT(), EAFT(k=5), Cayley(floor=0.5)], ids=repr)
 def test_table_is_that_of_a_dense_softmax_in_float64(
@@ -134,7 +135,7 @@ def test_table_is_that_of_a_dense_softmax_in_float64(
     assert report["prior"]["position"] == pytest.approx(float(p.mean()), rel=1e-4)
     assert report["prior"]["overconfidence"] == pytest.approx(float(truth.collision.mean() / p.mean()), rel=1e-4)
 
-    gates = by_hand(truth)
+    gates = gates_by_hand(truth)
     if chosen == EAFT(k=5):
         gates[repr(chosen)] = truth.entropy_of_largest(5) / math.log(5)
     if isinstance(chosen, Cayley):
@@ -153,6 +154,7 @@ def test_table_is_that_of_a_dense_softmax_in_float64(
     assert report["objectives"][0]["name"] == ("DEFT" if chosen == DEFT() else repr(chosen))
 
 
+@pytest.mark.slow
 def test_noise_is_told_from_clean_tokens_by_operation(pretrained: str, source: str, tmp_path: Path) -> None:
     noise = Noise(ops=[ResponseSwap(rate=0.5), TokenReplace(rate=0.3), TokenReplace(rate=0.2, source="unigram")])
     report, data = probed(tmp_path, pretrained, source, {"noise": noise}, examples=None)
@@ -170,6 +172,7 @@ def test_noise_is_told_from_clean_tokens_by_operation(pretrained: str, source: s
             assert row[key] == pytest.approx(wanted, abs=2e-3), key
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chosen", [Schedule(), Rescaled(), Floored(decay="linear")], ids=repr)
 def test_an_objective_of_a_run_is_what_it_ends_as(
     chosen: Objective, pretrained: str, source: str, tmp_path: Path
@@ -181,6 +184,7 @@ def test_an_objective_of_a_run_is_what_it_ends_as(
     assert {**own, "name": "DEFT", "chosen": False} == deft and own["gate"] < 0.99
 
 
+@pytest.mark.slow
 def test_every_objective_is_listed_and_one_that_cannot_run_is_named(
     pretrained: str, source: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -214,6 +218,7 @@ def test_every_objective_is_listed_and_one_that_cannot_run_is_named(
 # --- the sample and the files ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_sample_is_spread_and_the_same_every_time(pretrained: str, source: str, tmp_path: Path) -> None:
     reports = [
         probed(tmp_path / name, pretrained, source, examples=count, audit=str(tmp_path / f"{name}.jsonl"))[0]
@@ -227,6 +232,7 @@ def test_the_sample_is_spread_and_the_same_every_time(pretrained: str, source: s
     assert (tmp_path / "a.jsonl").read_text() == (tmp_path / "b.jsonl").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "layout",
     [{"packing": True, "max_length": 128}, {"max_tokens_per_batch": 64}, {"batch_size": 2}, {"group_by_length": True}],
@@ -240,6 +246,7 @@ def test_batches_do_not_matter(layout: dict[str, Any], pretrained: str, source: 
     assert [s["id"] for s in other["suspicious"]] == [s["id"] for s in plain["suspicious"]]
 
 
+@pytest.mark.slow
 def test_files_are_complete(pretrained: str, source: str, tmp_path: Path) -> None:
     noise = Noise(ops=[ResponseSwap(rate=0.5)])
     report, data = probed(
@@ -279,6 +286,7 @@ def test_files_are_complete(pretrained: str, source: str, tmp_path: Path) -> Non
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "o"]
 
 
+@pytest.mark.slow
 def test_one_objective_without_bound_does_not_flatten_the_figure(
     pretrained: str, source: str, tmp_path: Path, ours: None
 ) -> None:
@@ -289,6 +297,7 @@ def test_one_objective_without_bound_does_not_flatten_the_figure(
     assert shown[0] == pytest.approx(1.16 * 2) and 1.16 <= shown[1] < 1.3
 
 
+@pytest.mark.slow
 def test_nothing_is_trained_and_the_module_is_left_as_it_was(pretrained: str, source: str, tmp_path: Path) -> None:
     module = SFTModule(pretrained=pretrained)
     trainer = Trainer(accelerator="cpu", devices=1, logger=False, default_root_dir=str(tmp_path))
@@ -309,6 +318,7 @@ def test_a_model_that_gives_no_numbers_is_one_line(pretrained: str, source: str,
         probed(tmp_path, str(tmp_path / "broken"), source, data, head="dense")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
 def test_other_precisions_say_nearly_the_same(precision: str, pretrained: str, source: str, tmp_path: Path) -> None:
     wanted, _ = probed(tmp_path, pretrained, source)
@@ -323,6 +333,7 @@ def test_other_precisions_say_nearly_the_same(precision: str, pretrained: str, s
 # --- the sample of tokens -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chosen", [DEFT(), EAFT(k=5)], ids=repr)
 def test_tokens_are_those_of_a_dense_softmax(
     chosen: Objective, pretrained: str, source: str, tmp_path: Path, ours: None
@@ -346,7 +357,7 @@ def test_tokens_are_those_of_a_dense_softmax(
         assert row == pytest.approx(truth.entropy_of_largest(int(k)).numpy(), rel=1e-4)
 
 
-def batch_of(lengths: list[int], first: int) -> tuple[dict[int, TokenStats], Tensor, list[int], Tensor]:
+def counted_batch(lengths: list[int], first: int) -> tuple[dict[int, TokenStats], Tensor, list[int], Tensor]:
     """Examples whose statistics tell which token they are of."""
     keep = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
     positions = list(range(first, first + len(lengths)))
@@ -359,7 +370,7 @@ def test_the_sample_is_bounded_and_does_not_depend_on_batches() -> None:
     samples = []
     for size, turned in ((1, False), (17, True), (300, False)):
         sampler = Sampler([], size=500)
-        batches = [batch_of(lengths[at : at + size], at) for at in range(0, 300, size)]
+        batches = [counted_batch(lengths[at : at + size], at) for at in range(0, 300, size)]
         for batch in batches[::-1] if turned else batches:
             sampler.update(*batch)
             assert len(sampler._hashes) <= 500
@@ -469,11 +480,12 @@ LEARNED = [
 ]  # fmt: skip
 
 
-def cli(monkeypatch: pytest.MonkeyPatch, *args: str) -> None:
+def probe_verb(monkeypatch: pytest.MonkeyPatch, *args: str) -> None:
     monkeypatch.setattr("sys.argv", ["deft_lightning", "probe", *args])
     main()
 
 
+@pytest.mark.slow
 def test_audit_ranks_wrong_answers_first_and_points_at_them(
     learned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -484,7 +496,7 @@ def test_audit_ranks_wrong_answers_first_and_points_at_them(
             row["answer"] = row["answer"].rsplit(" ", 1)[0] + f" {wrong[row['id']]}."
             row["bad"] = True
     source = write_rows(tmp_path / "spoilt.jsonl", spoilt)
-    cli(
+    probe_verb(
         monkeypatch, *LEARNED, "--data.source", source, "--ckpt_path", "last", "--trainer.default_root_dir",
         str(learned), "--output", str(tmp_path / "out"), "--audit", str(tmp_path / "audit.jsonl"), "--truth", "bad",
     )  # fmt: skip
@@ -507,13 +519,14 @@ def test_audit_ranks_wrong_answers_first_and_points_at_them(
     assert all(name in printed for name in wrong)
 
 
+@pytest.mark.slow
 def test_checkpoint_and_its_export_say_the_same(learned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = write_rows(tmp_path / "rows.jsonl", table())
     trainer = Trainer(accelerator="cpu", logger=False, default_root_dir=str(learned))
     folder = trainer.export(ckpt_path="last", output=str(tmp_path / "hf"))
     common = ["--data.source", source, "--trainer.default_root_dir", str(learned), "--examples", "10"]
-    cli(monkeypatch, *LEARNED, *common, "--ckpt_path", "last", "--output", str(tmp_path / "a"))
-    cli(
+    probe_verb(monkeypatch, *LEARNED, *common, "--ckpt_path", "last", "--output", str(tmp_path / "a"))
+    probe_verb(
         monkeypatch, *common, "--data.validation_fraction", "0", "--trainer.accelerator", "cpu", "--output",
         str(tmp_path / "b"), "--model.pretrained", str(folder),
     )  # fmt: skip
@@ -525,6 +538,7 @@ def test_checkpoint_and_its_export_say_the_same(learned: Path, tmp_path: Path, m
 # --- mistakes -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("args", "wanted"),
     [
@@ -548,7 +562,7 @@ def test_mistakes_are_one_line(
     args = [arg.format(file=source, folder=tmp_path) for arg in args]
     common = ["--model.pretrained", pretrained, "--data.source", source, "--trainer.accelerator", "cpu"]
     with pytest.raises(SystemExit) as stop:
-        cli(monkeypatch, *common, "--trainer.default_root_dir", str(tmp_path / "logs"), *args)
+        probe_verb(monkeypatch, *common, "--trainer.default_root_dir", str(tmp_path / "logs"), *args)
     error = capsys.readouterr().err
     assert stop.value.code == 2 and "Traceback" not in error
     (line,) = [line for line in error.splitlines() if line.startswith("error: ")]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 from attacks import ATTACKS, BEGIN, DOCS, END, outcome, table
 
+pytestmark = pytest.mark.slow
+
 PAIRS = [(name, verb) for name, attack in ATTACKS.items() for verb in attack.verbs]
 
 

@@ -95,6 +95,7 @@ def test_settings_that_mean_nothing_are_one_line(settings: dict[str, Any], messa
         Regime(**{"source": WORDS, "steps": 5, "rate": 1e-3, "noise": [0.0, 0.4], **settings})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "study").glob("*.yaml")), ids=lambda path: path.stem)
 def test_config_is_a_study(path: Path) -> None:
     study, options = read_options(["--config", str(path), "--seeds", "4"])
@@ -127,6 +128,7 @@ def test_a_study_without_seeds_is_refused_before_it_runs(name: str) -> None:
         study(**{name: 0})
 
 
+@pytest.mark.slow
 def test_an_objective_whose_settings_cannot_be_told_is_refused() -> None:
     class Mine(NLL):
         def __init__(self, tau: float) -> None:

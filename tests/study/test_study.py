@@ -16,6 +16,8 @@ from worlds import ROOT
 
 from deft_lightning.__main__ import main
 
+pytestmark = pytest.mark.slow
+
 CONFIG = """
 regimes:
   strong:
@@ -79,7 +81,6 @@ def gone(processes: set[int]) -> bool:
     return not any(Path(f"/proc/{process}").exists() for process in processes)
 
 
-@pytest.mark.slow
 def test_a_study_killed_at_any_moment_ends_with_the_same_table(tmp_path: Path) -> None:
     out = finish(start(tmp_path / "whole"))
     assert "Worst regime" in out and "| DEFT |" in out

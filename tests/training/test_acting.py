@@ -19,6 +19,8 @@ from deft_lightning.callbacks import Checkpoint, GateMonitor
 from deft_lightning.errors import UserError
 from deft_lightning.objectives import DEFT, DFT, EAFT, NLL, Floored, Likelihood, Objective, Rescaled, Schedule
 
+pytestmark = pytest.mark.slow
+
 ROWS = UNEVEN
 RATE = 0.5
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -45,7 +47,7 @@ class Course(Callback):
         (self.checked if trainer.sanity_checking else self.validated).append(pl_module.current_objective)
 
 
-def by_hand(pretrained: str, batch: Any, losses: list[Callable[[Any], Loss]]) -> Any:
+def steps_by_hand(pretrained: str, batch: Any, losses: list[Callable[[Any], Loss]]) -> Any:
     """Gradient steps on one window; each loss is made from the model before its step."""
     model = initial(pretrained)
     for make in losses:
@@ -56,7 +58,7 @@ def by_hand(pretrained: str, batch: Any, losses: list[Callable[[Any], Loss]]) ->
     return model
 
 
-def assert_same_weights(found: Any, wanted: Any, pretrained: str) -> None:
+def assert_trained_alike(found: Any, wanted: Any, pretrained: str) -> None:
     start = dict(initial(pretrained).named_parameters())
     for (name, a), b in zip(found.named_parameters(), wanted.parameters(), strict=True):
         moved = float((b - start[name]).detach().abs().max())
@@ -91,13 +93,13 @@ def test_each_step_of_a_schedule_follows_the_loss_of_its_share_of_the_run(
         return (nll(logits, targets) + deft(logits, targets)) / 2
 
     # Progress 0, 1/4, 1/2 and 3/4.
-    wanted = by_hand(pretrained, batch, [lambda model, loss=loss: loss for loss in (nll, nll, half, deft)])
+    wanted = steps_by_hand(pretrained, batch, [lambda model, loss=loss: loss for loss in (nll, nll, half, deft)])
     module = make_module(pretrained, objective=Schedule(switch=0.25, blend=0.5), head=head, optimizer=slow_sgd)
     course = Course()
     trainer = bare_trainer(tmp_path, course, max_epochs=4, accumulate_grad_batches=accumulate)
     trainer.fit(module, data(source, batch_size=size))
     assert trainer.global_step == 4
-    assert_same_weights(module.model, wanted, pretrained)
+    assert_trained_alike(module.model, wanted, pretrained)
     weights = [getattr(objective, "weight", None) for objective in course.trained]
     micro = math.ceil(8 / size)
     assert weights == [weight for weight in (0.0, 0.0, 0.5, 1.0) for _ in range(micro)]
@@ -119,7 +121,7 @@ def test_a_linear_floor_sinks_over_the_optimizer_steps(pretrained: str, source: 
     objective = Floored(base=Likelihood(), floor=0.8, decay="linear")
     module = make_module(pretrained, objective=objective, optimizer=slow_sgd)
     bare_trainer(tmp_path, max_epochs=4, accumulate_grad_batches=4).fit(module, data(source, batch_size=2))
-    assert_same_weights(module.model, by_hand(pretrained, batch, losses), pretrained)
+    assert_trained_alike(module.model, steps_by_hand(pretrained, batch, losses), pretrained)
 
 
 @pytest.mark.parametrize("head", ["fused", "dense"])
@@ -190,13 +192,13 @@ def test_each_rescaled_step_is_divided_by_the_mean_gate_of_those_before(
         means.append(mean_gate(model, batch))
         return lambda logits, targets: deft(logits, targets) / past
 
-    wanted = by_hand(pretrained, batch, [rescaled] * 4)
+    wanted = steps_by_hand(pretrained, batch, [rescaled] * 4)
     assert max(scales) > 1.1, "a scale of one shows nothing"
     module = make_module(pretrained, objective=Rescaled(decay=0.5), head=head, optimizer=slow_sgd)
     trainer = bare_trainer(tmp_path, max_epochs=4, accumulate_grad_batches=accumulate, logger=None)
     trainer.fit(module, data(source, batch_size=size))
     assert scalars(trainer, "objective/scale") == pytest.approx(scales, rel=1e-4)
-    assert_same_weights(module.model, wanted, pretrained)
+    assert_trained_alike(module.model, wanted, pretrained)
 
 
 def test_a_gate_that_is_shut_is_not_scaled_up_without_bound(pretrained: str, source: str, tmp_path: Path) -> None:

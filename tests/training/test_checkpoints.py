@@ -20,6 +20,8 @@ from deft_lightning.training.checkpoint_io import AtomicCheckpointIO
 from deft_lightning.training.fsdp2 import FSDP2Strategy
 from deft_lightning.training.resume import newest_checkpoint
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_save_replaces_what_was_there_and_leaves_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "a.ckpt"

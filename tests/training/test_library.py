@@ -28,6 +28,8 @@ from deft_lightning.optim import MuonAdamW
 from deft_lightning.training.checkpoint_io import AtomicCheckpointIO, BackgroundCheckpointIO
 from deft_lightning.training.optim import CosineWithWarmup
 
+pytestmark = pytest.mark.slow
+
 trainer_in = partial(quiet_trainer, monitors=False)
 
 

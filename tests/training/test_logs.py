@@ -93,6 +93,7 @@ def fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", [vanish, become_a_file, fill_the_disk])
 @pytest.mark.parametrize("kind", [TensorBoardLogger, CSVLogger])
 def test_training_goes_on_without_the_log(kind: Any, loss: Loss, fit: Any, tmp_path: Path) -> None:
@@ -109,6 +110,7 @@ def test_training_goes_on_without_the_log(kind: Any, loss: Loss, fit: Any, tmp_p
     assert str(tmp_path / "logs") in lines[0] and "--trainer.default_root_dir" in lines[0]
 
 
+@pytest.mark.slow
 def test_checkpoints_in_the_folder_that_vanishes_are_saved_in_a_new_one(fit: Any, tmp_path: Path) -> None:
     trainer, said = fit(None, Lose(vanish), Checkpoint(every_n_train_steps=2))
     folder = tmp_path / "version_0" / "checkpoints"
@@ -119,6 +121,7 @@ def test_checkpoints_in_the_folder_that_vanishes_are_saved_in_a_new_one(fit: Any
     assert len([line for line in said if "cannot be written any more" in line]) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [ConnectionResetError("gone"), RuntimeError("500")], ids=["connection", "other"])
 def test_a_service_that_answers_no_more_is_left(error: Exception, fit: Any) -> None:
     trainer, said = fit(logger := Remote(2, error), GateMonitor(histograms=False))

@@ -124,6 +124,7 @@ def test_fused_and_dense_heads_give_the_same_statistics(pretrained: str, source:
 # --- one optimizer step ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", ["fused", "dense"])
 @pytest.mark.parametrize(("size", "accumulate"), [(8, 1), (4, 2), (3, 3), (1, 8)])
 def test_a_step_follows_the_mean_over_all_supervised_tokens_of_its_window(
@@ -173,6 +174,7 @@ def loader(examples: Sequence[Prepared], size: int) -> DataLoader[Any]:
     return DataLoader(list(examples), batch_size=size, collate_fn=TrainCollator(0))  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", [0, 1, 2])
 @pytest.mark.parametrize("head", ["fused", "dense"])
 def test_a_fully_masked_micro_batch_adds_nothing_and_is_counted(
@@ -188,6 +190,7 @@ def test_a_fully_masked_micro_batch_adds_nothing_and_is_counted(
     assert_step(before, module.model, gradient)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", [DEFT(), Cayley(floor=0.5), EAFT(k=5)], ids=repr)
 @pytest.mark.parametrize("head", ["fused", "dense"])
 def test_a_window_without_any_supervised_token_leaves_the_weights_alone(
@@ -263,6 +266,7 @@ class Squared(Objective):
         return stats.log_prob.square()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", ["fused", "dense"])
 @pytest.mark.parametrize(
     ("objective", "loss"), [(Cayley(floor=0.5), cayley), (EAFT(k=5), eaft)], ids=["cayley", "eaft"]
@@ -292,6 +296,7 @@ def nll(logits: Tensor, targets: Tensor) -> Tensor:
     return nn.functional.cross_entropy(logits, targets, reduction="none")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", ["fused", "dense"])
 @pytest.mark.parametrize(
     ("objective", "loss"),
@@ -356,6 +361,7 @@ class Recorder(Callback):
         self.rates.append(optimizer.param_groups[0]["lr"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dropout", [0.5, 0.0])
 @pytest.mark.parametrize("loaded", [True, False])
 def test_dropout_is_active_in_training_before_and_after_a_validation(
@@ -380,6 +386,7 @@ def test_dropout_is_active_in_training_before_and_after_a_validation(
         assert torch.equal(recorder.log_probs[0], again) is (dropout == 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [None, LoRA(r=2)])
 def test_gradient_checkpointing_recomputes_and_gives_the_same_gradients(
     lora: LoRA | None, pretrained: str, source: str
@@ -409,6 +416,7 @@ def test_gradient_checkpointing_recomputes_and_gives_the_same_gradients(
     assert any(float(g.abs().max()) > 1e-4 for g in gradients[1].values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "precision", "kept"),
     [
@@ -490,6 +498,7 @@ def cosine(t: int, total: int, warmup: int, floor: float) -> float:
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * (t - warmup) / (total - warmup)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rows", "size", "accumulate", "limits", "total"),
     [
@@ -617,6 +626,7 @@ def logits_of(model: Any, batch: Batch) -> Tensor:
         return model.eval()(input_ids=batch["input_ids"]).logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [None, LoRA(r=2)])
 def test_a_trained_model_exports_from_memory_and_from_the_checkpoint_path_alone(
     lora: LoRA | None, pretrained: str, source: str, tmp_path: Path
@@ -677,6 +687,7 @@ def trained(
     return module, files
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("validate", [False, True])
 def test_resuming_at_an_epoch_boundary_changes_no_bit(
     validate: bool, pretrained: str, source: str, tmp_path: Path
@@ -695,6 +706,7 @@ def test_resuming_at_an_epoch_boundary_changes_no_bit(
     assert again.tokens_seen == whole.tokens_seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("every", [1, 3, 50])
 def test_a_checkpoint_counts_every_token_seen_however_often_is_logged(
     every: int, pretrained: str, source: str, tmp_path: Path
@@ -705,6 +717,7 @@ def test_a_checkpoint_counts_every_token_seen_however_often_is_logged(
     assert saved["deft_lightning"]["tokens_seen"] == int((batch["labels"][:, 1:] != -100).sum())
 
 
+@pytest.mark.slow
 def test_going_on_for_more_epochs_than_planned_still_learns_or_is_refused(
     pretrained: str, source: str, tmp_path: Path
 ) -> None:

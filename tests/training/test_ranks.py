@@ -19,6 +19,8 @@ from worlds import read_events, save_tiny_llama, write_rows
 from deft_lightning import Trainer
 from deft_lightning.evaluation.score import score
 
+pytestmark = pytest.mark.slow
+
 ANSWERS = ["2", "red, green and blue", "Hello! How are you?", "y", "c a t", "no", "one two three four five", "!!"]
 HELD_OUT = ["something long, much longer than the rest", "4", "x y z", "no", "yes, it is"]
 PROMPTS = ["abc", "d\ne", "f", "gh", "i"]

@@ -30,6 +30,8 @@ from deft_lightning.cli.main import run
 from deft_lightning.data.noise import Noise, TokenReplace
 from deft_lightning.objectives import Tsallis
 
+pytestmark = pytest.mark.slow
+
 RECIPE = (
     Checkpoint, Dashboard, EntropyMonitor, GateMonitor, GracefulStop, MetricCheck, NoiseMonitor, RankWatch,
     SFTProgressBar,

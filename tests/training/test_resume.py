@@ -16,6 +16,8 @@ from deft_lightning.data import Noise, ResponseSwap
 from deft_lightning.objectives import DEFT, Floored, Likelihood, Objective, Rescaled, Schedule
 from deft_lightning.training.optim import CosineWithWarmup
 
+pytestmark = pytest.mark.slow
+
 # With batch 4: five whole batches an epoch and a short one.
 ROWS = [{"question": f"{i} + {i * 7}", "answer": str(8 * i)} for i in range(22)]
 

@@ -41,7 +41,7 @@ def put(tmp_path: Path) -> Put:
     return write
 
 
-def cut(path: Path) -> Path:
+def cut_short(path: Path) -> Path:
     date = path.stat().st_mtime
     path.write_bytes(path.read_bytes()[:-100])
     os.utime(path, (date, date))
@@ -122,15 +122,15 @@ def test_runs_under_different_folders_are_ordered_by_their_beginning(put: Put, t
 
 def test_a_damaged_newest_is_an_error_that_names_the_one_before(put: Put, tmp_path: Path) -> None:
     good = put("version_0/checkpoints/step=3.ckpt", 3, "a")
-    damaged = cut(put("version_0/checkpoints/step=6.ckpt", 6, "a"))
+    damaged = cut_short(put("version_0/checkpoints/step=6.ckpt", 6, "a"))
     with pytest.raises(UserError, match=rf"{damaged} is the newest, and .* damaged.*: --ckpt_path {good}"):
         last_checkpoint([tmp_path])
     damaged.unlink()
-    alone = cut(put("version_1/checkpoints/step=1.ckpt", 1, "b"))
+    alone = cut_short(put("version_1/checkpoints/step=1.ckpt", 1, "b"))
     with pytest.raises(UserError, match=rf"{alone} is the newest, and .*: --ckpt_path {good}"):
         last_checkpoint([tmp_path])
     alone.unlink()
-    older = cut(put("version_0/checkpoints/step=1.ckpt", 1, "a"))
+    older = cut_short(put("version_0/checkpoints/step=1.ckpt", 1, "a"))
     path, said = chosen(tmp_path)
     assert path == good and f"skipped {older}: cannot be read" in said
 
@@ -154,6 +154,7 @@ def test_only_a_config_that_a_run_has_written_names_it(tmp_path: Path) -> None:
         assert run_folder(tmp_path / name) is None
 
 
+@pytest.mark.slow
 def test_last_is_resumed_from_python_wherever_checkpoints_lie(tmp_path: Path) -> None:
     source, apart = multiples(tmp_path / "rows.jsonl"), {"dirpath": str(tmp_path / "apart")}
     with pytest.raises(UserError, match=r"--ckpt_path last: no checkpoint under"):
@@ -188,10 +189,11 @@ def test_a_last_one_that_has_changed_on_the_way_names_the_one_before(tmp_path: P
 # --- the command line -----------------------------------------------------------------------------------------------
 
 
-def final(folder: Path, step: int) -> dict[str, torch.Tensor]:
+def final_weights(folder: Path, step: int) -> dict[str, torch.Tensor]:
     return dict(torch.load(folder / "checkpoints" / f"step={step}.ckpt", weights_only=True)["state_dict"])
 
 
+@pytest.mark.slow
 def test_a_resumed_runs_config_repeats_it_and_names_it(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -211,7 +213,7 @@ def test_a_resumed_runs_config_repeats_it_and_names_it(
     for path in (first, first.parent / "last.ckpt"):  # as a clock that was wrong dates them
         os.utime(path, (2e9, 2e9), follow_symlinks=False)
     run(["fit", "--config", str(root / "version_1" / "config.yaml")])
-    one, two = (final(root / f"version_{n}", 4) for n in (1, 2))
+    one, two = (final_weights(root / f"version_{n}", 4) for n in (1, 2))
     assert max(float((one[name] - two[name]).abs().max()) for name in one) == 0.0
     caplog.clear()
     config = str(root / "version_0" / "config.yaml")

@@ -113,6 +113,7 @@ DIFFERENT: dict[str, tuple[dict[str, Any], list[str]]] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DIFFERENT)
 def test_what_differs_is_said_in_one_line_each(name: str, world: Path, tmp_path: Path, said: Log) -> None:
     options, lines = DIFFERENT[name]
@@ -204,7 +205,7 @@ def test_the_same_content_is_known_under_any_name_and_other_content_is_not(tmp_p
 # --- what is refused ------------------------------------------------------------------------------------------------
 
 
-def cosine(optimizer: Any) -> Any:
+def annealing(optimizer: Any) -> Any:
     return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10)
 
 
@@ -212,7 +213,7 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
     "optimizer": ({"model": {"optimizer": sgd}}, ["--model.optimizer SGD", "trained with AdamW"]),
     "another Adam": ({"model": {"optimizer": lambda g: torch.optim.Adam(g)}}, ["--model.optimizer Adam:", "AdamW"]),
     "scheduler": (
-        {"model": {"scheduler": cosine}}, ["--model.scheduler CosineAnnealingLR", "trained with CosineWithWarmup"]
+        {"model": {"scheduler": annealing}}, ["--model.scheduler CosineAnnealingLR", "trained with CosineWithWarmup"]
     ),
     "max_steps": ({"steps": 2}, ["--trainer.max_steps 2", "at step 3", "more than 3"]),
     "adapters": ({"model": {"lora": LoRA(r=2)}}, ["--model.lora:", "no adapters", "leave --model.lora out"]),
@@ -274,6 +275,7 @@ def test_weights_alone_are_not_resumed_but_validated(world: Path, tmp_path: Path
     assert trainer.validate(SFTModule(architecture=SHAPE), data, ckpt_path=str(path), verbose=False)
 
 
+@pytest.mark.slow
 def test_epochs_that_are_behind_a_checkpoint_are_counted_and_no_others(world: Path, tmp_path: Path, said: Log) -> None:
     source, epochs = str(world / "rows.jsonl"), {"steps": -1, "max_epochs": 2}
     fit(tmp_path / "two", source, **epochs)
@@ -327,6 +329,7 @@ SPOILT = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SPOILT)
 def test_a_state_that_does_not_fit_is_one_line_that_names_the_file(name: str, world: Path, tmp_path: Path) -> None:
     held = torch.load(saved(world), weights_only=True)
@@ -347,6 +350,7 @@ def test_a_mistake_of_ours_in_training_is_no_matter_of_the_checkpoint(
         fit(tmp_path, str(world / "rows.jsonl"), 6, saved(world))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["../../theirs.txt", "theirs.txt", "file:///theirs.txt"])
 def test_a_checkpoint_cannot_name_a_file_that_saving_then_deletes(where: str, world: Path, tmp_path: Path) -> None:
     """Lightning deletes the former best checkpoint, whose name it has from the file it resumed."""

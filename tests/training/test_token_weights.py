@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import Callback
+from ranks_worker import Scales
+from test_module import initial
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM
-from worlds import bare_trainer, constant, largest_difference, read_events, save_tiny_llama, still, unit_sgd, weights
+from worlds import bare_trainer, constant, largest_difference, read_events, still, unit_sgd, weights
 
 from deft_lightning import SFTModule
 from deft_lightning.callbacks import GateMonitor, NoiseMonitor
@@ -55,7 +55,7 @@ def example(seed: int, learnt: int, weights: Sequence[float] | None = None) -> P
     return Prepared(f"p{seed}", ids, labels, np.zeros(length, dtype=np.int64), weight=weight)
 
 
-def uneven(count: int, weights: Sequence[float] | None = (0.1, 0.5, 1.0, 3.0)) -> list[Prepared]:
+def uneven_weighted(count: int, weights: Sequence[float] | None = (0.1, 0.5, 1.0, 3.0)) -> list[Prepared]:
     """From 1 to 9 supervised tokens; the third example has no weights, like a row of a file that names none."""
     found = [example(i, 1 + (3 * i * i) % 9, weights) for i in range(count)]
     return [replace(one, weight=None) if i == 2 else one for i, one in enumerate(found)]
@@ -71,19 +71,14 @@ def as_they_are(batches: Sequence[Batch]) -> DataLoader[Any]:
     return DataLoader(list(batches), batch_size=None)  # type: ignore[arg-type]
 
 
-@pytest.fixture(scope="module")
-def pretrained(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_tiny_llama(tmp_path_factory.mktemp("pretrained"), 0.3)
-
-
-def make_module(pretrained: str, **options: Any) -> SFTModule:
+def seeded_module(pretrained: str, **options: Any) -> SFTModule:
     torch.manual_seed(0)
     return SFTModule(**{"pretrained": pretrained, "optimizer": unit_sgd, "scheduler": constant, **options})
 
 
-def trained(root: Path, pretrained: str, batches: DataLoader[Any], model: dict[str, Any], **options: Any) -> Any:
+def trained_module(root: Path, pretrained: str, batches: DataLoader[Any], model: dict[str, Any], **options: Any) -> Any:
     """The module after a fit."""
-    module = make_module(pretrained, **model)
+    module = seeded_module(pretrained, **model)
     bare_trainer(root, **options).fit(module, batches)
     return module
 
@@ -94,10 +89,6 @@ def difference(one: Any, other: Any) -> float:
 
 
 # --- the oracle: dense logits in float64, formulas written out ------------------------------------------------------
-
-
-def initial(pretrained: str) -> Any:
-    return AutoModelForCausalLM.from_pretrained(pretrained, dtype=torch.float64).eval()
 
 
 def log_p_of(logits: Tensor, targets: Tensor) -> Tensor:
@@ -119,7 +110,7 @@ def cayley_with_floor(logits: Tensor, targets: Tensor, weight: Tensor) -> Tensor
     return power(logits, targets, alpha)
 
 
-def eaft(logits: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
+def weighted_eaft(logits: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
     top = torch.softmax(logits, dim=-1).detach().topk(5, dim=-1).values
     top = top / top.sum(-1, keepdim=True)
     return (top * top.log()).sum(-1) / math.log(5) * log_p_of(logits, targets)
@@ -147,7 +138,7 @@ FAMILIES: dict[Objective, Loss] = {
     Cayley(floor=0.5): cayley_with_floor,
     DEFT(): lambda z, y, w: power(z, y, lambda pi, p: pi.square().sum(-1)),
     DFT(): lambda z, y, w: -log_p_of(z, y).detach().exp() * log_p_of(z, y),
-    EAFT(k=5): eaft,
+    EAFT(k=5): weighted_eaft,
     Focal(): lambda z, y, w: -((1 - log_p_of(z, y).exp()) ** 2) * log_p_of(z, y),
     Truncated(0.01): lambda z, y, w: -log_p_of(z, y) * (log_p_of(z, y).exp().detach() >= 0.01),
     Truncated(0.01, "below", Likelihood(), "kept"): kept_below,
@@ -175,7 +166,7 @@ def wanted_step(pretrained: str, examples: Sequence[Prepared], loss: Loss) -> tu
     return {n: (p - p.grad).detach() for n, p in model.named_parameters()}, mean.item()
 
 
-def assert_step(module: Any, wanted: dict[str, Tensor], pretrained: str, tolerance: float = 2e-5) -> None:
+def assert_stepped_to(module: Any, wanted: dict[str, Tensor], pretrained: str, tolerance: float = 2e-5) -> None:
     start, end = dict(initial(pretrained).named_parameters()), weights(module.model)
     scale = max(float((wanted[name] - start[name]).detach().abs().max()) for name in wanted)
     assert scale > 1e-4, "a gradient of nothing shows nothing"
@@ -191,10 +182,10 @@ def assert_step(module: Any, wanted: dict[str, Tensor], pretrained: str, toleran
 def test_a_step_is_that_of_the_weighted_mean_for_every_family(
     objective: Objective, head: str, pretrained: str, tmp_path: Path
 ) -> None:
-    examples = uneven(8)
+    examples = uneven_weighted(8)
     wanted, mean = wanted_step(pretrained, examples, FAMILIES[objective])
-    module = trained(tmp_path, pretrained, loader(examples, 8), {"objective": objective, "head": head})
-    assert_step(module, wanted, pretrained)
+    module = trained_module(tmp_path, pretrained, loader(examples, 8), {"objective": objective, "head": head})
+    assert_stepped_to(module, wanted, pretrained)
     assert module.trainer.callback_metrics["train/loss"].item() == pytest.approx(mean, rel=1e-5)
     plain, _ = wanted_step(pretrained, [replace(one, weight=None) for one in examples], FAMILIES[objective])
     start = dict(initial(pretrained).named_parameters())
@@ -207,18 +198,20 @@ def test_a_step_is_that_of_the_weighted_mean_for_every_family(
 def test_micro_batches_of_unequal_weight_are_one_step(
     size: int, accumulate: int, head: str, pretrained: str, tmp_path: Path
 ) -> None:
-    examples = uneven(8)
+    examples = uneven_weighted(8)
     wanted, mean = wanted_step(pretrained, examples, FAMILIES[DEFT()])
-    module = trained(tmp_path, pretrained, loader(examples, size), {"head": head}, accumulate_grad_batches=accumulate)
+    module = trained_module(
+        tmp_path, pretrained, loader(examples, size), {"head": head}, accumulate_grad_batches=accumulate
+    )
     assert module.trainer.global_step == 1
-    assert_step(module, wanted, pretrained)
+    assert_stepped_to(module, wanted, pretrained)
     assert module.trainer.callback_metrics["train/loss"].item() == pytest.approx(mean, rel=1e-5)
 
 
 @pytest.mark.parametrize("objective", [NLL(), DEFT(), *LOOK_AT_THE_BATCH], ids=repr)
 @heads
 def test_a_row_of_weight_two_is_the_row_twice(objective: Objective, head: str, pretrained: str, tmp_path: Path) -> None:
-    plain = uneven(6, None)
+    plain = uneven_weighted(6, None)
     counts = [2, 1, 3, 1, 2, 1]
     weighted = [
         replace(one, weight=np.where(one.labels == -100, 0, count).astype(np.float32))
@@ -226,10 +219,10 @@ def test_a_row_of_weight_two_is_the_row_twice(objective: Objective, head: str, p
     ]
     repeated = [one for one, count in zip(plain, counts, strict=True) for _ in range(count)]
     options = {"objective": objective, "head": head}
-    one = trained(tmp_path, pretrained, loader(weighted, 6), options)
-    other = trained(tmp_path, pretrained, loader(repeated, 10, weighted=False), options)
+    one = trained_module(tmp_path, pretrained, loader(weighted, 6), options)
+    other = trained_module(tmp_path, pretrained, loader(repeated, 10, weighted=False), options)
     assert difference(one, other) < 2e-6
-    assert difference(one, trained(tmp_path, pretrained, loader(plain, 6, weighted=False), options)) > 1e-3
+    assert difference(one, trained_module(tmp_path, pretrained, loader(plain, 6, weighted=False), options)) > 1e-3
 
 
 @pytest.mark.parametrize(
@@ -240,11 +233,11 @@ def test_one_weight_for_all_is_no_weight(
     weight: float, tolerance: float, head: str, pretrained: str, tmp_path: Path
 ) -> None:
     """By powers of two to the bit: nothing is compared with 1, and nothing divided by less than it should be."""
-    plain = uneven(8, None)
+    plain = uneven_weighted(8, None)
     weighted = [replace(one, weight=np.where(one.labels == -100, 0, weight).astype(np.float32)) for one in plain]
     options: dict[str, Any] = {"accumulate_grad_batches": 2, "max_epochs": 3}
-    one = trained(tmp_path, pretrained, loader(weighted, 4), {"head": head}, **options)
-    other = trained(tmp_path, pretrained, loader(plain, 4, weighted=False), {"head": head}, **options)
+    one = trained_module(tmp_path, pretrained, loader(weighted, 4), {"head": head}, **options)
+    other = trained_module(tmp_path, pretrained, loader(plain, 4, weighted=False), {"head": head}, **options)
     assert difference(one, other) <= tolerance
     loss = one.trainer.callback_metrics["train/loss"].item()
     assert loss == pytest.approx(other.trainer.callback_metrics["train/loss"].item(), rel=1e-6)
@@ -253,11 +246,11 @@ def test_one_weight_for_all_is_no_weight(
 
 @heads
 def test_packed_rows_weigh_what_padded_ones_do(head: str, pretrained: str, tmp_path: Path) -> None:
-    examples = uneven(8)
+    examples = uneven_weighted(8)
     wanted, _ = wanted_step(pretrained, examples, FAMILIES[DEFT()])
     for options in ({}, {"flatten": True}):
         rows = loader([examples[:3], examples[3:5], examples[5:]], 3, packed=True, **options)
-        assert_step(trained(tmp_path, pretrained, rows, {"head": head}), wanted, pretrained)
+        assert_stepped_to(trained_module(tmp_path, pretrained, rows, {"head": head}), wanted, pretrained)
 
 
 @heads
@@ -266,10 +259,10 @@ def test_a_step_whose_weights_are_all_zero_changes_nothing(
     objective: Objective, head: str, pretrained: str, tmp_path: Path
 ) -> None:
     """Batches of one's own may hold such; the reader of rows masks what weighs nothing."""
-    batches = list(loader(uneven(4), 2))
+    batches = list(loader(uneven_weighted(4), 2))
     for batch in batches:
         batch["token_weight"] = torch.zeros_like(batch["token_weight"])
-    module = make_module(pretrained, objective=objective, head=head)
+    module = seeded_module(pretrained, objective=objective, head=head)
     bare_trainer(tmp_path, accumulate_grad_batches=2).fit(module, as_they_are(batches))
     assert module.trainer.global_step == 1
     for name, value in initial(pretrained).named_parameters():
@@ -280,30 +273,30 @@ def test_a_step_whose_weights_are_all_zero_changes_nothing(
 
 
 def test_a_micro_batch_without_weights_counts_its_tokens(pretrained: str, tmp_path: Path) -> None:
-    examples = uneven(6)
+    examples = uneven_weighted(6)
     examples[3:] = [replace(one, weight=None) for one in examples[3:]]
     wanted, _ = wanted_step(pretrained, examples, FAMILIES[DEFT()])
     one, other = *loader(examples[:3], 3), *loader(examples[3:], 3, weighted=False)
     for batches in ([one, other], [other, one]):
-        module = make_module(pretrained)
+        module = seeded_module(pretrained)
         bare_trainer(tmp_path, accumulate_grad_batches=2).fit(module, as_they_are(batches))
-        assert_step(module, wanted, pretrained)
+        assert_stepped_to(module, wanted, pretrained)
 
 
 @pytest.mark.parametrize("wrong", [-1.0, math.nan, math.inf, None])
 def test_weights_that_are_none_are_refused_in_the_first_batch(
     wrong: float | None, pretrained: str, tmp_path: Path
 ) -> None:
-    (batch,) = loader(uneven(2), 2)
+    (batch,) = loader(uneven_weighted(2), 2)
     batch["token_weight"] = batch["token_weight"][:, 1:] if wrong is None else batch["token_weight"] * wrong
     with pytest.raises(UserError, match="token_weight of the batch") as refused:
-        bare_trainer(tmp_path).fit(make_module(pretrained), as_they_are([batch]))
+        bare_trainer(tmp_path).fit(seeded_module(pretrained), as_they_are([batch]))
     assert "\n" not in str(refused.value)
 
 
 def test_lora_and_gradient_checkpointing_and_bfloat16_know_weights(pretrained: str, tmp_path: Path) -> None:
     """A weight of 2 is the row twice there too."""
-    plain = uneven(6, None)
+    plain = uneven_weighted(6, None)
     weighted = [
         replace(one, weight=np.where(one.labels == -100, 0, 2 - i % 2).astype(np.float32))
         for i, one in enumerate(plain)
@@ -314,27 +307,17 @@ def test_lora_and_gradient_checkpointing_and_bfloat16_know_weights(pretrained: s
         ({}, {"precision": "bf16-mixed"}, 5e-3), ({"dtype": "bfloat16"}, {"precision": "bf16-true"}, 2e-2),
     ]  # fmt: skip
     for model, options, tolerance in runs:
-        one = trained(tmp_path, pretrained, loader(weighted, 6), model, **options)
-        other = trained(tmp_path, pretrained, loader(repeated, 9, weighted=False), model, **options)
+        one = trained_module(tmp_path, pretrained, loader(weighted, 6), model, **options)
+        other = trained_module(tmp_path, pretrained, loader(repeated, 9, weighted=False), model, **options)
         assert difference(one, other) < tolerance, model
 
 
 # --- objectives that follow the run ---------------------------------------------------------------------------------
 
 
-class Scales(Callback):
-    """Keeps the factor on the loss of each micro-batch."""
-
-    def __init__(self) -> None:
-        self.seen: list[float] = []
-
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
-        self.seen.append(pl_module.current_objective.scale)
-
-
 def test_the_mean_gate_that_a_loss_is_rescaled_by_is_the_weighted_one(pretrained: str, tmp_path: Path) -> None:
-    examples, scales = uneven(8), Scales()
-    module = make_module(pretrained, objective=Rescaled(Tsallis(q=0.5), decay=0.5), optimizer=still)
+    examples, scales = uneven_weighted(8), Scales()
+    module = seeded_module(pretrained, objective=Rescaled(Tsallis(q=0.5), decay=0.5), optimizer=still)
     bare_trainer(tmp_path, scales, accumulate_grad_batches=2, max_epochs=2).fit(module, loader(examples, 4))
     with torch.no_grad():
         (batch,) = loader(examples, 8)
@@ -348,23 +331,23 @@ def test_the_mean_gate_that_a_loss_is_rescaled_by_is_the_weighted_one(pretrained
 # --- what is logged -------------------------------------------------------------------------------------------------
 
 
-def scalars(trainer: Any) -> dict[str, list[float]]:
+def scalars_by_tag(trainer: Any) -> dict[str, list[float]]:
     events = read_events(trainer.log_dir)
     return {tag: [event.value for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
-def noisy(one: Prepared) -> Prepared:
+def noisy_examples(one: Prepared) -> Prepared:
     """Every second supervised token is known to be noisy."""
     return replace(one, noise_code=np.where(one.labels != -100, np.arange(len(one.labels)) % 2, 0))
 
 
 def test_losses_and_shares_of_the_gradient_are_by_weight_and_the_rest_is_plain(pretrained: str, tmp_path: Path) -> None:
-    examples = [noisy(one) for one in uneven(8)]
-    module = make_module(pretrained, optimizer=still)
+    examples = [noisy_examples(one) for one in uneven_weighted(8)]
+    module = seeded_module(pretrained, optimizer=still)
     trainer = bare_trainer(tmp_path, GateMonitor(), NoiseMonitor(), accumulate_grad_batches=2, logger=None)
-    held_out = uneven(5)
+    held_out = uneven_weighted(5)
     trainer.fit(module, loader(examples, 4), loader(held_out, 2))
-    found = {tag: values[-1] for tag, values in scalars(trainer).items()}
+    found = {tag: values[-1] for tag, values in scalars_by_tag(trainer).items()}
     model = initial(pretrained)
     with torch.no_grad():
         (batch,), (other,) = loader(examples, 8), loader(held_out, 5)
@@ -391,5 +374,5 @@ def test_losses_and_shares_of_the_gradient_are_by_weight_and_the_rest_is_plain(p
 
 
 def test_a_mean_weight_is_logged_where_there_are_weights_alone(pretrained: str, tmp_path: Path) -> None:
-    module = trained(tmp_path, pretrained, loader(uneven(4, None), 4, weighted=False), {})
+    module = trained_module(tmp_path, pretrained, loader(uneven_weighted(4, None), 4, weighted=False), {})
     assert "train/loss" in module.trainer.callback_metrics and "train/weight" not in module.trainer.callback_metrics

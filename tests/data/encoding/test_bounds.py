@@ -78,6 +78,7 @@ def row(text: str = "one") -> Example:
     return Example(id="a", digest="", where="rows.jsonl, row 1", messages=messages)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", BOMBS)
 def test_a_bomb_is_one_line_that_names_where_the_template_is_from(tokenizer: Any, kind: str) -> None:
     set_template(tokenizer, BOMBS[kind] + PLAIN)
@@ -109,6 +110,7 @@ def test_the_tokenizers_own_template_is_named_by_its_folder(tokenizer: Any, tmp_
         end_of_turn(tokenizer)
 
 
+@pytest.mark.slow
 def test_a_row_that_is_expensive_alone_ends_preparation_where_bad_rows_are_skipped(tokenizer: Any) -> None:
     set_template(tokenizer, "{% if 'bad' in messages[0]['content'] %}" + LOOP + "{% endif %}" + PLAIN)
     good, bad = row(), row("bad")
@@ -156,6 +158,7 @@ def test_in_another_thread_the_length_is_bounded_still(tokenizer: Any) -> None:
     assert "writes 10,000,0" in str(found[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("verb", "kind"), [("preview", "text"), ("fit", "loop"), ("predict", "text"), ("probe", "loop")]
 )

@@ -190,6 +190,7 @@ def clean_validation(folder: Path) -> dict[str, Part]:
     return parts(found)
 
 
+@pytest.mark.slow
 @every_mode
 def test_with_noise_in_training_the_second_loader_has_corrupted_training_examples(
     tmp_path: Path, mode: dict[str, Any]
@@ -203,6 +204,7 @@ def test_with_noise_in_training_the_second_loader_has_corrupted_training_example
     assert len(noisy) == len(clean)
 
 
+@pytest.mark.slow
 @every_mode
 @pytest.mark.parametrize("splits", [["train", "validation"], ["validation"]], ids=str)
 def test_with_noise_in_validation_the_second_loader_has_those_examples_corrupted(
@@ -286,6 +288,7 @@ def by_hand(module: SFTModule, examples: dict[str, Part], *, corrupted: bool) ->
     return nll / count, right / count, through / known if known else None
 
 
+@pytest.mark.slow
 @every_mode
 @pytest.mark.parametrize(("head", "splits"), [("fused", ["train"]), ("dense", ["train", "validation"])])
 def test_a_run_logs_what_a_float64_forward_gives(tmp_path: Path, mode: dict[str, Any], head: Any, splits: Any) -> None:
@@ -321,6 +324,7 @@ def test_noise_that_names_validation_is_quiet_when_nothing_is_held_out(tmp_path:
     assert not [str(w.message) for w in caught if "does nothing" in str(w.message)]
 
 
+@pytest.mark.slow
 def test_what_a_model_has_memorised_shows(tmp_path: Path) -> None:
     rows = [{"id": f"m{i}", "question": f"{i}?", "answer": "the answer to it"} for i in range(8)]
     held_out = write(tmp_path / "validation.jsonl", [{"question": f"v{i}?", "answer": "the answer"} for i in range(8)])
@@ -344,6 +348,7 @@ def test_a_module_can_be_validated_before_it_is_trained(tmp_path: Path) -> None:
     assert float(run.callback_metrics["val/nll"]) < before
 
 
+@pytest.mark.slow
 def test_a_model_that_only_knows_the_truth_reproduces_no_error(tmp_path: Path) -> None:
     rows = [{"id": f"m{i}", "question": f"{i}?", "answer": "the answer to it"} for i in range(8)]
     held_out = write(tmp_path / "validation.jsonl", [{"question": f"v{i}?", "answer": "the answer"} for i in range(8)])

@@ -257,6 +257,7 @@ CONVERSATIONS: dict[str, tuple[Message, ...]] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONVERSATIONS)
 @every_kind
 def test_supervised_is_the_content_and_the_end_of_turn_and_generation_sees_what_precedes(kind: str, name: str) -> None:
@@ -288,6 +289,7 @@ CONTENTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", CONTENTS.values(), ids=CONTENTS.keys())
 @every_kind
 def test_any_content_is_supervised_as_it_is(kind: str, content: str) -> None:
@@ -318,6 +320,7 @@ def test_blanks_at_the_start_of_the_content_do_not_melt_into_the_prompt(kind: st
     check(kind, conversation(("user", "Go on."), ("assistant", content)))
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=300, derandomize=True)
 @given(
     kind=st.sampled_from(list(KINDS)),
@@ -475,6 +478,7 @@ def test_a_template_that_trims_the_answer_supervises_what_is_left() -> None:
     assert spell(tokenizer, encoded.input_ids[encoded.turn == 1]) == "two</s>"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("broken", "says"),
     [
@@ -767,6 +771,7 @@ def stopping(tmp_path: Path, kind: str) -> InstructionDataModule:
     return module(tmp_path, None if kind == "built" else ALL[kind].make(), chat_template=ALL[kind].template)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["fit", "validate", "test", "predict"])
 @pytest.mark.parametrize("kind", STOPS)
 def test_generation_stops_at_the_end_of_sequence_and_at_the_end_of_a_turn_in_every_stage(

@@ -18,6 +18,8 @@ from deft_lightning.callbacks import Checkpoint
 from deft_lightning.data import Noise, TokenReplace
 from deft_lightning.training.optim import CosineWithWarmup
 
+pytestmark = pytest.mark.slow
+
 MODES: dict[str, dict[str, Any]] = {
     "plain": {},
     "group_by_length": {"group_by_length": True},

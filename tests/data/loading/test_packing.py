@@ -83,6 +83,7 @@ Packer = Callable[[list[int], int], list[list[int]]]
 # --- rows ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packer", [best_fit_decreasing, exact_fit, pack])
 @quick
 @given(packings())
@@ -344,6 +345,7 @@ NOISE = Noise(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keep", ["start", "end"])
 @pytest.mark.parametrize("supervise", ["assistant", "last", "all"])
 def test_every_example_travels_through_packing_unchanged(tmp_path: Path, supervise: Any, keep: Any) -> None:
@@ -435,6 +437,7 @@ def differences(model: Any, vocabulary: int) -> dict[str, float]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "attention"), KINDS)
 def test_packed_examples_have_the_logits_they_have_alone(kind: str, attention: str) -> None:
     found = differences(built(kind, attention), 97)
@@ -479,6 +482,7 @@ def gradient(module: SFTModule, batches: Iterable[dict[str, Any]]) -> tuple[floa
     return total, tokens, {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
 @pytest.mark.parametrize("head", ["fused", "dense"])
 def test_the_gradient_of_packed_rows_is_the_sum_of_their_examples(tmp_path: Path, head: Any, kind: str) -> None:
@@ -579,6 +583,7 @@ def run(folder: Path, monkeypatch: pytest.MonkeyPatch, *options: str) -> dict[st
     return {tag: [event.value for event in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
 
 
+@pytest.mark.slow
 def test_a_packed_run_counts_the_tokens_it_learns_and_the_heads_agree(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -606,6 +611,7 @@ def test_lengths_like_those_of_worked_answers_fill_their_rows(capacity: int, sha
     assert sum(lengths) / (capacity * len(best_fit_decreasing(lengths, capacity))) >= share
 
 
+@pytest.mark.slow
 def test_rows_of_all_of_gsm8k_with_an_ordinary_vocabulary_are_full(tmp_path: Path) -> None:
     source = SHARED / "data" / "gsm8k_train.jsonl"
     if not source.exists():
@@ -619,6 +625,7 @@ def test_rows_of_all_of_gsm8k_with_an_ordinary_vocabulary_are_full(tmp_path: Pat
     assert rows.examples.lengths().sum() / (1024 * len(rows)) >= 0.99
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("capacity", "share"), [(1024, 0.97), (2048, 0.98)])
 def test_rows_of_gsm8k_are_full(tmp_path: Path, capacity: int, share: float) -> None:
     # With 512 entries an example has 380 tokens: two or three a row of 1024, whose rest is too short for another.

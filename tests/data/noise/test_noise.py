@@ -40,7 +40,7 @@ each_bucketing = pytest.mark.parametrize("bucket", [False, True], ids=["any leng
 each_source = pytest.mark.parametrize("source", ["uniform", "unigram", "confusable"])
 
 
-def within(hits: int, n: int, rate: float) -> bool:
+def near(hits: int, n: int, rate: float) -> bool:
     """Whether a count is within five standard deviations of a binomial one."""
     return abs(hits - n * rate) <= 5 * math.sqrt(n * rate * (1 - rate)) + 1e-9
 
@@ -110,6 +110,7 @@ repeated = st.lists(st.sampled_from(["yes", "no", "maybe", "so"]), max_size=60).
 )
 
 
+@pytest.mark.slow
 @each_bucketing
 @quick
 @given(rows=distinct | repeated, rate=rates, salt=salts)
@@ -133,6 +134,7 @@ def test_swaps_do_not_depend_on_the_order_of_rows(
     assert swap(shuffled, rate, bucket=bucket, salt=salt) == swap(rows, rate, bucket=bucket, salt=salt)
 
 
+@pytest.mark.slow
 @each_bucketing
 @quick
 @given(rows=distinct, rate=rates, salt=salts, kept=st.lists(st.booleans(), min_size=60, max_size=60))
@@ -146,6 +148,7 @@ def test_who_is_swapped_does_not_depend_on_the_other_rows(
     assert set(swap(some, rate, bucket=bucket, salt=salt)) == (expected if len(expected) > 1 else set())
 
 
+@pytest.mark.slow
 @each_bucketing
 @quick
 @given(rows=distinct, pair=st.tuples(rates, rates).map(sorted), salt=salts)
@@ -160,13 +163,14 @@ def test_who_is_swapped_at_a_low_rate_is_swapped_at_a_higher_one(
 def test_who_is_swapped_at_0_3_is_swapped_at_0_5(bucket: bool) -> None:
     rows = many(2000)
     low, high = (set(swap(rows, rate, bucket=bucket)) for rate in (0.3, 0.5))
-    assert low < high and within(len(low), 2000, 0.3) and within(len(high), 2000, 0.5)
+    assert low < high and near(len(low), 2000, 0.3) and near(len(high), 2000, 0.5)
 
 
+@pytest.mark.slow
 @each_bucketing
 @pytest.mark.parametrize("rate", [0.0, 0.01, 0.1, 0.5, 0.9, 1.0])
 def test_the_share_of_swapped_responses_is_the_rate(bucket: bool, rate: float) -> None:
-    assert within(len(swap(many(5000), rate, bucket=bucket)), 5000, rate)
+    assert near(len(swap(many(5000), rate, bucket=bucket)), 5000, rate)
 
 
 @pytest.mark.parametrize("n", [0, 1])
@@ -201,14 +205,15 @@ def test_bucket_by_length_gives_responses_of_similar_length(rate: float) -> None
     # Nor does a response go to the next longer one as a rule, which would give the noise away too.
     longer = sum(len(text) > len(own[id]) for id, text in new.items())
     shorter = sum(len(text) < len(own[id]) for id, text in new.items())
-    assert within(longer, longer + shorter, 0.5)
+    assert near(longer, longer + shorter, 0.5)
 
 
+@pytest.mark.slow
 @each_bucketing
 def test_two_operations_draw_independently(bucket: bool) -> None:
     first, second = Noise(ops=[ResponseSwap(), ResponseSwap()]).salts()
     chosen = [set(swap(many(5000), 0.4, bucket=bucket, salt=salt)) for salt in (first, second)]
-    assert within(len(chosen[0] & chosen[1]), 5000, 0.16)
+    assert near(len(chosen[0] & chosen[1]), 5000, 0.16)
 
 
 @each_bucketing
@@ -217,7 +222,7 @@ def test_another_seed_draws_independently(bucket: bool) -> None:
         set(swap(many(5000), 0.4, bucket=bucket, salt=Noise(seed=seed, ops=[ResponseSwap()]).salts()[0]))
         for seed in (0, 1)
     ]
-    assert within(len(chosen[0] & chosen[1]), 5000, 0.16)
+    assert near(len(chosen[0] & chosen[1]), 5000, 0.16)
 
 
 # --- single tokens --------------------------------------------------------------------------------------------------
@@ -252,6 +257,7 @@ def replace(
     return op.corrupt_tokens(salt, id, labels, vocabulary)
 
 
+@pytest.mark.slow
 @each_source
 @quick
 @given(vocabulary=vocabularies(), labels=labels_of, salt=salts)
@@ -266,6 +272,7 @@ def test_at_rate_1_every_token_becomes_another_one_that_may_be_drawn(
     assert (labels == before).all()
 
 
+@pytest.mark.slow
 @each_source
 @quick
 @given(vocabulary=vocabularies(), labels=labels_of, salt=salts, data=st.data())
@@ -280,6 +287,7 @@ def test_the_clean_token_is_never_drawn_even_if_it_is_nearly_all_there_is(
     assert not (wrong == everywhere).any()
 
 
+@pytest.mark.slow
 @each_source
 @quick
 @given(vocabulary=vocabularies(), labels=labels_of, pair=st.tuples(rates, rates).map(sorted), salt=salts)
@@ -298,9 +306,10 @@ def test_what_is_replaced_at_0_3_is_replaced_by_the_same_at_0_5(source: str) -> 
     low, high = (replace(labels, vocabulary, rate, source=source) for rate in (0.3, 0.5))
     hit = low != labels
     assert (low[hit] == high[hit]).all()
-    assert within(int(hit.sum()), 20_000, 0.3) and within(int((high != labels).sum()), 20_000, 0.5)
+    assert near(int(hit.sum()), 20_000, 0.3) and near(int((high != labels).sum()), 20_000, 0.5)
 
 
+@pytest.mark.slow
 @each_source
 @quick
 @given(vocabulary=vocabularies(), labels=labels_of, rate=rates, cut=st.integers(0, 40))
@@ -311,6 +320,7 @@ def test_tokens_do_not_depend_on_what_follows_them(
     assert (replace(labels[:cut], vocabulary, rate, source=source) == whole[:cut]).all()
 
 
+@pytest.mark.slow
 @each_source
 @pytest.mark.parametrize("rate", [0.0, 0.01, 0.2, 0.5, 0.9, 1.0])
 def test_the_share_of_replaced_tokens_is_the_rate(source: str, rate: float) -> None:
@@ -319,7 +329,7 @@ def test_the_share_of_replaced_tokens_is_the_rate(source: str, rate: float) -> N
     hits = sum(
         int((replace(labels, vocabulary, rate, source=source, id=f"id-{i}") != labels).sum()) for i in range(300)
     )
-    assert within(hits, 30_000, rate)
+    assert near(hits, 30_000, rate)
 
 
 def shares(counts: Sequence[int], label: int, source: str) -> Counter[int]:
@@ -331,7 +341,7 @@ def test_uniform_draws_every_other_token_alike(label: int) -> None:
     found = shares([1] * 8, label, "uniform")
     others = set(range(8)) - {label}
     assert set(found) == others
-    assert all(within(found[token], 40_000, 1 / len(others)) for token in others)
+    assert all(near(found[token], 40_000, 1 / len(others)) for token in others)
 
 
 @pytest.mark.parametrize("label", [0, 2, 4, 99])
@@ -340,7 +350,7 @@ def test_unigram_draws_the_others_as_often_as_they_occur(label: int) -> None:
     found = shares(counts, label, "unigram")
     rest = sum(count for token, count in enumerate(counts) if token != label)
     for token, count in enumerate(counts):
-        assert within(found[token], 40_000, 0 if token == label else count / rest)
+        assert near(found[token], 40_000, 0 if token == label else count / rest)
 
 
 def test_positions_examples_operations_and_seeds_draw_independently() -> None:
@@ -356,8 +366,8 @@ def test_positions_examples_operations_and_seeds_draw_independently() -> None:
         replace(labels, words, 0.4, salt=other_seed),
     ):
         both = (first != 0) & (other != 0)
-        assert within(int(both.sum()), 20_000, 0.16)
-        assert within(int((first[both] == other[both]).sum()), int(both.sum()), 1 / 99)
+        assert near(int(both.sum()), 20_000, 0.16)
+        assert near(int((first[both] == other[both]).sum()), int(both.sum()), 1 / 99)
 
 
 def test_salts_depend_on_the_operations_of_the_same_kind_alone() -> None:
@@ -370,13 +380,13 @@ def test_salts_depend_on_the_operations_of_the_same_kind_alone() -> None:
 # --- what is recorded -----------------------------------------------------------------------------------------------
 
 
-def talk(id: str, *contents: str) -> Example:
+def conversation_of(id: str, *contents: str) -> Example:
     roles = ("user", "assistant") * len(contents)
     messages = tuple({"role": role, "content": content} for role, content in zip(roles, contents, strict=False))
     return Example(id, id, id, messages=messages)
 
 
-def tokens(n: int, length: int = 12, prompt: int = 4, vocabulary: int = 20) -> list[Prepared]:
+def tokens_of(n: int, length: int = 12, prompt: int = 4, vocabulary: int = 20) -> list[Prepared]:
     drawn = np.random.default_rng(0).integers(vocabulary, size=(n, length))
     labels = np.where(np.arange(length) < prompt, -100, drawn)
     return [Prepared(f"id-{i}", drawn[i], labels[i], np.zeros(length, np.int64)) for i in range(n)]
@@ -394,11 +404,12 @@ def coded(examples: Sequence[Example], noise: Noise) -> tuple[list[Example], lis
 WORDS = vocabulary_of(range(1, 21))
 
 
+@pytest.mark.slow
 @each_source
 @quick
 @given(rate=rates, seed=st.integers(0, 9))
 def test_labels_alone_are_corrupted_and_the_context_stays_clean(source: Any, rate: float, seed: int) -> None:
-    clean = tokens(15)
+    clean = tokens_of(15)
     noisy = corrupt_tokens(clean, Noise(seed=seed, ops=[TokenReplace(rate=rate, source=source)]), WORDS)
     for before, after in zip(clean, noisy, strict=True):
         assert (after.input_ids == before.input_ids).all() and after.id == before.id
@@ -406,11 +417,12 @@ def test_labels_alone_are_corrupted_and_the_context_stays_clean(source: Any, rat
         assert (after.noise_code == (after.labels != before.labels)).all()
 
 
+@pytest.mark.slow
 @each_source
 @quick
 @given(rate=rates, seed=st.integers(0, 9))
 def test_text_is_corrupted_together_with_its_labels(source: Any, rate: float, seed: int) -> None:
-    clean = tokens(15)
+    clean = tokens_of(15)
     on_text = Noise(seed=seed, ops=[TokenReplace(rate=rate, source=source, target="text")])
     on_labels = Noise(seed=seed, ops=[TokenReplace(rate=rate, source=source)])
     for before, after, labels in zip(
@@ -423,9 +435,9 @@ def test_text_is_corrupted_together_with_its_labels(source: Any, rate: float, se
 
 
 def test_the_clean_examples_are_left_as_they_were() -> None:
-    clean = tokens(5)
+    clean = tokens_of(5)
     corrupt_tokens(clean, Noise(ops=[TokenReplace(rate=1.0, target="text")]), WORDS)
-    for before, after in zip(tokens(5), clean, strict=True):
+    for before, after in zip(tokens_of(5), clean, strict=True):
         assert (before.input_ids == after.input_ids).all() and (before.labels == after.labels).all()
         assert not after.noise_code.any()
 
@@ -437,7 +449,7 @@ def test_after_several_operations_a_code_marks_exactly_the_labels_that_are_wrong
     target: Any, first: float, second: float, vocabulary: int, seed: int
 ) -> None:
     words = Vocabulary(np.arange(vocabulary), np.ones(vocabulary, np.int64))
-    clean = tokens(10, vocabulary=vocabulary)
+    clean = tokens_of(10, vocabulary=vocabulary)
     ops = [TokenReplace(rate=rate, target=target) for rate in (first, second)]
     for before, after in zip(clean, corrupt_tokens(clean, Noise(seed=seed, ops=[*ops]), words), strict=True):
         assert ((after.noise_code > 0) == (after.labels != before.labels)).all()
@@ -445,7 +457,7 @@ def test_after_several_operations_a_code_marks_exactly_the_labels_that_are_wrong
 
 def test_of_two_tokens_replaced_twice_none_is_wrong_and_none_is_marked() -> None:
     words = Vocabulary(np.arange(2), np.ones(2, np.int64))
-    clean = tokens(3, vocabulary=2)
+    clean = tokens_of(3, vocabulary=2)
     noisy = corrupt_tokens(clean, Noise(ops=[TokenReplace(rate=1.0), TokenReplace(rate=1.0)]), words)
     for before, after in zip(clean, noisy, strict=True):
         assert (after.labels == before.labels).all()
@@ -453,20 +465,20 @@ def test_of_two_tokens_replaced_twice_none_is_wrong_and_none_is_marked() -> None
 
 
 def test_the_code_is_the_place_of_the_last_operation_that_changed_the_label() -> None:
-    clean = tokens(200)
+    clean = tokens_of(200)
     ops: list[NoiseOp] = [ResponseSwap(), TokenReplace(rate=0.4), TokenReplace(rate=0.2)]
     codes = np.stack([p.noise_code for p in corrupt_tokens(clean, Noise(ops=ops), WORDS)])[:, 4:]
     # A token that the third hits too is the third's; it may also be put right again, once in nineteen times.
     assert set(np.unique(codes)) == {0, 2, 3}
-    assert within(int((codes == 2).sum()), codes.size, 0.4 * 0.8)
-    assert within(int((codes == 3).sum()), codes.size, 0.2)
+    assert near(int((codes == 2).sum()), codes.size, 0.4 * 0.8)
+    assert near(int((codes == 3).sum()), codes.size, 0.2)
 
 
 @each_bucketing
 @quick
 @given(rate=rates, seed=st.integers(0, 9))
 def test_the_last_response_of_the_swapped_is_replaced_and_nothing_else(bucket: bool, rate: float, seed: int) -> None:
-    examples = [talk(f"id-{i}", "q", f"first {i}", "q", "last " + "x" * i) for i in range(20)]
+    examples = [conversation_of(f"id-{i}", "q", f"first {i}", "q", "last " + "x" * i) for i in range(20)]
     noisy, codes = coded(examples, Noise(seed=seed, ops=[ResponseSwap(rate=rate, bucket_by_length=bucket)]))
     for before, after, code in zip(examples, noisy, codes, strict=True):
         assert before.messages is not None and after.messages is not None
@@ -477,24 +489,24 @@ def test_the_last_response_of_the_swapped_is_replaced_and_nothing_else(bucket: b
 
 def test_what_has_no_response_is_not_swapped() -> None:
     others = [
-        talk("a", "q"),
+        conversation_of("a", "q"),
         Example("b", "b", "b", text="a tale"),
         Example("c", "c", "c", tokens=([1, 2], [1, 2])),
     ]
-    examples = [*others, talk("d", "q", "one"), talk("e", "q", "two")]
+    examples = [*others, conversation_of("d", "q", "one"), conversation_of("e", "q", "two")]
     noisy, codes = coded(examples, Noise(ops=[ResponseSwap(rate=1.0)]))
     assert noisy[:3] == others and codes == [0, 0, 0, 1, 1]
     assert [e.response for e in noisy[3:]] == ["two", "one"]
 
 
 def test_a_response_that_comes_back_is_not_marked() -> None:
-    examples = [talk("a", "q", "one"), talk("b", "q", "two")]
+    examples = [conversation_of("a", "q", "one"), conversation_of("b", "q", "two")]
     noisy, codes = coded(examples, Noise(ops=[ResponseSwap(rate=1.0), ResponseSwap(rate=1.0)]))
     assert noisy == examples and codes == [0, 0]
 
 
 def test_after_several_swaps_a_code_marks_exactly_the_wrong_responses() -> None:
-    examples = [talk(f"id-{i}", "q", f"answer {i % 7}") for i in range(300)]
+    examples = [conversation_of(f"id-{i}", "q", f"answer {i % 7}") for i in range(300)]
     noisy, codes = coded(examples, Noise(ops=[ResponseSwap(rate=0.5), ResponseSwap(rate=0.5)]))
     assert [code > 0 for code in codes] == [n.response != e.response for n, e in zip(noisy, examples, strict=True)]
     assert set(codes) == {0, 1, 2}
@@ -507,23 +519,23 @@ def test_trusted_examples_are_the_share_asked_for_and_nested() -> None:
     ids = [f"id-{i}" for i in range(5000)]
     trusted = {share: {id for id in ids if Noise(trusted_fraction=share).trusts(id)} for share in (0, 0.1, 0.4, 1)}
     assert not trusted[0] and trusted[0.1] < trusted[0.4] < trusted[1] == set(ids)
-    assert all(within(len(chosen), 5000, share) for share, chosen in trusted.items())
+    assert all(near(len(chosen), 5000, share) for share, chosen in trusted.items())
     other = {id for id in ids if Noise(seed=1, trusted_fraction=0.4).trusts(id)}
-    assert within(len(other & trusted[0.4]), 5000, 0.16)
+    assert near(len(other & trusted[0.4]), 5000, 0.16)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 def test_no_operation_touches_a_trusted_example(share: float) -> None:
     noise = Noise(trusted_fraction=share, ops=[ResponseSwap(rate=1.0), TokenReplace(rate=1.0)])
-    examples = [talk(f"id-{i}", "q", f"answer {i}") for i in range(200)]
+    examples = [conversation_of(f"id-{i}", "q", f"answer {i}") for i in range(200)]
     noisy, codes = coded(examples, noise)
     trusted = {e.id for e in examples if noise.trusts(e.id)}
-    assert within(len(trusted), 200, share)
+    assert near(len(trusted), 200, share)
     assert {e.id for e, code in zip(examples, codes, strict=True) if code == 0} == trusted
     # Nor is its response given to anybody: it would be one of two that are right.
     given_away = {n.response for n in noisy if n.id not in trusted}
     assert given_away == {e.response for e in examples if e.id not in trusted}
-    clean = tokens(200)
+    clean = tokens_of(200)
     for before, after in zip(clean, corrupt_tokens(clean, noise, WORDS), strict=True):
         assert after.noise_code[4:].all() == (before.id not in trusted)
         assert (after.labels == before.labels).all() == (before.id in trusted)
@@ -531,9 +543,9 @@ def test_no_operation_touches_a_trusted_example(share: float) -> None:
 
 def test_trust_is_independent_of_what_would_be_corrupted() -> None:
     noise = Noise(trusted_fraction=0.5, ops=[ResponseSwap(rate=0.5)])
-    examples = [talk(f"id-{i}", "q", f"answer {i}") for i in range(4000)]
+    examples = [conversation_of(f"id-{i}", "q", f"answer {i}") for i in range(4000)]
     _, codes = coded(examples, noise)
-    assert within(sum(code > 0 for code in codes), 4000, 0.25)
+    assert near(sum(code > 0 for code in codes), 4000, 0.25)
 
 
 # --- splits ---------------------------------------------------------------------------------------------------------
@@ -555,6 +567,7 @@ def labels_of_splits(path: Path, noise: Noise) -> dict[str, dict[str, tuple[list
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("op", [ResponseSwap(rate=0.5), TokenReplace(rate=0.5, target="text")], ids=repr)
 @pytest.mark.parametrize("splits", [["train"], ["validation"], ["train", "validation"], []], ids=str)
 def test_the_named_splits_are_corrupted_and_the_others_are_untouched(
@@ -672,11 +685,11 @@ def test_an_operation_of_ones_own_is_found_applied_and_recorded() -> None:
 
     assert known_noise()["Shout"] is Shout and known_noise()["NextToken"] is NextToken
     noise = Noise(ops=[TokenReplace(rate=0.0), Shout(), NextToken()])
-    examples = [talk(f"id-{i}", "q", "answer") for i in range(2000)]
+    examples = [conversation_of(f"id-{i}", "q", "answer") for i in range(2000)]
     noisy, codes = coded(examples, noise)
     assert [e.response for e in noisy] == ["ANSWER" if code else "answer" for code in codes]
-    assert set(codes) == {0, 2} and within(sum(code > 0 for code in codes), 2000, 0.5)
-    for before, after in zip(tokens(3), corrupt_tokens(tokens(3), noise, WORDS), strict=True):
+    assert set(codes) == {0, 2} and near(sum(code > 0 for code in codes), 2000, 0.5)
+    for before, after in zip(tokens_of(3), corrupt_tokens(tokens_of(3), noise, WORDS), strict=True):
         assert (after.labels[4:] == before.labels[4:] + 1).all() and (after.noise_code[4:] == 3).all()
     with pytest.raises(ValueError, match="Shout: rate 2 is outside"):
         Shout(rate=2)

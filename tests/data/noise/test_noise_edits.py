@@ -35,7 +35,7 @@ class Letter(NamedTuple):
     cut: int
 
 
-def oracle(letters: list[Letter], edits: list[Edit], code: int) -> list[Letter]:
+def letter_by_letter(letters: list[Letter], edits: list[Edit], code: int) -> list[Letter]:
     """Edit a list of letters that ends in an empty one."""
     after: list[Letter] = []
     removed: dict[int, Edit] = {place: edit for edit in edits for place in range(edit.start, edit.end)}
@@ -68,7 +68,7 @@ def as_letters(text: str, marks: list[Mark]) -> list[Letter]:
 
 
 @st.composite
-def edits_of(draw: st.DrawFn, text: str) -> list[Edit]:
+def edits_within(draw: st.DrawFn, text: str) -> list[Edit]:
     edits: list[Edit] = []
     at = 0
     while at <= len(text) and draw(st.booleans()):
@@ -80,15 +80,16 @@ def edits_of(draw: st.DrawFn, text: str) -> list[Edit]:
     return [edit for edit in edits if edit.text != text[edit.start : edit.end]]
 
 
+@pytest.mark.slow
 @settings(quick, max_examples=500)
 @given(text=st.text("ab", max_size=12), data=st.data())
 def test_edits_of_several_operations_are_those_of_every_letter_by_itself(text: str, data: st.DataObject) -> None:
     marks: list[Mark] = []
     letters = as_letters(text, marks)
     for code in range(1, 5):
-        edits = data.draw(edits_of(text))
+        edits = data.draw(edits_within(text))
         text, marks = apply_edits(text, edits, code, marks)
-        letters = oracle(letters, edits, code)
+        letters = letter_by_letter(letters, edits, code)
         assert text == "".join(letter.text for letter in letters)
         assert as_letters(text, marks) == letters
         assert marks == sorted(marks)
@@ -167,20 +168,20 @@ def tokenizer_of(template: str, size: int) -> Any:
     return tokenizer
 
 
-def talk(response: str, id: str = "id", question: str = "How many?") -> Example:
+def worked_answer(response: str, id: str = "id", question: str = "How many?") -> Example:
     turns = (("user", question), ("assistant", "Let me see."), ("user", question), ("assistant", response))
     return Example(id, id, id, messages=tuple({"role": role, "content": content} for role, content in turns))
 
 
-def prepared(tokenizer: Any, response: str, marks: list[Mark]) -> Prepared:
-    (found,) = tokenise(tokenizer, [talk(response)], [marks])
+def tokenised(tokenizer: Any, response: str, marks: list[Mark]) -> Prepared:
+    (found,) = tokenise(tokenizer, [worked_answer(response)], [marks])
     return found
 
 
 def flagged(tokenizer: Any, response: str, marks: list[Mark]) -> list[tuple[str, int]]:
     """The supervised tokens of the last turn as text, with their codes."""
-    found = prepared(tokenizer, response, marks)
-    turn = encode(tokenizer, talk(response)).turn == 3
+    found = tokenised(tokenizer, response, marks)
+    turn = encode(tokenizer, worked_answer(response)).turn == 3
     assert not found.noise_code[~turn].any()
     return [(tokenizer.decode([i]), int(c)) for i, c in zip(found.input_ids[turn], found.noise_code[turn], strict=True)]
 
@@ -190,12 +191,13 @@ locating = pytest.mark.parametrize("template", [name for name in TEMPLATES if na
 each_size = pytest.mark.parametrize("size", [262, 400])
 
 
+@pytest.mark.slow
 @each_template
 @each_size
 @settings(quick, max_examples=25)
 @given(texts=st.lists(st.sampled_from(TEXTS), min_size=1, max_size=4), data=st.data())
 def test_marks_change_no_token_label_or_turn(template: str, size: int, texts: list[str], data: st.DataObject) -> None:
-    tokenizer, examples = tokenizer_of(template, size), [talk(text) for text in texts]
+    tokenizer, examples = tokenizer_of(template, size), [worked_answer(text) for text in texts]
     marks: list[list[Mark]] = []
     for text in texts:  # none, or a part of the last turn
         start = data.draw(st.integers(0, len(text)))
@@ -208,6 +210,7 @@ def test_marks_change_no_token_label_or_turn(template: str, size: int, texts: li
         assert bool(after.noise_code.any()) <= bool(mark) and not before.noise_code.any()
 
 
+@pytest.mark.slow
 @locating
 @each_size
 @settings(quick, max_examples=25)
@@ -219,7 +222,7 @@ def test_a_token_is_noisy_when_it_holds_a_letter_of_a_mark(
     first = len(text) - len(text.lstrip())
     start = data.draw(st.integers(first, len(text.rstrip()) - 1))
     end = data.draw(st.integers(start + 1, len(text.rstrip())))
-    found = prepared(tokenizer, text, [Mark(start, end, 3)])
+    found = tokenised(tokenizer, text, [Mark(start, end, 3)])
     # The oracle works on bytes: a token of this tokenizer is the bytes that it stands for.
     written = list(text)
     if template == "stripping":
@@ -228,7 +231,7 @@ def test_a_token_is_noisy_when_it_holds_a_letter_of_a_mark(
         written = [json.dumps(letter, ensure_ascii=False)[1:-1] for letter in written]
         start, end, written = start + 1, end + 1, ['"', *written, '"']
     owner = [i for i, letter in enumerate(written) for _ in letter.encode()]
-    turn, at, expected = np.flatnonzero(encode(tokenizer, talk(text)).turn == 3), 0, []
+    turn, at, expected = np.flatnonzero(encode(tokenizer, worked_answer(text)).turn == 3), 0, []
     letters = bytes_of(tokenizer)
     for token in found.input_ids[turn]:
         # A letter of several bytes counts as a whole, whichever of them the token holds.
@@ -311,9 +314,10 @@ OPS: list[NoiseOp] = [
 ]
 
 
+@pytest.mark.slow
 @locating
 def test_noise_of_many_operations_reaches_the_tokens(template: str) -> None:
-    examples = [talk(f"{TEXTS[i % 4].strip()}{i}", f"id-{i}") for i in range(60)]
+    examples = [worked_answer(f"{TEXTS[i % 4].strip()}{i}", f"id-{i}") for i in range(60)]
     noisy, marks, applied = corrupt_responses(examples, Noise(ops=OPS))
     tokenizer = tokenizer_of(template, 400)
     rows = tokenise(tokenizer, noisy, marks)
@@ -338,7 +342,7 @@ def test_noise_of_many_operations_reaches_the_tokens(template: str) -> None:
 def test_unflagged_letters_are_those_of_the_clean_response_in_order(seed: int, rates: list[float]) -> None:
     from dataclasses import replace
 
-    examples = [talk(f"{TEXTS[i % 4].strip()}{i}", f"id-{i}") for i in range(12)]
+    examples = [worked_answer(f"{TEXTS[i % 4].strip()}{i}", f"id-{i}") for i in range(12)]
     ops = [replace(op, rate=rate) for op, rate in zip(OPS, rates, strict=True)]  # type: ignore[type-var]
     noisy, marks, _ = corrupt_responses(examples, Noise(seed=seed, ops=ops))
     for old, new, found in zip(examples, noisy, marks, strict=True):
@@ -349,7 +353,7 @@ def test_unflagged_letters_are_those_of_the_clean_response_in_order(seed: int, r
 
 
 def test_an_operation_that_restores_the_response_leaves_it_clean() -> None:
-    examples = [talk("Yes.", f"id-{i}") for i in range(20)]
+    examples = [worked_answer("Yes.", f"id-{i}") for i in range(20)]
     noisy, marks, applied = corrupt_responses(examples, Noise(ops=[OptionFlip(rate=1.0), OptionFlip(rate=1.0)]))
     assert noisy == examples and not any(marks)
     assert applied == [Applied("OptionFlip", 1.0, 20, 20)] * 2
@@ -362,6 +366,6 @@ def test_the_report_says_what_each_operation_did() -> None:
 
 def test_prompts_are_the_last_user_turns() -> None:
     question = "Which one?\nA) Rome\nB) Paris"
-    examples = [talk("B) Paris", f"id-{i}", question) for i in range(9)]
+    examples = [worked_answer("B) Paris", f"id-{i}", question) for i in range(9)]
     noisy, marks, _ = corrupt_responses(examples, Noise(ops=[OptionFlip(rate=1.0)]))
     assert {e.response for e in noisy} == {"A) Rome"} and marks[0] == [(0, 1, 1), (3, 7, 1)]

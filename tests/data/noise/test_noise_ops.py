@@ -109,6 +109,7 @@ def within(hits: int, n: int, rate: float) -> bool:
 # --- what all of them keep ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @each_op
 @quick
 @given(rows=rows_of, rate=st.sampled_from([0.3, 1.0]), exact=st.booleans(), shuffler=st.randoms(use_true_random=False))
@@ -121,6 +122,7 @@ def test_the_order_of_the_rows_makes_no_difference(
     assert edits_of(op, shuffled) == edits_of(op, rows)
 
 
+@pytest.mark.slow
 @each_op
 @quick
 @given(rows=rows_of)
@@ -134,6 +136,7 @@ def test_edits_are_in_order_within_bounds_and_change_the_text(op: ResponseNoise,
         assert text != old[id] and marks and text.strip()
 
 
+@pytest.mark.slow
 @each_op
 @quick
 @given(rows=rows_of, exact=st.booleans())
@@ -146,6 +149,7 @@ def test_what_30_percent_corrupt_50_and_70_percent_corrupt_too(op: ResponseNoise
         assert all(every[id] == edits for found in (low, middle, high) for id, edits in found.items())
 
 
+@pytest.mark.slow
 @each_op
 @quick
 @given(rows=rows_of, rate=st.floats(0, 1) | st.sampled_from([0.0, 0.29, 0.5, 1.0]))
@@ -159,6 +163,7 @@ def test_exactly_the_share_of_those_that_can_be_corrupted(op: ResponseNoise, row
     assert len(edits_of(at(op, rate, exact=True), rows)) == wanted
 
 
+@pytest.mark.slow
 @each_op
 @pytest.mark.parametrize("rate", [0.0, 0.1, 0.3, 0.7, 1.0])
 def test_the_share_is_the_rate(op: ResponseNoise, rate: float) -> None:
@@ -192,7 +197,7 @@ def test_operations_are_values_that_can_be_sent_to_a_worker(op: NoiseOp) -> None
 def test_trusted_examples_stay_clean(op: ResponseNoise, share: float) -> None:
     noise = Noise(trusted_fraction=share, ops=[at(op, 1.0)])
     text = "One {0}.\nTwo.\n\\boxed{{{0}}}\n#### {0}\nSo the answer is B."
-    examples = [Example(f"{i}", f"{i}", f"{i}", messages=chat(text.format(i))) for i in range(60)]
+    examples = [Example(f"{i}", f"{i}", f"{i}", messages=one_turn(text.format(i))) for i in range(60)]
     noisy, marks, (applied,) = corrupt_responses(examples, noise)
     clean = {e.id for e in examples if noise.trusts(e.id)}
     assert {new.id for new, old in zip(noisy, examples, strict=True) if new == old} == clean
@@ -200,7 +205,7 @@ def test_trusted_examples_stay_clean(op: ResponseNoise, share: float) -> None:
     assert (applied.eligible, applied.changed) == (60 - len(clean), 60 - len(clean))
 
 
-def chat(response: str) -> tuple[dict[str, str], ...]:
+def one_turn(response: str) -> tuple[dict[str, str], ...]:
     return ({"role": "user", "content": PROMPT}, {"role": "assistant", "content": response})
 
 
@@ -211,6 +216,7 @@ def digest() -> str:
     return hashlib.sha256(repr(found).encode()).hexdigest()
 
 
+@pytest.mark.slow
 def test_processes_agree_whatever_the_seed_of_their_hashes() -> None:
     path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[3])])
     env = {**os.environ, "PYTHONHASHSEED": "12345", "PYTHONPATH": path}
@@ -280,6 +286,7 @@ NUMBERS = [
 each_how = pytest.mark.parametrize("how", ["digits", "offset"])
 
 
+@pytest.mark.slow
 @each_how
 @pytest.mark.parametrize("clean", NUMBERS)
 @pytest.mark.parametrize(
@@ -602,14 +609,15 @@ def test_a_single_letter_is_not_lost() -> None:
 # --- tokens ---------------------------------------------------------------------------------------------------------
 
 
-def trained() -> tuple[Any, Vocabulary]:
+def trained_tokenizer() -> tuple[Any, Vocabulary]:
     texts = [f"The cat {w} sat on 12 mats, and {w * 2} dogs ran; so {w}!" for w in ("blue", "red", "tall", "7", "old")]
     tokenizer = build_tokenizer(texts * 4, 420)
     return tokenizer, vocabulary(tokenizer, np.zeros(len(tokenizer), dtype=np.int64))
 
 
+@pytest.mark.slow
 def test_a_confusable_token_is_of_the_same_class_and_near_in_length() -> None:
-    _, words = trained()
+    _, words = trained_tokenizer()
     assert words.tokens[:3] != () and len(words.tokens) == len(words.ids)
     spelling = dict(zip(words.ids.tolist(), words.tokens, strict=True))
 
@@ -680,6 +688,7 @@ def gsm8k() -> list[tuple[str, str]]:
     return [(f"{i}", json.loads(row)["answer"]) for i, row in enumerate(path.read_text(encoding="utf-8").splitlines())]
 
 
+@pytest.mark.slow
 @each_how
 def test_every_answer_of_gsm8k_changes_in_value_and_nothing_before_it(how: Any) -> None:
     rows = gsm8k()

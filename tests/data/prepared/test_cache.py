@@ -175,6 +175,7 @@ CHANGES: dict[str, Change] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("before", "after"), CHANGES.values(), ids=CHANGES.keys())
 def test_what_changes_the_result_is_prepared_again(tmp_path: Path, before: Any, after: Any) -> None:
     write(tmp_path / "rows.jsonl", rows(40))
@@ -188,6 +189,7 @@ def test_what_changes_the_result_is_prepared_again(tmp_path: Path, before: Any, 
     assert_same(batches(found), batches(ready(tmp_path, **{**changed, "cache": False})))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [
@@ -333,6 +335,7 @@ def test_a_killed_build_leaves_nothing_that_is_used(tmp_path: Path) -> None:
     assert len(set(notes(tmp_path))) == 2  # and that was used
 
 
+@pytest.mark.slow
 @forks
 def test_of_two_that_prepare_at_once_one_builds_and_both_go_on(tmp_path: Path) -> None:
     write(tmp_path / "rows.jsonl", rows(40))
@@ -383,6 +386,7 @@ def test_a_folder_that_cannot_be_written_is_one_line_that_names_the_option(tmp_p
     assert "--data.cache_dir" in message and str(place) in message and len(message.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_without_a_cache_nothing_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
@@ -401,6 +405,7 @@ def test_without_a_cache_nothing_is_left_behind(tmp_path: Path, monkeypatch: pyt
 # --- what is in it ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_number_of_processes_leaves_every_byte_the_same(tmp_path: Path) -> None:
     content = rows(1300)
     write(tmp_path / "rows.jsonl", content)
@@ -426,6 +431,7 @@ SPOIL: dict[str, Callable[[Path], Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spoil", SPOIL.values(), ids=SPOIL.keys())
 def test_what_was_damaged_is_made_again_or_said_in_one_line(tmp_path: Path, spoil: Callable[[Path], Any]) -> None:
     expected = batches(ready(tmp_path))
@@ -440,6 +446,7 @@ def test_what_was_damaged_is_made_again_or_said_in_one_line(tmp_path: Path, spoi
     assert_same(batches(again), expected)
 
 
+@pytest.mark.slow
 def test_a_table_is_mapped_and_travels_to_workers_as_its_path(tmp_path: Path) -> None:
     write(tmp_path / "rows.jsonl", [{"question": f"q{i}", "answer": f"{i} " + "word " * 150} for i in range(3000)])
     ready(tmp_path, validation_fraction=0.0, max_length=1024, tokenizer_size=0)

@@ -26,6 +26,8 @@ from deft_lightning.data.prepared.cache import FILES, _seal, cached
 from deft_lightning.data.prepared.workers import in_order
 from deft_lightning.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 NOISE = Noise(ops=[TokenReplace(rate=0.2)])
 
 

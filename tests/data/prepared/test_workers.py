@@ -13,6 +13,8 @@ import pytest
 
 from deft_lightning.data.prepared.workers import in_order
 
+pytestmark = pytest.mark.slow
+
 
 def square(number: int) -> int:
     return number * number

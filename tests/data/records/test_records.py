@@ -534,6 +534,7 @@ def rows(draw: st.DrawFn) -> tuple[str, dict[str, Any]]:
     return format, record
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=1000, derandomize=True)
 @given(case=rows(), need_response=st.booleans())
 def test_any_record_becomes_an_example_or_one_line(case: tuple[str, dict[str, Any]], need_response: bool) -> None:

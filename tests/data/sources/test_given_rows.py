@@ -21,6 +21,8 @@ from deft_lightning.data.sources.read import read, weights
 from deft_lightning.errors import UserError
 from deft_lightning.training.resume.settings import content
 
+pytestmark = pytest.mark.slow
+
 NOISE = Noise(
     splits=["train", "validation"], ops=[ResponseSwap(rate=0.2), CharNoise(rate=0.3), TokenReplace(rate=0.1)]
 )  # fmt: skip

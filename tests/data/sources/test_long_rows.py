@@ -22,6 +22,8 @@ from deft_lightning.data.sources.read import read
 from deft_lightning.data.sources.rows import LONGEST, BadRows
 from deft_lightning.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 PART = 16 << 20
 PARTS = 5  # 80 MiB: more than a row may have
 GOOD = b'{"question": "a", "answer": "b"}\n'

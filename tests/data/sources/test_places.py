@@ -241,6 +241,7 @@ def answers(source: str, cache: Path, **options: Any) -> set[str]:
 OLD, NEW = jsonl([{"question": "q", "answer": "old"}]), jsonl([{"question": "q", "answer": "new"}])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("marked", ["ETag", "weak", "time", "nothing"])
 def test_a_file_that_changed_is_prepared_again_and_one_that_did_not_is_not(
     site: Site, tmp_path: Path, marked: str

@@ -27,6 +27,7 @@ def read_text(path: Path, text: str, expected: Expected | None = None) -> tuple[
     return rows, remarks.lines()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(20))
 @pytest.mark.parametrize("end", ["csv", "tsv"])
 @pytest.mark.parametrize("mark", MARKS)

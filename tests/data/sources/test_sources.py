@@ -258,6 +258,7 @@ def test_a_folder_without_data_is_one_line_that_names_it(folder: Path) -> None:
     assert str(folder / "nothing") in message and "--data.source" in message
 
 
+@pytest.mark.slow
 def test_a_hub_id_that_cannot_be_reached_is_one_line_and_soon() -> None:
     # The variable is read when the hub's client is imported, so it takes a process of its own.
     code = (

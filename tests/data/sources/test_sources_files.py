@@ -311,6 +311,7 @@ LONG_WRITERS: dict[str, Callable[[Path], object]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LONG_WRITERS)
 def test_reading_does_not_hold_the_file(tmp_path: Path, name: str) -> None:
     LONG_WRITERS[name](tmp_path / name)

@@ -32,6 +32,7 @@ def counts(source: Any, **options: Any) -> Counter[str]:
     return Counter(record["question"] for _, record, _ in read_many(source, **options))
 
 
+@pytest.mark.slow
 def test_a_weight_of_one_gives_every_row_once_with_its_place_and_source(files: tuple[str, str]) -> None:
     for source in (list(files), dict.fromkeys(files, 1.0)):
         found = list(read_many(source))
@@ -40,6 +41,7 @@ def test_a_weight_of_one_gives_every_row_once_with_its_place_and_source(files: t
     assert [(where, record) for where, record, _ in read_many(files[0])] == list(read(files[0]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weight", [0.1, 0.5, 0.9, 1.5, 2.5, 3.0])
 def test_each_source_comes_weight_times(files: tuple[str, str], weight: float) -> None:
     found = counts({files[0]: weight, files[1]: 1})
@@ -51,6 +53,7 @@ def test_each_source_comes_weight_times(files: tuple[str, str], weight: float) -
     assert sum(n for question, n in found.items() if question.startswith("b")) == N
 
 
+@pytest.mark.slow
 def test_what_a_smaller_weight_chooses_a_larger_one_chooses_too(files: tuple[str, str]) -> None:
     before: Counter[str] = Counter()
     for weight in (0.1, 0.3, 0.9, 1.0, 1.2, 2.7):
@@ -69,6 +72,7 @@ def test_the_choice_depends_on_the_content_and_not_on_order_file_or_columns(
     assert counts({half: 0.4}) == Counter({q: n for q, n in counts({files[0]: 0.4}).items() if int(q[1:]) < N // 2})
 
 
+@pytest.mark.slow
 def test_the_choice_is_the_same_in_every_process_and_another_with_every_seed(files: tuple[str, str]) -> None:
     code = (
         "import sys\nfrom deft_lightning.data.sources.read import read_many\n"
