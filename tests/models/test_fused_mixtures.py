@@ -163,3 +163,26 @@ def test_three_steps_of_a_mixture_follow_both_losses_and_log_the_routers(lora: L
             for weights in trained:
                 assert float((weights[name] - parameter).abs().max()) <= 1e-3 * moved + 1e-7, name
     assert_same_gradients(trained[0], trained[1], 1e-5)
+
+
+@pytest.mark.parametrize("head", ["fused", "dense"])
+@pytest.mark.parametrize("kind", ["mixtral", "qwen2_moe"])
+def test_the_router_loss_counts_what_the_tokens_of_the_batch_do(kind: str, head: Any, batch: dict[str, Tensor]) -> None:
+    """Where they have weights the step is divided by their sum: the router's share stays its coefficient."""
+    module = prepare(mixture(kind), head=head)
+    to_double(module.model)
+    weight = torch.rand(batch["labels"].shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    output = module.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    targets = batch["labels"][:, 1:]
+    keep = targets != -100
+    of_token, log_pi = weight[:, 1:][keep], torch.log_softmax(output.logits[:, :-1][keep], -1)
+    collision = log_pi.detach().exp().square().sum(-1)
+    p = log_pi.gather(-1, targets[keep].unsqueeze(-1)).squeeze(-1).exp()
+    wanted = (of_token * (1 - p**collision) / collision).sum() + COEFFICIENT * of_token.sum() * output.aux_loss
+    wanted.backward()
+    expected = gradients(module.model)
+    total, stats, _ = module.loss_and_stats({**batch, "token_weight": weight})
+    assert total.item() == pytest.approx(wanted.item(), rel=1e-6)
+    assert stats.weight is not None and torch.equal(stats.weight, of_token.to(stats.weight.dtype))
+    total.backward()
+    assert_same_gradients(gradients(module.model), expected, 2e-6)
