@@ -56,7 +56,9 @@ class Tally:
         self.objectives, self.current, self.operations = dict(objectives), current, list(operations)
         self.failed: dict[str, str] = {}
         self._means = torch.zeros(7, dtype=torch.float64)
-        # Of each objective: gate, its square, gate * (1 - p), gate of clean tokens, gate of noisy ones.
+        self._mass = 0.0
+        # Of each objective: gate, its square, gate * (1 - p), gate of clean tokens, gate of noisy ones. The gradient
+        # mass, (1 - p) with the gate or without, is times the weight where tokens have one.
         self._gates = {name: torch.zeros(5, dtype=torch.float64) for name in objectives}
         self._noisy = 0
         groups = 1 + len(self.operations)
@@ -86,6 +88,8 @@ class Tally:
         if not len(stats.log_prob):
             return
         p, error, noisy = stats.log_prob.exp(), -torch.expm1(stats.log_prob), codes > 0
+        mass = error if stats.weight is None else error * stats.weight
+        self._mass += float(mass.sum())
         parts = (torch.ones_like(p), p, stats.entropy, -stats.collision.log(), stats.collision, -stats.log_prob)
         self._means += torch.stack([*(part.sum() for part in parts), stats.correct.double().sum()])
         self._noisy += int(noisy.sum())
@@ -102,7 +106,7 @@ class Tally:
                 del self.objectives[name]
                 continue
             self._gates[name] += torch.stack(
-                [gate.sum(), gate.square().sum(), (gate * error).sum(), gate[~noisy].sum(), gate[noisy].sum()]
+                [gate.sum(), gate.square().sum(), (gate * mass).sum(), gate[~noisy].sum(), gate[noisy].sum()]
             )
             if name == self.current and self.operations:
                 self._rank(codes, -gate.log(), -stats.log_prob, conflict(stats), gate)
@@ -123,11 +127,12 @@ class Tally:
         """Return what each objective would do, the chosen one first.
 
         ``gate``: its mean. ``ess``: effective sample size ``(sum g)^2 / (n sum g^2)`` in (0, 1], 1 when all tokens
-        weigh the same. ``shrinkage``: ``sum g (1 - p) / sum (1 - p)``, its gradient mass in units of NLL's.
+        weigh the same. ``shrinkage``: ``sum g (1 - p) / sum (1 - p)``, its gradient mass in units of NLL's, each token
+        times its weight where it has one.
         ``lr_factor``: the inverse, by which NLL's learning rate would have to grow for steps of the same mass; None
         where nothing is left. ``gate_clean``, ``gate_noisy``: means apart, where there is noise.
         """
-        count, mass = float(self._means[0]), float(self._means[0] - self._means[1])
+        count, mass = float(self._means[0]), self._mass
         rows = []
         for name in sorted(self.objectives, key=lambda name: (name != self.current, name)):
             total, squares, spent, clean, noisy = self._gates[name].tolist()

@@ -40,6 +40,7 @@ from deft_lightning.probe import conflict, example_score
 from deft_lightning.probe.audit import suspects, write_lines
 from deft_lightning.probe.figure import drawing
 from deft_lightning.probe.sample import Sampler, mixed
+from deft_lightning.probe.tally import Tally
 
 ROWS = [
     {"id": f"r{i}", "question": q, "answer": a}
@@ -395,6 +396,19 @@ def test_hashes_are_one_to_one_and_fill_their_range() -> None:
     assert len(set(hashes.tolist())) == 100_000
     counts = np.histogram(hashes.astype(np.float64) / 2**64, bins=20, range=(0, 1))[0]
     assert 4700 < counts.min() <= counts.max() < 5300
+
+
+def test_gradient_mass_is_by_weight_and_gates_are_not() -> None:
+    p, weight = torch.tensor([0.9, 0.5, 0.1]), torch.tensor([0.5, 1.0, 4.0])
+    stats = TokenStats(p.log(), p, p, p > 0.5).weighted(weight)
+    tally = Tally({"NLL": NLL(), "Likelihood": Tsallis(0.0)}, "NLL", [])
+    for part in (torch.tensor([0, 1]), torch.tensor([2])):
+        tally.update({0: stats.select(part)}, torch.zeros(len(part)))
+    nll, likelihood = tally.table()
+    mass = weight * (1 - p)
+    assert nll["shrinkage"] == pytest.approx(1.0) and nll["gate"] == 1.0
+    assert likelihood["shrinkage"] == pytest.approx(float((mass * p).sum() / mass.sum()), rel=1e-6)
+    assert likelihood["gate"] == pytest.approx(float(p.mean()), rel=1e-6)
 
 
 # --- the audit ------------------------------------------------------------------------------------------------------
