@@ -217,12 +217,13 @@ def tokenise(
         supervised = learnt(encoded.turn, teaching.supervise if example.messages else "assistant")
         if not teaching.supervise_reasoning:
             supervised &= ~encoded.thought
-        weight = weights_of(example, encoded.turn)
+        with np.errstate(over="ignore"):  # what is too large is refused with its example
+            weight = weights_of(example, encoded.turn).astype(np.float32)  # what is too small is 0
         supervised &= weight > 0
         supervised[:1] = False  # nothing predicts the first token
         source = np.array(example.tokens[1], dtype=np.int64) if example.tokens else encoded.input_ids
         labels = np.where(supervised, source, IGNORE_INDEX)
-        factors = None if (weight[supervised] == 1).all() else np.where(supervised, weight, 0).astype(np.float32)
+        factors = None if (weight[supervised] == 1).all() else np.where(supervised, weight, np.float32(0))
         codes = encoded.noise_code * supervised
         prepared.append(Prepared(example.id, encoded.input_ids, labels, codes, weight=factors))
     return prepared

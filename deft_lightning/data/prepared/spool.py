@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from deft_lightning.data.examples import Example, Ints, Prepared, weight_of
 from deft_lightning.data.lazy import Lazy, T
+from deft_lightning.errors import UserError
 from deft_lightning.functional import IGNORE_INDEX
 
 TEXT = pa.large_string()  # a batch may hold more than the 2 GiB of a string column
@@ -191,13 +192,13 @@ def row_of_prepared(example: Prepared, length: int, cut: Ints) -> tuple[Any, ...
         cut: Some of those that were cut off.
 
     Raises:
-        ValueError: A weight that breaks the promise of :class:`Prepared`.
+        UserError: A weight that is not finite in float32, or that breaks the promise of :class:`Prepared`.
     """
     learnt, weight = example.labels != IGNORE_INDEX, NO_WEIGHT
     if example.weight is not None:
         weight = weight_of(example.labels, example.weight)
         if not (np.isfinite(weight).all() and (weight[learnt] > 0).all()):
-            raise ValueError(f"{example.id}: weights must be finite, and above 0 where a label is learnt")
+            raise UserError(f"{example.id}: weights must be finite in float32, and above 0 where a label is learnt")
         weight = NO_WEIGHT if (weight[learnt] == 1).all() else weight
     return (
         example.id, example.input_ids, example.labels, example.noise_code, length, example.skipped, cut, weight,

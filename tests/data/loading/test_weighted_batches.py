@@ -129,7 +129,7 @@ def test_one_weight_among_many_makes_weighted_data(tmp_path: Path) -> None:
 def test_a_weight_that_should_have_become_a_masked_label_is_not_written(wrong: float) -> None:
     one = example("e", [4, 6, 8])
     bad = replace(one, weight=np.array([0, 0.5, wrong], dtype=np.float32))
-    with pytest.raises(ValueError, match="e: weights must be finite"):
+    with pytest.raises(ValueError, match="e: weights must be finite in float32"):
         row_of_prepared(bad, 3, one.input_ids[:0])
     masked = replace(bad, labels=np.array([-100, 6, -100]))
     row = row_of_prepared(masked, 3, one.input_ids[:0])
