@@ -12,16 +12,22 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from worlds import ROOT
+from worlds import ROOT, SHAPE
+
+from deft_lightning.cli.main import run
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_one_signal_saves_the_step_in_hand_and_the_run_goes_on(tmp_path: Path, number: signal.Signals) -> None:
+def test_one_signal_saves_the_step_in_hand_and_the_run_goes_on(
+    tmp_path: Path, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
     command = [
         sys.executable, "-m", "deft_lightning", "fit", "--config", "configs/quickstart.yaml",
-        "--trainer.default_root_dir", str(tmp_path), "--data.source", "reasoning_gym:spell_backward?size=300",
+        "--trainer.default_root_dir", str(tmp_path), "--data.source", "reasoning_gym:spell_backward?size=60",
+        "--model.architecture.hidden_size", "32", "--model.architecture.intermediate_size", "64",
+        "--model.architecture.num_hidden_layers", "1",
         "--trainer.max_steps", "100000", "--trainer.val_check_interval", "50000", "--data.batch_size", "2",
         "--trainer.log_every_n_steps", "1", "--progress_bar.refresh_rate", "1",
     ]  # fmt: skip
@@ -40,9 +46,8 @@ def test_one_signal_saves_the_step_in_hand_and_the_run_goes_on(tmp_path: Path, n
     (checkpoint,) = tmp_path.rglob("step=*.ckpt")
     step = torch.load(checkpoint, weights_only=True)["global_step"]
     assert step > 0 and not list(tmp_path.rglob("export"))
-    again = [*command, "--ckpt_path", "last", "--trainer.max_steps", str(step + 2), "--after_fit.test", "false"]
-    done = subprocess.run(again, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-2000:]
+    monkeypatch.chdir(ROOT)
+    run([*command[3:], "--ckpt_path", "last", "--trainer.max_steps", str(step + 2), "--after_fit.test", "false"])
     assert list(tmp_path.rglob(f"step={step + 2}.ckpt"))
 
 
@@ -66,8 +71,7 @@ def test_the_handler_is_taken_back_after_training(tmp_path: Path) -> None:
 
     trainer = Trainer(max_steps=50, default_root_dir=str(tmp_path), callbacks=[stop], logger=False, accelerator="cpu")
     trainer.callbacks.append(Press())
-    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    module = SFTModule(architecture=shape)
+    module = SFTModule(architecture=SHAPE)
     trainer.fit(module, InstructionDataModule(str(source), validation_fraction=0.0, tokenizer_size=0, batch_size=2))
     assert stop.stopped and trainer.global_step == 2
     assert seen[0] == stop._handle

@@ -163,6 +163,8 @@ def test_compiled_layers_give_the_same(name: str, checkpointing: bool, batch: di
 
     counters.clear()
     module = body(name, compile=True, gradient_checkpointing=checkpointing)
+    # The check of the first batch has other shapes, compiled too; of the mixture nothing else is compiled.
+    module.batch_loss.checked = name != "mixtral"
     assert list(module.state_dict()) == list(body(name).state_dict())
     assert_trains_the_same(module, name, batch, 1e-4)
     assert counters["stats"]["unique_graphs"] > 0, "something was compiled"

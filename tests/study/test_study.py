@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -81,10 +82,17 @@ def gone(processes: set[int]) -> bool:
     return not any(Path(f"/proc/{process}").exists() for process in processes)
 
 
-def test_a_study_killed_at_any_moment_ends_with_the_same_table(tmp_path: Path) -> None:
-    out = finish(start(tmp_path / "whole"))
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a study that was left alone."""
+    folder = tmp_path_factory.mktemp("study") / "whole"
+    out = finish(start(folder))
     assert "Worst regime" in out and "| DEFT |" in out
-    assert (tmp_path / "whole" / "bars.png").stat().st_size > 5000
+    return folder
+
+
+def test_a_study_killed_at_any_moment_ends_with_the_same_table(whole: Path, tmp_path: Path) -> None:
+    assert (whole / "bars.png").stat().st_size > 5000
     killed = tmp_path / "killed"
     for wanted in (0, 4):  # in the base, among the runs; tests/kill_verbs.py kills at any moment
         process = start(killed)
@@ -102,16 +110,18 @@ def test_a_study_killed_at_any_moment_ends_with_the_same_table(tmp_path: Path) -
     done = {path: path.stat().st_mtime_ns for path in (killed / "cells").glob("*.json")}
     assert len(done) >= 4
     finish(start(killed))
-    assert values(killed / "report.json") == values(tmp_path / "whole" / "report.json")
-    assert (killed / "report.md").read_bytes() == (tmp_path / "whole" / "report.md").read_bytes()
+    assert values(killed / "report.json") == values(whole / "report.json")
+    assert (killed / "report.md").read_bytes() == (whole / "report.md").read_bytes()
     assert all(path.stat().st_mtime_ns == when for path, when in done.items())  # nothing was run twice
     assert not [path for path in killed.rglob(".*") if path.suffix not in (".lock", "")]
 
 
 @pytest.mark.parametrize("times", [1, 2])
-def test_ctrl_c_ends_a_study_and_its_processes(times: int, tmp_path: Path) -> None:
+def test_ctrl_c_ends_a_study_and_its_processes(times: int, whole: Path, tmp_path: Path) -> None:
     """A terminal sends it to all processes of the group, and an impatient user twice."""
-    process = start(tmp_path / "out", "--headline_seeds", "40")
+    for part in ("data", "cache", "bases"):  # so that it begins with its runs, of which there are enough
+        shutil.copytree(whole / part, tmp_path / "out" / part)
+    process = start(tmp_path / "out", "--objectives", "[NLL, DEFT, Likelihood, EAFT, DFT, Cayley, Focal]")
     deadline = time.monotonic() + 200
     while time.monotonic() < deadline and not list((tmp_path / "out" / "cells").glob("*.json")):
         assert process.poll() is None
@@ -163,7 +173,7 @@ def test_nll_is_judged_under_the_tokenizer_of_the_model(tmp_path: Path) -> None:
     (tmp_path / "study.yaml").write_text(config, encoding="utf-8")
     command = [sys.executable, "-m", "deft_lightning", "study", "--config", str(tmp_path / "study.yaml")]
     done = subprocess.run(
-        [*command, "--output", str(tmp_path / "out"), "--workers", "2", "--headline_seeds", "1"], capture_output=True,
+        [*command, "--output", str(tmp_path / "out"), "--workers", "1", "--headline_seeds", "1"], capture_output=True,
         text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=400,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]

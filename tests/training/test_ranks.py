@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -58,14 +59,26 @@ def prepare(root: Path) -> None:
         write_rows(root / f"{name}.jsonl", content)
 
 
-@pytest.fixture(scope="module", params=["ddp", "fsdp2"])
-def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    """All scenarios, run once: the start of a rank costs more than what it does."""
-    root = tmp_path_factory.mktemp(request.param)
+@pytest.fixture(scope="module")
+def single(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dict[str, Any]]]:
+    """What one process does, which no strategy changes: its folder, and what each scenario gave."""
+    root = tmp_path_factory.mktemp("single")
     prepare(root)
-    single = {name: scenario(root, 1) for name, scenario in SCENARIOS.items()}
+    return root, {name: scenario(root, 1) for name, scenario in SCENARIOS.items()}
+
+
+@pytest.fixture(scope="module", params=["ddp", "fsdp2"])
+def runs(
+    request: pytest.FixtureRequest, single: tuple[Path, dict[str, dict[str, Any]]],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Runs:  # fmt: skip
+    """All scenarios, run once: the start of a rank costs more than what it does."""
+    root, (folder, alone) = tmp_path_factory.mktemp(request.param), single
+    prepare(root)
+    shutil.copy(folder / "one.ckpt", root)  # which the ranks go on from
+    shutil.copytree(folder / "exported-1", root / "exported-1")
     run_ranks(Path(__file__).with_name("ranks_worker.py"), root, request.param)
-    return Runs(root, [torch.load(root / f"rank{rank}.pt", weights_only=True) for rank in range(2)], single)
+    return Runs(root, [torch.load(root / f"rank{rank}.pt", weights_only=True) for rank in range(2)], alone)
 
 
 def assert_same_weights(runs: Runs, name: str, tolerance: float = 1e-5) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_llama import save_tiny_llama
+from worlds import save_tiny_llama
 
 from deft_lightning.cli.main import run
 from deft_lightning.data.encoding import bounds

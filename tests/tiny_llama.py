@@ -1,3 +1,0 @@
-"""See worlds.py."""
-
-from worlds import save_tiny_llama, tiny_llama  # noqa: F401
