@@ -35,6 +35,12 @@ def logged_step(trainer: Trainer) -> int:
     return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
 
 
+def log_now(trainer: Trainer, values: dict[str, float]) -> None:
+    """Write values of this step alone, on rank zero; Lightning's ``log`` would repeat them on steps without any."""
+    for logger in trainer.loggers if values else ():
+        logger.log_metrics(values, step=logged_step(trainer))
+
+
 def restore_place_in_data(trainer: Trainer) -> None:
     """Give the training loader its place from a checkpoint, where it was made before the checkpoint was restored.
 

@@ -48,6 +48,8 @@ class GateMonitor(TokenMonitor):
     objective would have on the same tokens, from the same statistics: no forward pass is added. One that looks at the
     batch, `Cayley(floor=...)`, sees one micro-batch of one rank, as it would in training.
 
+    With several sources of data, `gate/SOURCE/mean` is the mean gate of the tokens of each.
+
     Histograms: `gate/hist`, `prob/hist`, `focus/hist`, and `gradient/hist`, over p, each token counted by its
     `gate * (1 - p)`. With matplotlib, `occupancy/p_alpha` shows how many tokens lie where in p and alpha.
 
@@ -122,6 +124,17 @@ class GateMonitor(TokenMonitor):
             self.quantiles.update(gate, prob, focus)
         else:
             self.quantiles.update(gate, prob)
+
+    def figures_by_source(
+        self, module: WatchedModule, stats: TokenStats, noise_code: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        """Return the gate of each token, and 1 to count it."""
+        gate = module.current_objective.gate(stats)
+        return gate, torch.ones_like(gate)
+
+    def report_by_source(self, sums: dict[str, list[float]]) -> dict[str, float]:
+        """Return the mean gate of every source that has tokens."""
+        return {f"gate/{name}/mean": gate / tokens for name, (gate, tokens) in sums.items() if tokens}
 
     def report(self, trainer: Trainer, module: WatchedModule, rows: list[Histogram]) -> None:
         """Write means, quantiles, shares and histograms."""

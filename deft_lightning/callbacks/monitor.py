@@ -11,11 +11,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
-from deft_lightning._lightning import is_accumulating, is_logging_step, logged_step
+from deft_lightning._lightning import is_accumulating, is_logging_step, log_now, logged_step
 from deft_lightning.callbacks.watched import WatchedModule, is_watched, watched
 from deft_lightning.errors import UserError
 from deft_lightning.functional import TokenStats
-from deft_lightning.metrics import Histogram, PackedHistogram, Quantiles
+from deft_lightning.metrics import Histogram, PackedHistogram, Quantiles, SourceSums, TokenSources
 
 PERCENT = (10, 50, 90)  # the quantiles that are told
 
@@ -33,6 +33,7 @@ class TokenMonitor(Callback):
         self.packed: PackedHistogram | None = None
         self.quantiles = Quantiles([percent / 100 for percent in PERCENT])
         self.reports = 0
+        self.by_source: SourceSums | None = None  # None until tokens of several sources are seen
 
     def open(self, trainer: Trainer, module: WatchedModule) -> PackedHistogram:
         """Return the empty packed histogram, once the model is known."""
@@ -57,6 +58,22 @@ class TokenMonitor(Callback):
         """
         raise NotImplementedError
 
+    def figures_by_source(
+        self, module: WatchedModule, stats: TokenStats, noise_code: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        """Return what is summed for every source, each of shape ``(N,)``; nothing by default.
+
+        Args:
+            module: Has the objective.
+            stats: Statistics of the N tokens of one micro-batch of data with several sources.
+            noise_code: As for :meth:`observe`.
+        """
+        return ()
+
+    def report_by_source(self, sums: dict[str, list[float]]) -> dict[str, float]:
+        """Return what is written of the sums of every source that :meth:`figures_by_source` gave, by tag."""
+        return {}
+
     def report(self, trainer: Trainer, module: WatchedModule, rows: list[Histogram]) -> None:
         """Write what was seen in the step, the same keys on every rank."""
         raise NotImplementedError
@@ -72,19 +89,29 @@ class TokenMonitor(Callback):
             self.packed = self.open(trainer, module).to(module.device)
         noise = (outputs.get("noise_code"), outputs.get("clean_labels"))
         self.observe(self.packed, module, outputs["stats"], *noise)
+        if (sources := outputs.get("sources")) is not None:
+            self._add_by_source(sources, self.figures_by_source(module, outputs["stats"], noise[0]))
         if not is_accumulating(trainer):
             rows = self.packed.rows()
             self.packed.reset()
             self.reports += 1
             self.report(trainer, module, rows)
             self.quantiles.reset()
+            if self.by_source is not None:
+                sums = dict(zip(self.by_source.names, self.by_source.compute().tolist(), strict=True))
+                self.by_source.reset()
+                self.write_scalars(trainer, self.report_by_source(sums))
+
+    def _add_by_source(self, sources: TokenSources, figures: tuple[Tensor, ...]) -> None:
+        if not figures:
+            return
+        if self.by_source is None or self.by_source.names != sources.names:
+            self.by_source = SourceSums(sources.names, len(figures)).to(sources.places.device)
+        self.by_source.update(sources.places, *figures)
 
     def write_scalars(self, trainer: Trainer, values: dict[str, float]) -> None:
         """Write values of this step alone, on rank zero; Lightning's ``log`` would repeat them on steps without any."""
-        if not values:
-            return
-        for logger in trainer.loggers:
-            logger.log_metrics(values, step=logged_step(trainer))
+        log_now(trainer, values)
 
     def write_quantiles(self, trainer: Trainer, *names: str) -> None:
         """Write `name/q10`, `name/q50`, `name/q90` of the quantities of `quantiles`; nothing without tokens."""

@@ -49,8 +49,15 @@ def _check(trainer: Trainer, module: LightningModule, val: bool, noisy: bool) ->
             )
         if not noisy and monitor.startswith("val_noisy/"):
             raise UserError(f"{option} {monitor}: no validation example is corrupted, see --data.noise")
+        splits = getattr(getattr(trainer, "datamodule", None), "splits", None)
+        sources = getattr(splits, "sources", {}).get("validation", ()) if val else ()
         known = [*(f"train/{name}" for name in TRAIN), "objective/scale"]
-        known = [*(f"val/{name}" for name in VAL if val), *(f"val_noisy/{name}" for name in NOISY if noisy), *known]
+        known = [
+            *(f"val/{name}" for name in VAL if val),
+            *(f"val/{name}/nll" for name in sources),
+            *(f"val_noisy/{name}" for name in NOISY if noisy),
+            *known,
+        ]
         if monitor not in known:
             suggested = did_you_mean(monitor, known)
             raise UserError(f"{option} {monitor}: no such metric.{suggested} Known: {', '.join(known)}")

@@ -24,6 +24,9 @@ class NoiseMonitor(TokenMonitor):
     weights; `noise/memorised` the share of noisy tokens whose corrupted label is the model's first choice,
     `noise/recovered` of those whose clean label is: among the ones whose clean label is known, as it is where single
     tokens were replaced (`TokenReplace`).
+
+    With several sources of data, also for each: `noise/SOURCE/share`, the share of its tokens that are noisy, and
+    `gate/SOURCE/clean`, `gate/SOURCE/noisy`, where it has such tokens.
     """
 
     def open(self, trainer: Trainer, module: WatchedModule) -> PackedHistogram:
@@ -53,6 +56,29 @@ class NoiseMonitor(TokenMonitor):
         if clean_labels is not None and stats.arg_max is not None:
             known = (noise_code != 0) & (clean_labels != IGNORE_INDEX)
             packed.update(RECOVERED, (stats.arg_max == clean_labels)[known])
+
+    def figures_by_source(
+        self, module: WatchedModule, stats: TokenStats, noise_code: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        """Return gate and number of clean tokens, and of noisy ones."""
+        if noise_code is None:
+            return ()
+        gate, noisy = module.current_objective.gate(stats), noise_code != 0
+        return torch.where(noisy, 0, gate), ~noisy, torch.where(noisy, gate, 0), noisy
+
+    def report_by_source(self, sums: dict[str, list[float]]) -> dict[str, float]:
+        """Return share of the noisy tokens and mean gates, of steps that have noisy tokens."""
+        if not any(noisy for *_, noisy in sums.values()):
+            return {}
+        values = {}
+        for name, (gate_clean, clean, gate_noisy, noisy) in sums.items():
+            if clean + noisy:
+                values[f"noise/{name}/share"] = noisy / (clean + noisy)
+            if clean:
+                values[f"gate/{name}/clean"] = gate_clean / clean
+            if noisy:
+                values[f"gate/{name}/noisy"] = gate_noisy / noisy
+        return values
 
     def report(self, trainer: Trainer, module: WatchedModule, rows: list[Histogram]) -> None:
         """Write the comparison once both classes were seen."""

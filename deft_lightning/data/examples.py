@@ -34,6 +34,7 @@ class Example:
         tools: Descriptions of the functions that the assistant may call, for the chat template.
         weight: Factor on the loss of everything that the example teaches, at least 0.
         token_weights: One more factor for each of ``tokens``; None where nothing gives any.
+        source: Place of its source among those that are read, from 0.
     """
 
     id: str
@@ -45,6 +46,7 @@ class Example:
     tools: tuple[Tool, ...] | None = None
     weight: float = 1.0
     token_weights: list[float] | None = None
+    source: int = 0
 
     @property
     def response(self) -> str | None:
@@ -78,6 +80,7 @@ class Prepared:
         skipped: Supervised tokens that truncation cut off before the first of these.
         weight: Factor on the loss of each label, float32: finite, above 0 where the label is learnt and 0 where it is
             -100, so that a weight of 0 is a masked label and nothing else. None where every label counts 1.
+        source: Place of its source among those that are read, from 0.
     """
 
     id: str
@@ -87,6 +90,7 @@ class Prepared:
     clean_labels: Ints | None = None
     skipped: int = 0
     weight: Floats | None = None
+    source: int = 0
 
     def truncate(self, length: int, keep: str = "start") -> Prepared:
         """Return the first ``length`` tokens, or the last; nothing predicts the first token that is left."""
@@ -102,7 +106,9 @@ class Prepared:
             else 0
         )
         weight = None if self.weight is None else weight_of(labels, self.weight[part])
-        return Prepared(self.id, self.input_ids[part], labels, codes, skipped=skipped, weight=weight)
+        return Prepared(
+            self.id, self.input_ids[part], labels, codes, skipped=skipped, weight=weight, source=self.source
+        )
 
     @property
     def clean(self) -> Ints:

@@ -69,19 +69,26 @@ class Splits:
     def _load(self, folder: Path) -> None:
         meta: dict[str, Any] = json.loads((folder / DONE).read_text(encoding="utf-8"))
         self.held_out: Lazy[Example] = SpooledExamples(folder / "held_out.arrow")
-        words = None
+        words, apart = None, meta["sources"]
         if any(isinstance(op, TokenNoise) for op in self._settings.noise.ops):
             words = vocabulary(self._tokenizer, np.load(folder / "counts.npy", allow_pickle=False))
         for name, counted in meta["reports"].items():
             if name not in SPLITS:
                 raise ValueError(f"{name!r} is no split")
             examples = Tokens(folder / f"{name}.arrow")
-            self._datasets[name] = PreparedDataset(examples, None, self._settings.noise_of(name), words)
+            names = apart["train"] if name == "train" else apart.get("validation", apart["train"])
+            noise = self._settings.noise_of(name)
+            self._datasets[name] = PreparedDataset(examples, None, noise, words, tuple(map(str, names)))
             self.reports[name] = Report.load(counted)
         self.skipped: int = meta["skipped"]
         self.bad_rows: list[str] = meta["bad_rows"]
         self.remarks: list[str] = meta.get("remarks", [])
         self.columns = ColumnReport.load(meta["columns"])
+
+    @property
+    def sources(self) -> dict[str, tuple[str, ...]]:
+        """The names that figures by source have in their tags, by split; none where there is but one source."""
+        return {split: dataset.sources for split, dataset in self._datasets.items()}
 
     def __getitem__(self, split: str) -> PreparedDataset:
         """Return the rows of a split."""
@@ -167,4 +174,4 @@ class Splits:
                 else "none of the training examples is corrupted: there will be no val_noisy"
             )
             return None
-        return PreparedDataset(train.examples, [[at] for at in positions], noise, train.words)
+        return PreparedDataset(train.examples, [[at] for at in positions], noise, train.words, train.sources)

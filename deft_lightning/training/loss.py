@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
 
 from deft_lightning.errors import UserError
 from deft_lightning.functional import IGNORE_INDEX, TokenStats, token_stats, weighted_loss
+from deft_lightning.metrics import TokenSources
 from deft_lightning.models import HeadSeam, base_causal_lm, check_causal, check_head, check_packing, fused_forward
 from deft_lightning.objectives import Objective
 
@@ -159,15 +160,35 @@ def check_weight(weight: Tensor, labels: Tensor, values: bool = True) -> None:
         raise UserError("token_weight of the batch: want finite numbers of at least 0, one for each label")
 
 
-def noise_of(batch: dict[str, Any], keep: Tensor) -> dict[str, Tensor | None]:
-    """Return noise codes and clean labels of the supervised tokens; None where the batch has none.
+class TokenFacts(TypedDict, total=False):
+    """What is known of N supervised tokens beside their statistics.
+
+    Attributes:
+        noise_code: Shape ``(N,)``, 0 where a label is clean; None where nothing is known of noise.
+        clean_labels: Shape ``(N,)``, labels before they were corrupted, -100 where unknown; or None.
+        sources: Where they come from; only there where the data has several sources.
+    """
+
+    noise_code: Tensor | None
+    clean_labels: Tensor | None
+    sources: TokenSources
+
+
+def facts_of(batch: dict[str, Any], keep: Tensor) -> TokenFacts:
+    """Return what is known of the supervised tokens beside their statistics.
 
     Args:
-        batch: ``noise_code`` and ``clean_labels`` of shape ``(B, T)``, if it has them.
+        batch: ``noise_code`` and ``clean_labels`` of shape ``(B, T)``, if it has them; if it has ``source``, the place
+            of each example in ``source_names``, also ``segment`` of shape ``(B, T)``, the example of each token.
         keep: Shape ``(B, T - 1)``: the positions whose next token is supervised.
     """
-    fields = {name: batch.get(name) for name in ("noise_code", "clean_labels")}
+    names = ("noise_code", "clean_labels", *(("segment",) if "source" in batch else ()))
+    fields = {name: batch.get(name) for name in names}
     if all(field is None for field in fields.values()):
-        return fields
+        return {"noise_code": None, "clean_labels": None}
     at = keep.nonzero(as_tuple=True)  # a device is waited for once
-    return {name: None if field is None else field[:, 1:][at] for name, field in fields.items()}
+    known = {name: None if field is None else field[:, 1:][at] for name, field in fields.items()}
+    facts: TokenFacts = {"noise_code": known["noise_code"], "clean_labels": known["clean_labels"]}
+    if (segment := known.get("segment")) is not None:
+        facts["sources"] = TokenSources(tuple(batch["source_names"]), batch["source"][segment.long()])
+    return facts

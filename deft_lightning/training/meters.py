@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,8 +11,8 @@ from torchmetrics import MeanMetric, Metric
 
 from deft_lightning.errors import UserError
 from deft_lightning.functional import IGNORE_INDEX
-from deft_lightning.metrics import TokenMeter
-from deft_lightning.training.loss import StepOutput
+from deft_lightning.metrics import SourceSums, TokenMeter, TokenSources
+from deft_lightning.training.loss import StepOutput, TokenFacts
 
 Log = Callable[..., None]  # LightningModule.log
 
@@ -26,6 +26,8 @@ class Meters:
     def __init__(self) -> None:
         self.train, self.val, self.val_noisy, self.recovered = (TokenMeter() for _ in range(4))
         self.router = MeanMetric()
+        self.train_by_source: SourceSums | None = None
+        self.val_by_source: SourceSums | None = None
         self._routed = self._weighted = False
 
     def to(self, device: torch.device) -> None:
@@ -34,9 +36,10 @@ class Meters:
             if isinstance(meter, Metric):
                 setattr(self, name, meter.to(device))
 
-    def add_training(self, output: StepOutput) -> None:
+    def add_training(self, output: StepOutput, facts: TokenFacts) -> None:
         """Add a micro-batch of training."""
         self.train.update(output.loss, output.stats)
+        self.train_by_source = _added(self.train_by_source, output, facts.get("sources"))
         self._weighted |= output.stats.weight is not None
         if output.router is not None:
             self._routed = True
@@ -44,18 +47,19 @@ class Meters:
             count = max(len(output.stats.log_prob), 1e-9) if weight is None else weight.sum().clamp_min(1e-9)
             self.router.update(output.router.mean, count)
 
-    def add_validation(self, output: StepOutput, noise: Mapping[str, Tensor | None], corrupted: bool) -> None:
+    def add_validation(self, output: StepOutput, facts: TokenFacts, corrupted: bool) -> None:
         """Add a batch of validation examples; the NLL is plain whatever the objective.
 
         Args:
             output: Of the batch.
-            noise: As :func:`~deft_lightning.training.loss.noise_of` returns it.
+            facts: What is known of its tokens.
             corrupted: Whether the examples are corrupted ones: of them the corrupted tokens alone count.
         """
         if not corrupted:
             self.val.update(output.loss, output.stats)
+            self.val_by_source = _added(self.val_by_source, output, facts.get("sources"))
             return
-        codes, clean = noise["noise_code"], noise["clean_labels"]
+        codes, clean = facts["noise_code"], facts["clean_labels"]
         stats, zero = output.stats, output.loss.new_zeros(())
         assert codes is not None and stats.arg_max is not None
         clean = torch.full_like(codes, IGNORE_INDEX) if clean is None else clean
@@ -64,8 +68,12 @@ class Meters:
         seen_through = stats._replace(correct=stats.arg_max == clean)
         self.recovered.update(zero, seen_through.select((codes > 0) & (clean != IGNORE_INDEX)))
 
-    def log_training(self, log: Log, step: int) -> None:
+    def log_training(self, log: Log, step: int) -> dict[str, float]:
         """Log the means over tokens since the last call, on every rank alike, and begin anew.
+
+        Returns:
+            What is to be written for this step alone, by tag: Lightning would repeat a logged mean of a source on steps
+            that have no token of it.
 
         Raises:
             UserError: They are not finite.
@@ -86,6 +94,7 @@ class Meters:
             log("train/weight", weight)
         if self._routed:
             log("train/router_loss", _taken(self.router))
+        return _by_source("train", self.train_by_source)
 
     def log_validation(self, log: Log, corrupted: bool) -> dict[str, Tensor]:
         """Log the validation means, and return them by tag; they are already global, so no rank averages them again.
@@ -104,9 +113,31 @@ class Meters:
             if recovered["tokens"] > 0:
                 # Share of them whose clean label is the first choice: what it has seen through.
                 values["val_noisy/recovered"] = recovered["token_accuracy"]
+        by_source = {tag: means["nll"].new_tensor(nll) for tag, nll in _by_source("val", self.val_by_source).items()}
+        values |= by_source
         for tag, value in values.items():
             log(tag, value, prog_bar=tag == "val/nll", sync_dist=True)
         return values
+
+
+def _added(sums: SourceSums | None, output: StepOutput, sources: TokenSources | None) -> SourceSums | None:
+    """Add NLL and count of tokens to the sums of their sources, which are made when the first tokens have some."""
+    if sources is None:
+        return sums
+    if sums is None or sums.names != sources.names:
+        sums = SourceSums(sources.names, 2).to(output.loss.device)
+    nll = -output.stats.log_prob
+    # As in the means over all: such a micro-batch is not counted, its step is skipped.
+    sums.update(sources.places, nll, torch.ones_like(nll), counted=torch.isfinite(output.loss.detach()))
+    return sums
+
+
+def _by_source(prefix: str, sums: SourceSums | None) -> dict[str, float]:
+    """Return the mean NLL of every source that has tokens, by tag, and begin anew."""
+    if sums is None:
+        return {}
+    rows = zip(sums.names, _taken(sums).tolist(), strict=True)
+    return {f"{prefix}/{name}/nll": nll / tokens for name, (nll, tokens) in rows if tokens}
 
 
 def _taken(meter: Metric) -> Any:

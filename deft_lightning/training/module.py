@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from deft_lightning._lightning import is_accumulating, is_logging_step, trainer_of
+from deft_lightning._lightning import is_accumulating, is_logging_step, log_now, trainer_of
 from deft_lightning.annotations import Batch, CausalLM, Checkpoint
 from deft_lightning.evaluation import Completion, Evaluator, Generation, TestSet, prediction_records
 from deft_lightning.functional import TokenStats
@@ -21,7 +21,7 @@ from deft_lightning.objectives import DEFT, Objective, RunState
 from deft_lightning.ops import Backend
 from deft_lightning.training.distributed import ranks
 from deft_lightning.training.hyper_parameters import hyper_parameters
-from deft_lightning.training.loss import NoObjective, noise_of
+from deft_lightning.training.loss import NoObjective, facts_of
 from deft_lightning.training.meters import Meters
 from deft_lightning.training.model_source import ModelSource, check_vocabulary
 from deft_lightning.training.nonfinite import OnNonfinite
@@ -198,9 +198,9 @@ class SFTModule(LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """Return the summed loss, and detached statistics for the callbacks that watch."""
         output = self.batch_loss(batch, self.current_objective)
-        self.meters.add_training(output)
+        self.meters.add_training(output, facts := facts_of(batch, output.keep))
         self.normaliser.add(output, batch.get("example_id", ()), self.current_objective.tracks)
-        return {"loss": output.total, "stats": output.stats, **noise_of(batch, output.keep)}
+        return {"loss": output.total, "stats": output.stats, **facts}
 
     def optimizer_step(
         self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
@@ -226,7 +226,7 @@ class SFTModule(LightningModule):
     def on_train_batch_end(self, outputs: object, batch: Batch, batch_idx: int) -> None:
         """Log the exact token-weighted means since the last logged step, on every rank alike."""
         if is_logging_step(self.trainer) and not is_accumulating(self.trainer):
-            self.meters.log_training(self.log, self.trainer.global_step)
+            log_now(self.trainer, self.meters.log_training(self.log, self.trainer.global_step))
             self.log_dict(self.normaliser.logged())
             if self.objective.tracks is not None:
                 self.log("objective/scale", self._run.scale)
@@ -238,7 +238,7 @@ class SFTModule(LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
         """Add a batch to the validation sums; of the second loader, the corrupted tokens alone."""
         output = self.batch_loss(batch, self.current_objective)
-        self.meters.add_validation(output, noise_of(batch, output.keep), corrupted=dataloader_idx > 0)
+        self.meters.add_validation(output, facts_of(batch, output.keep), corrupted=dataloader_idx > 0)
         return {"stats": output.stats}
 
     def on_validation_epoch_end(self) -> None:

@@ -225,7 +225,7 @@ def tokenise(
         labels = np.where(supervised, source, IGNORE_INDEX)
         factors = None if (weight[supervised] == 1).all() else np.where(supervised, weight, np.float32(0))
         codes = encoded.noise_code * supervised
-        prepared.append(Prepared(example.id, encoded.input_ids, labels, codes, weight=factors))
+        prepared.append(Prepared(example.id, encoded.input_ids, labels, codes, weight=factors, source=example.source))
     return prepared
 
 

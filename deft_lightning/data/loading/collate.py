@@ -32,19 +32,22 @@ class TrainCollator:
     (str) and ``is_noisy`` (bool tensor) of its examples in order, and ``num_tokens`` (int, without padding). Packed
     rows have ``position_ids`` that start again with each example in place of the attention mask; padding counts as an
     example of its own. With ``weighted``, ``token_weight`` (float32) is the factor on the loss of each label, 1 for
-    those of examples without weights, 0 where nothing is learnt and for padding.
+    those of examples without weights, 0 where nothing is learnt and for padding. With ``sources``, ``source`` (int64,
+    shape ``(examples,)``) is the place of each example of ``example_id`` in ``source_names``.
 
     Args:
         pad_id: Token that fills rows up.
         packed: Whether rows are packed.
         flatten: Put all rows one after the other into a single one (flash attention knows lengths from positions).
         weighted: Whether any example of the data has weights, in this batch or another.
+        sources: Names of the sources of the data, if figures are told apart by them.
     """
 
     pad_id: int
     packed: bool = False
     flatten: bool = False
     weighted: bool = False
+    sources: tuple[str, ...] = ()
 
     def __call__(self, rows: Sequence[Segments]) -> dict[str, Any]:
         """Collate rows."""
@@ -75,6 +78,8 @@ class TrainCollator:
         if self.weighted:
             weights = [np.concatenate([weight_of(e.labels, e.weight) for e in row]) for row in parts]
             batch["token_weight"] = _pad(weights, longest, 0, torch.float32)
+        if self.sources:
+            batch |= {"source": torch.tensor([e.source for e in examples]), "source_names": self.sources}
         if self.packed:
             counts = [[len(e.input_ids) for e in row] for row in parts]
             positions = [

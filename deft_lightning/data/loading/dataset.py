@@ -22,10 +22,14 @@ class PreparedDataset(Dataset[Any]):
         rows: Positions of the examples of each row; None is one example a row.
         noise: Its token operations are applied; what they draw is a function of the example id.
         words: What they draw from.
+        sources: Names of the sources that figures are told apart by; none where there is but one.
     """
 
-    def __init__(self, examples: Tokens, rows: list[list[int]] | None, noise: Noise, words: Vocabulary | None) -> None:
-        self.examples, self.rows, self.words = examples, rows, words
+    def __init__(
+        self, examples: Tokens, rows: list[list[int]] | None, noise: Noise, words: Vocabulary | None,
+        sources: tuple[str, ...] = (),
+    ) -> None:  # fmt: skip
+        self.examples, self.rows, self.words, self.sources = examples, rows, words, sources
         self.noise = noise if any(isinstance(op, TokenNoise) for op in noise.ops) else None
 
     @property

@@ -70,7 +70,7 @@ class LoaderFactory:
     def _of_rows(self, rows: PreparedDataset, size: int, train: bool) -> DataLoader[Any]:
         packing, max_tokens = self.settings.packing, self.settings.max_tokens_per_batch
         flash = (self.run.attention or "").startswith("flash")
-        collate = TrainCollator(self.pad_id, packing, packing and flash, rows.weighted)
+        collate = TrainCollator(self.pad_id, packing, packing and flash, rows.weighted, rows.sources)
         if max_tokens is None:
             return self._loader(rows, collate, size, train)
         if packing:

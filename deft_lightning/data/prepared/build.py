@@ -24,6 +24,7 @@ from deft_lightning.data.prepared.report import Report
 from deft_lightning.data.prepared.split import View, split_rows
 from deft_lightning.data.prepared.spool import ROWS, TOKENS, Writer, row_of
 from deft_lightning.data.progress import progress
+from deft_lightning.data.sources.names import told_apart
 from deft_lightning.data.sources.rows import BadRows
 from deft_lightning.errors import UserError
 
@@ -77,9 +78,14 @@ def build(recipe: Recipe, tokenizer: Any | None, chat_template: str | None, fold
         (folder / spool).unlink(missing_ok=True)
     if len(bad):
         bad.write(folder / BAD_ROWS)
+    apart = {
+        split: told_apart(source, found.remarks)
+        for split, source in (("train", recipe.source), ("validation", recipe.validation_source))
+        if source is not None
+    }
     meta = {
         "reports": reports, "skipped": len(bad), "bad_rows": bad.first, "remarks": found.remarks.lines(),
-        "columns": found.columns.state(),
+        "columns": found.columns.state(), "sources": apart,
     }  # fmt: skip
     (folder / DONE).write_text(json.dumps(meta, indent=2), encoding="utf-8")
 

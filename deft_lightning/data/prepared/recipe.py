@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from deft_lightning.data.encoding.supervise import SpecialTokens, Supervise, Teaching
 from deft_lightning.data.encoding.thoughts import Reasoning
@@ -13,6 +13,7 @@ from deft_lightning.data.records.formats import FIELDS, detect_format, normalise
 from deft_lightning.data.records.leftovers import ColumnReport
 from deft_lightning.data.sources.given import GivenRows, Settled
 from deft_lightning.data.sources.layouts import Expected
+from deft_lightning.data.sources.names import source_names
 from deft_lightning.data.sources.places import shown
 from deft_lightning.data.sources.read import read_many
 from deft_lightning.data.sources.remarks import OnRemark, Remark, SayOnce
@@ -77,6 +78,7 @@ def read_examples(
         report: Counts what became of the columns.
     """
     formats: dict[str, str] = {}
+    places = {name: place for place, name in enumerate(source_names(source))}
     headers: set[tuple[str, ...]] = set()
     expected = Expected(recipe.format, recipe.column_map, need_response)
     on_remark = SayOnce() if on_remark is None else on_remark
@@ -89,10 +91,11 @@ def read_examples(
             format = formats.get(name, recipe.format)
             if format == "auto":
                 format = formats[name] = detect_format(record, where, recipe.column_map, need_response=need_response)
-            yield normalise(
+            example = normalise(
                 record, where, format, recipe.column_map, need_response=need_response, ignore=recipe.ignore_columns,
                 weight_column=recipe.weight_column, report=report,
             )  # fmt: skip
+            yield replace(example, source=place) if (place := places[name]) else example
         except UserError as error:
             if skip is None:
                 raise

@@ -26,6 +26,7 @@ TOKENS = pa.schema(
         ("noise_code", pa.list_(pa.int8())),
         ("length", pa.int32()),  # before truncation
         ("skipped", pa.int32()),  # supervised tokens cut off in front
+        ("source", pa.int32()),  # its place among the sources
         ("cut", pa.list_(pa.int32())),  # some of the tokens that were cut off, those nearest to the cut
         ("weight", pa.list_(pa.float32())),  # of each label; empty where all count 1
     ]
@@ -159,6 +160,8 @@ def row_of(example: Example) -> tuple[str, ...]:
     known = {name: value for name, value in content.items() if value is not None}
     if example.weight != 1:
         known["weight"] = example.weight
+    if example.source:
+        known["source"] = example.source
     return example.id, example.digest, example.where, json.dumps(known, ensure_ascii=False)
 
 
@@ -201,7 +204,8 @@ def row_of_prepared(example: Prepared, length: int, cut: Ints) -> tuple[Any, ...
             raise UserError(f"{example.id}: weights must be finite in float32, and above 0 where a label is learnt")
         weight = NO_WEIGHT if (weight[learnt] == 1).all() else weight
     return (
-        example.id, example.input_ids, example.labels, example.noise_code, length, example.skipped, cut, weight,
+        example.id, example.input_ids, example.labels, example.noise_code, length, example.skipped, example.source, cut,
+        weight,
     )  # fmt: skip
 
 
@@ -231,8 +235,8 @@ class Tokens(Table[Prepared]):
         ids, labels, codes = (values[offsets[row] : offsets[row + 1]].astype(np.int64) for offsets, values in lists)
         weight = weights[starts[row] : starts[row + 1]].copy() if starts[row] < starts[row + 1] else None
         columns = self.batches[batch]
-        skipped = columns.column("skipped")[row].as_py()
-        return Prepared(columns.column("id")[row].as_py(), ids, labels, codes, skipped=skipped, weight=weight)
+        id, skipped, source = (columns.column(name)[row].as_py() for name in ("id", "skipped", "source"))
+        return Prepared(id, ids, labels, codes, skipped=skipped, weight=weight, source=source)
 
     def cut(self, at: int) -> tuple[int, list[int]]:
         """Return how many tokens an example had before truncation, and some of those that were cut off."""
