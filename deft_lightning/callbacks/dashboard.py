@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -11,7 +13,7 @@ from deft_lightning.annotations import Batch
 from deft_lightning.callbacks.drawings import gate_curve
 from deft_lightning.callbacks.marked import marked
 from deft_lightning.callbacks.monitor import add_figure, has_matplotlib, writers
-from deft_lightning.callbacks.watched import is_watched, watched
+from deft_lightning.callbacks.watched import is_watched, sources_of, watched
 from deft_lightning.errors import UserError
 from deft_lightning.objectives import Objective
 
@@ -53,6 +55,8 @@ class Dashboard(Callback):
         focus = any(objective.deformed is not None for objective in (module.objective, module.current_objective))
         noise = getattr(getattr(trainer, "datamodule", None), "noise", None)
         charts = chart_layout(bool(getattr(noise, "ops", ())), focus, module.objective.tracks is not None)
+        if sources := sources_of(trainer, "train"):
+            charts["By source"] = charts_by_source(sources, sources_of(trainer, "validation"))
         if self.layout:
             for writer in writers(trainer):
                 writer.add_custom_scalars(charts)
@@ -131,6 +135,22 @@ def chart_layout(noise: bool, focus: bool, scale: bool) -> Charts:
             "Detection of noise (AUROC)": _lines("noise/auroc_gate", "noise/auroc_prob"),
         }
     charts["Losses"] = losses
+    return charts
+
+
+def charts_by_source(train: Sequence[str], validation: Sequence[str]) -> dict[str, list[Any]]:
+    """Return the page of figures by source.
+
+    Args:
+        train: Names of the sources of the training rows.
+        validation: Of those held out; none where they are of one source, or where there are none.
+    """
+    charts = {
+        "Gate": _lines(*(f"gate/{re.escape(name)}/mean" for name in train)),
+        "Plain NLL, training": _lines(*(f"train/{re.escape(name)}/nll" for name in train)),
+    }
+    if validation:
+        charts["Plain NLL, validation"] = _lines(*(f"val/{re.escape(name)}/nll" for name in validation))
     return charts
 
 

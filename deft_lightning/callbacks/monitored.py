@@ -6,6 +6,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from deft_lightning.callbacks.watched import sources_of
 from deft_lightning.errors import UserError, did_you_mean
 
 TRAIN = ("loss", "nll", "ppl", "token_accuracy", "tokens", "lr", "grad_norm", "router_loss", "skipped_steps")
@@ -49,8 +50,7 @@ def _check(trainer: Trainer, module: LightningModule, val: bool, noisy: bool) ->
             )
         if not noisy and monitor.startswith("val_noisy/"):
             raise UserError(f"{option} {monitor}: no validation example is corrupted, see --data.noise")
-        splits = getattr(getattr(trainer, "datamodule", None), "splits", None)
-        sources = getattr(splits, "sources", {}).get("validation", ()) if val else ()
+        sources = sources_of(trainer, "validation") if val else ()
         known = [*(f"train/{name}" for name in TRAIN), "objective/scale"]
         known = [
             *(f"val/{name}" for name in VAL if val),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Protocol, cast
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 
 from deft_lightning.annotations import CausalLM, Tokenizer
 from deft_lightning.objectives import Objective
@@ -53,3 +53,10 @@ def is_watched(module: LightningModule) -> bool:
 def watched(module: LightningModule) -> WatchedModule:
     """Return a module as what callbacks watch."""
     return cast("WatchedModule", module)
+
+
+def sources_of(trainer: Trainer, split: str) -> tuple[str, ...]:
+    """Return the names of the sources that figures of a split are told apart by; none where there is but one."""
+    splits = getattr(getattr(trainer, "datamodule", None), "splits", None)
+    sources = getattr(splits, "sources", None)
+    return tuple(sources.get(split, ())) if isinstance(sources, dict) else ()

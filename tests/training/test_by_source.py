@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,12 @@ import pytest
 import torch
 from sources_worker import ANSWERS, NOISE, make_data, on_ranks, run, write_sources
 from start_ranks import run_ranks
+from tensorboard.plugins.custom_scalar import layout_pb2
 from transformers import AutoModelForCausalLM
 from worlds import read_events, save_tiny_llama, still, write_rows
 
 from deft_lightning import InstructionDataModule
-from deft_lightning.callbacks import Checkpoint
+from deft_lightning.callbacks import Checkpoint, Dashboard
 from deft_lightning.callbacks.monitored import MetricCheck
 from deft_lightning.errors import UserError
 from deft_lightning.functional import token_stats
@@ -97,6 +99,18 @@ def test_every_figure_is_that_of_the_tokens_of_its_source(packing: bool, world: 
             assert last(found, tag) == pytest.approx(value, rel=2e-5), tag
     nlls = [val[name]["nll"] for name in ANSWERS]
     assert max(nlls) - min(nlls) > 0.01, "sources that are alike show nothing"
+
+
+def test_the_dashboard_has_a_page_of_the_sources(world: Path, tmp_path: Path) -> None:
+    run(tmp_path / "run", str(world / "pretrained"), make_data(sources(world)), Dashboard(curve=False, examples=0))
+    found = read_events(tmp_path / "run")
+    (event,) = found.Tensors("custom_scalars__config__")
+    pages = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0]).category
+    (page,) = (page for page in pages if page.title == "By source")
+    patterns = [tag for chart in page.chart for tag in chart.multiline.tag]
+    tags = found.Tags()["scalars"]
+    lines = [[tag for tag in tags if re.match(pattern, tag)] for pattern in patterns]
+    assert sorted(sum(lines, [])) == sorted(by_source(scalars(tmp_path / "run"))) and all(lines)
 
 
 def test_the_sums_of_the_sources_are_the_sums_of_all(world: Path, tmp_path: Path) -> None:

@@ -115,7 +115,7 @@ def test_without_weights_the_file_has_an_empty_column_more_and_is_the_same_other
     (batch,) = plain.batches
     assert batch.column("weight").to_pylist() == [[]] * 30
     assert batch.column("input_ids").to_pylist() == [one.input_ids.tolist() for one in rows]
-    assert batch.schema.names[:-1] == ["id", "input_ids", "labels", "noise_code", "length", "skipped", "cut"]
+    assert batch.schema.names[:-1] == ["id", "input_ids", "labels", "noise_code", "length", "skipped", "source", "cut"]
 
 
 def test_one_weight_among_many_makes_weighted_data(tmp_path: Path) -> None:
