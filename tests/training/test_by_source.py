@@ -109,8 +109,8 @@ def test_the_dashboard_has_a_page_of_the_sources(world: Path, tmp_path: Path) ->
     (page,) = (page for page in pages if page.title == "By source")
     patterns = [tag for chart in page.chart for tag in chart.multiline.tag]
     tags = found.Tags()["scalars"]
-    lines = [[tag for tag in tags if re.match(pattern, tag)] for pattern in patterns]
-    assert sorted(sum(lines, [])) == sorted(by_source(scalars(tmp_path / "run"))) and all(lines)
+    lines = [tag for pattern in patterns for tag in tags if re.match(pattern, tag)]
+    assert sorted(lines) == sorted(by_source(scalars(tmp_path / "run"))) and len(lines) == len(patterns)
 
 
 def test_the_sums_of_the_sources_are_the_sums_of_all(world: Path, tmp_path: Path) -> None:
