@@ -27,6 +27,7 @@ FIELDS = (
     "weight",
 )  # fmt: skip
 SYSTEM = ("system", "system_prompt", "system_message")
+CONTEXTS = ("context", "passage", "body")
 SWITCHES = ("on", "off", "true", "false", "yes", "no", "none")  # a column named reasoning may say whether there is any
 
 
@@ -75,11 +76,16 @@ def _question(row: Row) -> list[Message]:
 
 def _context(row: Row) -> str:
     """The passage that a question is about: without it the model would be taught to guess."""
+    # Who says which column is the question has looked at the others.
+    mapped = any(field in row.column_map for field in ("context", "question", "instruction"))
+    named = CONTEXTS[:1] if mapped else CONTEXTS
+    fields = [field for field in named if row.look(field) is not None and row.name(field) not in row.read]
+    field = fields[0] if fields else named[0]
     try:
-        return row.optional("context")
+        return row.optional(field)
     except RowError as error:
         raise row.fail(
-            row.name("context"), f"{error.problem}; --data.column_map.context none leaves it out", error.kind
+            row.name(field), f"{error.problem}; --data.column_map.context none leaves it out", error.kind
         ) from None
 
 

@@ -19,6 +19,7 @@ ANSWERS = ("answer", "solution", "output", "response", "completion", "final_answ
 SAYS = {
     "messages": "turns", "conversations": "turns", "prompt": "prompt", "completion": "response", "history": "turns",
     "instruction": "prompt", "input": "prompt", "context": "prompt", "question": "prompt", "output": "response",
+    "passage": "prompt", "body": "prompt",
     "response": "response", "answer": "response", "answers": "response", "functions": "tools", "labels": "labels",
     "problem": "prompt", "solution": "response", "system_prompt": "system", "system_message": "system",
     "input_ids": "tokens",

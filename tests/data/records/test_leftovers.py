@@ -131,6 +131,14 @@ def test_the_report_says_which_columns_became_what_and_in_how_many_rows() -> Non
     assert report.lines() == ["columns: answer → response, question → prompt, system → system (1 of 2 rows)"]
 
 
+def test_the_passage_that_a_question_is_about_is_part_of_the_prompt() -> None:
+    report = ColumnReport()
+    example = read({"Body": "Two and two apples.", "Question": "How many?", "Answer": 4.0}, report)
+    assert example.prompt[0]["content"] == "Two and two apples.\n\nHow many?" and not report.unused
+    left_out = read({"body": "Two apples.", **QA}, report, column_map={"context": "none"})
+    assert left_out.prompt[0]["content"] == "2 + 2?" and report.unused == {"body": 1}
+
+
 @pytest.mark.parametrize(
     "record",
     [
