@@ -134,7 +134,7 @@ def _conversation(
         notes += [f"spell the special token {name} in a message: it is read as letters" for name in set(names)]
     elif pattern is not None and any(pattern.search(message["content"]) for message in example.messages or ()):
         notes.append("spell special tokens in a message: they are read as those tokens")
-    foreign = {match for message in example.messages or () for match in FOREIGN.findall(message["content"])}
+    foreign = set(FOREIGN.findall("\n".join(message["content"] for message in example.messages or ())))
     if foreign := {name for name in foreign if pattern is None or not pattern.search(name)}:
         notes.append(f"have markup of another format in a message, such as {min(foreign)}: it is read as letters")
     if rendering.left_out:
@@ -217,13 +217,16 @@ def tokenise(
         supervised = learnt(encoded.turn, teaching.supervise if example.messages else "assistant")
         if not teaching.supervise_reasoning:
             supervised &= ~encoded.thought
-        with np.errstate(over="ignore"):  # what is too large is refused with its example
-            weight = weights_of(example, encoded.turn).astype(np.float32)  # what is too small is 0
-        supervised &= weight > 0
+        weight = weights_of(example, encoded.turn)
+        if weight is not None:
+            with np.errstate(over="ignore"):  # what is too large is refused with its example
+                weight = weight.astype(np.float32)  # what is too small is 0
+            supervised &= weight > 0
         supervised[:1] = False  # nothing predicts the first token
         source = np.array(example.tokens[1], dtype=np.int64) if example.tokens else encoded.input_ids
         labels = np.where(supervised, source, IGNORE_INDEX)
-        factors = None if (weight[supervised] == 1).all() else np.where(supervised, weight, np.float32(0))
+        even = weight is None or bool((weight[supervised] == 1).all())
+        factors = None if even or weight is None else np.where(supervised, weight, np.float32(0))
         codes = encoded.noise_code * supervised
         prepared.append(Prepared(example.id, encoded.input_ids, labels, codes, weight=factors, source=example.source))
     return prepared

@@ -160,7 +160,7 @@ def learnt(turn: Ints, supervise: Supervise) -> NDArray[np.bool_]:
     return supervised
 
 
-def weights_of(example: Example, turn: Ints) -> NDArray[np.float64]:
+def weights_of(example: Example, turn: Ints) -> NDArray[np.float64] | None:
     """Return how much each token weighs: its row, times its turn, times itself.
 
     Args:
@@ -168,11 +168,14 @@ def weights_of(example: Example, turn: Ints) -> NDArray[np.float64]:
         turn: Shape ``(T,)``, of :func:`turns`.
 
     Returns:
-        Shape ``(T,)``; at least 0.
+        Shape ``(T,)``; at least 0. None where nothing says anything else than 1.
     """
+    messages = example.messages or ()
+    if example.weight == 1 and example.token_weights is None and not any("weight" in said for said in messages):
+        return None
     if example.token_weights is not None:
         return example.weight * np.array(example.token_weights, dtype=np.float64)
-    of_message = [message.get("weight", 1.0) for message in example.messages or ()]
+    of_message = [message.get("weight", 1.0) for message in messages]
     if not of_message:
         return np.full(turn.shape, example.weight)
     return example.weight * np.array([*of_message, 1.0])[turn]  # what belongs to no turn, -1, has the last entry

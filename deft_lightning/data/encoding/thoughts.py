@@ -53,14 +53,18 @@ def thought_of(message: Message) -> str:
     given = next((message[key] for key in KEYS if message.get(key)), "")
     if given:
         return str(given).strip()
-    within = HEAD.match(message["content"])
+    within = _head(message["content"])
     return within[1].strip() if within else ""
 
 
 def answer_of(message: Message) -> str:
     """Return what the assistant says in a message behind its thought, without blanks around it."""
-    within = HEAD.match(message["content"])
+    within = _head(message["content"])
     return str(message["content"])[within.end() if within else 0 :].strip()
+
+
+def _head(content: str) -> re.Match[str] | None:
+    return HEAD.match(content) if "</" in content else None
 
 
 def behind_empty_block(text: str, start: int, end: int, message: Message) -> int:
