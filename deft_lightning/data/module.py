@@ -162,6 +162,11 @@ class InstructionDataModule(LightningDataModule):
         """The tokenizer with its chat template; None before it is named, given or built."""
         return self._tokenizer.current
 
+    @property
+    def added_tokens(self) -> tuple[int, ...]:
+        """Ids of the tokens that `model.add_tokens` has added to the tokenizer."""
+        return self._tokenizer.added
+
     def use_tokenizer(self, tokenizer: Any) -> None:
         """Use a tokenizer object, for example a checkpoint's; a ``chat_template`` asked for wins over its own."""
         self._tokenizer.use(tokenizer)
@@ -175,13 +180,8 @@ class InstructionDataModule(LightningDataModule):
     def _settle_tokenizer(self) -> None:
         run = Run.of(self.trainer)
         name = self.settings.tokenizer or run.pretrained
-        if self._tokenizer.serves(name):
-            return
-        self._splits = None  # what was prepared for another model is of another vocabulary
-        if name is not None:
-            self._tokenizer.load(name, run.trust_remote_code)
-        else:
-            self._tokenizer.load_built(self._folder())
+        if self._tokenizer.settle(name, run.trust_remote_code, run.add_tokens, self._folder):
+            self._splits = None  # what was prepared for another model is of another vocabulary
 
     def _folder(self) -> Path:
         """Return the folder of the prepared data, prepared now if nobody has."""

@@ -25,6 +25,17 @@ class LoadsPretrained(Protocol):
 
 
 @runtime_checkable
+class AddsTokens(Protocol):
+    """A module whose model gets tokens of its own.
+
+    Attributes:
+        add_tokens: Their spellings; None for none.
+    """
+
+    add_tokens: list[str] | None
+
+
+@runtime_checkable
 class ChoosesAttention(Protocol):
     """A module that says how its model computes attention.
 
@@ -68,6 +79,7 @@ class Run:
         pretrained: Hub id or folder of the model.
         trust_remote_code: Whether code that comes with it may run.
         attention: How the model computes attention.
+        add_tokens: Spellings of tokens that the tokenizer gets.
         positions: How many tokens the model can tell apart by their place; None where nothing limits them.
     """
 
@@ -77,6 +89,7 @@ class Run:
     pretrained: str | None = None
     trust_remote_code: bool = False
     attention: str | None = None
+    add_tokens: tuple[str, ...] = ()
     positions: int | None = None
 
     @classmethod
@@ -96,5 +109,6 @@ class Run:
             pretrained=pretrained,
             trust_remote_code=trust,
             attention=module.attention if isinstance(module, ChoosesAttention) else None,
+            add_tokens=tuple(module.add_tokens or ()) if isinstance(module, AddsTokens) else (),
             positions=positions(model) if model is not None else None,
         )

@@ -18,6 +18,7 @@ from deft_lightning.models.head import HeadSeam, base_causal_lm, find_head, rout
 from deft_lightning.models.load import check_fits, check_pretrained, compile_body, from_architecture, load_pretrained
 from deft_lightning.models.lora import LoRA, add_adapters, lora_of
 from deft_lightning.models.shard import build_sharded, gathered, is_sharded, layers_of, shapes_of
+from deft_lightning.models.vocabulary import fit_vocabulary
 
 __all__ = [
     "FusedOutput",
@@ -36,6 +37,7 @@ __all__ = [
     "compile_body",
     "describe",
     "find_head",
+    "fit_vocabulary",
     "from_architecture",
     "fused_forward",
     "gathered",

@@ -211,8 +211,8 @@ def check_fits(model: CausalLM, tokenizer: Tokenizer | None, longest: int) -> No
     rows = model.get_input_embeddings().weight.shape[0]
     if tokenizer is not None and rows < len(tokenizer):
         raise UserError(
-            f"the model's vocabulary of {rows} is smaller than the tokenizer's of {len(tokenizer)}"
-            " (--model.pretrained, --data.tokenizer)"
+            f"the model's vocabulary of {rows} is smaller than the tokenizer's of {len(tokenizer)}; give it the missing"
+            " rows with --model.resize_vocabulary true (--model.pretrained, --data.tokenizer)"
         )
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and longest > positions:

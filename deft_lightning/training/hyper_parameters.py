@@ -31,7 +31,7 @@ OPTIMIZERS: dict[str, type[Optimizer]] = {
 }
 PLAIN = (
     "pretrained", "architecture", "head", "head_backend", "dtype", "attention", "gradient_checkpointing", "compile",
-    "on_nonfinite", "trust_remote_code",
+    "on_nonfinite", "trust_remote_code", "add_tokens", "resize_vocabulary",
 )  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Self
@@ -22,6 +22,7 @@ from deft_lightning.models import (
     check_pretrained,
     compile_body,
     find_head,
+    fit_vocabulary,
     from_architecture,
     load_pretrained,
     lora_of,
@@ -50,13 +51,19 @@ class ModelSource:
     head: str
     head_backend: Backend
     compile: bool
+    add_tokens: list[str] | None = None
+    resize_vocabulary: bool = False
 
     @classmethod
     def of(cls, settings: Record) -> Self:
         """Return the source that the arguments of a module describe, whatever else is among them."""
         source = cls(**{field.name: settings[field.name] for field in fields(cls)})
-        own = lora_of(source.pretrained) if source.given and source.lora is None else None
-        return source if own is None else replace(source, lora=own)
+        lora = source.lora
+        if source.given and lora is None:
+            lora = lora_of(source.pretrained)
+        elif source.widens and lora is not None:
+            lora = replace(lora, embeddings=True)  # rows that are new have to be trained
+        return replace(source, lora=lora)
 
     def __post_init__(self) -> None:
         """Refuse what cannot be loaded, and must not be, before data is prepared."""
@@ -65,6 +72,7 @@ class ModelSource:
         if self.head_backend not in ("auto", "torch", "triton"):
             raise UserError(f"--model.head_backend must be auto, torch or triton, not {self.head_backend!r}")
         check_attention(self.attention, self.trust_remote_code, "--model.attention")
+        check_tokens(self.add_tokens)
         if self.given:
             check_causal_lm(self.pretrained)
             if self.attention is not None:
@@ -76,6 +84,11 @@ class ModelSource:
     def given(self) -> bool:
         """Whether the model itself was given, rather than its name."""
         return self.pretrained is not None and not isinstance(self.pretrained, str)
+
+    @property
+    def widens(self) -> bool:
+        """Whether the model may get rows for tokens that it has none for."""
+        return self.resize_vocabulary or bool(self.add_tokens)
 
     @property
     def name(self) -> str | None:
@@ -109,12 +122,13 @@ class ModelSource:
                 "the model that was given names no folder with a tokenizer: give InstructionDataModule(tokenizer=...)"
             )
 
-    def build(self, tokenizer: Tokenizer | None, longest: int) -> CausalLM:
+    def build(self, tokenizer: Tokenizer | None, longest: int, added: Sequence[int] = ()) -> CausalLM:
         """Return the model in train mode; on the meta device its weights hold nothing.
 
         Args:
             tokenizer: Of the data, if there is one: gives the vocabulary of a model with random weights.
             longest: Tokens of the longest example; 0 where that is not known.
+            added: Ids of tokens that were added to the tokenizer for this run.
 
         Raises:
             UserError: No model is named, or the data does not fit it.
@@ -127,6 +141,10 @@ class ModelSource:
             model = from_architecture(self.architecture, tokenizer, self.dtype, self.attention)
         else:
             raise UserError("no model: set --model.pretrained ID_OR_DIR, or --model.architecture.* for random weights")
+        if self.widens:
+            if tokenizer is None:
+                raise UserError("--model.add_tokens, --model.resize_vocabulary: there is no data, so no tokenizer")
+            fit_vocabulary(model, tokenizer, added)
         check_fits(model, tokenizer, longest)
         if self.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -179,6 +197,17 @@ def check_causal_lm(model: CausalLM) -> None:
             f"pretrained: {type(model).__name__} is neither the name of a model nor a causal language model of"
             " transformers"
         )
+
+
+def check_tokens(tokens: object) -> None:
+    """Refuse tokens to add that are no list of spellings.
+
+    Raises:
+        UserError: Names the option.
+    """
+    fine = isinstance(tokens, list | tuple) and all(isinstance(token, str) and token.strip() for token in tokens)
+    if tokens is not None and not fine:
+        raise UserError(f"--model.add_tokens must be a list of texts, such as '[<tool>, </tool>]', not {tokens!r}")
 
 
 def check_vocabulary(tokenizer: Tokenizer | None, digest: str | None) -> None:

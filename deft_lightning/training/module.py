@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from deft_lightning._lightning import is_accumulating, is_logging_step, log_now, trainer_of
 from deft_lightning.annotations import Batch, CausalLM, Checkpoint
-from deft_lightning.evaluation import Completion, Evaluator, Generation, TestSet, prediction_records
+from deft_lightning.evaluation import Completion, Evaluator, Generation, prediction_records
 from deft_lightning.functional import TokenStats
 from deft_lightning.models import LoRA, check_state, describe, is_sharded
 from deft_lightning.models.contents import KEY
@@ -59,6 +59,8 @@ class SFTModule(LightningModule):
         on_nonfinite: What is done when a loss or gradient is not finite: `raise` stops, `skip` leaves the step out.
         generation: How `test` and `predict` generate.
         trust_remote_code: Run code that the folder or hub id of the model or the tokenizer brings along.
+        add_tokens: Spellings that become tokens, `'[<tool>, </tool>]'`; their rows begin at the mean of the others.
+        resize_vocabulary: Give the model rows for tokens of its tokenizer that it has none for.
 
     Raises:
         UserError: Neither `pretrained` nor `architecture`, or a combination that would not train what was asked for.
@@ -81,6 +83,8 @@ class SFTModule(LightningModule):
         on_nonfinite: OnNonfinite = "raise",
         generation: Generation = Generation(),  # noqa: B008 - frozen
         trust_remote_code: bool = False,
+        add_tokens: list[str] | None = None,
+        resize_vocabulary: bool = False,
     ) -> None:
         given = dict(locals())
         super().__init__()
@@ -90,7 +94,7 @@ class SFTModule(LightningModule):
         self.head, self.head_backend, self.compile_layers = head, head_backend, compile
         self.lora, self.dtype_name, self.attention = self.source.lora, dtype, attention
         self.gradient_checkpointing, self.generation = gradient_checkpointing, generation
-        self.on_nonfinite, self.trust_remote_code = on_nonfinite, trust_remote_code
+        self.on_nonfinite, self.trust_remote_code, self.add_tokens = on_nonfinite, trust_remote_code, add_tokens
         self.save_hyperparameters(hyper_parameters({**given, "pretrained": self.pretrained}))
         self.normaliser, self.meters, self.evaluator = StepNormaliser(on_nonfinite), Meters(), Evaluator(generation)
         self.model: Any = None
@@ -146,8 +150,7 @@ class SFTModule(LightningModule):
         """Refuse strategies under which the head would not see its whole weight; begin the objective's course."""
         check_strategy(self.trainer.strategy)
         # A checkpoint that is loaded after this knows better.
-        begins = stage == "fit" and self.objective.scheduled
-        self._run = RunState(0.0 if begins else 1.0, self.normaliser.gates.mean)
+        self._run = RunState(0.0 if stage == "fit" and self.objective.scheduled else 1.0, self.normaliser.gates.mean)
 
     def configure_model(self) -> None:
         """Build or load the model; Lightning calls this once the data is known."""
@@ -155,7 +158,8 @@ class SFTModule(LightningModule):
             self.model, self.batch_loss = self.source.place(self._build, getattr(trainer_of(self), "strategy", None))
 
     def _build(self) -> CausalLM:
-        return self.source.build(self.tokenizer, getattr(self.prompts, "longest", 0))
+        prompts = self.prompts
+        return self.source.build(self.tokenizer, getattr(prompts, "longest", 0), getattr(prompts, "added_tokens", ()))
 
     def forward(self, input_ids: Tensor, **kwargs: Any) -> Any:
         """Return the model's own output, logits included."""
@@ -255,32 +259,28 @@ class SFTModule(LightningModule):
         stops, together = stop_tokens_of(self.prompts), ranks() > 1 and is_sharded(self.model)
         return self.evaluator.complete(self.model, self.tokenizer, batch, stops, longest=longest, together=together)
 
-    @property
-    def _test_sets(self) -> list[TestSet]:
-        return test_sets_of(self.prompts)
-
     def on_predict_start(self) -> None:
         """Check the prompts."""
-        self.evaluator.check_prompts(self.model, self._test_sets)
+        self.evaluator.check_prompts(self.model, test_sets_of(self.prompts))
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
         """Return one record a prompt: what grading it later needs."""
-        tests = self._test_sets[dataloader_idx]
+        tests = test_sets_of(self.prompts)[dataloader_idx]
         return prediction_records(self.generate(batch, tests.longest), batch, tests)
 
     def on_test_start(self) -> None:
         """Check the prompts, and start the sums of every loader."""
-        self.evaluator.check_prompts(self.model, self._test_sets)
-        self.evaluator.start(self._test_sets, self.device, self.trainer.num_devices)
+        self.evaluator.check_prompts(self.model, test_sets_of(self.prompts))
+        self.evaluator.start(test_sets_of(self.prompts), self.device, self.trainer.num_devices)
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Generate and grade."""
-        tests = self._test_sets[dataloader_idx]
+        tests = test_sets_of(self.prompts)[dataloader_idx]
         self.evaluator.grade(self.generate(batch, tests.longest), batch, tests, dataloader_idx)
 
     def on_test_epoch_end(self) -> None:
         """Log the figures of every loader's prompts over all ranks, and print them as one table."""
-        self.evaluator.report(self._test_sets, self.log, self.global_rank, self.trainer.world_size)
+        self.evaluator.report(test_sets_of(self.prompts), self.log, self.global_rank, self.trainer.world_size)
 
     def on_save_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Add what `export` needs, so that a checkpoint stands alone, and where the run stands."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from deft_lightning.data.encoding.template import end_of_turn, set_template
-from deft_lightning.data.encoding.tokenizer import load_tokenizer
+from deft_lightning.data.encoding.tokenizer import add_tokens, load_tokenizer
+from deft_lightning.errors import UserError
 
 
 class SettledTokenizer:
@@ -18,33 +20,50 @@ class SettledTokenizer:
     Attributes:
         current: The tokenizer; None until there is one.
         built: Whether it was built from the training rows.
+        added: Ids of the tokens that were added to it for the model of the run.
     """
 
     def __init__(self, chat_template: str | None) -> None:
         self.current: Any = None
         self.built = False
+        self.added: tuple[int, ...] = ()
+        self._asked: tuple[str, ...] = ()
         self._name: str | None = None
         self._chat_template = chat_template
 
     def use(self, tokenizer: Any) -> None:
         """Take a tokenizer object; a template that was asked for still wins over its own."""
         self.current, self._name, self.built = tokenizer, None, False
+        self.added, self._asked = (), ()
         if tokenizer is not None and self._chat_template is not None:
             set_template(tokenizer, self._chat_template)
 
-    def serves(self, name: str | None) -> bool:
-        """Return whether the current one is what is asked for by name, or nothing is."""
-        return self.current is not None and name in (None, self._name)
+    def settle(self, name: str | None, trust: bool, tokens: tuple[str, ...], prepared: Callable[[], Path]) -> bool:
+        """Have the tokenizer that a run asks for; return whether it is another one than before.
 
-    def load(self, name: str, trust: bool) -> None:
-        """Load one by its hub id or folder; ``trust`` lets code of its own run."""
-        tokenizer = load_tokenizer(name, trust)
-        set_template(tokenizer, self._chat_template)
-        self.current, self._name, self.built = tokenizer, name, False
+        Args:
+            name: Hub id or folder; None keeps what was given as an object, or builds one from the training rows.
+            trust: Code of its own may run.
+            tokens: Spellings that are to be tokens of it.
+            prepared: Gives the folder of the prepared data, where one that was built is kept.
 
-    def load_built(self, folder: Path) -> None:
-        """Load the one that was built from the training rows and kept beside them."""
-        self.current, self._name, self.built = load_tokenizer(str(folder / "tokenizer")), None, True
+        Raises:
+            UserError: Tokens are to be added to one that is built.
+        """
+        if self.current is not None and name in (None, self._name) and tokens == self._asked:
+            return False
+        if name is not None:
+            self.current = load_tokenizer(name, trust)
+            self._name, self.built = name, False
+            set_template(self.current, self._chat_template)
+        elif self.current is None or self.built:
+            if tokens:
+                raise UserError(
+                    "--model.add_tokens: the tokenizer is built from the training rows; name one with --data.tokenizer"
+                )
+            self.current, self._name, self.built = load_tokenizer(str(prepared() / "tokenizer")), None, True
+        self.added, self._asked = add_tokens(self.current, tokens), tokens
+        return True
 
     def stops(self, turn_ends: list[int]) -> list[int]:
         """Return the tokens at which generation ends, in order.

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from lightning_utilities.core.rank_zero import rank_zero_info
 
 from deft_lightning.config_sizes import check_sizes
 from deft_lightning.data.examples import Ints
 from deft_lightning.data.noise.vocabulary import Vocabulary
 from deft_lightning.errors import UserError, reason_of
 from deft_lightning.hashing import key
+from deft_lightning.terminal import visible
 from deft_lightning.trust import check_tokenizer, read_settings
 
 PAD, END = "<|pad|>", "<|end|>"
@@ -88,6 +90,32 @@ def load_tokenizer(name: str, trust: bool = False) -> Any:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def add_tokens(tokenizer: Any, names: Sequence[str]) -> tuple[int, ...]:
+    """Let a tokenizer read some spellings as one token each; return the ids of those that it did not know.
+
+    They are added the way models add their own tags of thoughts and tools: a text may spell them, and a decoded answer
+    shows them, which it does not for special tokens.
+
+    Args:
+        tokenizer: Changed in place.
+        names: Spellings.
+    """
+    from tokenizers import AddedToken
+
+    known = tokenizer.get_vocab()
+    new = [name for name in dict.fromkeys(names) if name not in known]
+    tokenizer.add_tokens([AddedToken(name, normalized=False, special=False) for name in new])
+    ids = tuple(int(token) for token in tokenizer.convert_tokens_to_ids(new))
+    markers.cache_clear()
+    if ids:
+        told = ", ".join(f"{name} ({token})" for name, token in zip(new, ids, strict=True))
+        rank_zero_info(visible(f"tokenizer: added {told}"))
+    if len(new) < len(set(names)):
+        old = ", ".join(dict.fromkeys(name for name in names if name in known))
+        rank_zero_info(visible(f"tokenizer: {old} is known already, and is not added (--model.add_tokens)"))
+    return ids
 
 
 @functools.lru_cache(maxsize=8)

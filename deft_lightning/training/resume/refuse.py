@@ -71,6 +71,10 @@ def refuse(path: str | Path, trainer: Trainer, module: Any) -> None:
     _refuse_limits(path, held, trainer)
     _refuse_adapters(path, about(held).get("lora"), getattr(module, "lora", None))
     before = known_settings(held)
+    if (tokens := before.get("model.add_tokens", module_tokens := getattr(module, "add_tokens", None))) != module_tokens:
+        raise UserError(
+            f"--model.add_tokens {shown(module_tokens)}: {path} was trained with {shown(tokens)}; set it as it was"
+        )
     classes = _made(module)
     if classes is not None:
         refuse_classes(path, before, *classes)
@@ -112,7 +116,7 @@ def _refuse_adapters(path: str | Path, before: Any, lora: Any) -> None:
         raise UserError(f"--model.lora: {path} has {has}, and this run asks for {asked}; {way}")
     if not isinstance(before, dict):
         return
-    for name in ("r", "alpha", "target_modules"):  # dropout is drawn anew in each step
+    for name in ("r", "alpha", "target_modules", "embeddings"):  # dropout is drawn anew in each step
         old, new = _scale(before, name), _scale(now, name)
         if old != new:
             raise UserError(
@@ -122,7 +126,7 @@ def _refuse_adapters(path: str | Path, before: Any, lora: Any) -> None:
 
 
 def _scale(lora: Settings, name: str) -> Any:
-    value = lora.get(name)
+    value = lora.get(name, False if name == "embeddings" else None)
     return 2 * lora.get("r", 0) if name == "alpha" and value is None else value
 
 
