@@ -124,15 +124,18 @@ def from_architecture(
         raise UserError(
             f"--model.architecture.model_type: transformers has no causal model {kind!r}.{did_you_mean(kind, known)}"
         )
-    if "rope_theta" in options:
-        raise UserError(
-            "--model.architecture.rope_theta has moved: transformers wants --model.architecture.rope_parameters"
-            f" '{{rope_type: default, rope_theta: {options['rope_theta']}}}'"
-        )
     check_sizes(options, "--model.architecture.", "--model.architecture")
     check_attention(options.get("attn_implementation"), False, "--model.architecture.attn_implementation")
     # A transformers config takes any keyword and ignores those it does not know.
     default = AutoConfig.for_model(kind)
+    if "rope_theta" in options and not hasattr(default, "rope_theta"):
+        # Some have frequencies for each kind of attention.
+        parts = [name for name, value in (default.rope_parameters or {}).items() if isinstance(value, dict)]
+        part = f".{'full_attention' if 'full_attention' in parts else parts[0]}" if parts else ""
+        raise UserError(
+            f"rope_theta moved into rope_parameters: --model.architecture.rope_parameters{part}.rope_theta"
+            f" {options['rope_theta']} (--model.architecture.rope_theta)"
+        )
     names = {*default.to_dict(), *default.attribute_map, "attn_implementation", "dtype"}
     for name in options:
         if name not in names and not hasattr(default, name):

@@ -17,6 +17,7 @@ from deft_lightning.errors import UserError, did_you_mean
 from deft_lightning.models import is_sharded
 from deft_lightning.training.muon import MuonAdamW, for_muon
 from deft_lightning.training.optim import CosineWithWarmup
+from deft_lightning.training.rounding import warn_of_rounding
 
 CONSTANT = "--model.scheduler null"
 
@@ -54,6 +55,7 @@ def make_optimizer(
     if rate is not None:
         for group in built.param_groups:
             group["lr"] = rate
+    warn_of_rounding(model, built)
     if scheduler is None:
         return {"optimizer": built}
     try:

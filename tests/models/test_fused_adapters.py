@@ -179,6 +179,20 @@ def test_modules_to_save_trains_the_copy_of_the_head(tied: bool) -> None:
     assert any("lm_head.modules_to_save.default.weight" in name for name in found)
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2", "granite"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_embedding_and_head_that_are_trained_whole_get_their_gradient(kind: str, tied: bool) -> None:
+    model = build(architecture(kind, tie_word_embeddings=tied))
+    model.resize_token_embeddings(TINY["vocab_size"] + 3, mean_resizing=False)
+    model = move_adapters(add_adapters(model, LoRA(r=2, embeddings=True))).double()
+    check_head(model, find_head(model), tokens()[0], DEFT())
+    found = assert_fused_is_dense(model)
+    whole_names = [name for name in found if ".modules_to_save." in name]
+    assert len(whole_names) == (1 if tied else 2) and any("lora_" in name for name in found)
+    causal = base_causal_lm(model)
+    assert (causal.get_output_embeddings().weight is causal.get_input_embeddings().weight) is tied
+
+
 def test_a_head_that_modules_to_save_has_copied_is_the_original_while_adapters_are_off() -> None:
     model = adapted(target_modules=["q_proj"], modules_to_save=["lm_head"])
     copied = head_of(model).modules_to_save["default"].weight

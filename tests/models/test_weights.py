@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import LLAMA, build, checkpoint_of, one_line
+from tiny import LLAMA, architecture, build, checkpoint_of, one_line
 from torch import Tensor
 
 from deft_lightning.data.encoding.tokenizer import build_tokenizer, load_tokenizer
@@ -302,11 +302,19 @@ def test_looking_at_the_size_leaves_random_weights_as_they_were(monkeypatch: pyt
 
 
 def test_rope_theta_of_older_configs_says_where_it_went() -> None:
-    with pytest.raises(
-        UserError, match=r"rope_theta has moved.*rope_parameters '\{rope_type: default, rope_theta: 1000000"
-    ):
+    with pytest.raises(UserError, match=r"moved into.* --model\.architecture\.rope_parameters\.rope_theta 1000000 "):
         from_architecture({**LLAMA, "rope_theta": 1_000_000}, None, "float32")
-    from_architecture({**LLAMA, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}, None, "float32")
+    model = from_architecture({**LLAMA, "rope_parameters": {"rope_theta": 1e6}}, None, "float32")
+    assert model.config.rope_parameters == {"rope_type": "default", "rope_theta": 1e6}
+
+
+def test_rope_theta_of_a_kind_with_frequencies_by_attention_names_the_one_it_was() -> None:
+    options = architecture("gemma3_text")
+    with pytest.raises(UserError, match=r"rope_parameters\.full_attention\.rope_theta 500000 "):
+        from_architecture({**options, "rope_theta": 500_000}, None, "float32")
+    asked = {"full_attention": {"rope_theta": 5e5}}
+    found = from_architecture({**options, "rope_parameters": asked}, None, "float32").config.rope_parameters
+    assert found["full_attention"]["rope_theta"] == 5e5 and found["sliding_attention"]["rope_theta"] == 1e4
 
 
 # --- generation settings that cannot be saved -----------------------------------------------------------------------

@@ -71,10 +71,10 @@ def refuse(path: str | Path, trainer: Trainer, module: Any) -> None:
     _refuse_limits(path, held, trainer)
     _refuse_adapters(path, about(held).get("lora"), getattr(module, "lora", None))
     before = known_settings(held)
-    if (tokens := before.get("model.add_tokens", module_tokens := getattr(module, "add_tokens", None))) != module_tokens:
-        raise UserError(
-            f"--model.add_tokens {shown(module_tokens)}: {path} was trained with {shown(tokens)}; set it as it was"
-        )
+    asked = getattr(module, "add_tokens", None)
+    if before.get("model.add_tokens", asked) != asked:
+        old = shown(before["model.add_tokens"])
+        raise UserError(f"--model.add_tokens {shown(asked)}: {path} was trained with {old}; set it as it was")
     classes = _made(module)
     if classes is not None:
         refuse_classes(path, before, *classes)
