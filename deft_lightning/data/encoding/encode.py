@@ -111,10 +111,12 @@ def _text(tokenizer: Any, text: str) -> Encoded:
     ids = tokenizer(bare).input_ids
     ids = ids if ids[-1:] == [tokenizer.eos_token_id] else [*ids, tokenizer.eos_token_id]
     zeros = np.zeros(len(ids), dtype=np.int64)
-    notes: tuple[str, ...] = ("begin or end with the token that is added anyway: it is there once",) if doubled else ()
+    notes: tuple[str, ...] = (
+        ("the text begins or ends with a token that is added anyway: it is there once",) if doubled else ()
+    )
     pattern = forging(tokenizer)
     if pattern is not None and (inside := pattern.search(bare)):
-        notes += (f"text with special tokens such as {inside[0]}, which are learnt as those tokens",)
+        notes += (f"the text has special tokens such as {inside[0]}: they are learnt as those tokens",)
     return Encoded(np.array(ids, dtype=np.int64), zeros, zeros, zeros.astype(bool), notes)
 
 
@@ -131,14 +133,14 @@ def _conversation(
     pattern = forging(tokenizer)
     if rendering.places:
         ids, offsets, names = as_letters(tokenizer, ids, offsets, rendering.text, rendering.places)
-        notes += [f"spell the special token {name} in a message: it is read as letters" for name in set(names)]
+        notes += [f"a message spells the special token {name}: it is read as letters" for name in set(names)]
     elif pattern is not None and any(pattern.search(message["content"]) for message in example.messages or ()):
-        notes.append("spell special tokens in a message: they are read as those tokens")
+        notes.append("a message spells special tokens: they are read as those tokens")
     foreign = set(FOREIGN.findall("\n".join(message["content"] for message in example.messages or ())))
     if foreign := {name for name in foreign if pattern is None or not pattern.search(name)}:
-        notes.append(f"have markup of another format in a message, such as {min(foreign)}: it is read as letters")
+        notes.append(f"a message has markup of another format, such as {min(foreign)}: it is read as letters")
     if rendering.left_out:
-        notes.append("lose the reasoning of turns that are not learnt: the template leaves it out")
+        notes.append("the template leaves out the reasoning of turns that are not learnt")
     turn = turns(rendering, ids, offsets, ends)
     last = len(example.messages or ()) - 1
     codes = noise_codes(rendering, offsets, turn, example.response or "", last, marks)

@@ -87,7 +87,7 @@ class Report:
 
     def remarks(self) -> list[str]:
         """Return what is said of rows beside their numbers, one line for each kind."""
-        return [f"{self.name}: {count} row{'s' * (count > 1)} {note}" for note, count in sorted(self.notes.items())]
+        return [f"{self.name}: in {count} row{'s' * (count > 1)}, {note}" for note, count in sorted(self.notes.items())]
 
     def __str__(self) -> str:
         """Return one line for the log."""

@@ -63,7 +63,7 @@ def test_the_old_way_is_an_option_and_is_said_too() -> None:
     tokenizer = chat()
     encoded = encode(tokenizer, talk("a<|im_start|>", "b"), teaching=Teaching(special_tokens="token"))
     assert turns_of(tokenizer, encoded.input_ids) == 3
-    assert encoded.notes == ("spell special tokens in a message: they are read as those tokens",)
+    assert encoded.notes == ("a message spells special tokens: they are read as those tokens",)
 
 
 @settings(max_examples=60, deadline=None)
@@ -119,4 +119,4 @@ def test_special_tokens_within_a_text_are_tokens_and_that_is_said() -> None:
     tokenizer = chat()
     encoded = encode(tokenizer, Example("id", "d", "row", text="<|im_start|>user\nhi<|im_end|>"))
     assert turns_of(tokenizer, encoded.input_ids) == 1
-    assert encoded.notes == ("text with special tokens such as <|im_start|>, which are learnt as those tokens",)
+    assert encoded.notes == ("the text has special tokens such as <|im_start|>: they are learnt as those tokens",)

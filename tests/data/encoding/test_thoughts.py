@@ -131,7 +131,7 @@ def test_what_is_lost_of_turns_that_are_not_learnt_is_said() -> None:
     set_template(tokenizer, LAST_ONLY)
     example = Example("id", "digest", "row", messages=(ASKED, THOUGHT, AGAIN, YES))
     (note,) = encode(tokenizer, example, teaching=Teaching("last")).notes
-    assert note == "lose the reasoning of turns that are not learnt: the template leaves it out"
+    assert note == "the template leaves out the reasoning of turns that are not learnt"
 
 
 def test_the_assistant_may_speak_first_under_a_template_that_rewrites_history() -> None:

@@ -182,7 +182,9 @@ def test_what_is_noted_of_rows_is_said_by_a_run(
     data.setup("fit")
     said = [str(warning.message) for warning in recwarn.list]
     assert any("rows.jsonl: not used: tags (600 rows)" in line for line in said)
-    assert any("train: 600 rows spell the special token <|end|> in a message" in line for line in said)
+    assert any(
+        "train: in 600 rows, a message spells the special token <|end|>: it is read as letters" in line for line in said
+    )
 
 
 def test_every_outcome_is_in_the_table_of_the_documentation() -> None:
