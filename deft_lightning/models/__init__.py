@@ -1,5 +1,6 @@
 """Hugging Face causal language models: build, load, adapt, read the head, export."""
 
+from deft_lightning.models.adapters import adapter_folder
 from deft_lightning.models.checkpoint import (
     check_shapes,
     check_state,
@@ -24,6 +25,7 @@ __all__ = [
     "FusedOutput",
     "HeadSeam",
     "LoRA",
+    "adapter_folder",
     "add_adapters",
     "base_causal_lm",
     "build_sharded",

@@ -53,7 +53,9 @@ def save_hugging_face(
     causal.generation_config, changed = _generation(causal, tokenizer, stop_token_ids)
     try:
         with whole_folder(target) as partial:
-            model.save_pretrained(partial)
+            # What is trained whole is saved as that; peft would add an embedding of another size twice more.
+            saved = model is not causal and model.active_peft_config.modules_to_save
+            model.save_pretrained(partial, **({"save_embedding_layers": False} if saved else {}))
             if model is not causal:
                 causal.generation_config.save_pretrained(partial)
             if tokenizer is not None:

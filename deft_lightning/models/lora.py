@@ -16,7 +16,7 @@ from deft_lightning.errors import UserError
 DESCRIBED = {
     "r", "lora_alpha", "lora_dropout", "target_modules", "task_type", "peft_version", "base_model_name_or_path",
     "revision", "auto_mapping", "inference_mode", "init_lora_weights", "ensure_weight_tying",
-    "modules_to_save",
+    "modules_to_save", "fan_in_fan_out",
 }  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from deft_lightning.annotations import CausalLM, Record, Tokenizer
 from deft_lightning.errors import UserError
 from deft_lightning.models import (
     LoRA,
+    adapter_folder,
     add_adapters,
     base_causal_lm,
     build_sharded,
@@ -61,6 +62,8 @@ class ModelSource:
         lora = source.lora
         if source.given and lora is None:
             lora = lora_of(source.pretrained)
+        elif (adapters := adapter_folder(source.pretrained)) is not None:
+            lora = adapters.agreed(lora)
         elif source.widens and lora is not None:
             lora = replace(lora, embeddings=True)  # rows that are new have to be trained
         return replace(source, lora=lora)
@@ -78,7 +81,16 @@ class ModelSource:
             if self.attention is not None:
                 raise UserError("attention is a setting of the model that was given: set it there")
         elif self.pretrained is not None:
-            check_pretrained(self.pretrained, self.trust_remote_code, self.attention)
+            adapters = adapter_folder(self.pretrained)
+            if adapters is not None and self.widens:
+                raise UserError(
+                    f"--model.add_tokens, --model.resize_vocabulary: {self.pretrained} holds adapters, whose model"
+                    " keeps its tokens; leave both out, or merge the adapters first"
+                )
+            check_base(self.pretrained, adapters.base if adapters else self.pretrained, self._check)
+
+    def _check(self, name: str) -> None:
+        check_pretrained(name, self.trust_remote_code, self.attention)
 
     @property
     def given(self) -> bool:
@@ -94,7 +106,9 @@ class ModelSource:
     def name(self) -> str | None:
         """Hub id or folder of the model; of one that was given the folder it was loaded from, if that exists."""
         if not self.given:
-            return self.pretrained
+            adapters = adapter_folder(self.pretrained)
+            own = adapters is None or (Path(adapters.folder).expanduser() / "tokenizer_config.json").is_file()
+            return self.pretrained if adapters is None or own else adapters.base
         folder = str(getattr(base_causal_lm(self.pretrained).config, "_name_or_path", "") or "")
         return folder if folder and (Path(folder) / "tokenizer_config.json").is_file() else None
 
@@ -133,10 +147,14 @@ class ModelSource:
         Raises:
             UserError: No model is named, or the data does not fit it.
         """
+        adapters = adapter_folder(self.pretrained)
         if self.given:
             model = self._given()
+        elif adapters is not None:
+            model = check_base(self.pretrained, adapters.base, self._load)
+            adapters.widen(model)
         elif self.pretrained is not None:
-            model = load_pretrained(self.pretrained, self.dtype, self.attention, self.trust_remote_code)
+            model = self._load(self.pretrained)
         elif self.architecture is not None:
             model = from_architecture(self.architecture, tokenizer, self.dtype, self.attention)
         else:
@@ -148,8 +166,14 @@ class ModelSource:
         check_fits(model, tokenizer, longest)
         if self.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        adapted = hasattr(model, "get_base_model")
-        return model if self.lora is None or adapted else add_adapters(model, self.lora)
+        if self.lora is not None and not hasattr(model, "get_base_model"):
+            model = add_adapters(model, self.lora)
+        if adapters is not None:
+            adapters.load_into(model)
+        return model
+
+    def _load(self, name: str) -> CausalLM:
+        return load_pretrained(name, self.dtype, self.attention, self.trust_remote_code)
 
     def _given(self) -> CausalLM:
         """The model that was given, itself; under the meta device its shapes."""
@@ -197,6 +221,20 @@ def check_causal_lm(model: CausalLM) -> None:
             f"pretrained: {type(model).__name__} is neither the name of a model nor a causal language model of"
             " transformers"
         )
+
+
+def check_base(pretrained: str, base: str, use: Callable[[str], Any]) -> Any:
+    """Return what is made of a model's name; of a base that adapters name, an error says whose base it is.
+
+    Raises:
+        UserError: It cannot be used.
+    """
+    try:
+        return use(base)
+    except UserError as error:
+        if base == pretrained:
+            raise
+        raise UserError(f"{pretrained}: holds adapters of {base!r}, which cannot be loaded: {error}") from None
 
 
 def check_tokens(tokens: object) -> None:
