@@ -54,7 +54,7 @@ def save_hugging_face(
     try:
         with whole_folder(target) as partial:
             # What is trained whole is saved as that; peft would add an embedding of another size twice more.
-            saved = model is not causal and model.active_peft_config.modules_to_save
+            saved = model is not causal and getattr(model.active_peft_config, "modules_to_save", None)
             model.save_pretrained(partial, **({"save_embedding_layers": False} if saved else {}))
             if model is not causal:
                 causal.generation_config.save_pretrained(partial)
