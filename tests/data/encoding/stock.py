@@ -36,14 +36,34 @@ FAMILIES: dict[str, tuple[list[str], str, str | None]] = {
          "<|SYSTEM_TOKEN|>"],
         "<|END_OF_TURN_TOKEN|>", "<BOS_TOKEN>",
     ),
+    "mistral": (
+        ["<s>", "</s>", "[INST]", "[/INST]", "[TOOL_CALLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]"], "</s>", "<s>",
+    ),
     "": (["<|im_start|>", "<|im_end|>", "<|endoftext|>"], "<|im_end|>", None),
 }  # fmt: skip
 # Of the models people use; TRL has more, most of them for pictures.
 NAMES = (
     "qwen2_5", "qwen3", "qwen3_instruct_2507", "qwen3_5_think", "qwen3_5_nothink", "qwen3_6", "gptoss", "deepseekv3",
     "deepseek_r1_distill", "nemotron_3_nano", "phi3", "phi3_5", "llama3", "llama3_1", "llama3_2", "gemma", "gemma3",
-    "cohere", "lfm2",
+    "cohere", "lfm2", "mistral",
 )  # fmt: skip
+# TRL has none of Mistral's: this one is ours. As theirs do, it moves the system turn into the last question, and
+# insists on turns that alternate.
+MISTRAL = (
+    "{% set system = '' %}{% set rest = messages %}"
+    "{% if messages[0].role == 'system' %}{% set system = messages[0].content + '\n\n' %}"
+    "{% set rest = messages[1:] %}{% endif %}{% set at = namespace(user=true, last=-1) %}"
+    "{% for m in rest %}{% if m.role == 'user' %}{% set at.last = loop.index0 %}{% endif %}{% endfor %}{{ bos_token }}"
+    "{% for m in rest %}{% if m.role in ('user', 'assistant') and not m.tool_calls %}"
+    "{% if (m.role == 'user') != at.user %}{{ raise_exception('roles must alternate user and assistant') }}{% endif %}"
+    "{% set at.user = not at.user %}{% endif %}"
+    "{% if m.role == 'user' %}{{ '[INST] ' + (system if loop.index0 == at.last else '') + m.content + '[/INST]' }}"
+    "{% elif m.tool_calls %}{{ '[TOOL_CALLS] [' }}{% for c in m.tool_calls %}{{ c.function | tojson }}"
+    "{{ ', ' if not loop.last }}{% endfor %}{{ ']' + eos_token }}"
+    "{% elif m.role == 'assistant' %}{{ ' ' + m.content + eos_token }}"
+    "{% elif m.role == 'tool' %}{{ '[TOOL_RESULTS] ' + m.content + '[/TOOL_RESULTS]' }}"
+    "{% else %}{{ raise_exception('only user, assistant and tool turns') }}{% endif %}{% endfor %}"
+)
 
 
 def folder() -> Path | None:
@@ -71,9 +91,12 @@ def tokenizer_for(name: str) -> Any:
 
 
 def stock(name: str) -> Any:
-    """Return the tokenizer with a stock template of an installed TRL."""
+    """Return the tokenizer with a stock template of an installed TRL, or of our own for Mistral."""
     place = folder()
     assert place is not None
     tokenizer = tokenizer_for(name)
+    if name == "mistral":
+        tokenizer.chat_template = MISTRAL
+        return tokenizer
     tokenizer.chat_template = (place / f"{name}.jinja").read_text(encoding="utf-8")
     return tokenizer
