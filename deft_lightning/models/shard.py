@@ -41,7 +41,7 @@ def build_sharded(build: Callable[[], Any], mesh: Any, device: torch.device, low
         low_precision: Gather weights and compute in bfloat16, reduce gradients in float32; the shares stay as they are.
 
     Raises:
-        UserError: The model has a tensor that is neither a weight nor a buffer.
+        UserError: The model has a tensor that is neither a weight nor a buffer, or a tied embedding beside adapters.
     """
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -50,6 +50,12 @@ def build_sharded(build: Callable[[], Any], mesh: Any, device: torch.device, low
     full_model = build() if dist.get_rank() == 0 else None
     with torch.device("meta"):
         model = build()
+    head, embedding = base_causal_lm(model).get_output_embeddings(), base_causal_lm(model).get_input_embeddings()
+    if hasattr(head, "modules_to_save") and head.weight is embedding.weight:
+        raise UserError(
+            "--trainer.strategy fsdp2 cannot shard a tied embedding that is trained whole beside adapters"
+            " (--model.add_tokens, --model.resize_vocabulary, --model.lora.embeddings); use --trainer.strategy ddp"
+        )
     for layer in layers_of(model):
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
