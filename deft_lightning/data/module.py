@@ -297,4 +297,4 @@ class InstructionDataModule(LightningDataModule):
             return [read_benchmark(benchmark, rows, self.tokenizer, asked) for benchmark, rows in self.benchmarks]
         apart = self.test_source is not None
         rows = read_all(self.settings.recipe(self.test_source), need_response) if apart else self.splits.held_out
-        return [(TestSet(), prompts_of(self.tokenizer, rows, need_response))]
+        return [(TestSet(), prompts_of(self.tokenizer, rows, need_response, self.settings.teaching))]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
-from deft_lightning.data.encoding.supervise import SpecialTokens, Supervise
+from deft_lightning.data.encoding.supervise import SpecialTokens, Supervise, Teaching
 from deft_lightning.data.encoding.thoughts import Reasoning
 from deft_lightning.data.noise import Noise
 from deft_lightning.data.prepared.recipe import Recipe
@@ -123,6 +123,11 @@ class DataSettings:
     def examples_per_evaluation_batch(self) -> int:
         """Examples per device in validation, test and predict."""
         return self.eval_batch_size or self.batch_size
+
+    @property
+    def teaching(self) -> Teaching:
+        """What of a conversation is learnt."""
+        return Teaching(self.supervise, self.reasoning, self.supervise_reasoning, self.special_tokens)
 
     @property
     def tests_apart(self) -> bool:

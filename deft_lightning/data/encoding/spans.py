@@ -88,7 +88,8 @@ def lay_out(
         except TemplateCost:
             raise
         except UserError as error:
-            problem = error
+            # What a template raised at a shape that it does not read says less than what it does to the other.
+            problem = error if problem is None or "refuses it" in str(problem) else problem
     assert problem is not None
     raise problem
 

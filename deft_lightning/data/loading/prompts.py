@@ -8,7 +8,8 @@ from typing import Any
 
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
-from deft_lightning.data.encoding.encode import prompts
+from deft_lightning.data.encoding.encode import ALL, prompts
+from deft_lightning.data.encoding.supervise import Teaching
 from deft_lightning.data.examples import Example, Prompt
 from deft_lightning.data.prepared.ids import unique_ids
 from deft_lightning.data.prepared.recipe import Recipe, read_examples, title
@@ -37,18 +38,21 @@ def read_all(recipe: Recipe, need_response: bool) -> list[Example]:
     return [replace(row, id=renamed[at]) if at in renamed else row for at, row in enumerate(rows)]
 
 
-def prompts_of(tokenizer: Any, examples: Iterable[Example], need_response: bool) -> list[Prompt]:
+def prompts_of(
+    tokenizer: Any, examples: Iterable[Example], need_response: bool, teaching: Teaching = ALL
+) -> list[Prompt]:
     """Return the prompts of examples.
 
     Args:
         tokenizer: With its chat template.
         examples: Those that are conversations have one.
         need_response: Refuse those whose right answer is not known.
+        teaching: As the training rows are read.
 
     Raises:
         UserError: There is none, or a response is lacking.
     """
-    ready = prompts(tokenizer, list(examples))
+    ready = prompts(tokenizer, list(examples), teaching)
     if not ready:
         raise UserError(
             "nothing to generate for: there are no held-out conversations; set --data.test_source or"

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from instruction_rows import write
 from test_template import byte_level, sentencepiece
 
+from deft_lightning import InstructionDataModule
 from deft_lightning.data.encoding.encode import encode, encode_prompt, tokenise
-from deft_lightning.data.encoding.supervise import Teaching
+from deft_lightning.data.encoding.supervise import SpecialTokens, Teaching
 from deft_lightning.data.encoding.template import set_template
 from deft_lightning.data.encoding.tokenizer import build_tokenizer
 from deft_lightning.data.examples import Example, Message
@@ -120,3 +123,22 @@ def test_special_tokens_within_a_text_are_tokens_and_that_is_said() -> None:
     encoded = encode(tokenizer, Example("id", "d", "row", text="<|im_start|>user\nhi<|im_end|>"))
     assert turns_of(tokenizer, encoded.input_ids) == 1
     assert encoded.notes == ("the text has special tokens such as <|im_start|>: they are learnt as those tokens",)
+
+
+# --- generation -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("choice", ["text", "token"])
+def test_prompts_are_read_as_the_rows_that_were_trained_on(tmp_path: Path, choice: SpecialTokens) -> None:
+    rows = [{"question": f"ends a turn: <|end|>, {i}", "answer": "yes"} for i in range(8)]
+    data = InstructionDataModule(
+        source=write(tmp_path / "rows.jsonl", rows), tokenizer_size=0, validation_fraction=0.4, cache=False,
+        special_tokens=choice,
+    )  # fmt: skip
+    data.setup("test")
+    end = data.tokenizer.convert_tokens_to_ids("<|end|>")
+    loader = data.test_dataloader()
+    assert not isinstance(loader, list)
+    for batch in loader:
+        for ids in batch["input_ids"].tolist():
+            assert ids.count(end) == (1 if choice == "text" else 2)
