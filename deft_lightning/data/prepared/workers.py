@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 from multiprocessing.connection import wait
@@ -66,22 +66,17 @@ def in_order(
     try:
         waiting = [pool.submit(work, *job) for job in islice(jobs, 2 * workers)]
         while waiting:
-            result = _result(waiting.pop(0), workers)
+            result = waiting.pop(0).result()
             waiting.extend(pool.submit(work, *job) for job in islice(jobs, 1))
             yield result
+    except BrokenProcessPool:  # told by a result, or by the next job that is given to it
+        raise UserError(
+            "preparing the data: a worker process was killed, perhaps for want of memory; start again with fewer"
+            f" (--data.num_proc {max(1, workers // 2)})"
+        ) from None
     finally:
         # Their results are here, or nobody waits for them. Asked to leave, they would wait for a lock of the queue
         # that one of them holds, for ever if it was killed with it.
         for process in list((pool._processes or {}).values()):
             process.kill()
         pool.shutdown(cancel_futures=True)
-
-
-def _result(future: Future[T], workers: int) -> T:
-    try:
-        return future.result()
-    except BrokenProcessPool:
-        raise UserError(
-            "preparing the data: a worker process was killed, perhaps for want of memory; start again with fewer"
-            f" (--data.num_proc {max(1, workers // 2)})"
-        ) from None
