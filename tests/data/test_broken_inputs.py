@@ -166,7 +166,7 @@ JSONL: dict[str, Case] = {
     "answer of blanks": between(qa(answer=" \t\n"), "field 'answer': is empty"),
     "answer an object": between(qa(answer={"a": 1}), "field 'answer': expected text, got dict"),
     "answer a nested list": between(qa(answer=[["a"]]), "field 'answer': expected text, got list"),
-    "another layout among the rows": between({"instruction": "a", "output": "b"}, "missing field 'question' or 'problem'"),
+    "another layout among the rows": between({"instruction": "a", "output": "b"}, "missing field 'question' or"),
     "a list over lines": Case("rows.jsonl", b"[\n" + lines(QA) + b"]\n", 1, check=response("4")),
     "a bracket among the lines": between(b"[", "an object has to be on one line"),
     "UTF-16": Case("rows.jsonl", lines(QA).decode().encode("utf-16"), fatal="is not UTF-8 text; it looks like UTF-16"),

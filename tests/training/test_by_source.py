@@ -23,6 +23,8 @@ from deft_lightning.functional import token_stats
 from deft_lightning.metrics import SourceSums
 from deft_lightning.objectives import DEFT
 
+pytestmark = pytest.mark.slow
+
 Scalars = dict[str, list[tuple[int, float]]]
 WHOLE = {"optimizer": still, "accumulate_grad_batches": 100}  # an epoch is one step, and moves nothing
 

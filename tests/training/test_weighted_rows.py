@@ -16,6 +16,8 @@ from deft_lightning.cli.main import run
 from deft_lightning.data import Noise, ResponseSwap, TokenReplace
 from deft_lightning.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 OF_ROWS = [0.25, 1.0, 3.0, 0.5, 2.0, 1.0]
 
 

@@ -215,6 +215,7 @@ def _answer(draw: st.DrawFn, text: Any, called: bool) -> Message:
     return message if weight is None else {**message, "weight": weight}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*(NAMES if folder() else ()), "chatml"])
 @settings(max_examples=15, deadline=None)
 @given(conversations(), st.sampled_from(["assistant", "last"]), st.booleans())
