@@ -131,6 +131,10 @@ class _Turn:
                 raise self.row.fail(f"{self.at}.{key}", "holds pictures, sound or video; only text is learnt", "media")
         content = self.turn.get(self.content_name)
         parts = Parts(content, "", [], []) if self.role == "tool" else take_apart(self.row, place, content)
+        strange = parts.results if self.role == "assistant" else (parts.thought, *parts.calls)
+        if any(strange):
+            what = "the result of a tool" if self.role == "assistant" else "a thought or a call of a tool"
+            raise self.row.fail(place, f"holds {what}, which no turn of role {self.role!r} has", "role")
         if self.role == "assistant":
             made = [self._assistant(place, parts, thought)]
         elif parts.results:

@@ -140,6 +140,21 @@ def test_the_passage_that_a_question_is_about_is_part_of_the_prompt() -> None:
 
 
 @pytest.mark.parametrize(
+    ("role", "part"),
+    [
+        ("user", {"type": "thinking", "thinking": "hm"}),
+        ("user", {"type": "tool_use", "name": "add", "input": {}}),
+        ("assistant", {"type": "tool_result", "tool_use_id": "t", "content": "7"}),
+    ],
+)
+def test_a_part_in_a_turn_of_another_role_is_not_lost(role: str, part: dict[str, Any]) -> None:
+    messages = turns(*ASKED)
+    place = 0 if role == "user" else 1
+    messages[place]["content"] = [{"type": "text", "text": "so"}, part]
+    assert f"no turn of role '{role}' has" in refused({"messages": messages})
+
+
+@pytest.mark.parametrize(
     "record",
     [
         {"chosen": "a", "rejected": "b", **QA},
