@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deft_lightning.data.encoding.bounds import TemplateCost, bounded
-from deft_lightning.data.encoding.markup import FOREIGN, as_letters, forging, without_doubles
+from deft_lightning.data.encoding.markup import FOREIGN, as_letters, forging, texts_of, without_doubles
 from deft_lightning.data.encoding.spans import Rendering, lay_out, lay_out_prompt
 from deft_lightning.data.encoding.supervise import (
     NOT_SUPERVISED,
@@ -31,6 +31,7 @@ from deft_lightning.errors import UserError
 from deft_lightning.functional import IGNORE_INDEX
 
 ALL = Teaching()
+SPELT = "a message, call or tool spells"
 
 
 class Encoded(NamedTuple):
@@ -129,16 +130,17 @@ def _conversation(
     if reaches_across(rendering, offsets):
         array, starts, stops = _tokens(tokenizer, rendering.text, [start for start, _, _ in rendering.spans])
         ids, offsets = array.tolist(), list(zip(starts.tolist(), stops.tolist(), strict=True))
+    texts = list(texts_of(example.messages or (), example.tools, thoughts=teaching.reasoning != "drop"))
     notes: list[str] = []
     pattern = forging(tokenizer)
     if rendering.places:
         ids, offsets, names = as_letters(tokenizer, ids, offsets, rendering.text, rendering.places)
-        notes += [f"a message spells the special token {name}: it is read as letters" for name in set(names)]
-    elif pattern is not None and any(pattern.search(message["content"]) for message in example.messages or ()):
-        notes.append("a message spells special tokens: they are read as those tokens")
-    foreign = set(FOREIGN.findall("\n".join(message["content"] for message in example.messages or ())))
+        notes += [f"{SPELT} the special token {name}: it is read as letters" for name in set(names)]
+    elif pattern is not None and teaching.special_tokens == "token" and any(map(pattern.search, texts)):
+        notes.append(f"{SPELT} special tokens: they are read as those tokens")
+    foreign = set(FOREIGN.findall("\n".join(texts)))
     if foreign := {name for name in foreign if pattern is None or not pattern.search(name)}:
-        notes.append(f"a message has markup of another format, such as {min(foreign)}: it is read as letters")
+        notes.append(f"{SPELT} markup of another format, such as {min(foreign)}: it is read as letters")
     if rendering.left_out:
         notes.append("the template leaves out the reasoning of turns that are not learnt")
     turn = turns(rendering, ids, offsets, ends)

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
-from typing import NamedTuple
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from itertools import count
+from typing import Any, NamedTuple
 
+from deft_lightning.data.encoding.markup import texts_of
 from deft_lightning.data.encoding.refusals import check_calls, left_out, refusal
 from deft_lightning.data.encoding.template import Renderer
 from deft_lightning.data.encoding.thoughts import HEAD, KEYS, OPENING, answer_of, thought_of
 from deft_lightning.data.examples import Message
+from deft_lightning.data.sources.rows import RowError
 
 Span = tuple[int, int, int]  # start, end, number of the message
 # Two code points that no text may hold. Between them are the number of a message and the piece of it that begins
-# (small letter) or ends (capital): t, c, n for thought, content, name of a function with the number of its call.
-MARK = re.compile("\ufdd0(\\d+)([a-zA-Z]\\d*)\ufdd1")
+# (small letter) or ends (capital): t, c, n for thought, content, name of a function with the number of its call; s for
+# any other text that spells a special token. Templates that write JSON in ASCII escape the two.
+MARK = re.compile(r"(?:\ufdd0|\\ufdd0)(\d+)([a-zA-Z]\d*)(?:\ufdd1|\\ufdd1)")
 
 
 class Pieces(NamedTuple):
@@ -23,10 +27,12 @@ class Pieces(NamedTuple):
     Attributes:
         text: The rendering, without marks.
         of: Number of a message to its pieces, each from its first letter to the one behind its last.
+        places: Of every piece, as often as the template writes it.
     """
 
     text: str
     of: dict[int, dict[str, tuple[int, int]]]
+    places: list[tuple[int, int]]
 
 
 def locate(
@@ -74,7 +80,9 @@ def marked_places(
     renderer: Renderer, messages: Sequence[Message], where: str, text: str, special: re.Pattern[str] | None, *,
     prompt: bool = False,
 ) -> list[tuple[int, int]]:  # fmt: skip
-    """Return where a rendering holds the text of messages, if any of them spells a special token.
+    """Return where a rendering holds texts of the row, if any of them spells a special token.
+
+    Texts of a row are those of its messages, of the calls in them, and of the tools.
 
     Args:
         renderer: With the tokenizer and its template.
@@ -85,21 +93,24 @@ def marked_places(
         prompt: Whether the rendering ends with the header of an answer.
 
     Raises:
-        UserError: The template writes something else around a message once there are marks in it.
+        UserError: The template writes something else around a text once there are marks in it.
     """
-    if special is None or not any(special.search(text) for message in messages for text in _texts(message)):
+    if special is None or not any(special.search(part) for part in texts_of(messages, renderer.tools)):
         return []
-    pieces = _pieces(renderer, messages, prompt=prompt, every=True)
+    try:
+        pieces = _pieces(renderer, messages, prompt=prompt, special=special)
+    except MemoryError:
+        raise
+    except Exception as error:  # such as a template that insists on the length of an id
+        raise _reads(where, f"; with marks in it, it raises: {error}") from None
     if pieces.text != text:
-        raise refusal(
-            where, "changes what it writes with the text of a message, which spells a special token",
-            "; --data.special_tokens token takes it for that token",
-        )  # fmt: skip
-    return [place for own in pieces.of.values() for place in own.values()]
+        raise _reads(where)
+    return pieces.places
 
 
-def _texts(message: Message) -> list[str]:
-    return [message["content"], *(message[key] for key in KEYS if message.get(key))]
+def _reads(where: str, more: str = "") -> RowError:
+    problem = f"changes what it writes with a text of the row, which spells a special token{more}"
+    return refusal(where, problem, "; --data.special_tokens token takes it for that token")
 
 
 def _check_complete(message: Message, own: dict[str, tuple[int, int]], where: str, i: int, kept_later: bool) -> None:
@@ -175,14 +186,23 @@ def _common(one: str, other: str) -> int:
 
 
 def _pieces(
-    renderer: Renderer, messages: Sequence[Message], *, prompt: bool = False, every: bool = False
-) -> Pieces:  # fmt: skip
-    """Render with marks in the turns of the assistant, or in every message, and take them out again."""
-    marked = [_marked(i, m) if every or m["role"] == "assistant" else m for i, m in enumerate(messages)]
+    renderer: Renderer, messages: Sequence[Message], *, prompt: bool = False, special: re.Pattern[str] | None = None
+) -> Pieces:
+    """Render with marks around pieces of the assistant, or of all that may spell a special token; take them out."""
+    if special is None:
+        marked = [
+            _marked(i, message) if message["role"] == "assistant" else message for i, message in enumerate(messages)
+        ]
+    else:
+        numbers = count()
+        marked = [_marked(i, _spelling(message, special, i, numbers)) for i, message in enumerate(messages)]
+        tools = _spelt(renderer.tools, special, len(messages), numbers) if renderer.tools else None
+        renderer = renderer.with_tools(tools)
     written = renderer(marked, prompt=prompt)
     parts: list[str] = []
     opened: dict[tuple[int, str], int] = {}
     of: dict[int, dict[str, tuple[int, int]]] = {}
+    places: list[tuple[int, int]] = []
     at, length = 0, 0
     for match in MARK.finditer(written):
         parts.append(written[at : match.start()])
@@ -191,10 +211,30 @@ def _pieces(
         if letter[0].islower():
             opened.setdefault((number, letter), length)
         elif (number, letter.lower()) in opened:
+            places.append((opened.pop((number, letter.lower())), length))
             # The name of a function may come again, with its result: the first one is the call.
-            of.setdefault(number, {}).setdefault(letter.lower(), (opened[number, letter.lower()], length))
+            of.setdefault(number, {}).setdefault(letter.lower(), places[-1])
     parts.append(written[at:])
-    return Pieces("".join(parts), of)
+    return Pieces("".join(parts), of, places)
+
+
+def _spelling(message: Message, special: re.Pattern[str], i: int, numbers: Iterator[int]) -> Message:
+    """Return a message with marks around special tokens in its calls and names; those of the rest are marked anyway."""
+    return {
+        key: value if key in ("role", "content", *KEYS) else _spelt(value, special, i, numbers)
+        for key, value in message.items()
+    }
+
+
+def _spelt(value: Any, special: re.Pattern[str], i: int, numbers: Iterator[int]) -> Any:
+    """Return a value with marks around every text in it that spells a special token."""
+    if isinstance(value, str):
+        return _wrap(value, i, f"s{next(numbers)}") if special.search(value) else value
+    if isinstance(value, Mapping):
+        return {_spelt(key, special, i, numbers): _spelt(inner, special, i, numbers) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_spelt(inner, special, i, numbers) for inner in value]
+    return value
 
 
 def _marked(i: int, message: Message) -> Message:

@@ -1,11 +1,14 @@
-"""Special tokens and markup spelt in the text of messages: no text may forge a turn."""
+"""Special tokens and markup spelt in messages, calls and tools: no text may forge a turn."""
 
 from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
+
+from deft_lightning.data.encoding.thoughts import KEYS
+from deft_lightning.data.examples import Message, Tool
 
 # Tags of what a model itself writes inside a turn; some tokenizers make special tokens of them.
 OWN = re.compile(r"think|tool|reason|channel|thought", re.IGNORECASE)
@@ -28,13 +31,34 @@ def forging(tokenizer: Any) -> re.Pattern[str] | None:
     return re.compile("|".join(re.escape(name) for name in sorted(names, key=len, reverse=True)))
 
 
+def texts_of(messages: Sequence[Message], tools: Sequence[Tool] | None, *, thoughts: bool = True) -> Iterator[str]:
+    """Yield every text that a row gives to a chat template: of messages, of the calls in them, and of the tools.
+
+    Args:
+        messages: The conversation.
+        tools: What the assistant may call.
+        thoughts: Whether reasoning is given.
+    """
+    left: list[Any] = list(tools or ())
+    for message in messages:
+        left += [value for key, value in message.items() if key != "role" and (thoughts or key not in KEYS)]
+    while left:  # a loop, since tools may be nested deeply
+        value = left.pop()
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, Mapping):
+            left += [*value.keys(), *value.values()]
+        elif isinstance(value, list | tuple):
+            left += value
+
+
 class Spelling(NamedTuple):
     """Tokens of a text, and where each is.
 
     Attributes:
         ids: Tokens.
         offsets: First letter of each, and the one behind its last.
-        names: Special tokens that the text of a message spelt, in order.
+        names: Special tokens that a text of the row spelt, in order.
     """
 
     ids: list[int]
@@ -49,7 +73,7 @@ def as_letters(
     text: str,
     places: Sequence[tuple[int, int]],
 ) -> Spelling:
-    """Replace special tokens that the text of a message spells by the tokens of their letters.
+    """Replace special tokens that a text of the row spells by the tokens of their letters.
 
     Special tokens are split off before anything else is tokenised, so the tokens around them stay as they are.
 
@@ -58,7 +82,7 @@ def as_letters(
         ids: Tokens of a rendered conversation.
         offsets: Letters of each of them.
         text: The conversation.
-        places: Where in it messages stand that spell a special token.
+        places: Where in it texts of the row stand.
     """
     pattern = forging(tokenizer)
     spelt: dict[int, tuple[int, str]] = {}

@@ -33,7 +33,7 @@ class Rendering:
         spans: Where in it each turn of the assistant is.
         tagged: Whether the template marked them itself.
         thoughts: Number of a message to the place of its reasoning, from the start of its span to its answer.
-        places: Where messages stand that spell a special token: their first letter, and the one behind their last.
+        places: Where texts of the row stand, if one spells a special token: first letter, and the one behind the last.
         left_out: Numbers of messages that are not learnt and whose reasoning the template leaves out.
         shape: In which calls were given to the template.
     """
@@ -71,7 +71,7 @@ def lay_out(
         tools: What the assistant may call.
         needed: Numbers of the turns whose spans are wanted; None for all.
         reasoning: What becomes of ``reasoning_content``.
-        special: Finds special tokens in the text of messages; where there are any, the places of messages are wanted.
+        special: Finds special tokens in the texts of the row; where there are any, the places of those are wanted.
 
     Raises:
         UserError: The place of a wanted turn is unknown, or the template leaves out a message, the reasoning of a
@@ -127,7 +127,7 @@ def lay_out_prompt(
         special: As for :func:`lay_out`.
 
     Returns:
-        The text, where turns of the assistant begin, and where messages stand that spell a special token.
+        The text, where turns of the assistant begin, and where texts of the row stand if one spells a special token.
 
     Raises:
         UserError: As :func:`lay_out`.

@@ -153,6 +153,10 @@ class Renderer:
     def __init__(self, tokenizer: Any, tools: Sequence[Tool] | None, shape: int = 0) -> None:
         self.tokenizer, self.tools, self.shape = tokenizer, tools, SHAPES[shape]
 
+    def with_tools(self, tools: Sequence[Tool] | None) -> Renderer:
+        """Return one for the same shape, with the tools written otherwise."""
+        return Renderer(self.tokenizer, tools, SHAPES.index(self.shape))
+
     def __call__(self, messages: Sequence[Message], *, prompt: bool) -> str:
         """Return the conversation as text."""
         return render(self.tokenizer, self.shape(messages), prompt=prompt, tools=self.tools)
