@@ -33,6 +33,10 @@ class TokenStats(NamedTuple):
         arg_max: Token the model would say, its first choice (int64); not there in statistics made by hand.
         weight: What the token's loss is multiplied by, finite and at least 0; None where every token counts 1. The
             loss of a token is without it; what looks at the whole batch takes its means over it (:meth:`mean`).
+        chance: ``log u`` in nats, at most 0: how probable the label is without looking at what stands before it.
+        answer_chance: The same, where a whole answer is judged; None where that is ``chance``.
+        example: Which answer a token belongs to (int64): the tokens of one have one number in ``[0, N)``.
+        source: Place of the token's source among those that have an objective of their own (int64), -1 for others.
     """
 
     log_prob: Tensor
@@ -42,10 +46,16 @@ class TokenStats(NamedTuple):
     topk_entropy: Tensor | None = None
     arg_max: Tensor | None = None
     weight: Tensor | None = None
+    chance: Tensor | None = None
+    answer_chance: Tensor | None = None
+    example: Tensor | None = None
+    source: Tensor | None = None
 
-    def weighted(self, weight: Tensor | None) -> TokenStats:
-        """Return the statistics with the weight of each token, detached and in their dtype; themselves for None."""
-        return self if weight is None else self._replace(weight=weight.detach().to(self.log_prob.dtype))
+    def within(self, context: TokenContext) -> TokenStats:
+        """Return the statistics with what is known of the tokens beside them, floats in their own dtype."""
+        dtype = self.log_prob.dtype
+        known = context.map(lambda field: field.detach().to(dtype if field.is_floating_point() else field.dtype))
+        return self._replace(**known._asdict())
 
     def mean(self, values: Tensor) -> Tensor:
         """Return the mean of values, one a token, over the batch: ``sum w v / sum w`` where tokens have weights.
@@ -73,6 +83,27 @@ class TokenStats(NamedTuple):
     def detach(self) -> TokenStats:
         """Return the same statistics without a graph."""
         return self.map(Tensor.detach)
+
+
+class TokenContext(NamedTuple):
+    """What is known of tokens before the model has said anything of them; None for what is not known.
+
+    The fields are those of :class:`TokenStats` of the same names, in the shape of the targets.
+    """
+
+    weight: Tensor | None = None
+    chance: Tensor | None = None
+    answer_chance: Tensor | None = None
+    example: Tensor | None = None
+    source: Tensor | None = None
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> TokenContext:
+        """Return the context with ``function`` applied to every field that is there."""
+        return TokenContext(*(None if field is None else function(field) for field in self))
+
+    def select(self, index: Any) -> TokenContext:
+        """Return the context of the tokens that ``index`` (a mask, positions or a slice) picks."""
+        return self.map(lambda field: field[index])
 
 
 LossFn = Callable[[TokenStats], Tensor]  # an objective, as the heads see it: losses of shape (N,)
@@ -201,6 +232,7 @@ def token_loss(
     ignore_index: int = IGNORE_INDEX,
     *,
     token_weight: Tensor | None = None,
+    context: TokenContext | None = None,
 ) -> Tensor:
     """Loss of every token under ``objective``, never reduced.
 
@@ -214,6 +246,8 @@ def token_loss(
         ignore_index: Target value of positions that do not count.
         token_weight: Shape ``(...)``, factor on each token's loss, finite and at least 0; detached. The mean to train
             with is then ``loss.sum() / token_weight[targets != ignore_index].sum()``.
+        context: What else is known of the tokens, each field of shape ``(...)``: what the objective looks at beside
+            the model's prediction. Its ``weight`` is ``token_weight`` where that is not given.
 
     Returns:
         Shape ``(...)``, float32 (float64 for float64 logits), 0 where ignored; differentiable in ``logits``.
@@ -229,5 +263,7 @@ def token_loss(
     """
     keep = targets != ignore_index
     stats = token_stats(logits[keep], targets[keep], ignore_index=ignore_index, topk=getattr(objective, "topk", 0))
-    loss = weighted_loss(objective, stats.weighted(None if token_weight is None else token_weight[keep]))
+    known = context or TokenContext()
+    known = known if token_weight is None else known._replace(weight=token_weight)
+    loss = weighted_loss(objective, stats.within(known.select(keep)))
     return loss.new_zeros(targets.shape).masked_scatter(keep, loss)

@@ -54,7 +54,9 @@ class Dashboard(Callback):
         # A schedule may have a focus index at one end of the run only.
         focus = any(objective.deformed is not None for objective in (module.objective, module.current_objective))
         noise = getattr(getattr(trainer, "datamodule", None), "noise", None)
-        charts = chart_layout(bool(getattr(noise, "ops", ())), focus, module.objective.tracks is not None)
+        charts = chart_layout(
+            bool(getattr(noise, "ops", ())), focus, "objective/scale" in tracked_tags(module.objective)
+        )
         if sources := sources_of(trainer, "train"):
             charts["By source"] = charts_by_source(sources, sources_of(trainer, "validation"))
         if self.layout:
@@ -152,6 +154,12 @@ def charts_by_source(train: Sequence[str], validation: Sequence[str]) -> dict[st
     if validation:
         charts["Plain NLL, validation"] = _lines(*(f"val/{re.escape(name)}/nll" for name in validation))
     return charts
+
+
+def tracked_tags(objective: Objective) -> set[str]:
+    """Return the tags of what a run keeps for its objective from step to step."""
+    tracked = objective.tracks
+    return set() if tracked is None else set(tracked.logged(tracked.told((), 0.0)))
 
 
 def _lines(*tags: str) -> list[Any]:

@@ -15,7 +15,7 @@ from deft_lightning.data.benchmarks import named_benchmarks, read_benchmark
 from deft_lightning.data.encoding.settled import SettledTokenizer
 from deft_lightning.data.encoding.supervise import SpecialTokens, Supervise
 from deft_lightning.data.encoding.thoughts import Reasoning
-from deft_lightning.data.examples import Prepared, Prompt
+from deft_lightning.data.examples import Ints, Prepared, Prompt
 from deft_lightning.data.loading.factory import LoaderFactory
 from deft_lightning.data.loading.prompts import fitting, prompts_of, read_all
 from deft_lightning.data.noise import Noise
@@ -231,6 +231,11 @@ class InstructionDataModule(LightningDataModule):
     def longest(self) -> int:
         """Tokens of the longest prepared example; 0 before anything is prepared."""
         return 0 if self._splits is None else self._splits.longest
+
+    @property
+    def label_counts(self) -> Ints | None:
+        """How often each token is a label of the training rows, shape ``(V,)``; None before they are prepared."""
+        return None if self._splits is None else self._splits.label_counts
 
     def size(self, split: str) -> int:
         """Return the number of examples of a split."""

@@ -11,7 +11,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from deft_lightning.annotations import Tokenizer
 from deft_lightning.data.encoding.tokenizer import markers, vocabulary
-from deft_lightning.data.examples import Example, Prepared
+from deft_lightning.data.examples import Example, Ints, Prepared
 from deft_lightning.data.lazy import Lazy
 from deft_lightning.data.loading.dataset import PreparedDataset
 from deft_lightning.data.loading.packing import pack
@@ -71,7 +71,7 @@ class Splits:
         self.held_out: Lazy[Example] = SpooledExamples(folder / "held_out.arrow")
         words, apart = None, meta["sources"]
         if any(isinstance(op, TokenNoise) for op in self._settings.noise.ops):
-            words = vocabulary(self._tokenizer, np.load(folder / "counts.npy", allow_pickle=False))
+            words = vocabulary(self._tokenizer, self.label_counts)
         for name, counted in meta["reports"].items():
             if name not in SPLITS:
                 raise ValueError(f"{name!r} is no split")
@@ -89,6 +89,11 @@ class Splits:
     def sources(self) -> dict[str, tuple[str, ...]]:
         """The names that figures by source have in their tags, by split; none where there is but one source."""
         return {split: dataset.sources for split, dataset in self._datasets.items()}
+
+    @property
+    def label_counts(self) -> Ints:
+        """How often each token is a label of the training split before token noise, shape ``(V,)``."""
+        return np.asarray(np.load(self.folder / "counts.npy", allow_pickle=False), dtype=np.int64)
 
     def __getitem__(self, split: str) -> PreparedDataset:
         """Return the rows of a split."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from deft_lightning.errors import UserError
 from deft_lightning.figures.style import Output, dress, legend_beside, line, panels, save, styled
-from deft_lightning.functional import TokenStats
+from deft_lightning.functional import TokenContext, TokenStats
 from deft_lightning.objectives import Objective
 from deft_lightning.objectives.parse import label
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLLISIONS = (0.1, 0.5, 0.9)
+CHANCE = 0.01  # of a label, for objectives that compare p with it
 HIGHEST = 5.0  # what is above, such as the loss of NLL near p = 0, leaves the figure
 
 
@@ -57,7 +58,8 @@ def curve_figure(objectives: Sequence[Objective], quantity: str, collisions: Seq
         same = all(torch.allclose(values, by_collision[collisions[0]]) for values in by_collision.values())
         for collision in collisions[:1] if same else collisions:
             values = by_collision[collision]
-            named = label(objective) if same else f"{label(objective)}, C = {collision:g}"
+            named = label(objective) if objective.needs.chance is None else f"{label(objective)}, u = {CHANCE:g}"
+            named = named if same else f"{named}, C = {collision:g}"
             solid = torch.ones_like(p, dtype=torch.bool) if same else possible(p, collision)
             shown = torch.where(solid, values, torch.nan)
             axes.plot(p.numpy(), shown.numpy(), label=named, **line(index))
@@ -79,7 +81,12 @@ def curve_figure(objectives: Sequence[Objective], quantity: str, collisions: Seq
 def _values(objective: Objective, quantity: str, p: Tensor, collision: float) -> Tensor:
     flat = torch.full_like(p, collision)
     # A prediction with this collision probability has about the entropy of 1 / C equal alternatives.
-    stats = TokenStats(p.log(), flat, -flat.log(), p > 0.5, -flat.log())
+    # Every p is a token of its own, an answer of its own, and of no source that is named.
+    known = TokenContext(
+        chance=torch.full_like(p, CHANCE).log(), example=torch.arange(len(p)),
+        source=torch.full(p.shape, -1, dtype=torch.long),
+    )  # fmt: skip
+    stats = TokenStats(p.log(), flat, -flat.log(), p > 0.5, -flat.log()).within(known)
     return objective.gate(stats) if quantity == "gate" else objective(stats).detach()
 
 

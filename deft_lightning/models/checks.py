@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from deft_lightning.annotations import CausalLM
 from deft_lightning.errors import UserError
-from deft_lightning.functional import TokenStats, token_stats
+from deft_lightning.functional import TokenContext, TokenStats, token_stats
 from deft_lightning.models.fused import fused_forward
 from deft_lightning.models.head import DENSE, HeadSeam, base_causal_lm
 from deft_lightning.ops import linear_loss
@@ -130,7 +131,8 @@ def check_head(model: CausalLM, seam: HeadSeam, input_ids: Tensor, objective: Ca
             try:
                 own = model(**inputs).logits
                 hooks.pop().remove()
-                fused = fused_forward(model, seam, inputs, few[:, 1:], objective)
+                targets = few[:, 1:]
+                fused = fused_forward(model, seam, inputs, targets, objective, _context(seam, targets))
             except Exception as error:  # whatever the model does with its head or to its logits
                 if isinstance(error, UserError) and DENSE in str(error):
                     raise
@@ -158,6 +160,13 @@ def check_head(model: CausalLM, seam: HeadSeam, input_ids: Tensor, objective: Ca
         )
 
 
+def _context(seam: HeadSeam, targets: Tensor) -> TokenContext:
+    """Return a context that any objective can be checked with: chance is uniform, every token an answer of its own."""
+    numbers = torch.arange(targets.numel(), device=targets.device).view_as(targets)
+    chance = torch.full(targets.shape, -math.log(seam.projection.weight.shape[0]), device=targets.device)
+    return TokenContext(chance=chance, answer_chance=chance, example=numbers, source=numbers % 2 - 1)
+
+
 def _constant(tensor: Tensor) -> Tensor:
     """A tensor of inference mode cannot take part in autograd, a copy of it can."""
     return tensor.clone() if tensor.is_inference() else tensor.detach()
@@ -178,9 +187,11 @@ def _gradient_error(
         adapter = None if update is None else (_constant(update[0]), _constant(update[1]))
         leaf, targets, weight = hidden.clone().requires_grad_(), targets.clone(), _constant(weight)
         bias = None if bias is None else _constant(bias)
+        context = _context(seam, targets)
         loss, _ = linear_loss(
-            leaf, weight, targets, objective, bias=bias, adapter=adapter, ignore_index=None, **seam.options()
-        )
+            leaf, weight, targets, objective, context=context, bias=bias, adapter=adapter, ignore_index=None,
+            **seam.options(),
+        )  # fmt: skip
         (fused,) = torch.autograd.grad(loss, leaf)
         z = torch.nn.functional.linear(leaf, weight, bias)
         if adapter is not None:
@@ -188,5 +199,5 @@ def _gradient_error(
         z = z.float() * seam.logit_scale
         z = seam.softcap * torch.tanh(z / seam.softcap) if seam.softcap else z
         stats = token_stats(z, targets, topk=int(getattr(objective, "topk", 0)))
-        (dense,) = torch.autograd.grad(objective(stats).sum(), leaf)
+        (dense,) = torch.autograd.grad(objective(stats.within(context)).sum(), leaf)
     return float((fused - dense).float().norm() / dense.float().norm().clamp_min(1e-20))

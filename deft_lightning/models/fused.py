@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from deft_lightning.annotations import CausalLM
 from deft_lightning.errors import UserError
-from deft_lightning.functional import IGNORE_INDEX, TokenStats, weighted_loss
+from deft_lightning.functional import IGNORE_INDEX, TokenContext, TokenStats, weighted_loss
 from deft_lightning.models.head import DENSE, HeadSeam
 from deft_lightning.ops import linear_loss, linear_token_stats
 
@@ -41,7 +41,7 @@ def fused_forward(
     inputs: dict[str, Any],
     targets: Tensor,
     objective: Callable[[TokenStats], Tensor],
-    token_weight: Tensor | None = None,
+    context: TokenContext | None = None,
 ) -> FusedOutput:
     """Run a model with the fused head in place of its own.
 
@@ -51,7 +51,7 @@ def fused_forward(
         inputs: Keywords of the model's forward.
         targets: Shape ``(B, T)``: what position t is to predict, -100 where nothing.
         objective: Statistics to loss per token.
-        token_weight: Shape ``(B, T)``, factor on the loss of each target; None where all count 1.
+        context: What is known of the targets beside, their weights among it; each field of shape ``(B, T)``.
 
     Raises:
         UserError: The model does not run its head once, on the hidden states of every position.
@@ -59,14 +59,14 @@ def fused_forward(
     # Before the body is queued: how many tokens there are is all that CUDA waits for.
     index = (targets != IGNORE_INDEX).flatten().nonzero().squeeze(1)
     wanted = targets.flatten()[index]
-    weight_of = None if token_weight is None else token_weight.flatten()[index]
+    known = (context or TokenContext()).map(lambda field: field.flatten()[index])
     head_outputs: list[tuple[Tensor, TokenStats]] = []
     name = type(seam.causal).__name__
 
     def head(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if hidden.shape[:-1] != targets.shape:
             raise UserError(f"{name}: its head sees {tuple(hidden.shape)}, not every position{DENSE}")
-        head_outputs.append(_loss(seam, hidden.flatten(0, -2)[index], wanted, objective, weight_of))
+        head_outputs.append(_loss(seam, hidden.flatten(0, -2)[index], wanted, objective, known))
         return hidden.new_empty((*hidden.shape[:-1], 0))  # the model may scale or cap it
 
     run = seam.causal.forward
@@ -88,14 +88,14 @@ def _loss(
     rows: Tensor,
     targets: Tensor,
     objective: Callable[[TokenStats], Tensor],
-    token_weight: Tensor | None,
+    context: TokenContext,
 ) -> tuple[Tensor, TokenStats]:
     weight, bias = seam.weights()
     options = {"bias": bias, "adapter": seam.adapter(rows), "ignore_index": None, **seam.options()}
     if torch.is_grad_enabled():
-        return linear_loss(rows, weight, targets, objective, token_weight=token_weight, **options)
+        return linear_loss(rows, weight, targets, objective, context=context, **options)
     stats = linear_token_stats(rows, weight, targets, topk=int(getattr(objective, "topk", 0)), **options)
-    stats = stats.weighted(token_weight)
+    stats = stats.within(context)
     return weighted_loss(objective, stats).sum(), stats
 
 

@@ -1,6 +1,16 @@
 """Token objectives as values: frozen, defaulted, checked when made, found through the class tree."""
 
-from deft_lightning.objectives.base import DeformedLog, Objective, RunState, TrackedGate, known_objectives
+from deft_lightning.objectives.base import (
+    DeformedLog,
+    Needs,
+    Objective,
+    RunState,
+    Tracked,
+    TrackedGate,
+    known_objectives,
+)
+from deft_lightning.objectives.by_source import BySource
+from deft_lightning.objectives.contaminated import Contaminated, NoiseRates
 from deft_lightning.objectives.deformed import DEFT, NLL, Cayley, Likelihood, Tsallis
 from deft_lightning.objectives.remedies import Floored, Schedule
 from deft_lightning.objectives.rescaled import Rescaled
@@ -11,15 +21,20 @@ __all__ = [
     "DFT",
     "EAFT",
     "NLL",
+    "BySource",
     "Cayley",
+    "Contaminated",
     "DeformedLog",
     "Floored",
     "Focal",
     "Likelihood",
+    "Needs",
+    "NoiseRates",
     "Objective",
     "Rescaled",
     "RunState",
     "Schedule",
+    "Tracked",
     "TrackedGate",
     "Truncated",
     "Tsallis",

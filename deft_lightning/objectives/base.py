@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 from abc import ABC, abstractmethod
-from typing import Any, NamedTuple, Self, final
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol, Self, final
 
 import torch
 from torch import Tensor
@@ -25,10 +26,12 @@ class RunState(NamedTuple):
             objectives that are :attr:`Objective.scheduled`, 1 otherwise.
         mean_gate: Running mean gate of what :attr:`Objective.tracks` names, over the tokens of the optimizer steps
             before this one; 1 before the first.
+        rates: Noise rates that the run has estimated so far, by EM; empty where nothing estimates any.
     """
 
     progress: float = 1.0
     mean_gate: float = 1.0
+    rates: tuple[float, ...] = ()
 
     @property
     def scale(self) -> float:
@@ -36,8 +39,30 @@ class RunState(NamedTuple):
         return 1 / max(self.mean_gate, SMALLEST_GATE)
 
 
+class Tracked(Protocol):
+    """What a run adds up over the tokens of every optimizer step, and what it makes of it for the next.
+
+    Sums are taken over micro-batches and ranks, so that neither changes them; the memory is part of the run's state.
+    """
+
+    def sums(self, stats: TokenStats) -> Tensor:
+        """Return what is added up of the tokens of a micro-batch: shape ``(k,)``, float64."""
+
+    def fold(self, memory: Sequence[float], sums: Sequence[float]) -> tuple[float, ...]:
+        """Return the memory after a step with these sums; it is empty before the first."""
+
+    def told(self, memory: Sequence[float], progress: float) -> RunState:
+        """Return what the objective is told of a memory."""
+
+    def logged(self, state: RunState) -> dict[str, float]:
+        """Return what is logged of it, by tag."""
+
+
 class TrackedGate(NamedTuple):
-    """What a run is to keep the running mean gate of.
+    """The running mean gate of an objective, over tokens: each counts as much as it does in the loss.
+
+    The memory is a ratio of two sums that forget alike: right from the first step on, where a decaying mean that starts
+    at 0 would have to be corrected, and a step with few tokens counts little.
 
     Attributes:
         objective: Whose gate.
@@ -46,6 +71,40 @@ class TrackedGate(NamedTuple):
 
     objective: Objective
     decay: float
+
+    def sums(self, stats: TokenStats) -> Tensor:
+        """Return the sum of the gates, each times its weight, and of the weights."""
+        gate = self.objective.gate(stats).double()
+        weight = torch.ones_like(gate) if stats.weight is None else stats.weight.double()
+        return torch.stack([(gate * weight).sum(), weight.sum()])
+
+    def fold(self, memory: Sequence[float], sums: Sequence[float]) -> tuple[float, ...]:
+        """Return the sums over all steps, earlier ones ``decay`` times what they were."""
+        total, tokens = memory if len(memory) == 2 else (0.0, 0.0)
+        return self.decay * total + sums[0], self.decay * tokens + sums[1]
+
+    def told(self, memory: Sequence[float], progress: float) -> RunState:
+        """Return the state of the run with that mean gate; 1 before the first token."""
+        total, tokens = memory if len(memory) == 2 else (0.0, 0.0)
+        return RunState(progress, total / tokens if tokens else 1.0)
+
+    def logged(self, state: RunState) -> dict[str, float]:
+        """Return the scale."""
+        return {"objective/scale": state.scale}
+
+
+class Needs(NamedTuple):
+    """What an objective looks at beside the model's prediction: fields of :class:`TokenStats` that have to be there.
+
+    Attributes:
+        chance: Which chance of a label :attr:`TokenStats.chance` is to be; None for none.
+        answer_chance: Which one :attr:`TokenStats.answer_chance` is to be.
+        example: Whether it looks at :attr:`TokenStats.example`.
+    """
+
+    chance: str | None = None
+    answer_chance: str | None = None
+    example: bool = False
 
 
 class Objective(ABC):
@@ -74,17 +133,35 @@ class Objective(ABC):
         return any(part.scheduled for part in self.parts().values())
 
     @property
-    def tracks(self) -> TrackedGate | None:
-        """Of what :meth:`at` wants to know the mean gate; by default what one of its parts wants, None for nothing."""
+    def tracks(self) -> Tracked | None:
+        """What a run is to add up for :meth:`at`; by default what one of its parts wants, None for nothing."""
         wanted = [tracked for part in self.parts().values() if (tracked := part.tracks) is not None]
         if len(wanted) > 1:
             raise UserError(f"{self!r}: a run keeps one mean gate, but two parts want one; rescale the whole instead")
         return wanted[0] if wanted else None
 
     @property
+    def needs(self) -> Needs:
+        """What it looks at beside the prediction; by default what its parts do.
+
+        Raises:
+            UserError: Two parts want different chances.
+        """
+        merged = Needs()
+        for part in self.parts().values():
+            merged = _merged(self, merged, part.needs)
+        return merged
+
+    @property
     def deformed(self) -> DeformedLog | None:
         """The member of the deformed-log family whose focus index tokens have under this objective, if there is one."""
         return None
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Names of the sources of data that it tells apart: :attr:`TokenStats.source` is a place among them."""
+        names = [name for part in self.parts().values() for name in part.sources]
+        return tuple(dict.fromkeys(names))
 
     def parts(self) -> dict[str, Objective]:
         """Return the objectives among its settings, by name."""
@@ -148,6 +225,14 @@ class Objective(ABC):
             if field.init and (value or value != field.default):
                 shown.append(f"{field.name}={value!r}")
         return f"{type(self).__name__}({', '.join(shown)})"
+
+
+def _merged(owner: Objective, one: Needs, other: Needs) -> Needs:
+    for name in ("chance", "answer_chance"):
+        kinds = {kind for kind in (getattr(one, name), getattr(other, name)) if kind is not None}
+        if len(kinds) > 1:
+            raise UserError(f"{owner!r}: its parts want different chances, {' and '.join(sorted(kinds))}; give one")
+    return Needs(one.chance or other.chance, one.answer_chance or other.answer_chance, one.example or other.example)
 
 
 class DeformedLog(Objective):

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from deft_lightning.functional import LossFn, TokenStats, accumulation_dtype
+from deft_lightning.functional import LossFn, TokenContext, TokenStats, accumulation_dtype
 from deft_lightning.ops.gradient import WeightGradient
 from deft_lightning.ops.torch_rows import RowKernel, TorchRows, Transform
 
@@ -22,6 +22,7 @@ from deft_lightning.ops.torch_rows import RowKernel, TorchRows, Transform
 CHUNK_CPU = 512
 # On CUDA a chunk fills a budget, and has at least 1024 tokens: summing dW in float32 costs about 250 / chunk.
 CHUNK_CUDA, BUDGET_CUDA = 1024, 1 << 30
+NOTHING = TokenContext()
 # Entries of gate * (pi - onehot) are small: float16 would make most of them subnormal. A chunk is scaled, by a power of
 # two, until its largest entry is at most this; products by it are taken back in float32.
 LARGEST_FLOAT16 = 1024.0
@@ -57,11 +58,13 @@ class Plan:
         objective: Statistics to loss, per token; None for statistics alone.
         transform: What turns a product into logits.
         kernel: ``torch`` or ``triton``.
+        context: What is known of the N tokens beside the prediction, their weights left out: those are an input.
     """
 
     objective: LossFn | None
     transform: Transform
     kernel: str
+    context: TokenContext = NOTHING
 
     def chunk(self, hidden: Tensor, vocabulary: int) -> int:
         """Tokens of a chunk."""
@@ -209,7 +212,8 @@ def loss_and_gradients(inputs: Inputs, plan: Plan, wanted: tuple[bool, ...]) -> 
         whole: TokenStats | None = None
         if getattr(plan.objective, "needs_batch", False):
             whole = chunks.statistics()
-            whole_loss, whole_slope = _value_and_slope(plan.objective, whole._replace(weight=inputs.token_weight))
+            known = plan.context._replace(weight=inputs.token_weight)
+            whole_loss, whole_slope = _value_and_slope(plan.objective, whole.within(known))
         losses: list[Tensor] = []
         parts: list[TokenStats] = []
         inverse: Tensor | None = None
@@ -218,8 +222,8 @@ def loss_and_gradients(inputs: Inputs, plan: Plan, wanted: tuple[bool, ...]) -> 
             for block, at in chunks.blocks(piece):
                 stats = chunks.kernel.statistics(product[block], inputs.targets[at])
                 if whole is None:
-                    weight_of = None if inputs.token_weight is None else inputs.token_weight[at]
-                    loss, slope = _value_and_slope(plan.objective, stats._replace(weight=weight_of))
+                    known = plan.context._replace(weight=inputs.token_weight).select(at)
+                    loss, slope = _value_and_slope(plan.objective, stats.within(known))
                     losses.append(loss)
                     parts.append(stats)
                 else:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from deft_lightning.errors import UserError
-from deft_lightning.functional import IGNORE_INDEX, LossFn, TokenStats, accumulation_dtype
+from deft_lightning.functional import IGNORE_INDEX, LossFn, TokenContext, TokenStats, accumulation_dtype
 from deft_lightning.ops.backend import Backend, choose_kernel
 from deft_lightning.ops.chunked import Inputs, Plan, loss_and_gradients, statistics
 from deft_lightning.ops.torch_rows import Transform
@@ -28,7 +28,7 @@ class _FusedHead(torch.autograd.Function):
             ctx.plan = plan
         else:
             stats = statistics(inputs, plan)
-            loss = plan.objective(stats._replace(weight=inputs.token_weight))
+            loss = plan.objective(stats.within(plan.context._replace(weight=inputs.token_weight)))
         ctx.mark_non_differentiable(*(field for field in stats if field is not None))
         return ((loss if inputs.token_weight is None else loss * inputs.token_weight).sum(), *stats)
 
@@ -132,6 +132,7 @@ def linear_loss(
     *,
     bias: Tensor | None = None,
     token_weight: Tensor | None = None,
+    context: TokenContext | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
     ignore_index: int | None = IGNORE_INDEX,
@@ -151,6 +152,8 @@ def linear_loss(
         bias: Shape ``(V,)``.
         token_weight: Shape ``(N,)``, factor on each token's loss and gradient, finite and at least 0; detached. It is
             the ``weight`` of the statistics that the objective and the caller get.
+        context: What else is known of the tokens, each field of shape ``(N,)``: the objective and the caller get it
+            with the statistics. Its ``weight`` is ``token_weight`` where that is not given.
         softcap: Final soft-capping ``c * tanh(z / c)`` (Gemma 2).
         logit_scale: Factor on the logits (Cohere; Granite divides, so pass the inverse).
         ignore_index: Target value of tokens that do not count; None when all count, which spares CUDA a wait.
@@ -167,14 +170,13 @@ def linear_loss(
     """
     call = _prepare(hidden, weight, targets, bias, adapter, ignore_index, backend)
     transform = Transform(logit_scale, softcap, int(getattr(objective, "topk", 0)))
-    if token_weight is not None:
-        token_weight = token_weight.detach().to(accumulation_dtype(hidden.dtype))
-        token_weight = token_weight if call.kept is None else token_weight[call.kept]
-    total, *fields = cast(
-        "tuple[Any, ...]",
-        _FusedHead.apply(Plan(objective, transform, call.kernel), *call[:6], token_weight),
-    )
-    return total, call.scatter(TokenStats(*fields)._replace(weight=token_weight), len(targets))
+    known = context or TokenContext()
+    known = known if token_weight is None else known._replace(weight=token_weight)
+    known = known.map(Tensor.detach) if call.kept is None else known.map(lambda field: field.detach()[call.kept])
+    weight_of = None if known.weight is None else known.weight.to(accumulation_dtype(hidden.dtype))
+    plan = Plan(objective, transform, call.kernel, known._replace(weight=None))
+    total, *fields = cast("tuple[Any, ...]", _FusedHead.apply(plan, *call[:6], weight_of))
+    return total, call.scatter(TokenStats(*fields).within(known), len(targets))
 
 
 def linear_token_stats(

@@ -12,6 +12,7 @@ from deft_lightning.functional import IGNORE_INDEX, TokenStats, token_stats, wei
 from deft_lightning.metrics import TokenSources
 from deft_lightning.models import HeadSeam, base_causal_lm, check_causal, check_head, check_packing, fused_forward
 from deft_lightning.objectives import Objective
+from deft_lightning.training.context import ContextSource
 
 
 class NoObjective(NamedTuple):
@@ -72,10 +73,13 @@ class BatchLoss:
 
     Attributes:
         checked: Whether a batch was checked.
+        context: Says what is known of the tokens of a batch beside the model's prediction; by default nothing but what
+            the batch itself says.
     """
 
     def __init__(self, model: Any, seam: HeadSeam | None, router_factor: float | None) -> None:
         self.model, self.seam, self.router_factor = model, seam, router_factor
+        self.context = ContextSource()
         self.checked = False
 
     def __call__(self, batch: dict[str, Any], current: Objective, instead: NoObjective | None = None) -> StepOutput:
@@ -99,16 +103,16 @@ class BatchLoss:
         objective: Any = current if instead is None else instead
         targets = batch["labels"][:, 1:]
         keep = targets != IGNORE_INDEX
-        weight = batch["token_weight"][:, 1:] if "token_weight" in batch else None
+        context = self.context(batch)
         if self.seam is None:
             output = self.model(**self._inputs(batch))
             stats = token_stats(output.logits[:, :-1][keep], targets[keep], topk=objective.topk)
-            stats = stats.weighted(None if weight is None else weight[keep])
+            stats = stats.within(context.select(keep))
             loss, aux = weighted_loss(objective, stats).sum(), getattr(output, "aux_loss", None)
         else:
             shifted = torch.nn.functional.pad(targets, (0, 1), value=IGNORE_INDEX)
-            weight = None if weight is None else torch.nn.functional.pad(weight, (0, 1))
-            loss, stats, aux = fused_forward(self.model, self.seam, self._inputs(batch), shifted, objective, weight)
+            context = context.map(lambda field: torch.nn.functional.pad(field, (0, 1)))
+            loss, stats, aux = fused_forward(self.model, self.seam, self._inputs(batch), shifted, objective, context)
         return StepOutput(loss, stats.detach(), keep, self._router(aux, stats))
 
     def _inputs(self, batch: dict[str, Any]) -> dict[str, Any]:

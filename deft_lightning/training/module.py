@@ -19,6 +19,7 @@ from deft_lightning.models import LoRA, check_state, describe, is_sharded
 from deft_lightning.models.contents import KEY
 from deft_lightning.objectives import DEFT, Objective, RunState
 from deft_lightning.ops import Backend
+from deft_lightning.training.context import context_of
 from deft_lightning.training.distributed import ranks
 from deft_lightning.training.hyper_parameters import hyper_parameters
 from deft_lightning.training.loss import NoObjective, facts_of
@@ -150,12 +151,13 @@ class SFTModule(LightningModule):
         """Refuse strategies under which the head would not see its whole weight; begin the objective's course."""
         check_strategy(self.trainer.strategy)
         # A checkpoint that is loaded after this knows better.
-        self._run = RunState(0.0 if stage == "fit" and self.objective.scheduled else 1.0, self.normaliser.gates.mean)
+        self._run = self._state(0.0 if stage == "fit" and self.objective.scheduled else 1.0)
 
     def configure_model(self) -> None:
         """Build or load the model; Lightning calls this once the data is known."""
         if self.model is None:
             self.model, self.batch_loss = self.source.place(self._build, getattr(trainer_of(self), "strategy", None))
+        self.batch_loss.context = context_of(self.objective, self.model, self.prompts)
 
     def _build(self) -> CausalLM:
         prompts = self.prompts
@@ -195,9 +197,13 @@ class SFTModule(LightningModule):
         """Count the supervised tokens of the optimizer step; its first micro-batch settles `current_objective`."""
         if self.normaliser.begins_step:
             progress = min(self.trainer.global_step / self._steps, 1.0) if self.objective.scheduled else 1.0
-            self._run = RunState(progress, self.normaliser.gates.mean)
+            self._run = self._state(progress)
         self.normaliser.count(batch["labels"], batch.get("token_weight"))
         reseed(self.current_epoch, batch_idx, self.global_rank)
+
+    def _state(self, progress: float) -> RunState:
+        tracked = self.objective.tracks
+        return RunState(progress) if tracked is None else tracked.told(self.normaliser.memory, progress)
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """Return the summed loss, and detached statistics for the callbacks that watch."""
@@ -232,8 +238,8 @@ class SFTModule(LightningModule):
         if is_logging_step(self.trainer) and not is_accumulating(self.trainer):
             log_now(self.trainer, self.meters.log_training(self.log, self.trainer.global_step))
             self.log_dict(self.normaliser.logged())
-            if self.objective.tracks is not None:
-                self.log("objective/scale", self._run.scale)
+            if (tracked := self.objective.tracks) is not None:
+                self.log_dict(tracked.logged(self._run))
 
     def on_validation_start(self) -> None:
         """Put the sums where the tokens are."""
@@ -287,8 +293,8 @@ class SFTModule(LightningModule):
         if not self._about:
             stops = self.prompts.stop_token_ids if self.prompts is not None else []
             self._about = describe(self.model, self.tokenizer, self.lora, stops)
-        run = {"objective": repr(self.objective), "training": list(self._run), **self.normaliser.state_dict()}
-        checkpoint[KEY] = {**self._about, **run}
+        run = {"objective": repr(self.objective), "training": list(self._run[:2]), "rates": list(self._run.rates)}
+        checkpoint[KEY] = {**self._about, **run, **self.normaliser.state_dict()}
 
     def on_load_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Refuse another model or vocabulary than the checkpoint's; go on counting tokens and steps."""
@@ -296,5 +302,5 @@ class SFTModule(LightningModule):
             check_state(self.model, checkpoint["state_dict"])
         about = checkpoint.get(KEY, {})
         check_vocabulary(self.tokenizer, about.get("vocabulary"))
-        self._run = RunState(*about.get("training", self._run))
+        self._run = RunState(*about.get("training", self._run)[:2])._replace(rates=tuple(about.get("rates", ())))
         self.normaliser.load_state_dict(about)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -11,11 +10,11 @@ import torch
 from torch import Tensor
 
 from deft_lightning.functional import IGNORE_INDEX
-from deft_lightning.objectives.base import TrackedGate
+from deft_lightning.objectives import Tracked
 from deft_lightning.training.distributed import local, parameters_of, ranks, whole
 from deft_lightning.training.loss import StepOutput, check_weight
 from deft_lightning.training.nonfinite import NonfiniteGuard, OnNonfinite, SkippedStep
-from deft_lightning.training.totals import RunningMean, StepTotals
+from deft_lightning.training.totals import StepTotals
 
 
 class StepNormaliser:
@@ -31,7 +30,7 @@ class StepNormaliser:
 
     Attributes:
         totals: Of the step in hand.
-        gates: Running mean of the gate that the objective tracks.
+        memory: What the objective tracks, over the steps so far; empty before the first.
         guard: Keeps steps that are not finite from the weights.
         stop_agreed: Whether any rank had been asked to stop when the last step was made.
         grad_norm: Norm of the last gradient before clipping, None before the first step.
@@ -39,7 +38,8 @@ class StepNormaliser:
     """
 
     def __init__(self, on_nonfinite: OnNonfinite) -> None:
-        self.totals, self.gates, self.guard = StepTotals(), RunningMean(), NonfiniteGuard(on_nonfinite)
+        self.totals, self.guard = StepTotals(), NonfiniteGuard(on_nonfinite)
+        self.memory: tuple[float, ...] = ()
         self.stop_agreed = False
         self.grad_norm: Tensor | None = None
         self.rate = 0.0
@@ -62,12 +62,13 @@ class StepNormaliser:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint keeps."""
-        return {"tokens_seen": self.tokens_seen, "gates": [self.gates.total, self.gates.tokens]}
+        return {"tokens_seen": self.tokens_seen, "gates": list(self.memory) or [0.0, 0.0]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on counting from a checkpoint; what it does not know begins at 0."""
         self._seen_before, self._seen = int(state.get("tokens_seen", 0)), None
-        self.gates = RunningMean(*state.get("gates", ()))
+        memory = tuple(state.get("gates", ()))
+        self.memory = memory if any(memory) else ()
 
     def count(self, labels: Tensor, weight: Tensor | None = None) -> None:
         """Count the supervised tokens of a micro-batch, before it is run.
@@ -81,16 +82,16 @@ class StepNormaliser:
         learnt = labels[:, 1:] != IGNORE_INDEX
         self.totals.count(learnt.sum(), None if weight is None else (learnt * weight[:, 1:]).sum(dtype=torch.float64))
 
-    def add(self, output: StepOutput, ids: Sequence[str], tracked: TrackedGate | None) -> None:
+    def add(self, output: StepOutput, ids: Sequence[str], tracked: Tracked | None) -> None:
         """Take note of what a micro-batch gave.
 
         Args:
             output: Its terms.
             ids: Of its examples, for messages.
-            tracked: The gate whose running mean the objective wants.
+            tracked: What the objective wants to be added up.
         """
         if tracked is not None:
-            self.totals.weigh(tracked.objective.gate(output.stats), output.stats.weight)
+            self.totals.measure(tracked.sums(output.stats))
         self.totals.watch(ids, output.loss)
 
     @contextmanager
@@ -100,7 +101,7 @@ class StepNormaliser:
         backward: Callable[[], Any] | None,
         accumulate: int,
         stop: Callable[[], bool],
-        tracked: TrackedGate | None,
+        tracked: Tracked | None,
     ) -> Iterator[Callable[[], Any]]:
         """Give the closure for the optimizer step that is made within, and account for the step.
 
@@ -113,7 +114,7 @@ class StepNormaliser:
             backward: Computes the gradients of the last micro-batch.
             accumulate: Micro-batches of a full step.
             stop: Whether this rank has been asked to stop; asked after the backward pass, in which it may be.
-            tracked: The gate whose running mean the objective wants.
+            tracked: What the objective wants to be added up.
         """
         assert backward is not None
 
@@ -138,18 +139,17 @@ class StepNormaliser:
         if not skipped:
             tokens = self.totals.summed[0].long()
             self._seen = tokens if self._seen is None else self._seen + tokens
-            self._remember_gates(tracked)
+            self._remember(tracked)
         self.stop_agreed = bool(self.totals.summed[2] > 0)
         self.totals = StepTotals()
 
-    def _remember_gates(self, tracked: TrackedGate | None) -> None:
-        """Add the mean gate of the step, if the objective wants it, to the running one."""
+    def _remember(self, tracked: Tracked | None) -> None:
+        """Fold what the objective wants of the step into the memory."""
         if tracked is None:
             return
-        assert self.totals.summed is not None
-        count, gates = torch.stack([self.totals.divisor, self.totals.summed[-1]]).tolist()
-        if math.isfinite(gates):  # in float16 the loss scaler has left the step out
-            self.gates.add(gates, count, tracked.decay)
+        measured = self.totals.measured
+        if bool(torch.isfinite(measured).all()):  # in float16 the loss scaler has left the step out
+            self.memory = tracked.fold(self.memory, measured.tolist())
 
     def clip_norm(self, optimizer: Any, limit: float | None) -> Tensor:
         """Return the norm of the gradient, after bounding it: computed once for both.

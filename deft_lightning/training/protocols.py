@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any, Protocol, TypeGuard
 
+import numpy as np
 import torch
 from lightning.pytorch.strategies import DDPStrategy
+from numpy.typing import NDArray
 
 from deft_lightning.annotations import Tokenizer
 from deft_lightning.errors import UserError
@@ -26,6 +28,10 @@ class PromptSource(Protocol):
     @property
     def longest(self) -> int:
         """Tokens of the longest prepared example."""
+
+    @property
+    def label_counts(self) -> NDArray[np.int64] | None:
+        """How often each token is a label of the training rows; None before they are prepared."""
 
     @property
     def stop_token_ids(self) -> list[int]:

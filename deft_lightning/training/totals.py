@@ -1,4 +1,4 @@
-"""What the ranks add up in an optimizer step, and a mean over steps."""
+"""What the ranks add up in an optimizer step."""
 
 from __future__ import annotations
 
@@ -20,17 +20,16 @@ class StepTotals:
         tokens: Supervised tokens of this rank so far; None before the first micro-batch.
         weight: Sum of their weights, float64; None where no batch has weights, so that each counts 1.
         bad: Micro-batches of this rank whose loss was not finite so far.
-        gates: Sum of a gate over the tokens of this rank so far, each times its weight, float64; None where no mean
-            gate is wanted.
+        tracked: What the objective wants to be added up of this rank so far, shape ``(k,)``, float64; None for nothing.
         batches: Ids of the examples of each micro-batch, and whether its loss was not finite.
-        summed: Tokens, bad micro-batches, wishes to stop and, where there are any, weights and gates of all ranks, once
-            they are known: integers, or float64, which is exact up to 2^53 tokens.
+        summed: Tokens, bad micro-batches, wishes to stop and, where there are any, weights and what is tracked of all
+            ranks, once they are known: integers, or float64, which is exact up to 2^53 tokens.
     """
 
     tokens: Tensor | None = None
     weight: Tensor | None = None
     bad: Tensor | None = None
-    gates: Tensor | None = None
+    tracked: Tensor | None = None
     batches: list[tuple[Sequence[str], Tensor]] = field(default_factory=list)
     summed: Tensor | None = None
 
@@ -51,15 +50,9 @@ class StepTotals:
         self.batches.append((ids, bad))
         self.bad = bad.long() if self.bad is None else self.bad + bad.long()
 
-    def weigh(self, gate: Tensor, weight: Tensor | None = None) -> None:
-        """Add the gates of the tokens of a micro-batch; every rank has to call it, or none.
-
-        Args:
-            gate: Shape ``(N,)``.
-            weight: Shape ``(N,)``, what each counts; None where all count 1.
-        """
-        total = (gate if weight is None else gate.double() * weight).sum(dtype=torch.float64)
-        self.gates = total if self.gates is None else self.gates + total
+    def measure(self, sums: Tensor) -> None:
+        """Add what the objective wants of a micro-batch, shape ``(k,)``; every rank has to call it, or none."""
+        self.tracked = sums if self.tracked is None else self.tracked + sums
 
     def reduce(self, stop: bool) -> Tensor:
         """Return what the gradients of all ranks are to be divided by; every rank has to call it.
@@ -69,8 +62,10 @@ class StepTotals:
         assert self.tokens is not None
         bad = self.tokens.new_zeros(()) if self.bad is None else self.bad
         counts = [self.tokens, bad.to(self.tokens), torch.full_like(self.tokens, int(stop))]
-        sums = [part for part in (self.weight, self.gates) if part is not None]
-        self.summed = torch.stack([*(n.double() for n in counts), *sums] if sums else counts)
+        self.summed = torch.stack(counts)
+        sums = [part.reshape(-1) for part in (self.weight, self.tracked) if part is not None]
+        if sums:
+            self.summed = torch.cat([self.summed.double(), *sums])
         if ranks() > 1:
             dist.all_reduce(self.summed)
         return self.divisor
@@ -81,32 +76,13 @@ class StepTotals:
         assert self.summed is not None
         return self.summed[0 if self.weight is None else 3]
 
+    @property
+    def measured(self) -> Tensor:
+        """What is tracked, of all ranks, shape ``(k,)``."""
+        assert self.summed is not None and self.tracked is not None
+        return self.summed[-len(self.tracked) :]
+
     def bad_examples(self) -> list[str]:
         """Return the ids of the micro-batches whose loss was not finite, of all if it was only the gradient."""
         guilty = [ids for ids, bad in self.batches if bool(bad)] or [ids for ids, _ in self.batches]
         return [str(id) for ids in guilty for id in ids]
-
-
-@dataclass
-class RunningMean:
-    """Exponentially weighted mean over the tokens of optimizer steps; a token counts as much as it does in the loss.
-
-    A ratio of two sums that forget alike: it is right from the first step on, where a decaying mean that starts at 0
-    would have to be corrected, and a step with few tokens counts little.
-
-    Attributes:
-        total: Weighted sum of the values.
-        tokens: Weighted number of tokens, or sum of their weights.
-    """
-
-    total: float = 0.0
-    tokens: float = 0.0
-
-    @property
-    def mean(self) -> float:
-        """The mean; 1 before the first token."""
-        return self.total / self.tokens if self.tokens else 1.0
-
-    def add(self, total: float, tokens: float, decay: float) -> None:
-        """Add the tokens, or their weights, of a step; those of earlier steps count ``decay`` times what they did."""
-        self.total, self.tokens = decay * self.total + total, decay * self.tokens + tokens

@@ -1,0 +1,268 @@
+r"""A noise model behind the gate: how probable it is that a label is right, given what model and chance say of it.
+
+The label comes from the model with probability ``1 - e``, else from a chance distribution ``u`` (Huber's contamination
+model). The gate is the posterior ``P(label is right | label)``; the rate ``e`` is estimated by EM as training goes on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from deft_lightning.errors import UserError
+from deft_lightning.functional import TokenStats
+from deft_lightning.objectives.base import Needs, Objective, RunState
+
+Chance = Literal["unigram", "marginal", "least", "unprompted"]
+LOWEST, HIGHEST = 0.01, 0.95  # rates that EM may reach: at 0 and at 1 it would stay for ever
+
+
+class NoiseRates(NamedTuple):
+    """Shares of labels that are noise, in ``[0, 1]``.
+
+    Attributes:
+        answers: Share of whole answers.
+        tokens: Share of tokens in answers that are none.
+    """
+
+    answers: float
+    tokens: float
+
+
+class Posterior(NamedTuple):
+    """What the noise model makes of N tokens.
+
+    Attributes:
+        mixture: ``log((1 - e2) p + e2 u)`` in nats, differentiable where ``log p`` is.
+        token: ``P(the token is right | its answer is)`` in ``[0, 1]``, detached.
+        answer: ``P(its answer is right)`` in ``[0, 1]``, the same for all tokens of an answer, detached.
+        evidence: ``sum log a - log u`` over its answer, in nats, detached; 0 where answers are not judged.
+        size: Tokens of its answer.
+    """
+
+    mixture: Tensor
+    token: Tensor
+    answer: Tensor
+    evidence: Tensor
+    size: Tensor
+
+
+class TrackedRates(NamedTuple):
+    """What a run adds up for an objective with noise rates: one step of EM for each optimizer step.
+
+    Attributes:
+        objective: As it is in force.
+        decay: What the old rate keeps of itself in a step, in ``[0, 1)``.
+        start: Rates of the first step.
+    """
+
+    objective: Contaminated
+    decay: float
+    start: NoiseRates
+
+    def sums(self, stats: TokenStats) -> Tensor:
+        """Return posterior sums of the tokens of a micro-batch, shape ``(4,)``, float64: noise and all, by level."""
+        return self.objective.noise_sums(stats)
+
+    def fold(self, memory: Sequence[float], sums: Sequence[float]) -> tuple[float, ...]:
+        """Return the rates after a step whose sums over all ranks are known."""
+        old = self.start if len(memory) != 2 else memory
+        return tuple(
+            _bounded(self.decay * rate + (1 - self.decay) * noise / total) if total > 0 else rate
+            for rate, noise, total in zip(old, sums[::2], sums[1::2], strict=True)
+        )
+
+    def told(self, memory: Sequence[float], progress: float) -> RunState:
+        """Return the state of the run with these rates."""
+        return RunState(progress, rates=tuple(self.start if len(memory) != 2 else memory))
+
+    def logged(self, state: RunState) -> dict[str, float]:
+        """Return the rates."""
+        return dict(zip(("noise/estimated", "noise/estimated_tokens"), state.rates, strict=True))
+
+
+@dataclass(frozen=True, repr=False)
+class Contaminated(Objective):
+    r"""Label noise model: gate ``P(the label is right | the label)``, the posterior of a mixture with chance.
+
+    A token of a right answer has the label that the model would give with probability ``1 - e2``, else one by chance
+    ``u``; a whole answer is noise with probability ``e1``, all its tokens by chance. For the tokens t of an answer
+
+        a_t = (1 - e2) p_t + e2 u_t             w = sigmoid(sum_t log(a_t / u_t) - logit(e1))
+        loss = -log((1 - e1) prod_t a_t + e1 prod_t u_t)          gate_t = w (1 - e2) p_t / a_t
+
+    The loss is a likelihood in nats; its value is spread evenly over the tokens of an answer. Rates of 0 are NLL. After
+    each optimizer step they move towards the mean posterior of its tokens (EM): ``e1`` to the mean of ``1 - w`` over
+    answers, ``e2`` to that of ``1 - (1 - e2) p / a`` over tokens, each counted ``w`` times, within [0.01, 0.95].
+    ``noise/answers`` and ``noise/tokens`` log them. Source: Huber (1964); as a gate over tokens, this package.
+
+    Called outright, without a run, the rates are `start`.
+
+    Args:
+        level: `token` judges tokens alone (``w = 1``), `answer` whole answers alone (``e2 = 0``), `both` does both.
+        chance: ``u`` of a token: `unigram`, how frequent the label is among the training labels; `marginal`, how often
+            the model says it, whatever the prompt; `least`, the smaller of the two; `unprompted`, what the model says
+            of the answer without its prompt before training.
+        answer_chance: ``u`` of the sum over an answer; default: `chance`.
+        start: Rates of the first step, in ``[0, 1)``.
+        decay: What a rate keeps of itself in a step, in ``[0, 1)``.
+        opening: Share of the optimizer steps, from the first, in which the gate is at least a tenth of the collision
+            probability: a model that is sure of another rule is freed by it.
+
+    Attributes:
+        rates: At the step at hand; no setting.
+        opened: Whether the step at hand is one of the opening; no setting.
+    """
+
+    level: Literal["both", "token", "answer"] = "both"
+    chance: Chance = "unigram"
+    answer_chance: Chance | None = None
+    start: float = 0.01
+    decay: float = 0.9
+    opening: float = 0.0
+    rates: NoiseRates = field(default=NoiseRates(0.0, 0.0), init=False)
+    opened: bool = field(default=False, init=False)
+
+    def __post_init__(self) -> None:
+        """Refuse what is no share, and words that mean nothing."""
+        kinds = ("unigram", "marginal", "least", "unprompted")
+        if self.level not in ("both", "token", "answer"):
+            raise UserError(f"Contaminated: level must be both, token or answer, not {self.level!r}")
+        for name, kind in (("chance", self.chance), ("answer_chance", self.answer_chance or self.chance)):
+            if kind not in kinds:
+                raise UserError(f"Contaminated: {name} must be one of {', '.join(kinds)}, not {kind!r}")
+        for name, share in (("start", self.start), ("decay", self.decay)):
+            if not 0.0 <= share < 1.0:
+                raise UserError(f"Contaminated: {name} {share} is outside [0, 1)")
+        if not 0.0 <= self.opening <= 1.0:
+            raise UserError(f"Contaminated: opening {self.opening} is outside [0, 1]")
+        object.__setattr__(self, "rates", self._started())
+
+    def _started(self) -> NoiseRates:
+        return NoiseRates(0.0 if self.level == "token" else self.start, 0.0 if self.level == "answer" else self.start)
+
+    @property
+    def needs(self) -> Needs:
+        """Chance, and the answers where they are judged."""
+        answers = self.level != "token"
+        return Needs(self.chance, (self.answer_chance or self.chance) if answers else None, answers)
+
+    @property
+    def needs_batch(self) -> bool:
+        """Whether whole answers are judged: the sum over their tokens enters."""
+        return self.level != "token"
+
+    @property
+    def scheduled(self) -> bool:
+        """Whether there is an opening."""
+        return self.opening > 0
+
+    @property
+    def tracks(self) -> TrackedRates:
+        """Its noise rates."""
+        return TrackedRates(self, self.decay, self._started())
+
+    def at(self, state: RunState) -> Objective:
+        """Return it with the rates of this point of the run."""
+        rates = NoiseRates(*state.rates) if state.rates else self._started()
+        return self.with_(rates=rates, opened=self.opening > 0 and state.progress < self.opening)
+
+    def updated(self, stats: TokenStats) -> Contaminated:
+        """Return it after one step of EM on these tokens, for a training loop of one's own.
+
+        Args:
+            stats: Statistics with chance, and with answers where they are judged.
+        """
+        rates = self.tracks.fold(self.rates, self.noise_sums(stats).tolist())
+        return self.with_(rates=NoiseRates(*rates))
+
+    def posterior(self, stats: TokenStats) -> Posterior:
+        """Return what the noise model makes of tokens; differentiable in ``log p`` through the mixture alone.
+
+        Raises:
+            UserError: The statistics lack what it needs.
+        """
+        log_prob, chance = stats.log_prob, stats.chance
+        if chance is None:
+            raise UserError(
+                f"{self!r} needs TokenStats.chance, how probable each label is by chance (log u): train with SFTModule"
+                " and InstructionDataModule, or give context=TokenContext(chance=...)"
+            )
+        rate = self.rates.tokens
+        mixture = log_prob
+        token = torch.ones_like(log_prob)
+        if rate > 0:
+            mixture = torch.logaddexp(log_prob + math.log1p(-rate), chance + math.log(rate))
+            token = (log_prob.detach() + math.log1p(-rate) - mixture.detach()).exp()
+        if self.level == "token":
+            return Posterior(mixture, token, torch.ones_like(token), torch.zeros_like(token), torch.ones_like(token))
+        if stats.example is None:
+            raise UserError(f"{self!r} needs TokenStats.example, the answer of each token, to judge whole answers")
+        answer_chance = chance if stats.answer_chance is None else stats.answer_chance
+        place = answers_of(stats.example)
+        total = torch.zeros_like(log_prob).index_add_(0, place, mixture.detach() - answer_chance)
+        size = torch.zeros_like(log_prob).index_add_(0, place, torch.ones_like(token))
+        evidence = total[place]
+        answer = torch.sigmoid(evidence - _logit(self.rates.answers))
+        return Posterior(mixture, token, answer, evidence, size[place])
+
+    def noise_sums(self, stats: TokenStats) -> Tensor:
+        """Return ``sum 1 - w`` and count of answers, ``sum w (1 - token)`` and ``sum w`` of tokens; float64.
+
+        An answer counts the mean weight of its tokens, a token its own, where they have weights.
+        """
+        found = self.posterior(stats.detach())
+        weight = torch.ones_like(found.token) if stats.weight is None else stats.weight
+        # In float64: the sums of micro-batches and ranks are to be those of one batch.
+        token, answer, size, weight = (x.double() for x in (found.token, found.answer, found.size, weight))
+        each = weight / size if self.level != "token" else torch.zeros_like(weight)
+        kept = weight * answer if self.level != "answer" else torch.zeros_like(weight)
+        return torch.stack([((1 - answer) * each).sum(), each.sum(), ((1 - token) * kept).sum(), kept.sum()])
+
+    def __call__(self, stats: TokenStats) -> Tensor:
+        """Return the loss per token; its derivative by ``log p`` is minus the posterior."""
+        found = self.posterior(stats)
+        loss = -found.mixture
+        if self.level != "token":
+            rate = self.rates.answers
+            with torch.no_grad():
+                # -log((1 - e1) prod a + e1 prod u) over its tokens, by way of the evidence.
+                log_clean = found.evidence + math.log1p(-rate)
+                mixed = torch.logaddexp(log_clean, torch.full_like(log_clean, _log(rate))) - found.evidence
+                value = -found.mixture - mixed / found.size
+            # Value and derivative apart: by the sum over its answer the loss of one token would depend on the others'
+            # log p, and a weight on one would reach them.
+            pull = found.answer * found.mixture
+            loss = value - (pull - pull.detach())
+        if self.opened:
+            posterior = found.answer * found.token
+            lift = (0.1 * stats.collision - posterior).clamp_min(0)
+            loss = loss - lift * (stats.log_prob - stats.log_prob.detach())
+        return loss
+
+
+def answers_of(example: Tensor) -> Tensor:
+    """Return the place of each token's answer, from 0: tokens that stand together under one number are one answer."""
+    changed = torch.zeros_like(example, dtype=torch.long)
+    changed[1:] = (example[1:] != example[:-1]).long()
+    return changed.cumsum(0)
+
+
+def _logit(rate: float) -> float:
+    return -math.inf if rate <= 0 else math.log(rate) - math.log1p(-rate)
+
+
+def _log(rate: float) -> float:
+    return math.log(rate) if rate > 0 else -math.inf
+
+
+def _bounded(rate: float) -> float:
+    return min(max(rate, LOWEST), HIGHEST)
+
+
+__all__ = ["Contaminated", "NoiseRates"]

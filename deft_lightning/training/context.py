@@ -1,0 +1,123 @@
+"""What is known of the tokens of a batch beside the model's prediction, for objectives that ask for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from deft_lightning.annotations import Batch, CausalLM
+from deft_lightning.errors import UserError
+from deft_lightning.functional import TokenContext
+from deft_lightning.models import base_causal_lm
+from deft_lightning.objectives import Needs, Objective
+from deft_lightning.training.protocols import PromptSource
+
+UNIFORM = 0.01  # share of the unigram that is uniform: a label that no training row has must not be impossible
+
+
+def unigram_log_prob(counts: NDArray[np.int64], vocabulary: int) -> Tensor:
+    """Return ``log u`` of every token: how frequent it is among labels, one percent of it uniform.
+
+    Args:
+        counts: How often each token is a label, shape ``(n,)`` with ``n <= vocabulary``.
+        vocabulary: Number of tokens.
+
+    Returns:
+        Shape ``(vocabulary,)``, float32, in nats.
+
+    Raises:
+        UserError: There is no label, or one that is no token of the vocabulary.
+    """
+    if len(counts) > vocabulary or not counts.sum():
+        raise UserError(f"{int(counts.sum())} labels of {len(counts)} tokens are no unigram over {vocabulary}")
+    full = np.zeros(vocabulary)
+    full[: len(counts)] = counts
+    return torch.from_numpy(np.log((1 - UNIFORM) * full / full.sum() + UNIFORM / vocabulary)).float()
+
+
+class ContextSource:
+    """Makes the context of batches: their weights, the chance of their labels, which answer and source they are of.
+
+    Args:
+        objective: Whose needs are met; None where nothing is asked for.
+        unigram: ``log u`` of every token, shape ``(V,)``; None where nothing is known of the training labels.
+    """
+
+    def __init__(self, objective: Objective | None = None, unigram: Tensor | None = None) -> None:
+        self.needs = Needs() if objective is None else objective.needs
+        self.own = () if objective is None else objective.sources
+        self.unigram, self.legend = unigram, repr(objective)
+
+    def __call__(self, batch: Batch) -> TokenContext:
+        """Return the context of what a batch teaches, each field of shape ``(B, T - 1)``: of the labels from 1 on.
+
+        Args:
+            batch: As for :class:`~deft_lightning.training.loss.BatchLoss`.
+
+        Raises:
+            UserError: The batch lacks what the objective looks at.
+        """
+        targets = batch["labels"][:, 1:]
+        return TokenContext(
+            weight=batch["token_weight"][:, 1:] if "token_weight" in batch else None,
+            chance=self._chance(self.needs.chance or "unigram", batch, targets),
+            answer_chance=None if self._same else self._chance(str(self.needs.answer_chance), batch, targets),
+            example=self._examples(batch),
+            source=self._sources(batch),
+        )
+
+    @property
+    def _same(self) -> bool:
+        return self.needs.answer_chance in (None, self.needs.chance)
+
+    def _chance(self, kind: str, batch: Batch, targets: Tensor) -> Tensor | None:
+        if kind != "unigram":
+            raise UserError(f"{self.legend}: chance {kind} is not there yet")
+        if self.unigram is None:
+            if self.needs.chance is None:
+                return None
+            raise UserError(
+                f"{self.legend}: nothing is known of how frequent the training labels are; train with"
+                " InstructionDataModule"
+            )
+        if self.unigram.device != targets.device:
+            self.unigram = self.unigram.to(targets.device)
+        return self.unigram[targets.clamp_min(0)]
+
+    def _examples(self, batch: Batch) -> Tensor | None:
+        if "segment" in batch:
+            return batch["segment"][:, 1:].long()
+        if not self.needs.example:
+            return None
+        if "position_ids" in batch:
+            raise UserError(f"{self.legend}: packed batches need `segment`, the example of each token, shape (B, T)")
+        rows = torch.arange(len(batch["labels"]), device=batch["labels"].device)
+        return rows.unsqueeze(1).expand_as(batch["labels"][:, 1:])
+
+    def _sources(self, batch: Batch) -> Tensor | None:
+        if not self.own or "source" not in batch:
+            return None
+        names: Sequence[str] = batch["source_names"]
+        places = [self.own.index(name) if name in self.own else -1 for name in names]
+        table = torch.tensor(places, device=batch["source"].device)
+        segment = batch["segment"][:, 1:].long().clamp_min(0)  # padding teaches nothing
+        return table[batch["source"]][segment]
+
+
+def context_of(objective: Objective, model: CausalLM, prompts: PromptSource | None) -> ContextSource:
+    """Return what makes the context of a run's batches.
+
+    Args:
+        objective: The one that trains.
+        model: The model, built.
+        prompts: The data module; None, or one of the user's own, knows nothing of the training labels.
+    """
+    counts = getattr(prompts, "label_counts", None)
+    if counts is None or not counts.sum():
+        return ContextSource(objective)
+    size = base_causal_lm(model).config.get_text_config().vocab_size
+    return ContextSource(objective, unigram_log_prob(counts, size))
