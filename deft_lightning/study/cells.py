@@ -39,7 +39,8 @@ EVAL_BATCH = 200
 CURVES = (
     "train/nll", "val/nll", "val/token_accuracy", "focus/mean", "prob/mean", "gate/mean", "gate/clean", "gate/noisy",
     "gate/locked", "gate/locked_clean", "collision/mean", "entropy/shannon", "noise/memorised",
-    "noise/gradient_share", "noise/auroc_gate", "val_noisy/nll", "val_noisy/reproduced",
+    "noise/gradient_share", "noise/auroc_gate", "noise/estimated", "noise/estimated_tokens",
+    "val_noisy/nll", "val_noisy/reproduced",
 )  # fmt: skip
 
 
@@ -49,8 +50,9 @@ def base_folder(cell: Cell, root: Path) -> Path | None:
     if base is None:
         return None
     setting = cell.setting
+    given = {name: value for name, value in vars(base).items() if value is not None}
     about = [
-        __version__, vars(base), cell.seed, cell.architecture, cell.rows, cell.held_out, cell.files,
+        __version__, given, cell.seed, cell.architecture, cell.base_rows, cell.held_out, cell.files,
         setting.tokenizer_size, setting.max_length, setting.max_new_tokens, setting.split_by, setting.judge,
     ]  # fmt: skip
     return root / "bases" / digest(about)
@@ -69,8 +71,10 @@ def train_base(cell: Cell, root: Path) -> JsonObject:
     if not (target / "base.json").exists():
         _quiet()
         seed_everything(cell.seed, verbose=False)
-        task = task_files(base.source, cell.rows, cell.held_out, root, cell.setting.split_by)
-        data = _data(cell, root, task.train, task.validation, base.batch_size, cell.seed, 0.0, None)
+        task = task_files(base.source, cell.base_rows, cell.held_out, root, cell.setting.split_by)
+        data = _data(
+            cell, root, task.train, task.validation, base.batch_size, cell.seed, 1.0 if base.op else 0.0, None, base.op
+        )
         module = _module(cell, NLL(), base.rate, None)
         trainer = _trainer(base.steps, root, None)
         trainer.fit(module, datamodule=data)
@@ -126,14 +130,22 @@ def start(cell: Cell, root: Path) -> tuple[SFTModule, InstructionDataModule, Tra
 
 
 def _data(
-    cell: Cell, root: Path, train: Path, validation: Path, batch_size: int, seed: int, noise: float, model: str | None
+    cell: Cell,
+    root: Path,
+    train: Path,
+    validation: Path,
+    batch_size: int,
+    seed: int,
+    noise: float,
+    model: str | None,
+    op: str | None = None,
 ) -> InstructionDataModule:
     return InstructionDataModule(
         str(train), format="prompt_completion", validation_source=str(validation), batch_size=batch_size,
         eval_batch_size=EVAL_BATCH if cell.setting.judge == "exact_match" else batch_size,
         max_length=cell.setting.max_length, tokenizer=model, tokenizer_size=cell.setting.tokenizer_size,
         chat_template=None if model else TEMPLATE, cache_dir=str(root / "cache"), seed=seed,
-        noise=Noise(ops=[known_noise()[cell.setting.op](rate=noise)] if noise else [], seed=seed),  # type: ignore[call-arg]
+        noise=Noise(ops=[known_noise()[op or cell.setting.op](rate=noise)] if noise else [], seed=seed),  # type: ignore[call-arg]
     )  # fmt: skip
 
 

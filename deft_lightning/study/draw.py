@@ -48,7 +48,7 @@ def draw(study: Study, report: Record, results: Mapping[str, Record], root: Path
             continue
         label = f"{cell.regime}, noise {cell.noise:g}"
         runs.setdefault(label, []).append(results[cell.id]["curves"])
-        if cell.seed == 0 and start_from(cell, root) is not None:  # random weights are one point
+        if cell.seed == study.first_seed and start_from(cell, root) is not None:  # random weights are one point
             looked.append(cell)
     if not runs:
         return

@@ -21,23 +21,27 @@ SMOKE = {"steps": 12, "rows": 320, "held_out": 32}
 
 @dataclass(frozen=True)
 class Base:
-    """The model a regime starts from: trained with NLL on clean rows, one for each seed of the cells.
+    """The model a regime starts from: trained with NLL, one for each seed of the cells.
 
     Args:
         source: Its rows, as for `--data.source`.
         steps: Optimizer steps.
         rate: Learning rate.
         batch_size: Examples a step.
+        op: Noise operation that changes all of its answers, for a model that is sure of another rule; default: none.
     """
 
     source: str
     steps: int
     rate: float = 4e-3
     batch_size: int = 32
+    op: str | None = None
 
     def __post_init__(self) -> None:
         """Refuse numbers that mean nothing."""
         _positive("base", steps=self.steps, rate=self.rate, batch_size=self.batch_size)
+        if self.op is not None:
+            _known_op("base", self.op)
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,7 @@ class Regime:
         tokenizer_size: Vocabulary of the tokenizer that random weights get; at most 262 means a token a byte.
         max_length: Longest example in tokens.
         max_new_tokens: Longest answer in tokens.
+        rows: Training rows; default: those of the study. Few rows and many steps are many epochs.
     """
 
     source: str
@@ -77,6 +82,7 @@ class Regime:
     tokenizer_size: int = 0
     max_length: int = 1024
     max_new_tokens: int = 12
+    rows: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse numbers that mean nothing."""
@@ -87,8 +93,9 @@ class Regime:
             raise UserError(f"regime: judge must be exact_match or nll, not {self.judge!r}")
         if self.split_by not in ("prompt", "answer"):
             raise UserError(f"regime: split_by must be prompt or answer, not {self.split_by!r}")
-        if self.op not in known_noise():
-            raise UserError(f"regime: op {self.op!r} is unknown.{did_you_mean(self.op, known_noise())}")
+        _known_op("regime", self.op)
+        if self.rows is not None:
+            _positive("regime", rows=self.rows)
         for rate in self.rates:
             _positive("regime", rates=rate)
         if not self.noise:
@@ -122,6 +129,7 @@ class Cell:
         architecture: Options of the model.
         rows: Training examples.
         held_out: Validation examples, and test examples.
+        base_rows: Training rows of the model it starts from.
         files: Hash of the files that it reads; empty where it reads none.
     """
 
@@ -134,6 +142,7 @@ class Cell:
     architecture: Settings
     rows: int
     held_out: int
+    base_rows: int
     files: str = ""
 
     @property
@@ -148,7 +157,8 @@ class Cell:
         setting = {name: value for name, value in given.items() if name not in beside}
         return digest(
             [__version__, setting, repr(self.objective), self.noise, self.rate, self.seed, self.architecture,
-             self.rows, self.held_out, *([self.files] if self.files else [])]
+             self.rows, self.held_out, *([self.files] if self.files else []),
+             *([self.base_rows] if self.base_rows != self.rows else [])]
         )  # fmt: skip
 
     @property
@@ -182,6 +192,8 @@ class Study:
         tuning_seeds: Runs of each learning rate when one is chosen for an objective in a headline cell.
         rows: Training examples of a task.
         held_out: Validation examples, and as many test examples.
+        first_seed: Seeds are counted from here, so that what was looked at while a method was made is not what is
+            reported of it.
     """
 
     regimes: dict[str, Regime]
@@ -193,6 +205,7 @@ class Study:
     tuning_seeds: int = 1
     rows: int = 4000
     held_out: int = 400
+    first_seed: int = 0
 
     def __post_init__(self) -> None:
         """Refuse a study of nothing, and the same objective twice."""
@@ -200,6 +213,8 @@ class Study:
             "study", seeds=self.seeds, headline_seeds=self.headline_seeds, tuning_seeds=self.tuning_seeds,
             rows=self.rows, held_out=self.held_out,
         )  # fmt: skip
+        if not 0 <= self.first_seed <= TUNING - max(self.seeds, self.headline_seeds):
+            raise UserError(f"study: first_seed must be from 0, and seeds below {TUNING}, not {self.first_seed}")
         if not self.regimes or not self.objectives:
             raise UserError("a study needs at least one regime and one objective")
         if len(judges := {regime.judge for regime in self.regimes.values()}) > 1:
@@ -244,7 +259,11 @@ class Study:
         setting = self.regimes[regime]
         base = "" if setting.base is None else setting.base.source
         files = files_of(setting.source, base, setting.pretrained or "")
-        return Cell(regime, setting, objective, noise, rate, seed, self.architecture, self.rows, self.held_out, files)
+        sizes = (setting.rows or self.rows, self.held_out, self.rows)
+        return Cell(regime, setting, objective, noise, rate, seed, self.architecture, *sizes, files)
+
+    def _seeds(self, count: int) -> range:
+        return range(self.first_seed, self.first_seed + count)
 
     def shared(self) -> Iterator[Cell]:
         """Yield the grid at the learning rate that all share, headline cells first."""
@@ -253,7 +272,7 @@ class Study:
                 for noise in regime.noise:
                     if (noise in regime.headline) is not headline:
                         continue
-                    for seed in range(self.headline_seeds if headline else self.seeds):
+                    for seed in self._seeds(self.headline_seeds if headline else self.seeds):
                         for objective in self.everything if headline else self.objectives:
                             yield self.cell(name, objective, noise, regime.rate, seed)
 
@@ -274,9 +293,14 @@ class Study:
             for noise in regime.headline:
                 for objective in self.objectives:
                     rate = rates.get((name, noise, repr(objective)))
-                    for seed in range(self.headline_seeds) if rate is not None else ():
+                    for seed in self._seeds(self.headline_seeds) if rate is not None else ():
                         assert rate is not None
                         yield self.cell(name, objective, noise, rate, seed)
+
+
+def _known_op(what: str, op: str) -> None:
+    if op not in known_noise():
+        raise UserError(f"{what}: op {op!r} is unknown.{did_you_mean(op, known_noise())}")
 
 
 def _positive(what: str, **values: float) -> None:

@@ -33,7 +33,8 @@ def run_study(study: Study, root: Path, workers: int) -> JsonObject:
     for regime in study.regimes.values():
         for part in (regime, regime.base):
             if part is not None:
-                task_files(part.source, study.rows, study.held_out, root, regime.split_by)
+                rows = study.rows if part is regime.base else regime.rows or study.rows
+                task_files(part.source, rows, study.held_out, root, regime.split_by)
     with Pool(workers, root) as pool:
         bases: dict[Path, Cell] = {}
         for cell in (*study.shared(), *study.tuning()):

@@ -6,6 +6,7 @@ from deft_lightning.data.noise.chars import CharNoise
 from deft_lightning.data.noise.edits import Edit, Mark, apply_edits
 from deft_lightning.data.noise.options import OptionFlip
 from deft_lightning.data.noise.responses import ResponseSwap
+from deft_lightning.data.noise.rules import WrongRule
 from deft_lightning.data.noise.steps import StepEdit
 from deft_lightning.data.noise.tokens import TokenReplace
 
@@ -23,6 +24,7 @@ __all__ = [
     "StepEdit",
     "TokenNoise",
     "TokenReplace",
+    "WrongRule",
     "apply_edits",
     "known_noise",
 ]
