@@ -42,6 +42,7 @@ def fused_forward(
     targets: Tensor,
     objective: Callable[[TokenStats], Tensor],
     context: TokenContext | None = None,
+    prediction_sum: Tensor | None = None,
 ) -> FusedOutput:
     """Run a model with the fused head in place of its own.
 
@@ -52,6 +53,7 @@ def fused_forward(
         targets: Shape ``(B, T)``: what position t is to predict, -100 where nothing.
         objective: Statistics to loss per token.
         context: What is known of the targets beside, their weights among it; each field of shape ``(B, T)``.
+        prediction_sum: Shape ``(V,)``; in training the predictions of the supervised tokens are added to it.
 
     Raises:
         UserError: The model does not run its head once, on the hidden states of every position.
@@ -66,7 +68,7 @@ def fused_forward(
     def head(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if hidden.shape[:-1] != targets.shape:
             raise UserError(f"{name}: its head sees {tuple(hidden.shape)}, not every position{DENSE}")
-        head_outputs.append(_loss(seam, hidden.flatten(0, -2)[index], wanted, objective, known))
+        head_outputs.append(_loss(seam, hidden.flatten(0, -2)[index], wanted, objective, known, prediction_sum))
         return hidden.new_empty((*hidden.shape[:-1], 0))  # the model may scale or cap it
 
     run = seam.causal.forward
@@ -89,11 +91,12 @@ def _loss(
     targets: Tensor,
     objective: Callable[[TokenStats], Tensor],
     context: TokenContext,
+    prediction_sum: Tensor | None,
 ) -> tuple[Tensor, TokenStats]:
     weight, bias = seam.weights()
     options = {"bias": bias, "adapter": seam.adapter(rows), "ignore_index": None, **seam.options()}
     if torch.is_grad_enabled():
-        return linear_loss(rows, weight, targets, objective, context=context, **options)
+        return linear_loss(rows, weight, targets, objective, context=context, prediction_sum=prediction_sum, **options)
     stats = linear_token_stats(rows, weight, targets, topk=int(getattr(objective, "topk", 0)), **options)
     stats = stats.within(context)
     return weighted_loss(objective, stats).sum(), stats

@@ -59,12 +59,14 @@ class Plan:
         transform: What turns a product into logits.
         kernel: ``torch`` or ``triton``.
         context: What is known of the N tokens beside the prediction, their weights left out: those are an input.
+        prediction_sum: Shape ``(V,)``; the predictions of all tokens are added to it, where it is there.
     """
 
     objective: LossFn | None
     transform: Transform
     kernel: str
     context: TokenContext = NOTHING
+    prediction_sum: Tensor | None = None
 
     def chunk(self, hidden: Tensor, vocabulary: int) -> int:
         """Tokens of a chunk."""
@@ -112,6 +114,7 @@ class _Chunks:
 
     def __init__(self, inputs: Inputs, plan: Plan) -> None:
         self.inputs, self.topk, dtype = inputs, plan.transform.topk, inputs.hidden.dtype
+        self._prediction_sum = plan.prediction_sum
         n, vocabulary = len(inputs.hidden), len(inputs.weight)
         size = max(1, min(plan.chunk(inputs.hidden, vocabulary), n))
         self.pieces = [slice(i, min(i + size, n)) for i in range(0, n, size)]
@@ -138,12 +141,19 @@ class _Chunks:
         inside = [slice(i, min(i + step, n)) for i in range(0, n, step)]
         return [(block, slice(start + block.start, start + block.stop)) for block in inside]
 
+    def block_statistics(self, product: Tensor, at: slice) -> TokenStats:
+        """Statistics of a block, whose predictions are added up where that is asked for."""
+        stats = self.kernel.statistics(product, self.inputs.targets[at])
+        if self._prediction_sum is not None:
+            self._prediction_sum += self.kernel.prediction_sum(product)
+        return stats
+
     def statistics(self) -> TokenStats:
         """Statistics of all tokens, nothing else."""
         parts = []
         for piece in self.pieces:
             product = self.product(piece)
-            parts += [self.kernel.statistics(product[b], self.inputs.targets[at]) for b, at in self.blocks(piece)]
+            parts += [self.block_statistics(product[b], at) for b, at in self.blocks(piece)]
         return concatenate(parts, self.inputs.hidden, self.topk)
 
 
@@ -220,13 +230,14 @@ def loss_and_gradients(inputs: Inputs, plan: Plan, wanted: tuple[bool, ...]) -> 
         for piece in chunks.pieces:
             product = chunks.product(piece)
             for block, at in chunks.blocks(piece):
-                stats = chunks.kernel.statistics(product[block], inputs.targets[at])
                 if whole is None:
+                    stats = chunks.block_statistics(product[block], at)
                     known = plan.context._replace(weight=inputs.token_weight).select(at)
                     loss, slope = _value_and_slope(plan.objective, stats.within(known))
                     losses.append(loss)
                     parts.append(stats)
-                else:
+                else:  # the predictions have been added up
+                    stats = chunks.kernel.statistics(product[block], inputs.targets[at])
                     slope = whole_slope[at]
                 if inputs.token_weight is not None:
                     slope = slope * inputs.token_weight[at]

@@ -39,7 +39,8 @@ class _FusedHead(torch.autograd.Function):
         # hardly anyone runs, computes them again.
         found, ctx.found, inputs = ctx.found, None, Inputs(*ctx.saved_tensors)
         if found is None:
-            _, _, found = loss_and_gradients(inputs, ctx.plan, ctx.needs_input_grad[1:6])
+            again = replace(ctx.plan, prediction_sum=None)
+            _, _, found = loss_and_gradients(inputs, again, ctx.needs_input_grad[1:6])
         return (None, *found.scaled(grads[0], inputs), None, None)
 
 
@@ -138,6 +139,7 @@ def linear_loss(
     ignore_index: int | None = IGNORE_INDEX,
     backend: Backend = "auto",
     adapter: tuple[Tensor, Tensor] | None = None,
+    prediction_sum: Tensor | None = None,
 ) -> tuple[Tensor, TokenStats]:
     """Summed loss of ``softmax(cap(scale * (hidden @ weight.T + bias)))`` under any objective, without ``(N, V)``.
 
@@ -160,6 +162,8 @@ def linear_loss(
         backend: ``torch``, ``triton`` (CUDA), or ``auto``: Triton where it runs.
         adapter: Low-rank update of the product, ``(low, up)`` of shapes ``(N, r)`` and ``(V, r)``: adds ``low @ up.T``
             (LoRA: ``low = scale * dropout(hidden) @ A.T``, ``up = B``). Differentiable in both.
+        prediction_sum: Shape ``(V,)``, float32 or float64: the sum of the predictions ``softmax(...)`` over the
+            supervised tokens is added to it in place.
 
     Returns:
         The sum over supervised tokens, a float32 scalar (float64 for float64 input) differentiable in ``hidden``,
@@ -174,7 +178,7 @@ def linear_loss(
     known = known if token_weight is None else known._replace(weight=token_weight)
     known = known.map(Tensor.detach) if call.kept is None else known.map(lambda field: field.detach()[call.kept])
     weight_of = None if known.weight is None else known.weight.to(accumulation_dtype(hidden.dtype))
-    plan = Plan(objective, transform, call.kernel, known._replace(weight=None))
+    plan = Plan(objective, transform, call.kernel, known._replace(weight=None), prediction_sum)
     total, *fields = cast("tuple[Any, ...]", _FusedHead.apply(plan, *call[:6], weight_of))
     return total, call.scatter(TokenStats(*fields).within(known), len(targets))
 

@@ -46,6 +46,10 @@ class RowKernel(Protocol):
         """Return the statistics of a block ``(n, V)`` for targets ``(n,)``; the product may be used as scratch."""
         ...
 
+    def prediction_sum(self, product: Tensor) -> Tensor:
+        """Return the sum over the rows of the softmax that :meth:`statistics` saw last, shape ``(V,)``."""
+        ...
+
     def gradient_(self, product: Tensor, targets: Tensor, stats: TokenStats, slope: Tensor) -> None:
         """Replace the product that :meth:`statistics` saw last by ``slope * d(log p)/d(product)``; slope ``(n,)``."""
         ...
@@ -105,6 +109,10 @@ class TorchRows:
         topk_entropy = None if largest is None else topk_entropy_of(largest - top, self.transform.topk)
         arg = arg.squeeze(-1)
         return TokenStats(log_prob, collision, entropy, arg == targets, topk_entropy, arg)
+
+    def prediction_sum(self, product: Tensor) -> Tensor:
+        """Return the sum of the predictions of the block that :meth:`statistics` saw last, shape ``(V,)``."""
+        return self._pi[: len(product)].sum(0)
 
     def _spread(self, z: Tensor, pi: Tensor, peak: Tensor, log_sum: Tensor) -> tuple[Tensor, Tensor]:
         """Collision probability and entropy; ``pi`` lacks its peak, ``z`` is 0 there and is used up."""

@@ -18,6 +18,7 @@ from deft_lightning.ops.torch_rows import Transform
 
 # Five accumulators of 16 lanes a thread are 80 registers: nothing spills.
 BLOCK, WARPS = 4096, 8
+ROWS_SUMMED = 128  # rows whose predictions are added up at once, in float32
 # Below every logit, and finite: its difference to a logit is never infinity minus infinity.
 LOWEST: Any = tl.constexpr(-3.0e38)
 
@@ -150,6 +151,17 @@ class TritonRows:
         k = min(self.transform.topk, product.shape[1])
         values = (product if scale > 0 else -product).topk(k, dim=-1).values.float() * abs(scale)
         return cap * torch.tanh(values / cap) if cap else values
+
+    def prediction_sum(self, product: Tensor) -> Tensor:
+        """Return the sum of the predictions of the block that :meth:`statistics` saw last, shape ``(V,)``."""
+        scale, cap = self.transform.logit_scale, self.transform.softcap
+        total = product.new_zeros(product.shape[1], dtype=torch.float32)
+        for start in range(0, len(product), ROWS_SUMMED):
+            rows = slice(start, start + ROWS_SUMMED)
+            z = product[rows].float() * scale
+            z = cap * torch.tanh(z / cap) if cap else z
+            total += torch.exp(z - self._top[rows, None] - self._log_sum[rows, None]).sum(0)
+        return total
 
     def gradient_(self, product: Tensor, targets: Tensor, stats: TokenStats, slope: Tensor) -> None:
         """Write ``slope * (onehot - pi)``, through soft-capping and scale, over the product."""

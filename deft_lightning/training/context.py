@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -14,8 +16,10 @@ from deft_lightning.errors import UserError
 from deft_lightning.functional import TokenContext
 from deft_lightning.models import base_causal_lm
 from deft_lightning.objectives import Needs, Objective
+from deft_lightning.training.distributed import ranks
 from deft_lightning.training.protocols import PromptSource
 
+DECAY = 0.9  # of the running mean prediction
 UNIFORM = 0.01  # share of the unigram that is uniform: a label that no training row has must not be impossible
 
 
@@ -39,18 +43,93 @@ def unigram_log_prob(counts: NDArray[np.int64], vocabulary: int) -> Tensor:
     return torch.from_numpy(np.log((1 - UNIFORM) * full / full.sum() + UNIFORM / vocabulary)).float()
 
 
+class Marginal:
+    """The model's own mean prediction over the labels it is trained on, as a running mean over optimizer steps.
+
+    It begins uniform; each step keeps :data:`DECAY` of what was. All micro-batches and ranks of a step are in its mean.
+
+    Args:
+        vocabulary: Number of tokens.
+
+    Attributes:
+        mean: Shape ``(V,)``, float64, sums to 1.
+        sum: Predictions of the step in hand, shape ``(V,)``, float64.
+    """
+
+    def __init__(self, vocabulary: int) -> None:
+        self.mean = torch.full((vocabulary,), 1 / vocabulary, dtype=torch.float64)
+        self.sum = torch.zeros_like(self.mean)
+        self.log_prob = self.mean.log().float()
+
+    def to(self, device: torch.device) -> Self:
+        """Put it where the tokens are."""
+        if self.mean.device != device:
+            self.mean, self.sum, self.log_prob = (x.to(device) for x in (self.mean, self.sum, self.log_prob))
+        return self
+
+    def fold(self, skipped: bool) -> None:
+        """End a step: add its mean prediction, over all ranks; every rank has to call it."""
+        if ranks() > 1:
+            dist.all_reduce(self.sum)
+        total = self.sum.sum()
+        if not skipped:
+            # A step that has no token of any rank leaves everything as it is.
+            step = torch.where(total > 0, self.sum / torch.where(total > 0, total, 1), self.mean)
+            self.load(DECAY * self.mean + (1 - DECAY) * step)
+        self.sum = torch.zeros_like(self.sum)
+
+    def load(self, mean: Tensor) -> None:
+        """Go on from a mean of an earlier run."""
+        self.mean, self.log_prob = mean, mean.log().float()
+
+
 class ContextSource:
     """Makes the context of batches: their weights, the chance of their labels, which answer and source they are of.
 
     Args:
         objective: Whose needs are met; None where nothing is asked for.
         unigram: ``log u`` of every token, shape ``(V,)``; None where nothing is known of the training labels.
+        vocabulary: Number of tokens.
     """
 
-    def __init__(self, objective: Objective | None = None, unigram: Tensor | None = None) -> None:
+    def __init__(self, objective: Objective | None = None, unigram: Tensor | None = None, vocabulary: int = 0) -> None:
         self.needs = Needs() if objective is None else objective.needs
         self.own = () if objective is None else objective.sources
         self.unigram, self.legend = unigram, repr(objective)
+        self.marginal = Marginal(vocabulary) if self._kinds & {"marginal", "least"} else None
+
+    def end_step(self, skipped: bool) -> None:
+        """End an optimizer step; every rank has to call it."""
+        if self.marginal is not None:
+            self.marginal.fold(skipped)
+
+    def state_dict(self) -> dict[str, list[float]]:
+        """Return what a checkpoint keeps."""
+        return {} if self.marginal is None else {"marginal": self.marginal.mean.tolist()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint; what it does not know begins anew.
+
+        Raises:
+            UserError: It is of another vocabulary.
+        """
+        mean = state.get("marginal")
+        if self.marginal is None or mean is None:
+            return
+        if len(mean) != len(self.marginal.mean):
+            raise UserError(
+                f"the checkpoint's mean prediction is over {len(mean)} tokens, not {len(self.marginal.mean)}"
+            )
+        self.marginal.load(torch.tensor(mean, dtype=torch.float64, device=self.marginal.mean.device))
+
+    @property
+    def _kinds(self) -> set[str | None]:
+        return {self.needs.chance, self.needs.answer_chance} - {None}
+
+    @property
+    def prediction_sum(self) -> Tensor | None:
+        """Where the predictions of a step are added up, shape ``(V,)``; None where nobody asks."""
+        return None if self.marginal is None else self.marginal.sum
 
     def __call__(self, batch: Batch) -> TokenContext:
         """Return the context of what a batch teaches, each field of shape ``(B, T - 1)``: of the labels from 1 on.
@@ -75,18 +154,26 @@ class ContextSource:
         return self.needs.answer_chance in (None, self.needs.chance)
 
     def _chance(self, kind: str, batch: Batch, targets: Tensor) -> Tensor | None:
-        if kind != "unigram":
+        if kind == "unprompted":
             raise UserError(f"{self.legend}: chance {kind} is not there yet")
-        if self.unigram is None:
+        if kind == "marginal":
+            table = self._marginal(targets)
+        elif self.unigram is None:
             if self.needs.chance is None:
                 return None
             raise UserError(
                 f"{self.legend}: nothing is known of how frequent the training labels are; train with"
                 " InstructionDataModule"
             )
-        if self.unigram.device != targets.device:
-            self.unigram = self.unigram.to(targets.device)
-        return self.unigram[targets.clamp_min(0)]
+        else:
+            if self.unigram.device != targets.device:
+                self.unigram = self.unigram.to(targets.device)
+            table = self.unigram if kind == "unigram" else torch.minimum(self.unigram, self._marginal(targets))
+        return table[targets.clamp_min(0)]
+
+    def _marginal(self, like: Tensor) -> Tensor:
+        assert self.marginal is not None
+        return self.marginal.to(like.device).log_prob
 
     def _examples(self, batch: Batch) -> Tensor | None:
         if "segment" in batch:
@@ -116,8 +203,7 @@ def context_of(objective: Objective, model: CausalLM, prompts: PromptSource | No
         model: The model, built.
         prompts: The data module; None, or one of the user's own, knows nothing of the training labels.
     """
-    counts = getattr(prompts, "label_counts", None)
-    if counts is None or not counts.sum():
-        return ContextSource(objective)
     size = base_causal_lm(model).config.get_text_config().vocab_size
-    return ContextSource(objective, unigram_log_prob(counts, size))
+    counts = getattr(prompts, "label_counts", None)
+    unigram = None if counts is None or not counts.sum() else unigram_log_prob(counts, size)
+    return ContextSource(objective, unigram, size)

@@ -104,15 +104,20 @@ class BatchLoss:
         targets = batch["labels"][:, 1:]
         keep = targets != IGNORE_INDEX
         context = self.context(batch)
+        predictions = self.context.prediction_sum if torch.is_grad_enabled() else None
         if self.seam is None:
             output = self.model(**self._inputs(batch))
             stats = token_stats(output.logits[:, :-1][keep], targets[keep], topk=objective.topk)
             stats = stats.within(context.select(keep))
+            if predictions is not None:
+                predictions += output.logits[:, :-1][keep].detach().float().softmax(-1).sum(0)
             loss, aux = weighted_loss(objective, stats).sum(), getattr(output, "aux_loss", None)
         else:
             shifted = torch.nn.functional.pad(targets, (0, 1), value=IGNORE_INDEX)
             context = context.map(lambda field: torch.nn.functional.pad(field, (0, 1)))
-            loss, stats, aux = fused_forward(self.model, self.seam, self._inputs(batch), shifted, objective, context)
+            loss, stats, aux = fused_forward(
+                self.model, self.seam, self._inputs(batch), shifted, objective, context, predictions
+            )
         return StepOutput(loss, stats.detach(), keep, self._router(aux, stats))
 
     def _inputs(self, batch: dict[str, Any]) -> dict[str, Any]:

@@ -220,6 +220,7 @@ class SFTModule(LightningModule):
         with self.normaliser.step(*given, self.current_objective.tracks) as closure:
             super().optimizer_step(epoch, batch_idx, optimizer, closure)
         self.stop_agreed = self.normaliser.stop_agreed
+        self.batch_loss.context.end_step(self.normaliser.left_out)
 
     def configure_gradient_clipping(
         self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
@@ -294,6 +295,7 @@ class SFTModule(LightningModule):
             stops = self.prompts.stop_token_ids if self.prompts is not None else []
             self._about = describe(self.model, self.tokenizer, self.lora, stops)
         run = {"objective": repr(self.objective), "training": list(self._run[:2]), "rates": list(self._run.rates)}
+        run |= self.batch_loss.context.state_dict()
         checkpoint[KEY] = {**self._about, **run, **self.normaliser.state_dict()}
 
     def on_load_checkpoint(self, checkpoint: Checkpoint) -> None:
@@ -304,3 +306,4 @@ class SFTModule(LightningModule):
         check_vocabulary(self.tokenizer, about.get("vocabulary"))
         self._run = RunState(*about.get("training", self._run)[:2])._replace(rates=tuple(about.get("rates", ())))
         self.normaliser.load_state_dict(about)
+        self.batch_loss.context.load_state_dict(about)

@@ -33,6 +33,7 @@ class StepNormaliser:
         memory: What the objective tracks, over the steps so far; empty before the first.
         guard: Keeps steps that are not finite from the weights.
         stop_agreed: Whether any rank had been asked to stop when the last step was made.
+        left_out: Whether the last step was skipped.
         grad_norm: Norm of the last gradient before clipping, None before the first step.
         rate: Learning rate of the last step; the schedule moves on before it is logged.
     """
@@ -40,7 +41,7 @@ class StepNormaliser:
     def __init__(self, on_nonfinite: OnNonfinite) -> None:
         self.totals, self.guard = StepTotals(), NonfiniteGuard(on_nonfinite)
         self.memory: tuple[float, ...] = ()
-        self.stop_agreed = False
+        self.stop_agreed = self.left_out = False
         self.grad_norm: Tensor | None = None
         self.rate = 0.0
         self._seen_before = 0
@@ -135,6 +136,7 @@ class StepNormaliser:
         except SkippedStep:
             skipped = True
         self.guard.note(skipped)
+        self.left_out = skipped
         assert self.totals.summed is not None
         if not skipped:
             tokens = self.totals.summed[0].long()
