@@ -41,7 +41,7 @@ def announce(splits: Splits, settings: DataSettings, trainer: Trainer | None) ->
     if settings.validation_fraction and settings.validation_source is None and not splits.size("validation"):
         rank_zero_warn(f"{title(settings.source)}: too few rows to hold any out; there will be no validation")
     for line in splits.columns.lines():
-        tell = rank_zero_warn if line.startswith("not used") else rank_zero_info
+        tell = rank_zero_warn if line.startswith("not used") or "(no row has it)" in line else rank_zero_info
         tell(f"{title(settings.source)}: {line}")
     for report in splits.reports.values():
         if report.examples:

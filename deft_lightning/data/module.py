@@ -43,7 +43,7 @@ class InstructionDataModule(LightningDataModule):
         format: Layout of a row; auto looks at the first one. messages, sharegpt (conversations), prompt_completion,
             alpaca (instruction, input, output or response), question_answer, text, tokens (input_ids, labels).
         column_map: Field to the column that holds it, for example `--data.column_map.question extra_info.question`.
-        ignore_columns: Columns, or keys such as `messages[].mood`, that are left out on purpose; others are named.
+        ignore_columns: One or more columns, or keys such as `messages[].images`: rows are read as if they had none.
         weight_column: Column with the factor of each row on its loss; default: `weight`, if it holds numbers.
         subset: Configuration of a hub dataset.
         split: Split of a hub dataset or folder.
@@ -84,7 +84,7 @@ class InstructionDataModule(LightningDataModule):
         source: Source | None = None,
         format: Format = "auto",
         column_map: dict[str, str] | None = None,
-        ignore_columns: list[str] | None = None,
+        ignore_columns: list[str] | str | None = None,
         weight_column: str | None = None,
         subset: str | None = None,
         split: str = "train",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -65,7 +66,7 @@ class DataSettings:
         sources = {name: settled(given[name], f"--data.{name}") for name in SOURCES}
         columns = {
             "column_map": dict(given["column_map"] or {}),
-            "ignore_columns": tuple(given["ignore_columns"] or ()),
+            "ignore_columns": _names(given["ignore_columns"]),
         }
         return cls(**{**given, **sources, **columns})
 
@@ -154,3 +155,11 @@ class DataSettings:
         """Return the noise of a split as it is prepared: `validation` is clean, beside it is `validation_noisy`."""
         corrupted = split == "validation_noisy" or (split == "train" and "train" in self.noise.splits)
         return self.noise if corrupted else replace(self.noise, ops=[])
+
+
+def _names(given: str | Sequence[str] | None) -> tuple[str, ...]:
+    """Return names of columns: of a list, of one alone, or of a list that YAML refuses for brackets in a name."""
+    if isinstance(given, str):
+        inside = given[1:-1].split(",") if given.startswith("[") and given.endswith("]") else [given]
+        given = [name.strip().strip("'\"") for name in inside]
+    return tuple(name for name in given or () if name)

@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deft_lightning.data.encoding.bounds import TemplateCost, bounded
-from deft_lightning.data.encoding.markup import FOREIGN, as_letters, forging, texts_of, without_doubles
+from deft_lightning.data.encoding.markup import as_letters, forging, without_doubles
+from deft_lightning.data.encoding.notes import notes_of_conversation, notes_of_text
 from deft_lightning.data.encoding.spans import Rendering, lay_out, lay_out_prompt
 from deft_lightning.data.encoding.supervise import (
     NOT_SUPERVISED,
@@ -22,7 +23,7 @@ from deft_lightning.data.encoding.supervise import (
     turns,
     weights_of,
 )
-from deft_lightning.data.encoding.template import origin
+from deft_lightning.data.encoding.template import origin, template_of
 from deft_lightning.data.encoding.tokenizer import markers
 from deft_lightning.data.examples import Example, Ints, Prepared, Prompt
 from deft_lightning.data.noise.edits import Mark
@@ -31,7 +32,6 @@ from deft_lightning.errors import UserError
 from deft_lightning.functional import IGNORE_INDEX
 
 ALL = Teaching()
-SPELT = "a message, call or tool spells"
 
 
 class Encoded(NamedTuple):
@@ -112,12 +112,7 @@ def _text(tokenizer: Any, text: str) -> Encoded:
     ids = tokenizer(bare).input_ids
     ids = ids if ids[-1:] == [tokenizer.eos_token_id] else [*ids, tokenizer.eos_token_id]
     zeros = np.zeros(len(ids), dtype=np.int64)
-    notes: tuple[str, ...] = (
-        ("the text begins or ends with a token that is added anyway: it is there once",) if doubled else ()
-    )
-    pattern = forging(tokenizer)
-    if pattern is not None and (inside := pattern.search(bare)):
-        notes += (f"the text has special tokens such as {inside[0]}: they are learnt as those tokens",)
+    notes = notes_of_text(bare, forging(tokenizer), doubled=doubled)
     return Encoded(np.array(ids, dtype=np.int64), zeros, zeros, zeros.astype(bool), notes)
 
 
@@ -130,17 +125,12 @@ def _conversation(
     if reaches_across(rendering, offsets):
         array, starts, stops = _tokens(tokenizer, rendering.text, [start for start, _, _ in rendering.spans])
         ids, offsets = array.tolist(), list(zip(starts.tolist(), stops.tolist(), strict=True))
-    texts = list(texts_of(example.messages or (), example.tools, thoughts=teaching.reasoning != "drop"))
-    notes: list[str] = []
-    pattern = forging(tokenizer)
+    spelt: list[str] | None = None if teaching.special_tokens == "token" else []
     if rendering.places:
-        ids, offsets, names = as_letters(tokenizer, ids, offsets, rendering.text, rendering.places)
-        notes += [f"{SPELT} the special token {name}: it is read as letters" for name in set(names)]
-    elif pattern is not None and teaching.special_tokens == "token" and any(map(pattern.search, texts)):
-        notes.append(f"{SPELT} special tokens: they are read as those tokens")
-    foreign = set(FOREIGN.findall("\n".join(texts)))
-    if foreign := {name for name in foreign if pattern is None or not pattern.search(name)}:
-        notes.append(f"{SPELT} markup of another format, such as {min(foreign)}: it is read as letters")
+        ids, offsets, spelt = as_letters(tokenizer, ids, offsets, rendering.text, rendering.places)
+    notes = notes_of_conversation(
+        example, template_of(tokenizer, example.tools), forging(tokenizer), spelt, thoughts=teaching.reasoning != "drop"
+    )
     if rendering.left_out:
         notes.append("the template leaves out the reasoning of turns that are not learnt")
     turn = turns(rendering, ids, offsets, ends)

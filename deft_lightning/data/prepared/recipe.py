@@ -90,7 +90,9 @@ def read_examples(
         try:
             format = formats.get(name, recipe.format)
             if format == "auto":
-                format = formats[name] = detect_format(record, where, recipe.column_map, need_response=need_response)
+                format = formats[name] = detect_format(
+                    record, where, recipe.column_map, need_response=need_response, ignore=recipe.ignore_columns
+                )
             example = normalise(
                 record, where, format, recipe.column_map, need_response=need_response, ignore=recipe.ignore_columns,
                 weight_column=recipe.weight_column, report=report,

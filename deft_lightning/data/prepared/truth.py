@@ -42,11 +42,13 @@ def flags(recipe: Recipe, field: str) -> dict[str, bool]:
             continue
         if str(value).lower() not in WORDS:
             raise UserError(f"--truth {field}: {where} has {value!r}, not true or false")
+        ignored = {*recipe.ignore_columns, field}
         try:
             if name not in formats:
                 auto = recipe.format == "auto"
-                formats[name] = detect_format(record, where, recipe.column_map) if auto else recipe.format
-            ignored = {*recipe.ignore_columns, field}
+                formats[name] = (
+                    detect_format(record, where, recipe.column_map, ignore=ignored) if auto else recipe.format
+                )
             wrong[normalise(record, where, formats[name], recipe.column_map, ignore=ignored).id] = WORDS[
                 str(value).lower()
             ]

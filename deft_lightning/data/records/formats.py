@@ -10,9 +10,10 @@ from typing import Any, Literal, NamedTuple
 from deft_lightning.data.examples import Example, Message
 from deft_lightning.data.records.calls import read_tools
 from deft_lightning.data.records.leftovers import ColumnReport, refuse_leftovers
+from deft_lightning.data.records.misfits import misfit
 from deft_lightning.data.records.shares import row_weight, token_weights
-from deft_lightning.data.records.turns import ALIASES, REASONING, ROLES, read_turns
-from deft_lightning.data.sources.rows import Row, RowError, columns, is_text
+from deft_lightning.data.records.turns import ALIASES, REASONING, ROLES, read_conversation, read_turns
+from deft_lightning.data.sources.rows import Row, RowError, is_text
 
 __all__ = ["ALIASES", "CONVERSATIONS", "FIELDS", "OTHERS", "ROLES", "Format", "detect_format", "normalise"]
 
@@ -40,11 +41,11 @@ def _assistant(text: str) -> Message:
 
 
 def _messages(row: Row) -> list[Message]:
-    return read_turns(row, *row.require("messages"), "role", "content")
+    return read_conversation(row, "messages", "role", "content")
 
 
 def _sharegpt(row: Row) -> list[Message]:
-    return read_turns(row, *row.require("conversations"), "from", "value")
+    return read_conversation(row, "conversations", "from", "value")
 
 
 def _prompt(row: Row) -> list[Message]:
@@ -115,6 +116,8 @@ OTHERS: dict[str, tuple[tuple[str, ...], ...]] = {"tokens": (("input_ids",),), "
 
 
 def _respond(row: Row, fields: tuple[str, ...]) -> list[Message]:
+    # Who says which column is the answer has looked at the others.
+    fields = tuple(sorted(fields, key=lambda field: field not in row.column_map))
     field = next((field for field in fields if row.look(field) is not None), fields[0])
     name, value = row.require(*fields)
     if field == "completion" and (isinstance(value, list) or _is_turn(value)):
@@ -175,8 +178,8 @@ def _conversation(row: Row, format: str, need_response: bool) -> dict[str, Any]:
 
 
 def detect_format(
-    record: Any, where: str, column_map: Mapping[str, str], *, need_response: bool = True
-) -> str:  # fmt: skip
+    record: Any, where: str, column_map: Mapping[str, str], *, need_response: bool = True, ignore: Collection[str] = ()
+) -> str:
     """Return the format whose fields the record has; without need of a response, its prompt is enough.
 
     Where several fit, one that ``column_map`` names a field of comes first, then one with a response.
@@ -184,7 +187,7 @@ def detect_format(
     Raises:
         UserError: No format fits; the message lists the columns that are there.
     """
-    row = Row(record, where, column_map)
+    row = Row(record, where, column_map, ignore)
     formats = {**{name: layout.fields for name, layout in CONVERSATIONS.items()}, **OTHERS}
     mapped = [name for name, fields in formats.items() if any(field in column_map for field in sum(fields, ()))]
     for answered in (True,) if need_response else (True, False):
@@ -192,12 +195,7 @@ def detect_format(
             needed = formats[name] if answered else formats[name][:1]
             if all(any(row.look(field) is not None for field in choice) for choice in needed):
                 return name
-    raise RowError(
-        where,
-        f"the fields {columns(row.record) or '(none)'} fit no known format; set --data.format or"
-        " map them, for example --data.column_map.question NAME --data.column_map.answer NAME",
-        kind="format",
-    )
+    raise RowError(where, misfit(row), kind="format")
 
 
 def _tokens(row: Row) -> tuple[list[int], list[int]]:
@@ -231,7 +229,7 @@ def normalise(
         column_map: Canonical field to the record's own, dotted for nested ones. Naming a column that is not there
             leaves an optional field out.
         need_response: Refuse a conversation without an assistant turn (off for ``predict``).
-        ignore: Columns that are left out on purpose.
+        ignore: Columns, and keys of turns, that are left out on purpose: the row is read as if it had none.
         weight_column: Column with the weight of each row; default: ``weight`` where that is a number.
         report: Counts what became of the columns.
 
@@ -239,7 +237,7 @@ def normalise(
         UserError: Unknown role, missing or empty field, wrong type, or a column without which the row would mean
             something else; one line with file, row and field.
     """
-    row = Row(record, where, column_map)
+    row = Row(record, where, column_map, ignore)
     content: dict[str, Any]
     weights = None
     if format == "text":

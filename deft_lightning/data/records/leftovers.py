@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from deft_lightning.data.records.misfits import first_answer, several_texts
 from deft_lightning.data.records.turns import PICTURES, empty
 from deft_lightning.data.sources.rows import Row
 
@@ -16,6 +17,7 @@ PREFERENCE = re.compile(r"(^|_)(chosen|rejected|preferred|dispreferred|nonprefer
 MEDIA = {*PICTURES, "pixel_values", "image_path", "image_url", "video_path", "audio_path"}
 VERDICTS = ("label", "kto_tag")  # whether the answer is a good one
 ANSWERS = ("answer", "solution", "output", "response", "completion", "final_answer")
+SEVERAL = ("generations", "completions", "responses", "outputs", "solutions", "candidates", "generated_solutions")
 SAYS = {
     "messages": "turns", "conversations": "turns", "prompt": "prompt", "completion": "response", "history": "turns",
     "instruction": "prompt", "input": "prompt", "context": "prompt", "question": "prompt", "output": "response",
@@ -34,26 +36,31 @@ class ColumnReport:
         rows: How many rows were read.
         used: What each column became, and in how many rows.
         unused: In how many rows a column, or a key inside one, held something that became nothing.
+        ignored: In how many rows there was something that the user leaves out on purpose, by its name.
     """
 
     rows: int = 0
     used: Counter[tuple[str, str]] = field(default_factory=Counter)
     unused: Counter[str] = field(default_factory=Counter)
+    ignored: Counter[str] = field(default_factory=Counter)
 
     def add(self, row: Row, ignore: Collection[str]) -> None:
         """Count a row; columns that the user left out on purpose are not named."""
         self.rows += 1
         self.used.update((name, SAYS.get(meaning, meaning)) for name, meaning in row.read.items())
-        self.unused.update(name for name in {*unused(row), *row.left} if name not in ignore)
+        left = {*unused(row), *row.left}
+        self.unused.update(left - set(ignore))
+        self.ignored.update(dict.fromkeys(ignore, 0))  # a name that no row has is named too
+        self.ignored.update((left & set(ignore)) | row.ignored)
 
     def lines(self) -> list[str]:
         """Return what is said: what became what, and what became nothing."""
         counted = [f"{name} → {meaning}{self._rows(count)}" for (name, meaning), count in sorted(self.used.items())]
         told = [f"columns: {', '.join(counted)}"] if counted else []
         if self.unused:
-            names = [f"{name} ({count} row{'s' * (count > 1)})" for name, count in sorted(self.unused.items())]
-            more = f", and {len(names) - 20} more" if len(names) > 20 else ""
-            told.append(f"not used: {', '.join(names[:20])}{more}")
+            told.append(f"not used: {_listed(self.unused)}")
+        if self.ignored:
+            told.append(f"left out on purpose: {_listed(self.ignored)}")
         return told
 
     def _rows(self, count: int) -> str:
@@ -61,13 +68,19 @@ class ColumnReport:
 
     def state(self) -> dict[str, Any]:
         """Return the counts for a file."""
-        return {"rows": self.rows, "used": [[*key, n] for key, n in self.used.items()], "unused": dict(self.unused)}
+        used = [[*key, count] for key, count in self.used.items()]
+        return {"rows": self.rows, "used": used, "unused": dict(self.unused), "ignored": dict(self.ignored)}
 
     @classmethod
     def load(cls, state: Mapping[str, Any]) -> ColumnReport:
         """Return the counts of a file."""
         used = Counter({(name, meaning): count for name, meaning, count in state["used"]})
-        return cls(state["rows"], used, Counter(state["unused"]))
+        return cls(state["rows"], used, Counter(state["unused"]), Counter(state["ignored"]))
+
+
+def _listed(counts: Mapping[str, int]) -> str:
+    names = [f"{name} ({f'{n} row' + 's' * (n > 1) if n else 'no row has it'})" for name, n in sorted(counts.items())]
+    return ", ".join(names[:20]) + (f", and {len(names) - 20} more" if len(names) > 20 else "")
 
 
 def unused(row: Row) -> Iterator[str]:
@@ -80,10 +93,10 @@ def _unused(record: Mapping[Any, Any], read: Mapping[str, str], prefix: str) -> 
         name = f"{prefix}{key}"
         if name in read or empty(value):
             continue
-        if isinstance(value, Mapping) and any(path.startswith(f"{name}.") for path in read):
-            yield from _unused(value, read, f"{name}.")
-        else:
+        if not any(path.startswith(f"{name}.") for path in read):
             yield name
+        elif isinstance(value, Mapping):
+            yield from _unused(value, read, f"{name}.")
 
 
 def refuse_leftovers(row: Row, ignore: Collection[str], taught: str | None) -> None:
@@ -116,18 +129,46 @@ def refuse_leftovers(row: Row, ignore: Collection[str], taught: str | None) -> N
                 f" {name} learns the rows alone where it is true, {advice}",
                 "preference",
             )
+        if taught is not None and key.startswith("correct") and _wrong(row, value):
+            raise row.fail(
+                name,
+                f"says that the answer that is learnt, the first of {_response(row)!r}, is wrong; --data.weight_column"
+                f" {name}.0 learns the rows alone where it is right, {advice}",
+                "preference",
+            )
         if key in MEDIA:
             raise row.fail(name, f"holds pictures, sound or video, and only text is learnt; {advice}", "media")
+        if taught is not None and key in SEVERAL and several_texts(value) and not _chosen(row):
+            first = first_answer(row, name)
+            problem = f"holds {len(value)} answers beside {_response(row)!r}; {first + ', ' if first else ''}{advice}"
+            raise row.fail(name, problem, "two answers")
         if taught is not None and key in ANSWERS and _differs(value, taught):
-            read = next((used for used, meaning in row.read.items() if SAYS.get(meaning) == "response"), "the response")
-            if row.read.get(read) in row.column_map:
-                continue  # the user has said which it is
+            if _chosen(row):
+                continue
+            read = _response(row)
             raise row.fail(
                 name,
                 f"is a second answer beside {read!r}; --data.column_map.{row.read.get(read, 'answer')} {name} learns"
                 f" it instead, {advice}",
                 "two answers",
             )
+
+
+def _response(row: Row) -> str:
+    """The column whose text is learnt."""
+    return next((used for used, meaning in row.read.items() if SAYS.get(meaning) == "response"), "the response")
+
+
+def _wrong(row: Row, verdicts: Any) -> bool:
+    """Whether verdicts on a list of answers call the first one wrong, which is learnt whatever it is worth."""
+    answers = row.column(_response(row).removesuffix("[0]"))
+    paired = isinstance(verdicts, list) and isinstance(answers, list) and len(verdicts) == len(answers)
+    return paired and verdicts[0] is False and "weight" not in row.read.values()
+
+
+def _chosen(row: Row) -> bool:
+    """Whether the user has said which column is the answer."""
+    return row.read.get(_response(row)) in row.column_map
 
 
 def _better(row: Row) -> str:

@@ -28,6 +28,11 @@ class Parts(NamedTuple):
     results: list[tuple[str, str]]
 
 
+def leave_out(row: Row, at: str, key: str) -> str:
+    """Return the advice of how a key of a turn, or a type of a part, is left out on purpose."""
+    return f"--data.ignore_columns '{row.key(at, key)}' leaves it out"
+
+
 def take_apart(row: Row, field: str, content: Any) -> Parts:
     """Return the parts of a content.
 
@@ -35,7 +40,7 @@ def take_apart(row: Row, field: str, content: Any) -> Parts:
     and results are known.
 
     Raises:
-        UserError: A part of another type, such as a picture.
+        UserError: A part of another type, such as a picture, which is not left out on purpose.
     """
     if not isinstance(content, list):
         return Parts(content, "", [], [])
@@ -59,8 +64,9 @@ def take_apart(row: Row, field: str, content: Any) -> Parts:
             inner = part.get("content")
             written = take_apart(row, f"{at}.content", inner).content if isinstance(inner, list) else inner
             results.append((str(part.get("tool_use_id") or ""), as_text(row, f"{at}.content", written)))
-        else:
-            raise row.fail(field, f"expected text, got list with a part of type {kind!r}", "type")
+        elif not row.ignores(row.key(f"{field}[]", kind)):
+            problem = f"expected text, got list with a part of type {kind!r}; {leave_out(row, f'{field}[]', kind)}"
+            raise row.fail(field, problem, "type")
     return Parts("".join(texts), "\n".join(thoughts), calls, results)
 
 

@@ -46,10 +46,12 @@ def turn_weight(row: Row, at: str, turn: Mapping[str, Any]) -> float | None:
         weight = as_weight(turn[key])
         if weight is None:
             problem = f"expected true, false, or a finite number of at least 0, got {str(turn[key])[:40]!r}"
+            problem += f"; --data.ignore_columns '{row.key(at, key)}' leaves it out"
             raise row.fail(f"{at}.{key}", problem, "weight")
         said[key] = weight
     if len(set(said.values())) > 1:
-        raise row.fail(at, f"the keys {' and '.join(said)} say different things", "weight")
+        advice = f"--data.ignore_columns '{row.key(at, list(said)[-1])}' leaves one out"
+        raise row.fail(at, f"the keys {' and '.join(said)} say different things; {advice}", "weight")
     return next(iter(said.values()), None)
 
 

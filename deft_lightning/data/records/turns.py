@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from deft_lightning.data.examples import Message
 from deft_lightning.data.records.calls import read_calls, written_calls
-from deft_lightning.data.records.parts import Parts, as_text, take_apart
+from deft_lightning.data.records.parts import Parts, as_text, leave_out, take_apart
 from deft_lightning.data.records.shares import TURN_KEYS, turn_weight
 from deft_lightning.data.sources.rows import Row, absent, columns
 from deft_lightning.errors import did_you_mean
@@ -24,6 +25,9 @@ ALIASES = {
 # Names of what an assistant thought before it spoke; templates read one of them.
 REASONING = ("reasoning_content", "reasoning", "thinking")
 CHANNELS = ("analysis", "commentary", "final")
+# Where turns are plain texts, as LIMA has them, roles take turns; a text that begins with a role is none of these.
+ROLE_FIRST = re.compile(rf"\W*({'|'.join((*ROLES, *ALIASES))})\s*:", re.IGNORECASE)
+IN_TURN = "turns, plain texts of user and assistant by turns"
 PICTURES = ("image", "images", "video", "videos", "audio", "audios")
 
 
@@ -49,6 +53,8 @@ def read_turns(row: Row, field: str, turns: Any, role_key: str, content_key: str
         at = f"{field}[{i}]"
         if not isinstance(turn, Mapping):
             raise row.fail(at, f"expected an object, got {type(turn).__name__}", "type")
+        if row.ignore:
+            turn = {key: value for key, value in turn.items() if not row.ignores(row.key(at, key))}
         names = [(role_key, content_key), ("role", "content"), ("from", "value")]
         role_name, content_name = next((pair for pair in names if not absent(turn.get(pair[0]))), names[0])
         spelt = _role(row, f"{at}.{role_name}", turn, role_name)
@@ -64,6 +70,32 @@ def read_turns(row: Row, field: str, turns: Any, role_key: str, content_key: str
     if thought:
         raise row.fail(field, "ends with a thought (channel analysis) to which no answer belongs", "role")
     return messages
+
+
+def read_conversation(row: Row, field: str, role_key: str, content_key: str) -> list[Message]:
+    """Return the conversation of a column, whose turns may be plain texts: the user's first, then the assistant's.
+
+    Args:
+        row: As for :func:`read_turns`.
+        field: Field of the turns.
+        role_key: As for :func:`read_turns`.
+        content_key: As for :func:`read_turns`.
+
+    Raises:
+        UserError: As for :func:`read_turns`; plain texts that begin with names of roles.
+    """
+    name, turns = row.require(field)
+    turns = row.unpack(turns)
+    if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) for turn in turns):
+        return read_turns(row, name, turns, role_key, content_key)
+    if len(turns) > 1 and all(map(ROLE_FIRST.match, turns)):
+        problem = 'is a list of texts that begin with roles; write each as {"role": "user", "content": "..."}'
+        raise row.fail(name, problem, "type")
+    row.read[name] = IN_TURN
+    return [
+        {"role": ("user", "assistant")[i % 2], "content": row.text(f"{name}[{i}]", text)}
+        for i, text in enumerate(turns)
+    ]
 
 
 def _role(row: Row, at: str, turn: Mapping[str, Any], role_name: str) -> str:
@@ -128,7 +160,10 @@ class _Turn:
         place = f"{self.at}.{self.content_name}"
         for key in PICTURES:
             if not empty(self.turn.get(key)):
-                raise self.row.fail(f"{self.at}.{key}", "holds pictures, sound or video; only text is learnt", "media")
+                problem = (
+                    f"holds pictures, sound or video, and only text is learnt; {leave_out(self.row, self.at, key)}"
+                )
+                raise self.row.fail(f"{self.at}.{key}", problem, "media")
         content = self.turn.get(self.content_name)
         parts = Parts(content, "", [], []) if self.role == "tool" else take_apart(self.row, place, content)
         strange = parts.results if self.role == "assistant" else (parts.thought, *parts.calls)
@@ -155,6 +190,7 @@ class _Turn:
         if calls:
             message["tool_calls"] = calls
         weight = turn_weight(self.row, self.at, self.turn)
+        self._report(TURN_KEYS, "weights of turns")
         self.used |= {*TURN_KEYS, *REASONING, "channel", "tool_calls", "function_call"}
         if weight is not None and weight != 1:
             message["weight"] = weight
@@ -180,7 +216,12 @@ class _Turn:
         spelt_out = self.spelt in ("function_call", "tool_call") and bool(written_calls(self.row, parts.content))
         return "" if absent(parts.content) or spelt_out else self.row.text(place, parts.content, empty=True)
 
+    def _report(self, keys: Iterable[str], meaning: str) -> None:
+        """Say which keys of the turn became something beside its content."""
+        self.row.read |= {self.row.key(self.at, key): meaning for key in keys if not empty(self.turn.get(key))}
+
     def _thoughts(self) -> list[str]:
+        self._report(REASONING, "reasoning")
         given = {key: self.turn[key] for key in REASONING if not empty(self.turn.get(key))}
         return [self.row.text(f"{self.at}.{key}", value, empty=True) for key, value in given.items()]
 
@@ -189,6 +230,7 @@ class _Turn:
             raise self.row.fail(place, "is missing", "missing")
         if turn_weight(self.row, self.at, self.turn) == 0:  # says what is so anyway
             self.used |= set(TURN_KEYS)
+            self._report(TURN_KEYS, "weights of turns")
         if self.role != "tool":
             return {"role": self.role, "content": self.row.text(place, parts.content, empty=True)}
         self.used |= {"name", "tool_call_id"}

@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from datetime import date, datetime
 from decimal import Decimal
 from functools import lru_cache
@@ -153,23 +153,44 @@ def spelt_otherwise(record: Mapping[Any, Any], fields: Iterable[str], column_map
 class Row:
     """A record with its place: every access that fails says file, row and field.
 
+    Args:
+        record: The row as read.
+        where: File and row.
+        column_map: Canonical field to the record's own.
+        ignore: Columns, and keys inside them such as ``messages[].mood``, that are read as if they were not there.
+
     Attributes:
         read: Columns whose values became part of the example, with what each became.
         left: Keys inside columns that were read, such as ``messages[].mood``, which became nothing.
+        ignored: Names that the row has and that are ignored.
     """
 
-    def __init__(self, record: Any, where: str, column_map: Mapping[str, str]) -> None:
-        self.where, self.column_map = where, column_map
+    def __init__(
+        self, record: Any, where: str, column_map: Mapping[str, str], ignore: Collection[str] = ()
+    ) -> None:  # fmt: skip
+        self.where, self.column_map, self.ignore = where, column_map, ignore
         self.read: dict[str, str] = {}
         self.left: set[str] = set()
+        self.ignored: set[str] = set()
         if not isinstance(record, Mapping):
             raise RowError(where, f"expected an object with named fields, got {type(record).__name__}", kind="type")
-        self.record = record
-        self._spelt = _spellings(tuple(record))
+        self.record = {name: value for name, value in record.items() if not self.ignores(name)} if ignore else record
+        self._spelt = _spellings(tuple(self.record))
 
     def fail(self, field: str, problem: str, kind: str = "other") -> RowError:
         """Return the one-line error for a field."""
         return RowError(self.where, problem, field, kind)
+
+    def ignores(self, name: str) -> bool:
+        """Return whether a name that the row has is ignored, and take note of it."""
+        if name in self.ignore:
+            self.ignored.add(name)
+            return True
+        return False
+
+    def key(self, at: str, key: str) -> str:
+        """Return the name that a key of a turn, or a type of a part, has in reports: ``messages[].content[].image``."""
+        return re.sub(r"\[\d+\]", "[]", f"{at}.{key}")
 
     def name(self, field: str) -> str:
         """Where a field is looked up: after ``column_map``, under its name, or under one that differs in its spelling.
@@ -197,10 +218,13 @@ class Row:
         return self.column(self.name(field))
 
     def column(self, name: str) -> Any:
-        """Return the value of a column by its own name, dotted for a nested one; None when absent."""
-        value: Any = self.record
+        """Return the value of a column by its own name; dotted for a nested one, or an item of a list (from 0)."""
+        value: Any = None if self.ignores(name) else self.record
         for part in [name] if name in self.record else name.split("."):
-            value = value.get(part) if isinstance(value, Mapping) else None
+            if isinstance(value, list | tuple) and part.isdecimal():
+                value = value[int(part)] if int(part) < len(value) else None
+            else:
+                value = value.get(part) if isinstance(value, Mapping) else None
         return None if absent(value) else value
 
     def require(self, *fields: str) -> tuple[str, Any]:

@@ -20,7 +20,7 @@ WHERE = "rows.jsonl, row 4"
 
 def read(record: Mapping[str, Any], report: ColumnReport | None = None, **options: Any) -> Example:
     column_map = options.pop("column_map", {})
-    format = detect_format(record, WHERE, column_map)
+    format = detect_format(record, WHERE, column_map, ignore=options.get("ignore", ()))
     return normalise(record, WHERE, format, column_map, report=report, **options)
 
 
@@ -32,7 +32,7 @@ def refused(record: Mapping[str, Any], **options: Any) -> str:
     return message
 
 
-def turns(*pairs: tuple[str, str], **last: Any) -> list[dict[str, Any]]:
+def turns(*pairs: tuple[str, Any], **last: Any) -> list[dict[str, Any]]:
     made: list[dict[str, Any]] = [{"role": role, "content": text} for role, text in pairs]
     made[-1] |= last
     return made
@@ -70,7 +70,14 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "`chosen`, `rejected` and their like": ({"prompt": "Hi", "completion": "Yes?", "rejected": "No!"}, "preference"),
     "`label` that is true or false": ({**QA, "label": False}, "--data.weight_column label"),
     "`images`, `video`, `audio`": ({**QA, "images": ["cat.jpg"]}, "pictures"),
-    "pictures in a turn": ({"messages": turns(*ASKED, images=["cat.jpg"])}, "pictures"),
+    "pictures in a turn, such as `images`": (
+        {"messages": turns(*ASKED, images=["cat.jpg"])},
+        "--data.ignore_columns 'messages[].images' leaves it out",
+    ),
+    "parts of a content that are pictures": (
+        {"messages": turns(("user", [{"type": "text", "text": "2 + 2?"}, {"type": "image_url"}]), ASKED[1])},
+        "--data.ignore_columns 'messages[].content[].image_url' leaves it out",
+    ),
     "a second answer, such as `solution` beside `answer`": ({**QA, "solution": "2 + 2 = 4"}, "second answer"),
 }
 NAMED: dict[str, tuple[dict[str, Any], str]] = {
@@ -108,9 +115,38 @@ def test_what_would_change_the_meaning_is_refused_unless_it_is_left_out_on_purpo
     record: dict[str, Any], says: str
 ) -> None:
     assert says in refused(record)
-    left = {"rejected", "label", "images", "solution", "messages[].images"}
-    if "messages" not in record:
-        assert read(record, ignore=left).messages
+    left = {"rejected", "label", "images", "solution", "messages[].images", "messages[].content[].image_url"}
+    report = ColumnReport()
+    assert (read(record, report, ignore=left).messages or ())[-1]["role"] == "assistant"
+    assert not report.unused
+
+
+@pytest.mark.parametrize(
+    ("turn", "ignored"),
+    [
+        ({"loss": 2.31e9, "train": True}, "messages[].loss"),
+        ({"loss": "high"}, "messages[].loss"),
+        ({"weight": 1, "train": 0.5}, "messages[].train"),
+        ({"thinking": "hm"}, "messages[].thinking"),
+        ({"video": "a.mp4"}, "messages[].video"),
+    ],
+)
+def test_a_key_of_a_turn_that_is_left_out_on_purpose_is_read_as_absent(turn: dict[str, Any], ignored: str) -> None:
+    report = ColumnReport()
+    record = {"messages": turns(*ASKED, **turn)}
+    assert read(record, report, ignore=[ignored]).messages == tuple(turns(*ASKED)) and not report.unused
+    if "thinking" not in turn:
+        assert ignored in refused(record)
+
+
+def test_a_column_that_is_left_out_on_purpose_is_read_as_absent() -> None:
+    report = ColumnReport()
+    example = read({**QA, "system": "Be brief.", "solution": "2 + 2 = 4", "a": {"b": 1, "c": 2}}, report,
+                   ignore=["system", "answer", "a.b"], column_map={"id": "a.b"})  # fmt: skip
+    assert [message["content"] for message in example.messages or ()] == ["2 + 2?", "2 + 2 = 4"]
+    assert example.id == example.digest and report.unused == {"a": 1}
+    assert detect_format({**QA, "text": "x"}, WHERE, {}, ignore=["answer"]) == "text"
+    assert "fit no known format" in refused(QA, ignore=["answer"])
 
 
 @pytest.mark.parametrize(("record", "name"), NAMED.values(), ids=NAMED.keys())
@@ -118,10 +154,33 @@ def test_what_means_nothing_is_named_with_a_count(record: dict[str, Any], name: 
     report = ColumnReport()
     for _ in range(3):
         read(record, report, column_map={"question": "extra.q"} if "extra" in record else {})
+    assert not report.ignored
     assert f"{name} (3 rows)" in report.lines()[-1] and report.lines()[-1].startswith("not used: ")
     assert not {"empty", "none"} & set(report.unused)
     again = ColumnReport.load(report.state())
     assert again == report
+
+
+def test_what_is_left_out_on_purpose_is_counted_and_a_name_that_no_row_has_is_said() -> None:
+    report = ColumnReport()
+    record = {"messages": turns(*ASKED, images=["cat.jpg"], mood="glad"), "tags": "x", "extra": {"a": 1}}
+    names = ["messages[].images", "messages[].mood", "tags", "imgaes"]
+    read(record, report, ignore=names)
+    read({"messages": turns(*ASKED), "tags": "x"}, report, ignore=names)
+    assert report.lines()[-1] == (
+        "left out on purpose: imgaes (no row has it), messages[].images (1 row), messages[].mood (1 row), tags (2 rows)"
+    )
+    assert report.unused == {"extra": 1} and ColumnReport.load(report.state()) == report
+
+
+@pytest.mark.parametrize(
+    "given", ["[messages[].images, tags]", ["messages[].images", "tags"], "['messages[].images', tags]"]
+)
+def test_names_with_brackets_may_be_written_in_a_list(given: str | list[str]) -> None:
+    assert InstructionDataModule("x.jsonl", ignore_columns=given).settings.ignore_columns == (
+        "messages[].images", "tags",
+    )  # fmt: skip
+    assert InstructionDataModule("x.jsonl", ignore_columns="tags").settings.ignore_columns == ("tags",)
 
 
 def test_the_report_says_which_columns_became_what_and_in_how_many_rows() -> None:

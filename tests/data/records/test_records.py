@@ -417,7 +417,9 @@ BAD: dict[str, tuple[str, Any, list[str]]] = {
     "no messages": ("messages", {"messages": []}, ["'messages'", "non-empty list"]),
     "messages as text": ("messages", {"messages": "hello"}, ["'messages'", "non-empty list"]),
     "messages as an object": ("messages", {"messages": USER}, ["'messages'", "non-empty list"]),
-    "message that is text": ("messages", {"messages": ["hello"]}, ["messages[0]", "expected an object, got str"]),
+    "message that is text": (
+        "messages", {"messages": ["hello", {"role": "user"}]}, ["messages[0]", "expected an object, got str"],
+    ),
     "messages missing": ("messages", {"text": "a"}, ["missing field 'messages'", "text", "--data.column_map.messages"]),
     "conversations missing": ("sharegpt", {"x": 1}, ["missing field 'conversations'"]),
     "only the user speaks": ("messages", {"messages": [USER]}, ["'messages'", "no assistant turn"]),
