@@ -13,7 +13,7 @@ from deft_lightning.annotations import Batch
 from deft_lightning.callbacks.drawings import gate_curve
 from deft_lightning.callbacks.marked import marked
 from deft_lightning.callbacks.monitor import add_figure, has_matplotlib, writers
-from deft_lightning.callbacks.watched import is_watched, sources_of, watched
+from deft_lightning.callbacks.watched import is_watched, noisy_sources_of, sources_of, watched
 from deft_lightning.errors import UserError
 from deft_lightning.objectives import Objective
 
@@ -58,7 +58,8 @@ class Dashboard(Callback):
             bool(getattr(noise, "ops", ())), focus, "objective/scale" in tracked_tags(module.objective)
         )
         if sources := sources_of(trainer, "train"):
-            charts["By source"] = charts_by_source(sources, sources_of(trainer, "validation"))
+            held_out = sources_of(trainer, "validation")
+            charts["By source"] = charts_by_source(sources, held_out, noisy_sources_of(trainer) if held_out else ())
         if self.layout:
             for writer in writers(trainer):
                 writer.add_custom_scalars(charts)
@@ -140,12 +141,15 @@ def chart_layout(noise: bool, focus: bool, scale: bool) -> Charts:
     return charts
 
 
-def charts_by_source(train: Sequence[str], validation: Sequence[str]) -> dict[str, list[Any]]:
+def charts_by_source(
+    train: Sequence[str], validation: Sequence[str], noisy: Sequence[str] = ()
+) -> dict[str, list[Any]]:  # fmt: skip
     """Return the page of figures by source.
 
     Args:
         train: Names of the sources of the training rows.
         validation: Of those held out; none where they are of one source, or where there are none.
+        noisy: Of the corrupted examples that are validated on; none without label noise.
     """
     charts = {
         "Gate": _lines(*(f"gate/{re.escape(name)}/mean" for name in train)),
@@ -153,6 +157,8 @@ def charts_by_source(train: Sequence[str], validation: Sequence[str]) -> dict[st
     }
     if validation:
         charts["Plain NLL, validation"] = _lines(*(f"val/{re.escape(name)}/nll" for name in validation))
+    if noisy:
+        charts["Plain NLL, corrupted tokens"] = _lines(*(f"val_noisy/{re.escape(name)}/nll" for name in noisy))
     return charts
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from deft_lightning.callbacks.watched import sources_of
+from deft_lightning.callbacks.watched import noisy_sources_of, sources_of
 from deft_lightning.errors import UserError, did_you_mean
 
 TRAIN = ("loss", "nll", "ppl", "token_accuracy", "tokens", "lr", "grad_norm", "router_loss", "skipped_steps")
@@ -56,6 +56,7 @@ def _check(trainer: Trainer, module: LightningModule, val: bool, noisy: bool) ->
             *(f"val/{name}" for name in VAL if val),
             *(f"val/{name}/nll" for name in sources),
             *(f"val_noisy/{name}" for name in NOISY if noisy),
+            *(f"val_noisy/{name}/nll" for name in noisy_sources_of(trainer) if noisy),
             *known,
         ]
         if monitor not in known:

@@ -60,3 +60,14 @@ def sources_of(trainer: Trainer, split: str) -> tuple[str, ...]:
     splits = getattr(getattr(trainer, "datamodule", None), "splits", None)
     sources = getattr(splits, "sources", None)
     return tuple(sources.get(split, ())) if isinstance(sources, dict) else ()
+
+
+def noisy_sources_of(trainer: Trainer) -> tuple[str, ...]:
+    """Return the names of the sources of the corrupted examples that are validated on; some may have none of them.
+
+    They are training rows, unless the noise is in the validation rows as well.
+    """
+    noise = getattr(getattr(trainer, "datamodule", None), "noise", None)
+    if not getattr(noise, "ops", ()):
+        return ()
+    return sources_of(trainer, "validation_noisy") or sources_of(trainer, "train")

@@ -28,6 +28,7 @@ class Meters:
         self.router = MeanMetric()
         self.train_by_source: SourceSums | None = None
         self.val_by_source: SourceSums | None = None
+        self.val_noisy_by_source: SourceSums | None = None
         self._routed = self._weighted = False
 
     def to(self, device: torch.device) -> None:
@@ -64,6 +65,7 @@ class Meters:
         assert codes is not None and stats.arg_max is not None
         clean = torch.full_like(codes, IGNORE_INDEX) if clean is None else clean
         self.val_noisy.update(zero, stats.select(codes > 0))
+        self.val_noisy_by_source = _added(self.val_noisy_by_source, output, facts.get("sources"), codes > 0)
         # The same sums with the clean label in place of the corrupted one, where it is known.
         seen_through = stats._replace(correct=stats.arg_max == clean)
         self.recovered.update(zero, seen_through.select((codes > 0) & (clean != IGNORE_INDEX)))
@@ -113,22 +115,36 @@ class Meters:
             if recovered["tokens"] > 0:
                 # Share of them whose clean label is the first choice: what it has seen through.
                 values["val_noisy/recovered"] = recovered["token_accuracy"]
-        by_source = {tag: means["nll"].new_tensor(nll) for tag, nll in _by_source("val", self.val_by_source).items()}
-        values |= by_source
+        by_source = _by_source("val", self.val_by_source)
+        if corrupted:
+            by_source |= _by_source("val_noisy", self.val_noisy_by_source)
+        values |= {tag: means["nll"].new_tensor(nll) for tag, nll in by_source.items()}
         for tag, value in values.items():
             log(tag, value, prog_bar=tag == "val/nll", sync_dist=True)
         return values
 
 
-def _added(sums: SourceSums | None, output: StepOutput, sources: TokenSources | None) -> SourceSums | None:
-    """Add NLL and count of tokens to the sums of their sources, which are made when the first tokens have some."""
+def _added(
+    sums: SourceSums | None, output: StepOutput, sources: TokenSources | None, among: Tensor | None = None
+) -> SourceSums | None:
+    """Add NLL and count of tokens to the sums of their sources, which are made when the first tokens have some.
+
+    Args:
+        sums: So far.
+        output: Of a batch.
+        sources: Of its tokens.
+        among: Shape ``(N,)``: the tokens that count; default: all.
+    """
     if sources is None:
         return sums
     if sums is None or sums.names != sources.names:
         sums = SourceSums(sources.names, 2).to(output.loss.device)
     nll = -output.stats.log_prob
     # As in the means over all: such a micro-batch is not counted, its step is skipped.
-    sums.update(sources.places, nll, torch.ones_like(nll), counted=torch.isfinite(output.loss.detach()))
+    ones = torch.ones_like(nll)
+    if among is not None:
+        nll, ones = torch.where(among, nll, 0), ones * among
+    sums.update(sources.places, nll, ones, counted=torch.isfinite(output.loss.detach()))
     return sums
 
 

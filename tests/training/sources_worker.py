@@ -1,7 +1,7 @@
 """A run on several sources, the same for one process and for two ranks; as a script, one rank of it.
 
-``python sources_worker.py FOLDER`` with LOCAL_RANK, WORLD_SIZE and MASTER_* set joins the other rank; events go to
-``FOLDER/world<W>``.
+``python sources_worker.py FOLDER STRATEGY`` with LOCAL_RANK, WORLD_SIZE and MASTER_* set joins the other rank; events
+go to ``FOLDER/STRATEGY``.
 """
 
 from __future__ import annotations
@@ -56,16 +56,15 @@ def run(
 NOISE = Noise(ops=[TokenReplace(rate=0.3)])
 
 
-def on_ranks(root: Path, world: int) -> SFTModule:
+def on_ranks(root: Path, world: int, strategy: str) -> SFTModule:
     """Steps of two micro-batches, logged every second one."""
     data = make_data([str(root / f"{name}.jsonl") for name in ANSWERS], batch_size=8 // world, noise=NOISE)
-    strategy = "ddp" if world > 1 else "auto"
     options: dict[str, Any] = {
         "devices": world, "strategy": strategy, "log_every_n_steps": 2, "max_epochs": 2, "accumulate_grad_batches": 2,
         "limit_train_batches": 4,  # the batches that are full
     }  # fmt: skip
-    return run(root / f"world{world}", str(root / "pretrained"), data, **options)
+    return run(root / strategy, str(root / "pretrained"), data, **options)
 
 
 if __name__ == "__main__":
-    on_ranks(Path(sys.argv[1]), 2)
+    on_ranks(Path(sys.argv[1]), 2, sys.argv[2])

@@ -18,6 +18,8 @@ from worlds import read_events, save_tiny_llama, still, write_rows
 from deft_lightning import InstructionDataModule
 from deft_lightning.callbacks import Checkpoint, Dashboard
 from deft_lightning.callbacks.monitored import MetricCheck
+from deft_lightning.data.examples import Prepared
+from deft_lightning.data.noise import Noise
 from deft_lightning.errors import UserError
 from deft_lightning.functional import token_stats
 from deft_lightning.metrics import SourceSums
@@ -59,12 +61,19 @@ def last(found: Scalars, tag: str) -> float:
     return found[tag][-1][1]
 
 
+def examples(data: InstructionDataModule, split: str) -> list[Prepared]:
+    if split != "corrupted":
+        return [data.example(split, at) for at in range(data.size(split))]
+    noisy = data.splits.corrupted(data.size("validation"), 1)
+    assert noisy is not None and noisy.rows is not None
+    return [noisy.example(at) for row in noisy.rows for at in row]
+
+
 def expected(world: Path, data: InstructionDataModule, split: str) -> dict[str, dict[str, float]]:
     """Figures of every source by the first letter of the ids, from logits of one example at a time in float64."""
     model = AutoModelForCausalLM.from_pretrained(world / "pretrained", dtype=torch.float64).eval()
     tokens: dict[str, list[tuple[float, float, bool]]] = defaultdict(list)
-    for at in range(data.size(split)):
-        example = data.example(split, at)
+    for example in examples(data, split):
         with torch.no_grad():
             logits = model(input_ids=torch.from_numpy(example.input_ids)[None]).logits[0, :-1]
         labels, codes = (torch.from_numpy(part)[1:] for part in (example.labels, example.noise_code))
@@ -80,6 +89,7 @@ def expected(world: Path, data: InstructionDataModule, split: str) -> dict[str, 
             "tokens": len(rows), "nll": sum(nll for nll, *_ in rows) / len(rows),
             "gate": sum(gate for _, gate, _ in rows) / len(rows), "share": len(noisy) / len(rows),
             "clean": sum(clean) / max(len(clean), 1), "noisy": sum(noisy) / max(len(noisy), 1),
+            "noisy_nll": sum(nll for nll, _, wrong in rows if wrong) / max(len(noisy), 1),
         }  # fmt: skip
     return figures
 
@@ -88,13 +98,14 @@ def expected(world: Path, data: InstructionDataModule, split: str) -> dict[str, 
 def test_every_figure_is_that_of_the_tokens_of_its_source(packing: bool, world: Path, tmp_path: Path) -> None:
     data = make_data(sources(world), noise=NOISE, packing=packing, max_length=96)
     found = trained(world, tmp_path / "run", data, **WHOLE)
-    train, val = expected(world, data, "train"), expected(world, data, "validation")
+    train, val, corrupted = (expected(world, data, split) for split in ("train", "validation", "corrupted"))
     assert train.keys() == val.keys() == ANSWERS.keys()
     for name in ANSWERS:
         wanted = {
             f"train/{name}/nll": train[name]["nll"], f"val/{name}/nll": val[name]["nll"],
             f"gate/{name}/mean": train[name]["gate"], f"noise/{name}/share": train[name]["share"],
             f"gate/{name}/clean": train[name]["clean"], f"gate/{name}/noisy": train[name]["noisy"],
+            f"val_noisy/{name}/nll": corrupted[name]["noisy_nll"],
         }  # fmt: skip
         assert {tag for tag in by_source(found) if tag.split("/")[1] == name} == wanted.keys()
         for tag, value in wanted.items():
@@ -103,8 +114,10 @@ def test_every_figure_is_that_of_the_tokens_of_its_source(packing: bool, world: 
     assert max(nlls) - min(nlls) > 0.01, "sources that are alike show nothing"
 
 
-def test_the_dashboard_has_a_page_of_the_sources(world: Path, tmp_path: Path) -> None:
-    run(tmp_path / "run", str(world / "pretrained"), make_data(sources(world)), Dashboard(curve=False, examples=0))
+@pytest.mark.parametrize("noise", [Noise(), NOISE])
+def test_the_dashboard_has_a_page_of_the_sources(noise: Noise, world: Path, tmp_path: Path) -> None:
+    data = make_data(sources(world), noise=noise)
+    run(tmp_path / "run", str(world / "pretrained"), data, Dashboard(curve=False, examples=0))
     found = read_events(tmp_path / "run")
     (event,) = found.Tensors("custom_scalars__config__")
     pages = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0]).category
@@ -112,7 +125,8 @@ def test_the_dashboard_has_a_page_of_the_sources(world: Path, tmp_path: Path) ->
     patterns = [tag for chart in page.chart for tag in chart.multiline.tag]
     tags = found.Tags()["scalars"]
     lines = [tag for pattern in patterns for tag in tags if re.match(pattern, tag)]
-    assert sorted(lines) == sorted(by_source(scalars(tmp_path / "run"))) and len(lines) == len(patterns)
+    written = {tag for tag in by_source(scalars(tmp_path / "run")) if not re.match(r"gate/./(clean|noisy)|noise/", tag)}
+    assert sorted(lines) == sorted(written) and len(lines) == len(patterns)
 
 
 def test_the_sums_of_the_sources_are_the_sums_of_all(world: Path, tmp_path: Path) -> None:
@@ -184,22 +198,31 @@ def test_more_sources_than_are_told_apart(world: Path, tmp_path: Path, capfd: py
     assert len({tag.split("/")[1] for tag in found if tag.endswith("/nll")}) == 32 and not data.splits.remarks
 
 
-def test_a_checkpoint_may_wait_for_one_source(world: Path, tmp_path: Path) -> None:
-    saved = Checkpoint(dirpath=str(tmp_path / "saved"), monitor="val/b/nll")
-    run(tmp_path / "run", str(world / "pretrained"), make_data(sources(world)), saved, MetricCheck())
-    assert float(saved.best_model_score) == pytest.approx(last(scalars(tmp_path / "run"), "val/b/nll"))
+@pytest.mark.parametrize("tag", ["val/b/nll", "val_noisy/b/nll"])
+def test_a_checkpoint_may_wait_for_one_source(tag: str, world: Path, tmp_path: Path) -> None:
+    saved = Checkpoint(dirpath=str(tmp_path / "saved"), monitor=tag)
+    data = make_data(sources(world), noise=NOISE)
+    run(tmp_path / "run", str(world / "pretrained"), data, saved, MetricCheck())
+    assert float(saved.best_model_score) == pytest.approx(last(scalars(tmp_path / "run"), tag))
     wrong = Checkpoint(dirpath=str(tmp_path / "wrong"), monitor="val/d/nll")
     with pytest.raises(UserError, match="val/d/nll: no such metric"):
         run(tmp_path / "other", str(world / "pretrained"), make_data(sources(world)), wrong, MetricCheck())
 
 
-def test_two_ranks_write_what_one_process_writes(world: Path) -> None:
-    on_ranks(world, 1)
-    run_ranks(Path(__file__).with_name("sources_worker.py"), world)
-    one, two = (by_source(scalars(world / f"world{size}")) for size in (1, 2))
+@pytest.fixture(scope="module")
+def alone(world: Path) -> Scalars:
+    """What one process writes."""
+    on_ranks(world, 1, "auto")
+    return by_source(scalars(world / "auto"))
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_ranks_write_what_one_process_writes(strategy: str, alone: Scalars, world: Path) -> None:
+    run_ranks(Path(__file__).with_name("sources_worker.py"), world, strategy)
+    one, two = alone, by_source(scalars(world / strategy))
     assert one.keys() == two.keys()
     assert {tag.replace("/b/", "/*/") for tag in one if "/b/" in tag} == {
-        "train/*/nll", "val/*/nll", "gate/*/mean", "gate/*/clean", "gate/*/noisy", "noise/*/share",
+        "train/*/nll", "val/*/nll", "val_noisy/*/nll", "gate/*/mean", "gate/*/clean", "gate/*/noisy", "noise/*/share",
     }  # fmt: skip
     for tag, values in one.items():
         assert [step for step, _ in values] == [step for step, _ in two[tag]], tag
