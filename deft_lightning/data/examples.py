@@ -81,6 +81,7 @@ class Prepared:
         weight: Factor on the loss of each label, float32: finite, above 0 where the label is learnt and 0 where it is
             -100, so that a weight of 0 is a masked label and nothing else. None where every label counts 1.
         source: Place of its source among those that are read, from 0.
+        unprompted: ``log q`` of each label, what a model says of it without the prompt; None where nobody asked.
     """
 
     id: str
@@ -91,6 +92,7 @@ class Prepared:
     skipped: int = 0
     weight: Floats | None = None
     source: int = 0
+    unprompted: Floats | None = None
 
     def truncate(self, length: int, keep: str = "start") -> Prepared:
         """Return the first ``length`` tokens, or the last; nothing predicts the first token that is left."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,10 @@ class Splits:
     def sources(self) -> dict[str, tuple[str, ...]]:
         """The names that figures by source have in their tags, by split; none where there is but one source."""
         return {split: dataset.sources for split, dataset in self._datasets.items()}
+
+    def items(self) -> Iterable[tuple[str, PreparedDataset]]:
+        """Return the splits by name."""
+        return self._datasets.items()
 
     @property
     def label_counts(self) -> Ints:
@@ -179,4 +184,6 @@ class Splits:
                 else "none of the training examples is corrupted: there will be no val_noisy"
             )
             return None
-        return PreparedDataset(train.examples, [[at] for at in positions], noise, train.words, train.sources)
+        rows = PreparedDataset(train.examples, [[at] for at in positions], noise, train.words, train.sources)
+        rows.unprompted = train.unprompted
+        return rows

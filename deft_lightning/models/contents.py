@@ -94,6 +94,7 @@ OWN: dict[str, tuple[Test, bool]] = {
     "tokens_seen": (_whole, False),
     "training": (lambda value: _numbers(value) and len(value) <= 8, False),
     "rates": (lambda value: _numbers(value) and len(value) <= 8, False),
+    "start_model": (_text, False),
     "marginal": (_numbers, False),
     "gates": (lambda value: _numbers(value) and len(value) == 2, False),
 }

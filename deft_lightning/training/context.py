@@ -90,12 +90,15 @@ class ContextSource:
         objective: Whose needs are met; None where nothing is asked for.
         unigram: ``log u`` of every token, shape ``(V,)``; None where nothing is known of the training labels.
         vocabulary: Number of tokens.
+
+    Attributes:
+        lenient: Whether what a batch lacks is left out, for statistics that no objective looks at.
     """
 
     def __init__(self, objective: Objective | None = None, unigram: Tensor | None = None, vocabulary: int = 0) -> None:
         self.needs = Needs() if objective is None else objective.needs
         self.own = () if objective is None else objective.sources
-        self.unigram, self.legend = unigram, repr(objective)
+        self.unigram, self.legend, self.lenient = unigram, repr(objective), False
         self.marginal = Marginal(vocabulary) if self._kinds & {"marginal", "least"} else None
 
     def end_step(self, skipped: bool) -> None:
@@ -127,6 +130,11 @@ class ContextSource:
         return {self.needs.chance, self.needs.answer_chance} - {None}
 
     @property
+    def unprompted(self) -> bool:
+        """Whether batches have to say what the model finds of their labels without the prompt."""
+        return "unprompted" in self._kinds
+
+    @property
     def prediction_sum(self) -> Tensor | None:
         """Where the predictions of a step are added up, shape ``(V,)``; None where nobody asks."""
         return None if self.marginal is None else self.marginal.sum
@@ -155,11 +163,16 @@ class ContextSource:
 
     def _chance(self, kind: str, batch: Batch, targets: Tensor) -> Tensor | None:
         if kind == "unprompted":
-            raise UserError(f"{self.legend}: chance {kind} is not there yet")
+            if "unprompted" not in batch and self.lenient:
+                return None
+            if "unprompted" not in batch:
+                raise UserError(f"{self.legend}: the batch lacks `unprompted`, what the model says without the prompt")
+            chance: Tensor = batch["unprompted"]
+            return chance[:, 1:]
         if kind == "marginal":
             table = self._marginal(targets)
         elif self.unigram is None:
-            if self.needs.chance is None:
+            if self.needs.chance is None or self.lenient:
                 return None
             raise UserError(
                 f"{self.legend}: nothing is known of how frequent the training labels are; train with"

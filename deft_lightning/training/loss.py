@@ -103,6 +103,7 @@ class BatchLoss:
         objective: Any = current if instead is None else instead
         targets = batch["labels"][:, 1:]
         keep = targets != IGNORE_INDEX
+        self.context.lenient = instead is not None
         context = self.context(batch)
         predictions = self.context.prediction_sum if torch.is_grad_enabled() else None
         if self.seam is None:

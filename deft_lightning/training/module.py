@@ -32,6 +32,7 @@ from deft_lightning.training.optimizers import make_optimizer, planned_steps, st
 from deft_lightning.training.protocols import PromptSource, check_strategy, stop_tokens_of, test_sets_of
 from deft_lightning.training.restored import restored
 from deft_lightning.training.seeding import reseed
+from deft_lightning.training.unprompted import settle_unprompted
 
 OptimizerCallable = Callable[[Iterable[Any]], Optimizer]
 SchedulerCallable = Callable[[Optimizer], LRScheduler]
@@ -103,6 +104,7 @@ class SFTModule(LightningModule):
         self.own_tokenizer: Any = None  # of a checkpoint that the module was made of
         self.lr: float | None = None  # set by Lightning's lr_find: the peak in place of the optimizer's own
         self.stop_asked = self.stop_agreed = False
+        self.start_model: str | None = None  # what the weights were before training, where the objective asked them
         self._run, self._steps, self._about = RunState(), 0, dict[str, Any]()
 
     @property
@@ -190,8 +192,14 @@ class SFTModule(LightningModule):
         """Put the sums where the tokens are; forget the micro-batches of a fit that was interrupted."""
         self.meters.to(self.device)
         self.normaliser.forget()
+        self.settle_chance()
         if self.objective.scheduled:
             self._steps = planned_steps(self.trainer, repr(self.objective))
+
+    def settle_chance(self) -> None:
+        """See to it that the rows have what the objective wants to know of their labels; every rank has to call it."""
+        if self.batch_loss.context.unprompted:
+            self.start_model = settle_unprompted(self, self.prompts, self.start_model)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Count the supervised tokens of the optimizer step; its first micro-batch settles `current_objective`."""
@@ -245,6 +253,7 @@ class SFTModule(LightningModule):
     def on_validation_start(self) -> None:
         """Put the sums where the tokens are."""
         self.meters.to(self.device)
+        self.settle_chance()
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
         """Add a batch to the validation sums; of the second loader, the corrupted tokens alone."""
@@ -295,7 +304,7 @@ class SFTModule(LightningModule):
             stops = self.prompts.stop_token_ids if self.prompts is not None else []
             self._about = describe(self.model, self.tokenizer, self.lora, stops)
         run = {"objective": repr(self.objective), "training": list(self._run[:2]), "rates": list(self._run.rates)}
-        run |= self.batch_loss.context.state_dict()
+        run |= self.batch_loss.context.state_dict() | ({"start_model": self.start_model} if self.start_model else {})
         checkpoint[KEY] = {**self._about, **run, **self.normaliser.state_dict()}
 
     def on_load_checkpoint(self, checkpoint: Checkpoint) -> None:
@@ -307,3 +316,4 @@ class SFTModule(LightningModule):
         self._run = RunState(*about.get("training", self._run)[:2])._replace(rates=tuple(about.get("rates", ())))
         self.normaliser.load_state_dict(about)
         self.batch_loss.context.load_state_dict(about)
+        self.start_model = about.get("start_model")

@@ -33,7 +33,8 @@ class TrainCollator:
     rows have ``position_ids`` that start again with each example in place of the attention mask; padding counts as an
     example of its own. With ``weighted``, ``token_weight`` (float32) is the factor on the loss of each label, 1 for
     those of examples without weights, 0 where nothing is learnt and for padding. With ``sources``, ``source`` (int64,
-    shape ``(examples,)``) is the place of each example of ``example_id`` in ``source_names``.
+    shape ``(examples,)``) is the place of each example of ``example_id`` in ``source_names``. ``unprompted`` (float32)
+    is what a model says of each label without the prompt, where somebody has asked it.
 
     Args:
         pad_id: Token that fills rows up.
@@ -78,6 +79,9 @@ class TrainCollator:
         if self.weighted:
             weights = [np.concatenate([weight_of(e.labels, e.weight) for e in row]) for row in parts]
             batch["token_weight"] = _pad(weights, longest, 0, torch.float32)
+        if examples[0].unprompted is not None:
+            chance = [np.concatenate([e.unprompted for e in row if e.unprompted is not None]) for row in parts]
+            batch["unprompted"] = _pad(chance, longest, 0, torch.float32)
         if self.sources:
             batch |= {"source": torch.tensor([e.source for e in examples]), "source_names": self.sources}
         if self.packed:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from torch.utils.data import Dataset
 
 from deft_lightning.data.examples import Ints, Prepared
+from deft_lightning.data.loading.unprompted import Unprompted
 from deft_lightning.data.noise import Noise, TokenNoise
 from deft_lightning.data.noise.apply import corrupt_example
 from deft_lightning.data.noise.vocabulary import Vocabulary
@@ -23,6 +25,9 @@ class PreparedDataset(Dataset[Any]):
         noise: Its token operations are applied; what they draw is a function of the example id.
         words: What they draw from.
         sources: Names of the sources that figures are told apart by; none where there is but one.
+
+    Attributes:
+        unprompted: What a model says of the labels without their prompts; None until somebody has asked it.
     """
 
     def __init__(
@@ -31,6 +36,13 @@ class PreparedDataset(Dataset[Any]):
     ) -> None:  # fmt: skip
         self.examples, self.rows, self.words, self.sources = examples, rows, words, sources
         self.noise = noise if any(isinstance(op, TokenNoise) for op in noise.ops) else None
+        self.unprompted: Unprompted | None = None
+
+    @property
+    def changes(self) -> bool:
+        """Whether labels of one epoch are not those of another."""
+        ops = () if self.noise is None else self.noise.ops
+        return any(isinstance(op, TokenNoise) and op.at_epoch(1) is not op for op in ops)
 
     @property
     def weighted(self) -> bool:
@@ -43,9 +55,12 @@ class PreparedDataset(Dataset[Any]):
 
     def example(self, at: int, epoch: int = 0) -> Prepared:
         """Return an example as it is trained on in an epoch."""
-        if self.noise is None or self.words is None:
-            return self.examples[at]
-        return corrupt_example(self.examples[at], self.noise, self.words, epoch)
+        example = self.examples[at]
+        if self.noise is not None and self.words is not None:
+            example = corrupt_example(example, self.noise, self.words, epoch)
+        if self.unprompted is not None:
+            example = replace(example, unprompted=self.unprompted.at(at, example.labels))
+        return example
 
     def __getitem__(self, key: int) -> list[Prepared]:
         """Return the examples of row ``key % len`` in epoch ``key // len``."""

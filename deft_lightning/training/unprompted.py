@@ -1,0 +1,184 @@
+"""The chance of an answer: how probable the model finds it, before training, without the prompt."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
+
+from deft_lightning._version import __version__
+from deft_lightning.atomic import whole_file
+from deft_lightning.data import InstructionDataModule
+from deft_lightning.data.examples import Floats
+from deft_lightning.data.loading.dataset import PreparedDataset
+from deft_lightning.data.loading.unprompted import LOOKED_AT, Unprompted, frame_of, without_prompt
+from deft_lightning.data.progress import progress
+from deft_lightning.errors import UserError
+from deft_lightning.models import base_causal_lm
+from deft_lightning.training.distributed import gather, local, ranks
+
+INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of a float
+BATCH_TOKENS = 4096  # of a batch of answers, padding included; they train nothing
+
+
+@torch.no_grad()
+def fingerprint(model: nn.Module) -> str:
+    """Return a hash of the weights of a model as it is, the same on every rank and for any sharding.
+
+    Adapters that do nothing yet are left out: two runs that add them to one model start from the same model.
+    """
+    sums = {name: _sums(parameter) for name, parameter in sorted(base_causal_lm(model).named_parameters())}
+    idle = not any(any(values) for name, (_, values) in sums.items() if "lora_B" in name)
+    kept = [(name, *about) for name, about in sums.items() if not (idle and "lora_" in name)]
+    return hashlib.sha256(repr(kept).encode()).hexdigest()[:16]
+
+
+def _sums(parameter: Tensor) -> tuple[Any, list[int]]:
+    (share,) = local([parameter])
+    bits = share.contiguous().flatten().view(INTEGERS[share.element_size()]).long()
+    # Sums of integers wrap around and do not depend on an order, so those of shares can be added up.
+    sums = torch.stack([bits.sum(), (bits * bits).sum(), (bits * bits * bits).sum()])
+    if share is not parameter and ranks() > 1:
+        dist.all_reduce(sums)
+    return (tuple(parameter.shape), str(parameter.dtype)), sums.tolist()
+
+
+class UnpromptedPass:
+    """Computes ``log q`` of every label of the prepared rows, once for a model and its data, and keeps it.
+
+    Args:
+        module: Has the model, and ``statistics`` of a batch.
+        folder: Where results are kept; None keeps none.
+        about: What the rows are, in words that change with them.
+    """
+
+    def __init__(self, module: Any, folder: Path | None, about: object) -> None:
+        self.module, self.folder, self.about = module, folder, about
+
+    def key(self, split: str, model: str) -> str:
+        """Return the name of the result for a split and the fingerprint of a model."""
+        return hashlib.sha256(repr([__version__, self.about, split, model]).encode()).hexdigest()[:16]
+
+    def attach(self, split: str, rows: PreparedDataset, model: str, pad_id: int, now: bool) -> None:
+        """Give rows the chance of their labels; every rank has to call it.
+
+        Args:
+            split: Their name.
+            rows: The rows.
+            model: Fingerprint of the model that training began with.
+            pad_id: Token that fills rows up.
+            now: Whether the model is still that one, so that what is not kept can be computed.
+
+        Raises:
+            UserError: Noise is drawn anew in each epoch, or the result of a run that goes on is gone.
+        """
+        if rows.changes:
+            raise UserError(
+                "chance unprompted: token noise that is drawn anew in every epoch (resample, schedules) has labels that"
+                " no pass before training knows; leave that out, or use chance unigram"
+            )
+        file = None if self.folder is None else self.folder / f"{self.key(split, model)}.npz"
+        if all(gather(file is not None and file.exists())):
+            with np.load(file, allow_pickle=False) as kept:  # type: ignore[arg-type]
+                rows.unprompted = Unprompted(kept["values"], kept["starts"])
+            return
+        if not now:
+            raise UserError(
+                f"chance unprompted: what the model said before training is not kept any more ({file}); start the run"
+                " anew, or give the folder back (--data.cache_dir, --data.cache)"
+            )
+        rows.unprompted = self._compute(split, rows, pad_id)
+        if file is not None and self.module.global_rank == 0:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with whole_file(file) as partial:
+                np.savez(partial.open("wb"), values=rows.unprompted.values, starts=rows.unprompted.starts)
+
+    def _compute(self, split: str, rows: PreparedDataset, pad_id: int) -> Unprompted:
+        from deft_lightning.data.loading.collate import TrainCollator
+
+        count, world, rank = len(rows.examples), ranks(), self.module.global_rank
+        looked = [rows.example(count * i // min(count, LOOKED_AT)) for i in range(min(count, LOOKED_AT))]
+        frame = frame_of(looked)
+        collate, values = TrainCollator(pad_id), dict[int, Floats]()
+        whole = 0
+        own = list(range(rank, count, world))
+        batches = list(_batches(own, rows.examples.lengths()))
+        most = max(gather(len(batches)))
+        was_training = self.module.training
+        self.module.eval()
+        try:
+            with progress(None, f"{split}: answers without their prompts", len(own)) as bar:
+                for step in range(most):  # ranks that share weights run the model together
+                    batch = batches[step] if step < len(batches) else batches[-1]
+                    examples = [rows.example(at) for at in batch]
+                    bare = [without_prompt(example, frame) for example in examples]
+                    if step < len(batches):
+                        whole += sum(part is None for part in bare)
+                    given = [part or example for part, example in zip(bare, examples, strict=True)]
+                    values |= dict(zip(batch, self._log_prob(collate(given)), strict=True))
+                    bar.update(len(batch) if step < len(batches) else 0)
+        finally:
+            self.module.train(was_training)
+        merged = {at: row for part in gather(values) for at, row in part.items()}
+        whole = sum(gather(whole))
+        rank_zero_info(
+            f"{split}: chance of {count:,} answers without their prompts, of which {frame.before} tokens in front and"
+            f" {frame.after} before each answer stay"
+        )
+        if whole:
+            rank_zero_warn(
+                f"{split}: {whole:,} of {count:,} examples have no prompt that could be left out: their"
+                " chance is what the model says of them"
+            )
+        return Unprompted.of([merged[at] for at in range(count)])
+
+    def _log_prob(self, batch: dict[str, Any]) -> list[Floats]:
+        device = self.module.device
+        moved = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+        stats, keep = self.module.statistics(moved)
+        flat = stats.log_prob.float().cpu().numpy()
+        ends = np.cumsum(keep.sum(1).cpu().numpy())
+        return [flat[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+
+
+def _batches(positions: Sequence[int], lengths: Any) -> Iterator[list[int]]:
+    """Yield positions in batches of like length."""
+    batch: list[int] = []
+    for at in sorted(positions, key=lambda at: -int(lengths[at])):
+        if batch and (len(batch) + 1) * int(lengths[batch[0]]) > BATCH_TOKENS:
+            yield batch
+            batch = []
+        batch.append(at)
+    if batch:
+        yield batch
+
+
+def settle_unprompted(module: Any, prompts: Any, start: str | None) -> str:
+    """Give all prepared rows the chance of their labels, computed now if it is not kept; every rank has to call it.
+
+    Args:
+        module: An SFTModule whose model is where it trains.
+        prompts: Its data module.
+        start: Fingerprint of the model that training began with; None where it begins now.
+
+    Returns:
+        That fingerprint.
+
+    Raises:
+        UserError: There is no data module of this package, or a result that was computed before is gone.
+    """
+    if not isinstance(prompts, InstructionDataModule):
+        raise UserError("chance unprompted needs the rows of InstructionDataModule")
+    now = fingerprint(module.model)
+    work = UnpromptedPass(module, prompts.folder_of("unprompted"), prompts.identity)
+    for split, rows in prompts.splits.items():
+        if len(rows) and rows.unprompted is None:
+            work.attach(split, rows, start or now, prompts.tokenizer.pad_token_id, start in (None, now))
+    return start or now
