@@ -3,6 +3,7 @@
 from deft_lightning.callbacks.checkpoint import Checkpoint
 from deft_lightning.callbacks.dashboard import Dashboard
 from deft_lightning.callbacks.entropy import EntropyMonitor
+from deft_lightning.callbacks.estimate import NoiseEstimate
 from deft_lightning.callbacks.gate import GateMonitor
 from deft_lightning.callbacks.monitor import TokenMonitor
 from deft_lightning.callbacks.monitored import MetricCheck
@@ -19,6 +20,7 @@ __all__ = [
     "GateMonitor",
     "GracefulStop",
     "MetricCheck",
+    "NoiseEstimate",
     "NoiseMonitor",
     "PredictionWriter",
     "RankWatch",

@@ -128,6 +128,9 @@ def chart_layout(noise: bool, focus: bool, scale: bool) -> Charts:
         "Token accuracy": _lines("train/token_accuracy", "val/token_accuracy"),
     }
     charts: Charts = {"Gate": gate}
+    gate["Noise rate: answers, tokens (estimated, true)"] = _lines(
+        "noise/estimated", "noise/estimated_tokens", "noise/true", "noise/true_tokens"
+    )
     if noise:
         charts["Clean against noisy labels"] = {
             "Gate": _lines("gate/clean", "gate/noisy"),

@@ -51,7 +51,7 @@ def _check(trainer: Trainer, module: LightningModule, val: bool, noisy: bool) ->
         if not noisy and monitor.startswith("val_noisy/"):
             raise UserError(f"{option} {monitor}: no validation example is corrupted, see --data.noise")
         sources = sources_of(trainer, "validation") if val else ()
-        known = [*(f"train/{name}" for name in TRAIN), "objective/scale"]
+        known = [*(f"train/{name}" for name in TRAIN), "objective/scale", "noise/estimated"]
         known = [
             *(f"val/{name}" for name in VAL if val),
             *(f"val/{name}/nll" for name in sources),

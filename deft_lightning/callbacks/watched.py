@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 
 from deft_lightning.annotations import CausalLM, Tokenizer
-from deft_lightning.objectives import Objective
+from deft_lightning.objectives import Needs, Objective
 
 
 class WatchedModule(Protocol):
@@ -20,12 +20,14 @@ class WatchedModule(Protocol):
     Attributes:
         objective: The one that was chosen.
         model: The Hugging Face model, None until it is built.
+        watched_needs: What callbacks want to know of tokens beside what the objective looks at.
         stop_asked: Set on a rank that is asked to stop.
         stop_agreed: Whether any rank had been asked when the last optimizer step was made.
     """
 
     objective: Objective
     model: CausalLM
+    watched_needs: Needs
     stop_asked: bool
     stop_agreed: bool
 
@@ -41,7 +43,7 @@ class WatchedModule(Protocol):
     def device(self) -> torch.device:
         """Where its tokens are."""
 
-    def log(self, name: str, value: Any) -> None:
+    def log(self, name: str, value: Any, prog_bar: bool = False) -> None:
         """Log a value under a tag."""
 
 

@@ -21,6 +21,7 @@ from deft_lightning.callbacks import (
     GateMonitor,
     GracefulStop,
     MetricCheck,
+    NoiseEstimate,
     NoiseMonitor,
     PredictionWriter,
     RankWatch,
@@ -112,6 +113,7 @@ class DeftCLI(LightningCLI):
         parser.add_lightning_class_args(GateMonitor, "gate_monitor")
         parser.add_lightning_class_args(EntropyMonitor, "entropy_monitor")
         parser.add_lightning_class_args(NoiseMonitor, "noise_monitor")
+        parser.add_lightning_class_args(NoiseEstimate, "noise_estimate")
         parser.add_lightning_class_args(Dashboard, "dashboard")
         parser.add_lightning_class_args(PredictionWriter, "predictions")
         parser.add_class_arguments(AfterFit, "after_fit")

@@ -16,7 +16,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from deft_lightning._version import __version__
 from deft_lightning.annotations import JsonObject
-from deft_lightning.callbacks import EntropyMonitor, GateMonitor, NoiseMonitor
+from deft_lightning.callbacks import EntropyMonitor, GateMonitor, NoiseEstimate, NoiseMonitor
 from deft_lightning.data import InstructionDataModule, known_noise
 from deft_lightning.data.noise import Noise
 from deft_lightning.errors import UserError
@@ -39,7 +39,7 @@ EVAL_BATCH = 200
 CURVES = (
     "train/nll", "val/nll", "val/token_accuracy", "focus/mean", "prob/mean", "gate/mean", "gate/clean", "gate/noisy",
     "gate/locked", "gate/locked_clean", "collision/mean", "entropy/shannon", "noise/memorised",
-    "noise/gradient_share", "noise/auroc_gate", "noise/estimated", "noise/estimated_tokens",
+    "noise/gradient_share", "noise/auroc_gate", "noise/estimated", "noise/estimated_tokens", "noise/true",
     "val_noisy/nll", "val_noisy/reproduced",
 )  # fmt: skip
 
@@ -159,7 +159,12 @@ def _module(cell: Cell, objective: Any, rate: float, model: str | None) -> SFTMo
 
 def _trainer(steps: int, root: Path, folder: Path | None) -> Trainer:
     logger = False if folder is None else TensorBoardLogger(folder.parent, name="", version=folder.name)
-    monitors: list[Any] = [GateMonitor(histograms=False), EntropyMonitor(histograms=False), NoiseMonitor()]
+    monitors: list[Any] = [
+        GateMonitor(histograms=False),
+        EntropyMonitor(histograms=False),
+        NoiseMonitor(),
+        NoiseEstimate(),
+    ]
     return Trainer(
         accelerator="cpu", devices=1, logger=logger, callbacks=monitors if folder else [], max_steps=steps,
         gradient_clip_val=1.0, log_every_n_steps=max(1, steps // POINTS), val_check_interval=max(1, steps // LOOKS),

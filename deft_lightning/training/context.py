@@ -19,6 +19,7 @@ from deft_lightning.objectives import Needs, Objective
 from deft_lightning.training.distributed import ranks
 from deft_lightning.training.protocols import PromptSource
 
+NOTHING = Needs()
 DECAY = 0.9  # of the running mean prediction
 UNIFORM = 0.01  # share of the unigram that is uniform: a label that no training row has must not be impossible
 
@@ -90,13 +91,19 @@ class ContextSource:
         objective: Whose needs are met; None where nothing is asked for.
         unigram: ``log u`` of every token, shape ``(V,)``; None where nothing is known of the training labels.
         vocabulary: Number of tokens.
+        watched: What callbacks want to know beside.
 
     Attributes:
         lenient: Whether what a batch lacks is left out, for statistics that no objective looks at.
     """
 
-    def __init__(self, objective: Objective | None = None, unigram: Tensor | None = None, vocabulary: int = 0) -> None:
-        self.needs = Needs() if objective is None else objective.needs
+    def __init__(
+        self, objective: Objective | None = None, unigram: Tensor | None = None, vocabulary: int = 0,
+        watched: Needs = NOTHING,
+    ) -> None:  # fmt: skip
+        own = Needs() if objective is None else objective.needs
+        # What callbacks want is theirs where the objective does not say.
+        self.needs = own._replace(answer_chance=own.answer_chance or watched.answer_chance)
         self.own = () if objective is None else objective.sources
         self.unigram, self.legend, self.lenient = unigram, repr(objective), False
         self.marginal = Marginal(vocabulary) if self._kinds & {"marginal", "least"} else None
@@ -208,15 +215,16 @@ class ContextSource:
         return table[batch["source"]][segment]
 
 
-def context_of(objective: Objective, model: CausalLM, prompts: PromptSource | None) -> ContextSource:
+def context_of(objective: Objective, model: CausalLM, prompts: PromptSource | None, watched: Needs) -> ContextSource:
     """Return what makes the context of a run's batches.
 
     Args:
         objective: The one that trains.
         model: The model, built.
         prompts: The data module; None, or one of the user's own, knows nothing of the training labels.
+        watched: What callbacks want to know beside.
     """
     size = base_causal_lm(model).config.get_text_config().vocab_size
     counts = getattr(prompts, "label_counts", None)
     unigram = None if counts is None or not counts.sum() else unigram_log_prob(counts, size)
-    return ContextSource(objective, unigram, size)
+    return ContextSource(objective, unigram, size, watched)

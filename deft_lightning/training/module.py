@@ -17,7 +17,7 @@ from deft_lightning.evaluation import Completion, Evaluator, Generation, predict
 from deft_lightning.functional import TokenStats
 from deft_lightning.models import LoRA, check_state, describe, is_sharded
 from deft_lightning.models.contents import KEY
-from deft_lightning.objectives import DEFT, Objective, RunState
+from deft_lightning.objectives import DEFT, Needs, Objective, RunState
 from deft_lightning.ops import Backend
 from deft_lightning.training.context import context_of
 from deft_lightning.training.distributed import ranks
@@ -104,6 +104,7 @@ class SFTModule(LightningModule):
         self.own_tokenizer: Any = None  # of a checkpoint that the module was made of
         self.lr: float | None = None  # set by Lightning's lr_find: the peak in place of the optimizer's own
         self.stop_asked = self.stop_agreed = False
+        self.watched_needs = Needs()  # of callbacks
         self.start_model: str | None = None  # what the weights were before training, where the objective asked them
         self._run, self._steps, self._about = RunState(), 0, dict[str, Any]()
 
@@ -159,7 +160,7 @@ class SFTModule(LightningModule):
         """Build or load the model; Lightning calls this once the data is known."""
         if self.model is None:
             self.model, self.batch_loss = self.source.place(self._build, getattr(trainer_of(self), "strategy", None))
-        self.batch_loss.context = context_of(self.objective, self.model, self.prompts)
+        self.batch_loss.context = context_of(self.objective, self.model, self.prompts, self.watched_needs)
 
     def _build(self) -> CausalLM:
         prompts = self.prompts
@@ -248,7 +249,8 @@ class SFTModule(LightningModule):
             log_now(self.trainer, self.meters.log_training(self.log, self.trainer.global_step))
             self.log_dict(self.normaliser.logged())
             if (tracked := self.objective.tracks) is not None:
-                self.log_dict(tracked.logged(self._run))
+                for tag, value in tracked.logged(self._run).items():
+                    self.log(tag, value, prog_bar=tag == "noise/estimated")
 
     def on_validation_start(self) -> None:
         """Put the sums where the tokens are."""

@@ -16,6 +16,7 @@ from deft_lightning.callbacks import (
     GateMonitor,
     GracefulStop,
     MetricCheck,
+    NoiseEstimate,
     NoiseMonitor,
     RankWatch,
     SFTProgressBar,
@@ -26,7 +27,7 @@ TRAINER_DEFAULTS: Settings = {
     "log_every_n_steps": 10,
     "default_root_dir": "logs",
 }
-MONITORS = (GateMonitor, EntropyMonitor, NoiseMonitor, Dashboard)
+MONITORS = (GateMonitor, EntropyMonitor, NoiseMonitor, NoiseEstimate, Dashboard)
 WATCHES = (GracefulStop, RankWatch, MetricCheck)
 # Kinds of which a run has one at most: whoever brings another kind of it has chosen.
 KINDS: dict[type[Callback], type[Callback]] = {Checkpoint: ModelCheckpoint, SFTProgressBar: ProgressBar}

@@ -25,8 +25,9 @@ class Trainer(LightningTrainer):
 
     What is not given is as on the command line: gradients are clipped at 1.0, metrics logged every 10 steps to
     TensorBoard under ``logs``, the newest state is saved, tokens are watched (GateMonitor, EntropyMonitor,
-    NoiseMonitor, Dashboard), SIGINT and SIGTERM end a run with its state saved. A callback that is given takes the
-    place of that of its kind; ``enable_checkpointing=False``, ``enable_progress_bar=False`` and ``monitors=False``
+    NoiseMonitor, NoiseEstimate, Dashboard), SIGINT and SIGTERM end a run with its state saved. A callback that is given
+    takes the place of that of its kind; ``enable_checkpointing=False``, ``enable_progress_bar=False`` and
+    ``monitors=False``
     leave theirs out. Without ``max_epochs`` it stops after ``max_steps`` or ``max_time``, or after one epoch if neither
     is given.
 

@@ -1,0 +1,130 @@
+"""The noise rate without truth: a noise model watches whatever objective trains."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import Tensor
+
+from deft_lightning.callbacks.monitor import TokenMonitor
+from deft_lightning.callbacks.watched import WatchedModule, is_watched, watched
+from deft_lightning.errors import UserError
+from deft_lightning.functional import TokenStats
+from deft_lightning.metrics import Histogram, PackedHistogram
+from deft_lightning.objectives import Contaminated, Needs, NoiseRates
+from deft_lightning.objectives.contaminated import HIGHEST, LOWEST, answers_of
+
+ANSWERS, TOKENS, TRUE_ANSWERS, TRUE_TOKENS = range(4)  # rows
+LATEST = 0.1  # what a report counts at least; the first ones count alike
+STABLE, SPREAD = 5, 0.05  # reports within which the estimate has moved by less than this
+ALARM = 1 / 3
+
+
+class NoiseEstimate(TokenMonitor):
+    """Logs how much of the labels is noise, as the noise model of `Contaminated` sees it, under any objective.
+
+    `noise/estimated` is the share of answers that chance explains better than the model does, `noise/estimated_tokens`
+    that of single tokens in the others: one step of EM for each logged step, a running mean over them. Under an
+    objective that has noise rates itself these are its own. Where labels were corrupted on purpose, `noise/true` and
+    `noise/true_tokens` are the shares that were, in the same steps; an answer counts with its first wrong token.
+
+    It warns once, when the estimate has stayed above a third. What it cannot see: noise that agrees with itself, which
+    a model learns like a rule; noise that the model has memorised; and a model that does not know the task yet takes
+    right answers for noise.
+
+    Args:
+        chance: What a whole answer is compared with: `unigram`, how frequent its tokens are in the training labels,
+            which suits short answers; `unprompted`, what the model says of it without the prompt, one pass over the
+            training rows before training, which real text needs.
+
+    Raises:
+        UserError: Another word.
+    """
+
+    def __init__(self, chance: Literal["unigram", "unprompted"] = "unigram") -> None:
+        super().__init__(bins=1)
+        if chance not in ("unigram", "unprompted"):
+            raise UserError(f"noise_estimate.chance must be unigram or unprompted, not {chance!r}")
+        self.chance = chance
+        self.rates: tuple[float, float] = (LOWEST, LOWEST)
+        self.recent: deque[float] = deque(maxlen=STABLE)
+        self.counted, self.warned = 0, False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Ask for the chance of answers, before the model is built."""
+        if is_watched(pl_module) and self.chance == "unprompted":
+            watched(pl_module).watched_needs = Needs(answer_chance="unprompted")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the estimate, for a run that goes on."""
+        return {"rates": list(self.rates), "recent": list(self.recent), "counted": self.counted, "warned": self.warned}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from an estimate."""
+        first, second = state_dict["rates"]
+        self.rates, self.recent = (float(first), float(second)), deque(state_dict["recent"], maxlen=STABLE)
+        self.counted, self.warned = int(state_dict["counted"]), bool(state_dict["warned"])
+
+    def open(self, trainer: Trainer, module: WatchedModule) -> PackedHistogram:
+        """Return rows of which the means are read: of answers and tokens, estimated and true."""
+        return PackedHistogram([(0.0, 1.0)] * 4, 1)
+
+    def observe(
+        self,
+        packed: PackedHistogram,
+        module: WatchedModule,
+        stats: TokenStats,
+        noise_code: Tensor | None,
+        clean_labels: Tensor | None,
+    ) -> None:
+        """Add the posterior of each answer and token; nothing where chance is not known."""
+        if stats.chance is None or stats.example is None or not len(stats.log_prob):
+            return
+        posterior = Contaminated().with_(rates=NoiseRates(*self.rates)).posterior(stats)
+        share = 1 / posterior.size
+        packed.update(ANSWERS, 1 - posterior.answer, weight=share)
+        packed.update(TOKENS, 1 - posterior.token, weight=posterior.answer)
+        if noise_code is not None:
+            wrong = (noise_code != 0).to(share)
+            place = answers_of(stats.example)
+            whole = torch.zeros_like(share).index_add_(0, place, wrong)[place] > 0
+            packed.update(TRUE_ANSWERS, whole, weight=share)
+            packed.update(TRUE_TOKENS, wrong)
+
+    def report(self, trainer: Trainer, module: WatchedModule, rows: list[Histogram]) -> None:
+        """Move the estimate, and log it."""
+        if not rows[ANSWERS].total:
+            return
+        self.counted += 1
+        latest = max(1 / self.counted, LATEST)
+        means = (rows[ANSWERS].mean, rows[TOKENS].mean if rows[TOKENS].total else self.rates[1])
+        moved = [
+            min(max((1 - latest) * rate + latest * mean, LOWEST), HIGHEST)
+            for rate, mean in zip(self.rates, means, strict=True)
+        ]
+        self.rates = (moved[0], moved[1])
+        self.recent.append(self.rates[0])
+        values = {}
+        if 0 < rows[TRUE_ANSWERS].mean:
+            values = {"noise/true": rows[TRUE_ANSWERS].mean, "noise/true_tokens": rows[TRUE_TOKENS].mean}
+        tracked = module.objective.tracks
+        if tracked is None or "noise/estimated" not in tracked.logged(tracked.told((), 0.0)):
+            module.log("noise/estimated", self.rates[0], prog_bar=True)
+            values["noise/estimated_tokens"] = self.rates[1]
+        self.write_scalars(trainer, values)
+        self._warn()
+
+    def _warn(self) -> None:
+        settled = len(self.recent) == STABLE and max(self.recent) - min(self.recent) < SPREAD
+        if self.warned or not settled or min(self.recent) < ALARM:
+            return
+        self.warned = True
+        rank_zero_warn(
+            f"noise/estimated: chance explains {self.rates[0]:.0%} of the answers better than the model does. Either"
+            " they are wrong, and --model.objective Contaminated leaves them out, or the model does not know the task"
+            " yet. Noise that agrees with itself is not seen (docs/concepts/noise_model.md)"
+        )
