@@ -23,7 +23,7 @@ from deft_lightning.data.encoding.supervise import (
     turns,
     weights_of,
 )
-from deft_lightning.data.encoding.template import origin, template_of
+from deft_lightning.data.encoding.template import origin
 from deft_lightning.data.encoding.tokenizer import markers
 from deft_lightning.data.examples import Example, Ints, Prepared, Prompt
 from deft_lightning.data.noise.edits import Mark
@@ -112,7 +112,7 @@ def _text(tokenizer: Any, text: str) -> Encoded:
     ids = tokenizer(bare).input_ids
     ids = ids if ids[-1:] == [tokenizer.eos_token_id] else [*ids, tokenizer.eos_token_id]
     zeros = np.zeros(len(ids), dtype=np.int64)
-    notes = notes_of_text(bare, forging(tokenizer), doubled=doubled)
+    notes = notes_of_text(bare, tokenizer, doubled=doubled)
     return Encoded(np.array(ids, dtype=np.int64), zeros, zeros, zeros.astype(bool), notes)
 
 
@@ -128,9 +128,7 @@ def _conversation(
     spelt: list[str] | None = None if teaching.special_tokens == "token" else []
     if rendering.places:
         ids, offsets, spelt = as_letters(tokenizer, ids, offsets, rendering.text, rendering.places)
-    notes = notes_of_conversation(
-        example, template_of(tokenizer, example.tools), forging(tokenizer), spelt, thoughts=teaching.reasoning != "drop"
-    )
+    notes = notes_of_conversation(example, tokenizer, spelt, thoughts=teaching.reasoning != "drop")
     if rendering.left_out:
         notes.append("the template leaves out the reasoning of turns that are not learnt")
     turn = turns(rendering, ids, offsets, ends)

@@ -14,10 +14,15 @@ from deft_lightning.data.examples import Message, Tool
 OWN = re.compile(r"think|tool|reason|channel|thought", re.IGNORECASE)
 # Markup of chat formats, and placeholders of pictures; where a tokenizer has a token of that name it is a token.
 FOREIGN = re.compile(  # the bars of DeepSeek's tokens are fullwidth ones
-    r"\[/?INST\]|<</?SYS>>|<\|im_(?:start|end|sep)\|>|<\|(?:start|end)_header_id\|>|<\|eot_id\|>|<\|begin_of_text\|>"
-    r"|<\|endoftext\|>|<(?:start|end)_of_turn>|<\uff5c[^\uff5c>]{1,30}\uff5c>|<\|(?:system|user|assistant)\|>|</?s>"
-    r"|<image>|<video>|<audio>|<\|image_pad\|>"
+    r"\[/?INST\]|<</?SYS>>|<\|\w{2,40}\|>|<(?:start|end)_of_turn>|<\uff5c[^\uff5c>]{1,30}\uff5c>|</?s>"
+    r"|<image>|<video>|<audio>"
 )
+
+
+@functools.lru_cache(maxsize=8)
+def known(tokenizer: Any) -> frozenset[str]:
+    """Return the names of the tokens that a tokenizer splits off before anything else, special or not."""
+    return frozenset(tokenizer.get_added_vocab())
 
 
 @functools.lru_cache(maxsize=8)

@@ -5,55 +5,60 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from itertools import chain
+from typing import Any
 
-from deft_lightning.data.encoding.markup import FOREIGN, texts_of
+from deft_lightning.data.encoding.markup import FOREIGN, forging, known, texts_of
+from deft_lightning.data.encoding.template import template_of
 from deft_lightning.data.examples import Example, Message, Tool
 
 SPELT = "a message, call or tool spells"
-# Calls as models write them: Hermes and Qwen, Mistral, Llama, and others.
-CALL = re.compile(r"<\|?(?:tool|function)_calls?\|?>|\[TOOL_CALLS\]|<function=")
+# Calls as models write them: Hermes and Qwen, Glaive, Llama, Mistral.
+CALL = re.compile(r"<\|?(?:tool|function)_?calls?\|?>|<\|python_tag\|>|\[TOOL_CALLS\]|<function=")
+# Of markup, what is named as it is; of the rest there may be many names, which one note is enough for.
+NAMED = re.compile(
+    r"<\|(?:im_(?:start|end|sep)|(?:start|end)_header_id|eot_id|eom_id|python_tag|begin_of_text|end_of_text|endoftext|end"
+    r"|system|user|assistant|prompter|message|channel|(?:begin|end)_of_(?:thought|solution)|image_pad)\|>"
+)
+JSON_CALL = re.compile(r'\s*\[?\s*\{\s*"name":\s*"[^"]{1,200}",\s*"(?:arguments|parameters)":')
 # Turns that a text has headers for: Guanaco's and Alpaca's with hashes, Vicuna's and Anthropic's without.
 ASKED = re.compile(r"#{2,4} ?(?:Human|User|Instruction|Question|Input) ?:|(?:^|(?<=\s))(?:USER|User|Human) ?:")
 ANSWERED = re.compile(r"#{2,4} ?(?:Assistant|Response|Answer|Output) ?:|(?:^|(?<=\s))(?:ASSISTANT|Assistant) ?:")
 
 
 def notes_of_conversation(
-    example: Example, template: str, special: re.Pattern[str] | None, spelt: Iterable[str] | None, *, thoughts: bool
-) -> list[str]:
+    example: Example, tokenizer: Any, spelt: Iterable[str] | None, *, thoughts: bool
+) -> list[str]:  # fmt: skip
     """Return what is to be said of a conversation.
 
     Args:
         example: The row.
-        template: The chat template.
-        special: Finds special tokens; None where the tokenizer has none.
+        tokenizer: With its chat template.
         spelt: Special tokens of its texts that became letters; None where they are kept as tokens.
         thoughts: Whether reasoning is given to the template.
     """
-    messages = example.messages or ()
+    messages, special = example.messages or (), forging(tokenizer)
     texts = list(texts_of(messages, example.tools, thoughts=thoughts))
     notes: list[str] = []
     if spelt is not None:
         notes += [f"{SPELT} the special token {name}: it is read as letters" for name in set(spelt)]
     elif special is not None and any(map(special.search, texts)):
         notes.append(f"{SPELT} special tokens: they are read as those tokens")
-    if foreign := _foreign(texts, special):
+    if foreign := _foreign(texts, tokenizer):
         notes.append(f"{SPELT} markup of another format, such as {foreign}: it is read as letters")
     headers = filter(None, (headers_of(message["content"]) for message in messages if message["role"] != "tool"))
     if header := next(headers, None):
         notes.append(f"a message has headers of turns, such as {header!r}: they are read as text of that message")
-    return notes + list(_notes_of_tools(messages, example.tools, template))
+    return notes + list(_notes_of_tools(messages, example.tools, template_of(tokenizer, example.tools)))
 
 
 def _notes_of_tools(messages: Sequence[Message], tools: Sequence[Tool] | None, template: str) -> Iterable[str]:
     """Yield what a row has as text although the template has its own way to write it."""
-    for message in messages if "tool_calls" in template else ():
-        if (
-            message["role"] == "assistant"
-            and not message.get("tool_calls")
-            and (call := CALL.search(message["content"]))
-        ):
-            yield f"calls of tools stand in the text ({call[0]}): they stay that text, the template writes none"
-            break
+    said = [message for message in messages if message["role"] == "assistant" and not message.get("tool_calls")]
+    call = next(filter(None, (_call(message["content"]) for message in said)), None)
+    results = any(message["role"] == "tool" for message in messages) and len(said) == len(_answers(messages))
+    if "tool_calls" in template and (call or results):
+        shown = f" ({call})" if call else ""
+        yield f"calls of tools stand in the text{shown}: they stay that text, the template writes none"
     if any(message["role"] == "tool" and "<tool_response>" in message["content"] for message in messages):
         if "<tool_response>" in template:
             yield "results of tools stand in <tool_response> tags: the template writes its own around them"
@@ -65,25 +70,35 @@ def _notes_of_tools(messages: Sequence[Message], tools: Sequence[Tool] | None, t
         )
 
 
+def _call(text: str) -> str | None:
+    """Return how a text spells a call."""
+    markup = CALL.search(text)
+    return markup[0] if markup else "as JSON" if JSON_CALL.match(text) else None
+
+
+def _answers(messages: Sequence[Message]) -> list[Message]:
+    return [message for message in messages if message["role"] == "assistant"]
+
+
 def _lists(content: str, tools: Sequence[Tool]) -> bool:
     names = (re.escape(tool["function"]["name"]) for tool in tools)
     return all(re.search(rf"""["']name["']:\s*["']{name}["']""", content) for name in names)
 
 
-def notes_of_text(text: str, special: re.Pattern[str] | None, *, doubled: bool) -> tuple[str, ...]:
+def notes_of_text(text: str, tokenizer: Any, *, doubled: bool) -> tuple[str, ...]:
     """Return what is to be said of a raw text.
 
     Args:
         text: Without the beginning and the end of sequence.
-        special: Finds special tokens; None where the tokenizer has none.
+        tokenizer: The tokenizer.
         doubled: Whether it had these.
     """
-    notes = []
+    notes, special = [], forging(tokenizer)
     if doubled:
         notes.append("the text begins or ends with a token that is added anyway: it is there once")
     if special is not None and (inside := special.search(text)):
         notes.append(f"the text has special tokens such as {inside[0]}: they are learnt as those tokens")
-    if foreign := _foreign([text], special):
+    if foreign := _foreign([text], tokenizer):
         notes.append(
             f"the text has markup of a chat format, such as {foreign}, that is no token: it is learnt as letters"
         )
@@ -101,9 +116,9 @@ def headers_of(text: str) -> str | None:
     return asked[0].strip() if asked and ANSWERED.search(text) else None
 
 
-def _foreign(texts: Sequence[str], special: re.Pattern[str] | None) -> str | None:
-    names = {
-        "<\uff5c\u2026\uff5c>" if name.startswith("<\uff5c") else name  # whatever is between the bars: one note of all
-        for name in chain.from_iterable(map(FOREIGN.findall, texts))
+def _foreign(texts: Sequence[str], tokenizer: Any) -> str | None:
+    names = set(chain.from_iterable(map(FOREIGN.findall, texts))) - known(tokenizer)
+    shown = {
+        name if name[1] not in "|\uff5c" or NAMED.fullmatch(name) else f"<{name[1]}\u2026{name[1]}>" for name in names
     }
-    return min((name for name in names if special is None or not special.search(name)), default=None)
+    return min(shown, default=None)

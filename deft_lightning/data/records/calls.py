@@ -52,6 +52,16 @@ def _arguments(value: Any) -> Any:
     return value
 
 
+def describes_tools(row: Row) -> bool:
+    """Return whether the column of tools holds descriptions of functions, or the JSON of them."""
+    tools = row.unpack(row.look("tools"))
+    functions = (
+        [tool.get("function", tool) for tool in tools if isinstance(tool, Mapping)] if isinstance(tools, list) else []
+    )
+    described = all(isinstance(function, Mapping) and "name" in function for function in functions)
+    return bool(functions) and len(functions) == len(tools) and described
+
+
 def read_tools(row: Row) -> tuple[Tool, ...] | None:
     """Return the descriptions of the tools beside a conversation, None if there are none.
 

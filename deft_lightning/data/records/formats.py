@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any, Literal, NamedTuple
 
 from deft_lightning.data.examples import Example, Message
-from deft_lightning.data.records.calls import read_tools
+from deft_lightning.data.records.calls import describes_tools, read_tools
 from deft_lightning.data.records.leftovers import ColumnReport, refuse_leftovers
 from deft_lightning.data.records.misfits import misfit
 from deft_lightning.data.records.shares import row_weight, token_weights
@@ -172,7 +172,8 @@ def _conversation(row: Row, format: str, need_response: bool) -> dict[str, Any]:
         if first["role"] != "system":
             messages = [{"role": "system", "content": system}, *messages]
     content: dict[str, Any] = {"messages": tuple(messages)}
-    if format in ("messages", "sharegpt", "prompt_completion") and (tools := read_tools(row)):
+    # Beside a question a column of that name may be anything: it is read where it describes tools, else named.
+    if (format in ("messages", "sharegpt", "prompt_completion") or describes_tools(row)) and (tools := read_tools(row)):
         content["tools"] = tools
     return content
 

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from deft_lightning.data.records.misfits import first_answer, several_texts
+from deft_lightning.data.records.misfits import PREFERENCE, first_answer
 from deft_lightning.data.records.turns import PICTURES, empty
 from deft_lightning.data.sources.rows import Row
 
-# The better and the worse of two answers, under any layout.
-PREFERENCE = re.compile(r"(^|_)(chosen|rejected|preferred|dispreferred|nonpreferred)(_|$)", re.IGNORECASE)
 MEDIA = {*PICTURES, "pixel_values", "image_path", "image_url", "video_path", "audio_path"}
 VERDICTS = ("label", "kto_tag")  # whether the answer is a good one
 ANSWERS = ("answer", "solution", "output", "response", "completion", "final_answer")
-SEVERAL = ("generations", "completions", "responses", "outputs", "solutions", "candidates", "generated_solutions")
 SAYS = {
     "messages": "turns", "conversations": "turns", "prompt": "prompt", "completion": "response", "history": "turns",
     "instruction": "prompt", "input": "prompt", "context": "prompt", "question": "prompt", "output": "response",
@@ -49,9 +45,11 @@ class ColumnReport:
         self.rows += 1
         self.used.update((name, SAYS.get(meaning, meaning)) for name, meaning in row.read.items())
         left = {*unused(row), *row.left}
-        self.unused.update(left - set(ignore))
-        self.ignored.update(dict.fromkeys(ignore, 0))  # a name that no row has is named too
-        self.ignored.update((left & set(ignore)) | row.ignored)
+        if ignore:
+            self.ignored.update(dict.fromkeys(ignore, 0))  # a name that no row has is named too
+            self.ignored.update((left & set(ignore)) | row.ignored)
+            left -= set(ignore)
+        self.unused.update(left)
 
     def lines(self) -> list[str]:
         """Return what is said: what became what, and what became nothing."""
@@ -138,9 +136,8 @@ def refuse_leftovers(row: Row, ignore: Collection[str], taught: str | None) -> N
             )
         if key in MEDIA:
             raise row.fail(name, f"holds pictures, sound or video, and only text is learnt; {advice}", "media")
-        if taught is not None and key in SEVERAL and several_texts(value) and not _chosen(row):
-            first = first_answer(row, name)
-            problem = f"holds {len(value)} answers beside {_response(row)!r}; {first + ', ' if first else ''}{advice}"
+        if taught is not None and not _chosen(row) and (first := first_answer(row, name, value)):
+            problem = f"holds {len(value)} answers beside {_response(row)!r}; {first}, {advice}"
             raise row.fail(name, problem, "two answers")
         if taught is not None and key in ANSWERS and _differs(value, taught):
             if _chosen(row):

@@ -92,4 +92,9 @@ def as_text(row: Row, field: str, value: Any) -> str:
             return row.text(field, json.dumps(value, ensure_ascii=False, default=str), empty=True)
         except RecursionError:
             raise row.fail(field, "is nested too deeply", "nesting") from None
+    if parts:
+        apart = take_apart(row, field, value)
+        if apart.thought or apart.calls or apart.results:
+            raise row.fail(field, "holds a thought, a call or a further result, which no result of a tool has", "role")
+        value = apart.content
     return row.text(field, value, empty=True)

@@ -190,7 +190,8 @@ class _Turn:
         if calls:
             message["tool_calls"] = calls
         weight = turn_weight(self.row, self.at, self.turn)
-        self._report(TURN_KEYS, "weights of turns")
+        if weight is not None:
+            self._report(TURN_KEYS, "weights of turns")
         self.used |= {*TURN_KEYS, *REASONING, "channel", "tool_calls", "function_call"}
         if weight is not None and weight != 1:
             message["weight"] = weight
@@ -221,8 +222,8 @@ class _Turn:
         self.row.read |= {self.row.key(self.at, key): meaning for key in keys if not empty(self.turn.get(key))}
 
     def _thoughts(self) -> list[str]:
-        self._report(REASONING, "reasoning")
         given = {key: self.turn[key] for key in REASONING if not empty(self.turn.get(key))}
+        self._report(given, "reasoning")
         return [self.row.text(f"{self.at}.{key}", value, empty=True) for key, value in given.items()]
 
     def _other(self, place: str, parts: Parts) -> Message:

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 
 from deft_lightning import InstructionDataModule
+from deft_lightning.data.encoding.markup import known
 from deft_lightning.data.encoding.notes import notes_of_text
+from deft_lightning.data.encoding.tokenizer import build_tokenizer
 from deft_lightning.data.examples import Example
 from deft_lightning.data.records.formats import detect_format, normalise
 from deft_lightning.data.records.leftovers import ColumnReport
@@ -124,6 +126,13 @@ def test_a_file_with_one_turn_a_line_is_refused_with_the_layout_of_a_row(turn: d
         ({"conversation": [{"role": "user", "content": "hi"}]}, "--data.column_map.messages conversation"),
         ({"x": {"dialog": [{"from": "human", "value": "hi"}]}}, "--data.column_map.messages x.dialog"),
         ({"id": "0", "data": ["hi", "hello"]}, "--data.column_map.messages data reads them as turns"),
+        ({"conversation": [{"human": "hi", "assistant": "hello"}]}, "if they had role and content, or from and value"),
+        ({"conversation": [["hi", "hello"]]}, "if they had role and content, or from and value"),
+        ({"instruction": "hi", "completions": [{"model": "m", "response": "hello"}], "correct_answers": ["None"]},
+         "--data.column_map.question instruction --data.column_map.answer completions.0.response learns the first"),
+        ({"chosen": "Human: hi", "rejected": "Human: ho"}, "--data.column_map.text chosen learns it as a text"),
+        ({"chosen": [{"role": "user", "content": "hi"}], "rejected": [{"role": "user", "content": "hi"}]},
+         "--data.column_map.messages chosen"),
         (OPEN_R1, "--data.column_map.answers generations learns the first"),
         ({"prompt": "hi", "samples": ["a", "b"]},
          "--data.column_map.question prompt --data.column_map.answers samples learns the first"),
@@ -133,6 +142,7 @@ def test_a_file_with_one_turn_a_line_is_refused_with_the_layout_of_a_row(turn: d
 def test_a_row_that_fits_no_format_is_refused_with_what_would_read_it(record: dict[str, Any], way: str) -> None:
     message = refused(record)
     assert "fit no known format" in message and way in message
+    assert "rejected:" not in message and "messages rejected" not in message
 
 
 @pytest.mark.parametrize(
@@ -142,6 +152,17 @@ def test_a_row_that_fits_no_format_is_refused_with_what_would_read_it(record: di
         ({"id": "0", "data": ["a", "b"]}, {"messages": "data"}),
         ({**OPEN_R1, "generations": ["b"], "problem": "a"}, {"answers": "generations"}),
         ({"prompt": "a", "samples": ["b", "c"]}, {"question": "prompt", "answers": "samples"}),
+        (
+            {"instruction": "a", "completions": [{"response": "b"}]},
+            {"question": "instruction", "answer": "completions.0.response"},
+        ),
+        (
+            {
+                "chosen": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
+                "rejected": [{"role": "user", "content": "a"}],
+            },
+            {"messages": "chosen"},
+        ),
     ],
 )
 def test_the_options_that_are_offered_read_the_row(record: dict[str, Any], column_map: dict[str, str]) -> None:
@@ -182,8 +203,15 @@ def test_a_text_with_headers_of_turns_is_named_with_a_count(tmp_path: Path, text
 
 
 def test_a_text_with_markup_that_the_tokenizer_does_not_know_is_named() -> None:
-    (note,) = notes_of_text("[INST] Hi [/INST] Hello", None, doubled=False)
+    tokenizer = build_tokenizer(["x"], 0)
+    (note,) = notes_of_text("[INST] Hi [/INST] Hello", tokenizer, doubled=False)
     assert "markup of a chat format, such as [/INST]" in note
+    # Names that anybody may make up are one note of all; what is a token of the tokenizer is none.
+    notes = {notes_of_text(f"a <|{name}|> b", tokenizer, doubled=False) for name in ("x0", "x1", "y_z")}
+    assert len(notes) == 1 and "such as <|\u2026|>" in next(iter(notes))[0]
+    tokenizer.add_tokens(["<|x2|>"])
+    known.cache_clear()
+    assert not notes_of_text("a <|x2|> b", tokenizer, doubled=False)
 
 
 TOOL = {"name": "add", "description": "adds", "parameters": {"type": "object", "properties": {"a": {"type": "number"}}}}
@@ -211,7 +239,8 @@ def hermes(call: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     "call", ['<tool_call>\n{"name": "add", "arguments": {"a": 2}}\n</tool_call>', '[TOOL_CALLS] [{"name": "add"}]',
-             "<function=add>{}</function>"],
+             "<function=add>{}</function>", "<functioncall> {}", "<|python_tag|>{}", '[add(a=2)]',
+             '{"name": "add", "parameters": {}}'],
 )  # fmt: skip
 def test_calls_in_the_text_stay_that_text_and_are_named_with_a_count(tmp_path: Path, call: str) -> None:
     said = remarks(tmp_path, [hermes(call)] * 3, chat_template=WRITES_CALLS)
@@ -222,7 +251,30 @@ def test_calls_in_the_text_stay_that_text_and_are_named_with_a_count(tmp_path: P
     said = remarks(tmp_path, [hermes(call)], chat_template=WRITES_CALLS, column_map={"tools": "none"})
     assert "lists them again" not in said and "calls of tools" in said
     plain = WRITES_CALLS[WRITES_CALLS.index("{% for m") :].replace("m.tool_calls", "[]").replace("tool_response", "out")
-    assert not remarks(tmp_path, [hermes(call)], chat_template=plain, column_map={"tools": "none"})
+    said = remarks(tmp_path, [hermes(call)], chat_template=plain, column_map={"tools": "none"})
+    assert "calls of tools" not in said and "results of tools" not in said
+
+
+def test_tools_beside_a_question_are_read_where_they_describe_functions() -> None:
+    report = ColumnReport()
+    row = {"question": "Add.", "answer": "[]", "tools": json.dumps([TOOL])}
+    example = read(row, report)
+    assert example.tools == ({"type": "function", "function": TOOL},) and not report.unused
+    for other in ("hammer", ["hammer"], [], "[]", [TOOL, "x"], {"name": "x"}):
+        report = ColumnReport()
+        assert read({**row, "tools": other}, report).tools is None
+        assert report.unused == ({"tools": 1} if other else {})
+
+
+def test_a_picture_in_the_result_of_a_tool_may_be_left_out() -> None:
+    content = [{"type": "image", "source": {}}, {"type": "text", "text": "done"}]
+    turns = [{"role": "user", "content": "a"}, {"role": "tool", "content": content},
+             {"role": "assistant", "content": "b"}]  # fmt: skip
+    name = "messages[].content[].image"
+    assert f"--data.ignore_columns '{name}'" in refused({"messages": turns})
+    assert (read({"messages": turns}, ignore=[name]).messages or ())[1]["content"] == "done"
+    turns[1]["content"] = [{"type": "thinking", "thinking": "hm"}]
+    assert "which no result of a tool has" in refused({"messages": turns})
 
 
 # --- weights of turns ------------------------------------------------------------------------------------------------
