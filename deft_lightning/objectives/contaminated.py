@@ -18,7 +18,7 @@ from deft_lightning.errors import UserError
 from deft_lightning.functional import TokenStats
 from deft_lightning.objectives.base import Needs, Objective, RunState
 
-Chance = Literal["unigram", "marginal", "least", "unprompted"]
+Chance = Literal["unigram", "marginal", "least", "unprompted", "best"]
 LOWEST, HIGHEST = 0.01, 0.95  # rates that EM may reach: at 0 and at 1 it would stay for ever
 
 
@@ -108,7 +108,8 @@ class Contaminated(Objective):
         chance: ``u`` of a token: `unigram`, how frequent the label is among the training labels; `marginal`, how often
             the model says it, whatever the prompt; `least`, the smaller of the two; `unprompted`, what the model says
             of the answer without its prompt before training.
-        answer_chance: ``u`` of the sum over an answer; default: `chance`.
+        answer_chance: ``u`` of the sum over an answer; default: `chance`. `best` is of `least` and `unprompted` the one
+            that explains the answer better.
         start: Rates of the first step, in ``[0, 1)``.
         decay: What a rate keeps of itself in a step, in ``[0, 1)``.
         opening: Share of the optimizer steps, from the first, in which the gate is at least a tenth of the collision
@@ -130,7 +131,7 @@ class Contaminated(Objective):
 
     def __post_init__(self) -> None:
         """Refuse what is no share, and words that mean nothing."""
-        kinds = ("unigram", "marginal", "least", "unprompted")
+        kinds = ("unigram", "marginal", "least", "unprompted", "best")
         if self.level not in ("both", "token", "answer"):
             raise UserError(f"Contaminated: level must be both, token or answer, not {self.level!r}")
         for name, kind in (("chance", self.chance), ("answer_chance", self.answer_chance or self.chance)):

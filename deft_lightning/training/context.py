@@ -13,7 +13,7 @@ from torch import Tensor
 
 from deft_lightning.annotations import Batch, CausalLM
 from deft_lightning.errors import UserError
-from deft_lightning.functional import TokenContext
+from deft_lightning.functional import IGNORE_INDEX, TokenContext
 from deft_lightning.models import base_causal_lm
 from deft_lightning.objectives import Needs, Objective
 from deft_lightning.training.distributed import ranks
@@ -106,7 +106,7 @@ class ContextSource:
         self.needs = own._replace(answer_chance=own.answer_chance or watched.answer_chance)
         self.own = () if objective is None else objective.sources
         self.unigram, self.legend, self.lenient = unigram, repr(objective), False
-        self.marginal = Marginal(vocabulary) if self._kinds & {"marginal", "least"} else None
+        self.marginal = Marginal(vocabulary) if self._kinds & {"marginal", "least", "best"} else None
 
     def end_step(self, skipped: bool) -> None:
         """End an optimizer step; every rank has to call it."""
@@ -139,7 +139,7 @@ class ContextSource:
     @property
     def unprompted(self) -> bool:
         """Whether batches have to say what the model finds of their labels without the prompt."""
-        return "unprompted" in self._kinds
+        return bool(self._kinds & {"unprompted", "best"})
 
     @property
     def prediction_sum(self) -> Tensor | None:
@@ -155,12 +155,12 @@ class ContextSource:
         Raises:
             UserError: The batch lacks what the objective looks at.
         """
-        targets = batch["labels"][:, 1:]
+        targets, example = batch["labels"][:, 1:], self._examples(batch)
         return TokenContext(
             weight=batch["token_weight"][:, 1:] if "token_weight" in batch else None,
             chance=self._chance(self.needs.chance or "unigram", batch, targets),
-            answer_chance=None if self._same else self._chance(str(self.needs.answer_chance), batch, targets),
-            example=self._examples(batch),
+            answer_chance=None if self._same else self._answer_chance(batch, targets, example),
+            example=example,
             source=self._sources(batch),
         )
 
@@ -190,6 +190,19 @@ class ContextSource:
                 self.unigram = self.unigram.to(targets.device)
             table = self.unigram if kind == "unigram" else torch.minimum(self.unigram, self._marginal(targets))
         return table[targets.clamp_min(0)]
+
+    def _answer_chance(self, batch: Batch, targets: Tensor, example: Tensor | None) -> Tensor | None:
+        kind = str(self.needs.answer_chance)
+        if kind != "best":
+            return self._chance(kind, batch, targets)
+        known, asked = self._chance("least", batch, targets), self._chance("unprompted", batch, targets)
+        if known is None or asked is None or example is None:
+            return None
+        # Of two explanations of a whole answer by chance the better one counts, for all its tokens.
+        learnt, place = targets != IGNORE_INDEX, example.clamp_min(0)
+        gain = torch.where(learnt, asked - known, 0).double().flatten()
+        sums = gain.new_zeros(max(int(place.max()) + 1, 1)).index_add_(0, place.flatten(), gain)
+        return torch.where(sums[place] > 0, asked, known)
 
     def _marginal(self, like: Tensor) -> Tensor:
         assert self.marginal is not None
