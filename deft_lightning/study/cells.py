@@ -152,7 +152,7 @@ def _data(
 def _module(cell: Cell, objective: Any, rate: float, model: str | None) -> SFTModule:
     return SFTModule(
         objective, pretrained=model, architecture=None if model else cell.architecture,
-        optimizer=partial(torch.optim.AdamW, lr=rate, betas=(0.9, 0.95), weight_decay=0.01),
+        head=cell.head, optimizer=partial(torch.optim.AdamW, lr=rate, betas=(0.9, 0.95), weight_decay=0.01),
         generation=Generation(max_new_tokens=cell.setting.max_new_tokens),
     )  # fmt: skip
 

@@ -131,6 +131,7 @@ class Cell:
         held_out: Validation examples, and test examples.
         base_rows: Training rows of the model it starts from.
         files: Hash of the files that it reads; empty where it reads none.
+        head: `fused`, or `dense` for a second rounding.
     """
 
     regime: str
@@ -144,6 +145,7 @@ class Cell:
     held_out: int
     base_rows: int
     files: str = ""
+    head: Literal["fused", "dense"] = "fused"
 
     @property
     def id(self) -> str:
@@ -158,7 +160,8 @@ class Cell:
         return digest(
             [__version__, setting, repr(self.objective), self.noise, self.rate, self.seed, self.architecture,
              self.rows, self.held_out, *([self.files] if self.files else []),
-             *([self.base_rows] if self.base_rows != self.rows else [])]
+             *([self.base_rows] if self.base_rows != self.rows else []),
+             *([self.head] if self.head != "fused" else [])]
         )  # fmt: skip
 
     @property
@@ -192,6 +195,8 @@ class Study:
         tuning_seeds: Runs of each learning rate when one is chosen for an objective in a headline cell.
         rows: Training examples of a task.
         held_out: Validation examples, and as many test examples.
+        second_rounding: Run the headline cells once more with the dense head, whose gradients agree with those of the
+            fused one to rounding: a cell whose two medians are far apart stands on an edge, and says nothing.
         first_seed: Seeds are counted from here, so that what was looked at while a method was made is not what is
             reported of it.
     """
@@ -206,6 +211,7 @@ class Study:
     rows: int = 4000
     held_out: int = 400
     first_seed: int = 0
+    second_rounding: bool = False
 
     def __post_init__(self) -> None:
         """Refuse a study of nothing, and the same objective twice."""
@@ -275,6 +281,12 @@ class Study:
                     for seed in self._seeds(self.headline_seeds if headline else self.seeds):
                         for objective in self.everything if headline else self.objectives:
                             yield self.cell(name, objective, noise, regime.rate, seed)
+
+    def rounded(self) -> Iterator[Cell]:
+        """Yield the headline cells at the shared rate with the other head."""
+        for cell in self.shared():
+            if self.second_rounding and cell.noise in cell.setting.headline:
+                yield replace(cell, head="dense")
 
     def tuning(self) -> Iterator[Cell]:
         """Yield the cells that choose a learning rate for each objective in each headline cell."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean, median, stdev
@@ -12,6 +13,7 @@ from deft_lightning.annotations import JsonObject, Record
 from deft_lightning.study.plan import Cell, Study
 
 Place = tuple[str, float]  # regime and noise
+RESAMPLES = 2000
 Grid = dict[Place, dict[str, dict[int, float]]]  # value by place, objective and seed
 Results = Mapping[str, Mapping[str, Any]]
 
@@ -68,7 +70,44 @@ def worst_regime(values: Grid, headline: Sequence[Place], names: Sequence[str]) 
             "where": where[0], "regret": max(best[place] - medians[place] for place in headline),
             "worst_seeds": [min(values[place][name][seed] for place in headline) for seed in sorted(seeds)],
         })  # fmt: skip
+    for row, spread in zip(rows, intervals(values, headline, names), strict=True):
+        row |= spread
     return sorted(rows, key=lambda row: (-row["worst"], row["regret"]))
+
+
+def intervals(values: Grid, headline: Sequence[Place], names: Sequence[str]) -> list[JsonObject]:
+    """Return between what worst median and regret of each objective lie in 90 % of resamples of the seeds.
+
+    The seeds that all cells share are drawn with replacement, the same for every objective and place, since a seed is
+    one of weights, order, noise and start. With few seeds this is a rough measure.
+    """
+    seeds = sorted(set.intersection(*(set(values[place][name]) for place in headline for name in names)))
+    draw = random.Random(0)
+    worst: dict[str, list[float]] = {name: [] for name in names}
+    regret: dict[str, list[float]] = {name: [] for name in names}
+    for _ in range(RESAMPLES if seeds else 0):
+        drawn = draw.choices(seeds, k=len(seeds))
+        medians = {name: [median(values[place][name][seed] for seed in drawn) for place in headline] for name in names}
+        best = [max(row) for row in zip(*medians.values(), strict=True)]
+        for name, row in medians.items():
+            worst[name].append(min(row))
+            regret[name].append(max(top - value for top, value in zip(best, row, strict=True)))
+    return [{"worst_interval": _middle(worst[name]), "regret_interval": _middle(regret[name])} for name in names]
+
+
+def _middle(values: Sequence[float]) -> list[float]:
+    ordered = sorted(values)
+    return [ordered[round(share * (len(ordered) - 1))] for share in (0.05, 0.95)] if ordered else []
+
+
+def rounding(study: Study, results: Results) -> list[JsonObject]:
+    """Return the medians of the headline cells under either head, where a second rounding was run."""
+    first, second = (grid(cells, results) for cells in (study.shared(), study.rounded()))
+    return [
+        {"regime": place[0], "noise": place[1], "objective": name,
+         "medians": [median(first[place][name].values()), median(by_seed.values())]}
+        for place, row in second.items() for name, by_seed in row.items()
+    ]  # fmt: skip
 
 
 def margins(rows: Sequence[Record], of: str = "DEFT()") -> list[JsonObject]:
@@ -113,6 +152,7 @@ def summary(study: Study, results: Results) -> JsonObject:
         ],
     }  # fmt: skip
     report["ends"] = ends(study, results)
+    report["rounding"] = rounding(study, results)
     for kind, values in (("shared", shared), ("tuned", tuned)):
         among = names if kind == "shared" else plain
         rows = worst_regime(values, headline, among) if headline and (rates or kind == "shared") else []
@@ -124,6 +164,7 @@ def summary(study: Study, results: Results) -> JsonObject:
 ENDS = {
     "val/nll": "val NLL", "gate/clean": "gate, clean", "gate/noisy": "gate, noisy", "noise/memorised": "memorised",
     "noise/gradient_share": "gradient of noise", "gate/locked": "locked", "gate/mean": "gate", "prob/mean": "p",
+    "noise/estimated": "noise, estimated",
 }  # fmt: skip
 LAST = 3  # logged steps that make an end
 

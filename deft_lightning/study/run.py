@@ -43,10 +43,11 @@ def run_study(study: Study, root: Path, workers: int) -> JsonObject:
         missing = [cell for folder, cell in bases.items() if not (folder / "base.json").exists()]
         pool.run("bases", work.train_base, missing, lambda cell: cell.setting.base.steps if cell.setting.base else 0)
         _run(pool, "shared rate", study.shared(), root)
+        _run(pool, "second rounding", study.rounded(), root)
         _run(pool, "choosing rates", study.tuning(), root)
         rates = chosen_rates(study, _results(study.tuning(), root))
         _run(pool, "tuned rates", study.tuned(rates), root)
-    everything = [*study.shared(), *study.tuning(), *study.tuned(rates)]
+    everything = [*study.shared(), *study.rounded(), *study.tuning(), *study.tuned(rates)]
     results = _results(everything, root)
     report = summary(study, results)
     report["bases"] = [

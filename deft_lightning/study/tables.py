@@ -26,7 +26,7 @@ def text(report: Record) -> str:
     for regime in dict.fromkeys(place[0] for place in places):
         parts.append(_table(report, regime, [noise for name, noise in places if name == regime]))
     parts += [_ends(report, regime, noise) for regime, noise in report["headline"]]
-    parts.append(_rates(report))
+    parts += [_rounding(report), _rates(report)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -34,17 +34,41 @@ def _ranking(report: Record, rows: Sequence[Record], about: str) -> str:
     places = [f"{regime}, noise {noise:g}" for regime, noise in report["headline"]]
     lines = [
         f"### Worst regime, {about}", "", f"{judged(report)}, median over seeds.", "",
-        f"| objective | {' | '.join(places)} | worst | regret | worst, seed by seed |",
-        "|---" * (len(places) + 4) + "|",
+        f"| objective | {' | '.join(places)} | worst | 90 % | regret | 90 % | worst, seed by seed |",
+        "|---" * (len(places) + 6) + "|",
     ]  # fmt: skip
     sign = SIGN[report["judge"]]
     for row in rows:
         medians = " | ".join(f"{sign * value:.3f}" for value in row["medians"])
         seeds = " ".join(f"{sign * value:.2f}" for value in row["worst_seeds"])
         star = " (remedy)" if row["objective"] in report["remedies"] else ""
+        worst, regret = _interval(row["worst_interval"], sign), _interval(row["regret_interval"], 1)
         lines.append(
-            f"| {short_legend(row['objective'])}{star} | {medians} | {sign * row['worst']:.3f} | {row['regret']:.3f} |"
-            f" {seeds} |"
+            f"| {short_legend(row['objective'])}{star} | {medians} | {sign * row['worst']:.3f} | {worst} |"
+            f" {row['regret']:.3f} | {regret} | {seeds} |"
+        )
+    return "\n".join(lines)
+
+
+def _interval(ends: Sequence[float], sign: int) -> str:
+    return " to ".join(f"{sign * end:.2f}" for end in ends)
+
+
+def _rounding(report: Record) -> str:
+    if not report["rounding"]:
+        return ""
+    lines = [
+        "### A second rounding", "",
+        "Medians with the fused head and with the dense one, whose gradients agree to rounding. A cell where they"
+        " differ by more than 0.05 stands on an edge.", "",
+        "| regime | objective | fused | dense | difference |", "|---|---|---|---|---|",
+    ]  # fmt: skip
+    sign = SIGN[report["judge"]]
+    for row in report["rounding"]:
+        one, other = (sign * value for value in row["medians"])
+        lines.append(
+            f"| {row['regime']}, noise {row['noise']:g} | {short_legend(row['objective'])} | {one:.3f} | {other:.3f} |"
+            f" {other - one:+.3f} |"
         )
     return "\n".join(lines)
 

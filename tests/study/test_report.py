@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -53,6 +54,29 @@ def test_worst_regime_regret_and_margin() -> None:
     assert [against["NLL()"][key] for key in ("median", "low", "high")] == pytest.approx([0.3, -0.2, 0.4])
 
 
+def test_intervals_are_of_resamples_of_the_seeds() -> None:
+    study, results = made_up()
+    rows = {row["objective"]: row for row in summary(study, results)["ranking_shared"]}
+    # Of the 27 ways to draw three seeds, in 7 the middle of DEFT's weak values is the 0.1 of the second seed, against
+    # 0.9 of NLL; in 7 it is 0.9, and as good as that in the strong cell.
+    assert rows["DEFT()"]["worst_interval"] == [0.1, 0.9]
+    assert rows["DEFT()"]["regret_interval"] == pytest.approx([0.1, 0.8])
+    assert rows["Likelihood()"]["worst_interval"] == [0.0, 0.1]
+
+
+def test_a_second_rounding_is_told_beside_the_first() -> None:
+    study, results = made_up()
+    study = replace(study, second_rounding=True)
+    for cell in study.rounded():
+        assert cell.head == "dense"
+        results[cell.id] = {"test": {"exact_match": VALUES[repr(cell.objective), cell.regime][cell.seed] - 0.1}}
+    assert len(results) > len({cell.id for cell in study.shared()}) + len({cell.id for cell in study.rounded()})
+    report = summary(study, results)
+    row = next(r for r in report["rounding"] if (r["regime"], r["objective"]) == ("weak", "NLL()"))
+    assert row["medians"] == pytest.approx([0.9, 0.8])
+    assert "| weak, noise 0 | NLL | 0.900 | 0.800 | -0.100 |" in text(report)
+
+
 def test_a_rate_is_the_best_on_validation_and_of_equals_the_shared_one() -> None:
     study, results = made_up()
     rates = chosen_rates(study, results)
@@ -74,7 +98,7 @@ def test_means_and_standard_errors_over_seeds() -> None:
 def test_the_text_has_every_table_and_every_seed() -> None:
     study, results = made_up()
     said = text(summary(study, results))
-    assert "| DEFT | 0.900 | 0.700 | 0.700 | 0.200 | 0.90 0.10 0.70 |" in said
+    assert "| DEFT | 0.900 | 0.700 | 0.700 | 0.10 to 0.90 | 0.200 | 0.10 to 0.80 | 0.90 0.10 0.70 |" in said
     assert "| NLL | 0.400 ± 0.058 |" in said
     assert "| DEFT | 0.01 | 0.001 |" in said  # the rates
     assert "| NLL | +0.300 | +0.300 (-0.200 to +0.400) |" in said
@@ -89,7 +113,9 @@ def test_nll_is_better_when_it_is_smaller() -> None:
     assert [row["objective"] for row in report["ranking_shared"]] == ["DEFT()", "NLL()", "Likelihood()"]
     said = text(report)
     assert "Plain NLL of held-out answers in nats a token (less is better), median over seeds." in said
-    assert "| DEFT | 0.100 | 0.300 | 0.300 | 0.200 | 0.10 0.90 0.30 |" in said  # regret is positive whatever is judged
+    assert (
+        "| DEFT | 0.100 | 0.300 | 0.300 | 0.90 to 0.10 | 0.200 | 0.10 to 0.80 | 0.10 0.90 0.30 |" in said
+    )  # regret is positive whatever is judged
     assert "| NLL | 0.600 ± 0.058 |" in said and "xact match" not in said and "-0.4" not in said
 
 
