@@ -64,6 +64,10 @@ def parser() -> argparse.ArgumentParser:
             "--collision", nargs="+", type=float, default=[0.1, 0.5, 0.9], metavar="C",
             help="collision probabilities, a line each where the objective depends on it; default: 0.1 0.5 0.9",
         )  # fmt: skip
+        curves.add_argument(
+            "--chance", nargs="+", type=float, default=[0.01], metavar="U",
+            help="chances of the label, a line each where the objective compares p with it; default: 0.01",
+        )  # fmt: skip
 
     scatter = kind("scatter", _scatter, "tokens by p and entropy, shaded by their gradient, a panel per objective")
     scatter.add_argument("probe", metavar="PROBE", help="folder that the verb probe wrote (its --output)")
@@ -127,18 +131,22 @@ def _focus(args: argparse.Namespace) -> list[Path]:
     return focus_trajectories(named, args.output, progress=args.progress, together=args.together)
 
 
+def _curves(args: argparse.Namespace) -> dict[str, list[float]]:
+    return {"collision": args.collision, "chance": args.chance}
+
+
 def _gates(args: argparse.Namespace) -> list[Path]:
     from deft_lightning.figures.curves import gate_curves
     from deft_lightning.objectives.parse import parse_objective
 
-    return gate_curves([parse_objective(text) for text in args.objectives], args.output, collision=args.collision)
+    return gate_curves([parse_objective(text) for text in args.objectives], args.output, **_curves(args))
 
 
 def _losses(args: argparse.Namespace) -> list[Path]:
     from deft_lightning.figures.curves import loss_curves
     from deft_lightning.objectives.parse import parse_objective
 
-    return loss_curves([parse_objective(text) for text in args.objectives], args.output, collision=args.collision)
+    return loss_curves([parse_objective(text) for text in args.objectives], args.output, **_curves(args))
 
 
 def _scatter(args: argparse.Namespace) -> list[Path]:

@@ -101,6 +101,8 @@ def label(objective: Objective) -> str:
     )
     shown = []
     for field in fields:
+        if not field.init:  # what a run tells it is no setting
+            continue
         value, made = getattr(objective, field.name), field.default_factory
         if value != (field.default if made is dataclasses.MISSING else made()):
             shown.append(f"{field.name}={label(value) if isinstance(value, Objective) else value}")
