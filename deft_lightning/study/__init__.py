@@ -4,6 +4,7 @@
 killed goes on where it was, and ends with the same table.
 """
 
-from deft_lightning.study.plan import Base, Regime, Study
+from deft_lightning.study.plan import Study
+from deft_lightning.study.regime import Base, Regime
 
 __all__ = ["Base", "Regime", "Study"]

@@ -24,7 +24,8 @@ from deft_lightning.evaluation import Generation
 from deft_lightning.figures import read_run
 from deft_lightning.objectives import NLL
 from deft_lightning.study.files import complete_folder, digest, write_json
-from deft_lightning.study.plan import Base, Cell
+from deft_lightning.study.plan import Cell
+from deft_lightning.study.regime import Base
 from deft_lightning.study.tasks import task_files
 from deft_lightning.training.module import SFTModule
 from deft_lightning.training.trainer import Trainer

@@ -3,116 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
 from deft_lightning._version import __version__
 from deft_lightning.annotations import Settings
-from deft_lightning.data import known_noise
-from deft_lightning.errors import UserError, did_you_mean
+from deft_lightning.errors import UserError
 from deft_lightning.objectives import DEFT, DFT, EAFT, NLL, Cayley, Likelihood, Objective, Tsallis
 from deft_lightning.objectives.parse import short_legend
 from deft_lightning.study.files import digest, file_name, files_of
+from deft_lightning.study.regime import DEFAULTS, Regime, check_positive
 
 FIELD = (NLL(), Likelihood(), Tsallis(q=0.5), Cayley(), Cayley(floor=0.5), EAFT(), DFT(), DEFT())
 TUNING = 1000  # seeds from here on choose learning rates; no reported cell has one
 SMOKE = {"steps": 12, "rows": 320, "held_out": 32}
-
-
-@dataclass(frozen=True)
-class Base:
-    """The model a regime starts from: trained with NLL, one for each seed of the cells.
-
-    Args:
-        source: Its rows, as for `--data.source`.
-        steps: Optimizer steps.
-        rate: Learning rate.
-        batch_size: Examples a step.
-        op: Noise operation that changes all of its answers, for a model that is sure of another rule; default: none.
-    """
-
-    source: str
-    steps: int
-    rate: float = 4e-3
-    batch_size: int = 32
-    op: str | None = None
-
-    def __post_init__(self) -> None:
-        """Refuse numbers that mean nothing."""
-        _positive("base", steps=self.steps, rate=self.rate, batch_size=self.batch_size)
-        if self.op is not None:
-            _known_op("base", self.op)
-
-
-@dataclass(frozen=True)
-class Regime:
-    """A task, and what the model knows of it before it is fine-tuned.
-
-    Args:
-        source: Rows, as for `--data.source`; split into training, validation and test by a hash of the prompt.
-        steps: Optimizer steps of fine-tuning.
-        rate: Learning rate that all objectives share.
-        base: What the model is trained on before; default: random weights.
-        pretrained: Hub id or folder of the model to start from, instead of a base.
-        op: Noise operation that corrupts the training answers.
-        split_by: What the hash is of: the `prompt`, or the `answer`, where the same one is asked for in several ways.
-        judge: What a cell is judged by, on test rows: `exact_match` of greedy answers, or `nll`, nats a token.
-        rates: Learning rates to choose from for each objective, on the validation split.
-        noise: Rates of the noise operation.
-        headline: Those of them on which the objectives are ranked.
-        batch_size: Examples a step.
-        tokenizer_size: Vocabulary of the tokenizer that random weights get; at most 262 means a token a byte.
-        max_length: Longest example in tokens.
-        max_new_tokens: Longest answer in tokens.
-        rows: Training rows; default: those of the study. Few rows and many steps are many epochs.
-    """
-
-    source: str
-    steps: int
-    rate: float
-    base: Base | None = None
-    pretrained: str | None = None
-    op: str = "ResponseSwap"
-    split_by: Literal["prompt", "answer"] = "prompt"
-    judge: Literal["exact_match", "nll"] = "exact_match"
-    rates: list[float] = field(default_factory=list)
-    noise: list[float] = field(default_factory=lambda: [0.0, 0.2, 0.4, 0.6])
-    headline: list[float] = field(default_factory=list)
-    batch_size: int = 32
-    tokenizer_size: int = 0
-    max_length: int = 1024
-    max_new_tokens: int = 12
-    rows: int | None = None
-
-    def __post_init__(self) -> None:
-        """Refuse numbers that mean nothing."""
-        _positive("regime", steps=self.steps, rate=self.rate, batch_size=self.batch_size)
-        if self.base is not None and self.pretrained is not None:
-            raise UserError("regime: base and pretrained are two models to start from; leave one out")
-        if self.judge not in ("exact_match", "nll"):
-            raise UserError(f"regime: judge must be exact_match or nll, not {self.judge!r}")
-        if self.split_by not in ("prompt", "answer"):
-            raise UserError(f"regime: split_by must be prompt or answer, not {self.split_by!r}")
-        _known_op("regime", self.op)
-        if self.rows is not None:
-            _positive("regime", rows=self.rows)
-        for rate in self.rates:
-            _positive("regime", rates=rate)
-        if not self.noise:
-            raise UserError("regime: noise must hold at least one rate; 0 is none")
-        for rate in self.noise:
-            if not 0 <= rate < 1:
-                raise UserError(f"noise must be in [0, 1), got {rate}")
-        if unknown := [rate for rate in self.headline if rate not in self.noise]:
-            raise UserError(f"headline noise {unknown} is not among the noise {self.noise}")
-
-    @property
-    def candidates(self) -> list[float]:
-        """Learning rates to choose from, the shared one among them, in order."""
-        return sorted({self.rate, *self.rates})
-
-
-DEFAULTS = {option.name: option.default for option in fields(Regime)}
 
 
 @dataclass(frozen=True)
@@ -215,7 +119,7 @@ class Study:
 
     def __post_init__(self) -> None:
         """Refuse a study of nothing, and the same objective twice."""
-        _positive(
+        check_positive(
             "study", seeds=self.seeds, headline_seeds=self.headline_seeds, tuning_seeds=self.tuning_seeds,
             rows=self.rows, held_out=self.held_out,
         )  # fmt: skip
@@ -308,14 +212,3 @@ class Study:
                     for seed in self._seeds(self.headline_seeds) if rate is not None else ():
                         assert rate is not None
                         yield self.cell(name, objective, noise, rate, seed)
-
-
-def _known_op(what: str, op: str) -> None:
-    if op not in known_noise():
-        raise UserError(f"{what}: op {op!r} is unknown.{did_you_mean(op, known_noise())}")
-
-
-def _positive(what: str, **values: float) -> None:
-    for name, value in values.items():
-        if value <= 0:
-            raise UserError(f"{what}: {name} must be above 0, got {value}")

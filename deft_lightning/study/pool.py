@@ -18,7 +18,8 @@ from tqdm import tqdm
 
 from deft_lightning.data.prepared.workers import follow_parent
 from deft_lightning.errors import UserError
-from deft_lightning.study.plan import DEFAULTS, Cell
+from deft_lightning.study.plan import Cell
+from deft_lightning.study.regime import DEFAULTS
 
 Work = Callable[[Cell, Path], dict[str, Any]]
 
