@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 from deft_lightning.data.encoding.bounds import TemplateCost, bounded
 from deft_lightning.data.encoding.markup import as_letters, forging, without_doubles
 from deft_lightning.data.encoding.notes import notes_of_conversation, notes_of_text
+from deft_lightning.data.encoding.offsets import Spelt, before, encodings
 from deft_lightning.data.encoding.spans import Rendering, lay_out, lay_out_prompt
 from deft_lightning.data.encoding.supervise import (
     NOT_SUPERVISED,
@@ -97,10 +97,10 @@ def encode_many(
                 )  # fmt: skip
             except UserError as error:
                 results.append(error)
-    encodings = iter(_encodings(tokenizer, [item.text for item in results if isinstance(item, Rendering)]))
+    written = encodings(tokenizer, [item.text for item in results if isinstance(item, Rendering)])
     ends = frozenset(markers(tokenizer).tolist())
     return [
-        _conversation(tokenizer, example, item, next(encodings), ends, noise, teaching)
+        _conversation(tokenizer, example, item, next(written), ends, noise, teaching)
         if isinstance(item, Rendering)
         else item
         for example, item, noise in zip(examples, results, marks, strict=True)
@@ -117,10 +117,10 @@ def _text(tokenizer: Any, text: str) -> Encoded:
 
 
 def _conversation(
-    tokenizer: Any, example: Example, rendering: Rendering, encoding: Any, ends: frozenset[int], marks: Sequence[Mark],
-    teaching: Teaching,
+    tokenizer: Any, example: Example, rendering: Rendering, encoding: Spelt, ends: frozenset[int],
+    marks: Sequence[Mark], teaching: Teaching,
 ) -> Encoded:  # fmt: skip
-    ids, offsets = encoding.ids, encoding.offsets
+    ids, offsets = encoding
     # Generation would begin at the start of a span: a token that reaches across it is taken apart.
     if reaches_across(rendering, offsets):
         array, starts, stops = _tokens(tokenizer, rendering.text, [start for start, _, _ in rendering.spans])
@@ -136,16 +136,8 @@ def _conversation(
     codes = noise_codes(rendering, offsets, turn, example.response or "", last, marks)
     thought = np.zeros(len(ids), dtype=bool)
     for start, end in rendering.thoughts.values():
-        thought[bisect_left(offsets, (start,)) : bisect_left(offsets, (end,))] = True
+        thought[before(offsets, start) : before(offsets, end)] = True
     return Encoded(np.array(ids, dtype=np.int64), turn, codes, thought, tuple(notes))
-
-
-def _encodings(tokenizer: Any, texts: list[str]) -> list[Any]:
-    """Tokens and offsets of texts, without the lists of masks that nobody reads."""
-    if not texts:
-        return []
-    options = {"add_special_tokens": False, "return_attention_mask": False, "return_token_type_ids": False}
-    return list(tokenizer(texts, **options).encodings)
 
 
 def _tokens(tokenizer: Any, text: str, cuts: Sequence[int]) -> tuple[Ints, Ints, Ints]:

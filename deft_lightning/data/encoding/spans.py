@@ -225,7 +225,10 @@ def _check_said(text: str, messages: list[Message], where: str, in_parts: set[in
 
 
 def _find(text: str, content: str, behind: int) -> tuple[int, int] | None:
-    for written in (content, *as_json(content)):
+    start = text.find(content, behind)
+    if start >= 0:
+        return start, start + len(content)
+    for written in as_json(content):
         start = text.find(written, behind)
         if start >= 0:
             return start, start + len(written)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -11,6 +10,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from deft_lightning.data.encoding.offsets import before
 from deft_lightning.data.encoding.spans import Rendering
 from deft_lightning.data.encoding.thoughts import Reasoning
 from deft_lightning.data.examples import Example, Ints
@@ -48,7 +48,7 @@ class Teaching:
 def reaches_across(rendering: Rendering, offsets: Offsets) -> bool:
     """Return whether a token begins before a turn and ends in it: generation would begin there."""
     for start, _, _ in rendering.spans:
-        first = bisect_left(offsets, (start,))
+        first = before(offsets, start)
         if first and offsets[first - 1][1] > start:
             return True
     return False
@@ -71,7 +71,7 @@ def turns(rendering: Rendering, ids: Sequence[int], offsets: Offsets, ends: froz
     """
     turn = np.full(len(ids), NOT_SUPERVISED, dtype=np.int64)
     for start, end, i in rendering.spans:
-        first, last = bisect_left(offsets, (start,)), bisect_left(offsets, (end,))
+        first, last = before(offsets, start), before(offsets, end)
         if not rendering.tagged:
             # Only blanks may follow the end of the turn: a template may put special tokens inside the turn as well.
             closing = next((at for at in range(last - 1, first - 1, -1) if ids[at] in ends), None)
@@ -113,7 +113,7 @@ def noise_codes(
     if places is None:
         codes[supervised] = max(mark.code for mark in marks)
     elif supervised.size:
-        starts, ends = np.array(offsets, dtype=np.int64).reshape(-1, 2)[supervised].T
+        starts, ends = np.array(list(offsets), dtype=np.int64).reshape(-1, 2)[supervised].T
         for mark in sorted(marks, key=lambda mark: mark.code):
             start, end = places[mark.start], places[mark.end]
             if mark.start < mark.end and start == end:

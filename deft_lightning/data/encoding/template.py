@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import re
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from deft_lightning.data.encoding.bounds import LETTERS, TEMPLATE, TemplateCost, bounded, check_length
+from deft_lightning.data.encoding.compiled import Program, compiled, is_plain
 from deft_lightning.data.encoding.tokenizer import markers
 from deft_lightning.data.examples import Message, Tool
 from deft_lightning.errors import UserError, did_you_mean
@@ -124,7 +126,12 @@ def template_of(tokenizer: Any, tools: Sequence[Tool] | None) -> str:
 
 def is_tagged(tokenizer: Any, tools: Sequence[Tool] | None) -> bool:
     """Return whether the template marks what the assistant says with ``{% generation %}``."""
-    return TAG.search(template_of(tokenizer, tools)) is not None
+    return _tagged(template_of(tokenizer, tools))
+
+
+@functools.lru_cache(maxsize=8)
+def _tagged(template: str) -> bool:
+    return TAG.search(template) is not None
 
 
 def end_of_turn(tokenizer: Any) -> int | None:
@@ -157,8 +164,16 @@ class Renderer:
         """Return one for the same shape, with the tools written otherwise."""
         return Renderer(self.tokenizer, tools, SHAPES.index(self.shape))
 
+    @functools.cached_property
+    def _program(self) -> Program | None:
+        return None if self.tools else compiled(self.tokenizer, template_of(self.tokenizer, None))
+
     def __call__(self, messages: Sequence[Message], *, prompt: bool) -> str:
         """Return the conversation as text."""
+        if is_plain(messages) and self._program is not None:
+            text = self._program(messages, prompt=prompt)
+            check_proportion(text, messages, None)
+            return text
         return render(self.tokenizer, self.shape(messages), prompt=prompt, tools=self.tools)
 
 

@@ -110,6 +110,13 @@ def _mapped(numbers: pa.Array) -> np.ndarray[Any, Any]:
     return stored[numbers.offset : numbers.offset + len(numbers)]
 
 
+def _mapped_text(column: pa.Array) -> tuple[np.ndarray[Any, Any], memoryview]:
+    """A view of a column of texts: where each begins, with the end of the last, and their bytes."""
+    _, starts, text = column.buffers()
+    ends = np.frombuffer(starts, dtype=np.int64)[column.offset : column.offset + len(column) + 1]
+    return ends, memoryview(text if text is not None else b"")
+
+
 class Table(Lazy[T]):
     """An Arrow file, memory-mapped; worker processes open it again.
 
@@ -154,6 +161,9 @@ class Table(Lazy[T]):
             yield from batch.column(name).to_pylist()
 
 
+_JSON = json.JSONEncoder(ensure_ascii=False)
+
+
 def row_of(example: Example) -> tuple[str, ...]:
     """Return an example as a row of :data:`ROWS`."""
     content = {name: getattr(example, name) for name in ("messages", "text", "tokens", "tools", "token_weights")}
@@ -162,7 +172,7 @@ def row_of(example: Example) -> tuple[str, ...]:
         known["weight"] = example.weight
     if example.source:
         known["source"] = example.source
-    return example.id, example.digest, example.where, json.dumps(known, ensure_ascii=False)
+    return example.id, example.digest, example.where, _JSON.encode(known)
 
 
 class SpooledExamples(Table[Example]):
@@ -170,10 +180,15 @@ class SpooledExamples(Table[Example]):
 
     schema = ROWS
 
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self._texts = [[_mapped_text(column) for column in batch.columns] for batch in self.batches]
+
     def __getitem__(self, at: int) -> Example:
         """Return one example."""
         batch, row = self.place(at)
-        id, digest, where, content = (column[row].as_py() for column in self.batches[batch].columns)
+        columns = self._texts[batch]
+        id, digest, where, content = (str(text[starts[row] : starts[row + 1]], "utf-8") for starts, text in columns)
         fields = json.loads(content)
         for name in ("messages", "tokens", "tools"):
             if name in fields:

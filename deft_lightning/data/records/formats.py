@@ -32,6 +32,9 @@ CONTEXTS = ("context", "passage", "body")
 SWITCHES = ("on", "off", "true", "false", "yes", "no", "none")  # a column named reasoning may say whether there is any
 
 
+_CANONICAL = json.JSONEncoder(sort_keys=True, ensure_ascii=False, default=str)
+
+
 def _user(text: str) -> Message:
     return {"role": "user", "content": text}
 
@@ -256,7 +259,7 @@ def normalise(
         report.add(row, ignore)
     try:
         # How much a turn weighs makes no other example of it: those that differ in that alone stay on one side.
-        canonical = json.dumps(_unweighted(content), sort_keys=True, ensure_ascii=False, default=str).encode("utf-8")
+        canonical = _CANONICAL.encode(_unweighted(content)).encode("utf-8")
     except RecursionError:
         raise RowError(where, "is nested too deeply", kind="nesting") from None
     except UnicodeEncodeError:  # within tools and calls; all else was looked at field by field

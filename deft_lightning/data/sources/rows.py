@@ -220,6 +220,8 @@ class Row:
     def column(self, name: str) -> Any:
         """Return the value of a column by its own name; dotted for a nested one, or an item of a list (from 0)."""
         value: Any = None if self.ignores(name) else self.record
+        if name not in self.record and "." not in name:
+            return None
         for part in [name] if name in self.record else name.split("."):
             if isinstance(value, list | tuple) and part.isdecimal():
                 value = value[int(part)] if int(part) < len(value) else None
