@@ -20,6 +20,8 @@ from deft_lightning import InstructionDataModule, Trainer
 from deft_lightning.callbacks import Checkpoint, SFTProgressBar
 from deft_lightning.data.encoding.tokenizer import build_tokenizer
 from deft_lightning.data.examples import Prepared
+from deft_lightning.functional import TokenContext
+from deft_lightning.objectives import Contaminated, Objective, RunState
 
 ROOT = Path(__file__).resolve().parents[1]
 # An architecture that is built in no time and takes a step in a few milliseconds.
@@ -64,6 +66,29 @@ def random_example(seed: int, length: int, learnt: int) -> Prepared:
     ids = np.random.default_rng(seed).integers(6, 262, length)
     labels = np.where(np.arange(length) >= length - learnt, ids, -100)
     return Prepared(f"p{seed}", ids, labels, np.zeros(length, dtype=np.int64))
+
+
+def random_context(count: int, seed: int = 0) -> TokenContext:
+    """Return what any objective may ask of tokens: random chance, answers of one to six tokens, three sources.
+
+    The tokens of an answer stand together and are of one source; the third source has no place (-1).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, 7, (count,), generator=generator)
+    example = torch.repeat_interleave(torch.arange(count), lengths)[:count]
+    chance = -9 * torch.rand(2, count, generator=generator, dtype=torch.float64) - 0.01
+    return TokenContext(chance=chance[0], answer_chance=chance[1], example=example, source=example % 3 - 1)
+
+
+def noise_models() -> list[Objective]:
+    """Return Contaminated in each of its kinds, at rates that a run may have come to."""
+    kinds = [
+        Contaminated(),
+        Contaminated(level="token"),
+        Contaminated(level="answer"),
+        Contaminated(answer_chance="least", opening=0.5),
+    ]
+    return [kind.at(RunState(0.3, rates=(0.3, 0.0 if kind.level == "answer" else 0.2))) for kind in kinds]
 
 
 # --- models ---------------------------------------------------------------------------------------------------------

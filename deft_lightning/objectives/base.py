@@ -45,6 +45,10 @@ class Tracked(Protocol):
     Sums are taken over micro-batches and ranks, so that neither changes them; the memory is part of the run's state.
     """
 
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """How many numbers the sums are, and the memory after a first step."""
+
     def sums(self, stats: TokenStats) -> Tensor:
         """Return what is added up of the tokens of a micro-batch: shape ``(k,)``, float64."""
 
@@ -71,6 +75,11 @@ class TrackedGate(NamedTuple):
 
     objective: Objective
     decay: float
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Numbers in the sums and in the memory."""
+        return 2, 2
 
     def sums(self, stats: TokenStats) -> Tensor:
         """Return the sum of the gates, each times its weight, and of the weights."""

@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from deft_lightning.errors import UserError
 from deft_lightning.functional import TokenStats
@@ -65,6 +66,11 @@ class TrackedRates(NamedTuple):
     decay: float
     start: NoiseRates
 
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Numbers in the sums and in the memory."""
+        return 4, 2
+
     def sums(self, stats: TokenStats) -> Tensor:
         """Return posterior sums of the tokens of a micro-batch, shape ``(4,)``, float64: noise and all, by level."""
         return self.objective.noise_sums(stats)
@@ -96,10 +102,12 @@ class Contaminated(Objective):
         a_t = (1 - e2) p_t + e2 u_t             w = sigmoid(sum_t log(a_t / u_t) - logit(e1))
         loss = -log((1 - e1) prod_t a_t + e1 prod_t u_t)          gate_t = w (1 - e2) p_t / a_t
 
-    The loss is a likelihood in nats; its value is spread evenly over the tokens of an answer. Rates of 0 are NLL. After
+    The loss is a likelihood in nats, shared out to the tokens of an answer: each has ``-w log a - (1 - w) log u``, and
+    an even part of what the verdict on the answer costs. Rates of 0 are NLL. After
     each optimizer step they move towards the mean posterior of its tokens (EM): ``e1`` to the mean of ``1 - w`` over
     answers, ``e2`` to that of ``1 - (1 - e2) p / a`` over tokens, each counted ``w`` times, within [0.01, 0.95].
-    ``noise/answers`` and ``noise/tokens`` log them. Source: Huber (1964); as a gate over tokens, this package.
+    ``noise/estimated`` and ``noise/estimated_tokens`` log them. Source: Huber (1964); as a gate over tokens, this
+    package.
 
     Called outright, without a run, the rates are `start`.
 
@@ -194,6 +202,7 @@ class Contaminated(Objective):
                 f"{self!r} needs TokenStats.chance, how probable each label is by chance (log u): train with SFTModule"
                 " and InstructionDataModule, or give context=TokenContext(chance=...)"
             )
+        chance = chance.detach()
         rate = self.rates.tokens
         mixture = log_prob
         token = torch.ones_like(log_prob)
@@ -204,7 +213,7 @@ class Contaminated(Objective):
             return Posterior(mixture, token, torch.ones_like(token), torch.zeros_like(token), torch.ones_like(token))
         if stats.example is None:
             raise UserError(f"{self!r} needs TokenStats.example, the answer of each token, to judge whole answers")
-        answer_chance = chance if stats.answer_chance is None else stats.answer_chance
+        answer_chance = chance if stats.answer_chance is None else stats.answer_chance.detach()
         place = answers_of(stats.example)
         total = torch.zeros_like(log_prob).index_add_(0, place, mixture.detach() - answer_chance)
         size = torch.zeros_like(log_prob).index_add_(0, place, torch.ones_like(token))
@@ -225,26 +234,40 @@ class Contaminated(Objective):
         kept = weight * answer if self.level != "answer" else torch.zeros_like(weight)
         return torch.stack([((1 - answer) * each).sum(), each.sum(), ((1 - token) * kept).sum(), kept.sum()])
 
+    @torch.no_grad()
+    def _of_answer(self, found: Posterior, stats: TokenStats) -> Tensor:
+        """Return what makes ``-w log a`` of the tokens of an answer ``-log((1 - e1) prod a + e1 prod u)``.
+
+        Of each token ``-(1 - w) log u``, and evenly the divergence of w from what it is before an answer is seen.
+        """
+        rate, chance = self.rates.answers, stats.chance if stats.answer_chance is None else stats.answer_chance
+        assert chance is not None
+        if rate <= 0:
+            return torch.zeros_like(chance)
+        log_odds = found.evidence - _logit(rate)
+        return -torch.sigmoid(-log_odds) * chance + _divergence(log_odds, rate) / found.size
+
     def __call__(self, stats: TokenStats) -> Tensor:
         """Return the loss per token; its derivative by ``log p`` is minus the posterior."""
         found = self.posterior(stats)
         loss = -found.mixture
         if self.level != "token":
-            rate = self.rates.answers
-            with torch.no_grad():
-                # -log((1 - e1) prod a + e1 prod u) over its tokens, by way of the evidence.
-                log_clean = found.evidence + math.log1p(-rate)
-                mixed = torch.logaddexp(log_clean, torch.full_like(log_clean, _log(rate))) - found.evidence
-                value = -found.mixture - mixed / found.size
-            # Value and derivative apart: by the sum over its answer the loss of one token would depend on the others'
-            # log p, and a weight on one would reach them.
-            pull = found.answer * found.mixture
-            loss = value - (pull - pull.detach())
+            # The derivative by an answer's log p is that of -log((1 - e1) prod a + e1 prod u): with w held fixed, what
+            # is added has none. Token by token, so that a weight on one does not reach the others of its answer.
+            loss = -found.answer * found.mixture + self._of_answer(found, stats)
         if self.opened:
             posterior = found.answer * found.token
             lift = (0.1 * stats.collision - posterior).clamp_min(0)
             loss = loss - lift * (stats.log_prob - stats.log_prob.detach())
         return loss
+
+
+def _divergence(log_odds: Tensor, rate: float) -> Tensor:
+    """Return ``KL(w || 1 - rate)`` of two coins in nats, ``w = sigmoid(log_odds)``."""
+    right, wrong = torch.sigmoid(log_odds), torch.sigmoid(-log_odds)
+    of_right = logsigmoid(log_odds) - math.log1p(-rate)
+    of_wrong = logsigmoid(-log_odds) - math.log(rate)
+    return (right * of_right + wrong * of_wrong).clamp_min(0)
 
 
 def answers_of(example: Tensor) -> Tensor:
@@ -256,10 +279,6 @@ def answers_of(example: Tensor) -> Tensor:
 
 def _logit(rate: float) -> float:
     return -math.inf if rate <= 0 else math.log(rate) - math.log1p(-rate)
-
-
-def _log(rate: float) -> float:
-    return math.log(rate) if rate > 0 else -math.inf
 
 
 def _bounded(rate: float) -> float:

@@ -10,6 +10,7 @@ import dataclasses
 import importlib
 import inspect
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from deft_lightning.errors import UserError, did_you_mean
@@ -21,8 +22,9 @@ CALL = re.compile(r"\s*(?P<name>[A-Za-z_][\w.]*)\s*\(.*\)\s*", re.DOTALL)
 def parse_objective(text: str) -> Objective:
     """Build an objective from its name, with options in brackets; nothing of the text is evaluated.
 
-    Options are numbers, strings (quotes may be left out), True, False, None, and other objectives:
-    ``Truncated(threshold=0.4, keep=below, base=Likelihood)``. A repr of an objective is such a text.
+    Options are numbers, strings (quotes may be left out), True, False, None, other objectives, and names with values
+    in braces: ``Truncated(threshold=0.4, keep=below, base=Likelihood)``, ``BySource(own={gsm8k: NLL})``. A repr of an
+    objective is such a text.
 
     Args:
         text: A known name, or the class path of the user's own, which is imported.
@@ -75,15 +77,32 @@ def _settings(node: ast.Call, text: str) -> dict[str, Any]:
     given = {**dict(zip(names, arguments, strict=False)), **options}
     if len(given) < len(arguments) + len(options):
         raise ValueError(f"{cls.__name__} has no {len(arguments)} options")
-    values = {
-        name: _settings(value, text) if isinstance(value, ast.Call) else _build(value, text)
-        for name, value in given.items()
+    return {
+        "class_path": ast.unparse(node.func),
+        "init_args": {name: _setting(value, text) for name, value in given.items()},
     }
-    plain = {
-        name: {"class_path": type(value).__name__} if isinstance(value, Objective) else value
-        for name, value in values.items()
-    }
-    return {"class_path": ast.unparse(node.func), "init_args": plain}
+
+
+def _setting(node: ast.expr, text: str) -> Any:
+    if isinstance(node, ast.Call):
+        return _settings(node, text)
+    if isinstance(node, ast.Dict):
+        return {name: _setting(value, text) for name, value in _named(node, text)}
+    value = _build(node, text)
+    return {"class_path": type(value).__name__} if isinstance(value, Objective) else value
+
+
+def _named(node: ast.Dict, text: str) -> list[tuple[str, ast.expr]]:
+    """Return names and values of ``{name: value}``; quotes around a name may be left out."""
+    pairs = []
+    for key, value in zip(node.keys, node.values, strict=True):
+        if isinstance(key, ast.Name):
+            pairs.append((key.id, value))
+        elif isinstance(key, ast.Constant) and isinstance(key.value, str):
+            pairs.append((key.value, value))
+        else:
+            raise UserError(f"objective {text!r}: names in braces are words or text in quotes")
+    return pairs
 
 
 def label(objective: Objective) -> str:
@@ -105,8 +124,14 @@ def label(objective: Objective) -> str:
             continue
         value, made = getattr(objective, field.name), field.default_factory
         if value != (field.default if made is dataclasses.MISSING else made()):
-            shown.append(f"{field.name}={label(value) if isinstance(value, Objective) else value}")
+            shown.append(f"{field.name}={_label_of(value)}")
     return type(objective).__name__ + (f"({', '.join(shown)})" if shown else "")
+
+
+def _label_of(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{name}: {_label_of(part)}" for name, part in value.items()) + "}"
+    return label(value) if isinstance(value, Objective) else value
 
 
 def short_legend(legend: str) -> str:
@@ -137,6 +162,8 @@ def _build(node: ast.expr, text: str) -> Any:
         return _made(_class(node, text), [], {}, text)
     if isinstance(node, ast.Name):
         return node.id
+    if isinstance(node, ast.Dict):
+        return {name: _build(value, text) for name, value in _named(node, text)}
     try:
         return ast.literal_eval(node)
     except (ValueError, TypeError, MemoryError, RecursionError):

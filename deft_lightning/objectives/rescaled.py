@@ -43,7 +43,7 @@ class Rescaled(Wrapper):
         if not 0.0 <= self.decay < 1.0:
             raise UserError(f"Rescaled: decay {self.decay} is outside [0, 1)")
         if self.base.tracks is not None:
-            raise UserError(f"Rescaled: base {self.base!r} is rescaled already")
+            raise UserError(f"Rescaled: base {self.base!r} is rescaled already, or estimates noise rates")
 
     @property
     def tracks(self) -> TrackedGate:

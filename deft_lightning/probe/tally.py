@@ -12,7 +12,7 @@ from deft_lightning.annotations import JsonObject
 from deft_lightning.errors import UserError
 from deft_lightning.functional import TokenStats
 from deft_lightning.metrics import Histogram, PackedHistogram, binned_auroc
-from deft_lightning.objectives import Objective, known_objectives
+from deft_lightning.objectives import BySource, Objective, known_objectives
 from deft_lightning.probe.audit import conflict
 
 FINE, COARSE = 65536, 40  # bins for ranks, bins to be drawn
@@ -33,8 +33,8 @@ def candidates(current: Objective) -> tuple[dict[str, Objective], str, dict[str,
         except (TypeError, ValueError) as error:  # a user's own may need arguments
             skipped[name] = " ".join(str(error).split())
         else:
-            # Without a run those that depend on it are one of the others.
-            if objective.scheduled or objective.tracks is not None:
+            # Without a run those that depend on it are one of the others, and without sources BySource is.
+            if objective.scheduled or objective.tracks is not None or isinstance(objective, BySource):
                 continue
             objectives[name] = objective
     kind = type(current).__name__

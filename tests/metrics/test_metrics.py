@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from deft_lightning.functional import TokenStats
+from deft_lightning.functional import TokenContext, TokenStats
 from deft_lightning.metrics import ExampleSums, Histogram, PackedHistogram, Quantiles, TokenMeter, binned_auroc, spread
 
 quick = settings(deadline=None, max_examples=60, derandomize=True)
@@ -44,13 +44,17 @@ def test_token_meter_weighs_tokens_and_not_batches() -> None:
 
 def test_token_meter_means_the_loss_by_weight_and_says_how_good_the_model_is_without() -> None:
     meter = TokenMeter()
-    meter.update(loss_of(0.5 * 2, 0.25 * 3), stats([-1.0, -2.0], [True, False]).weighted(torch.tensor([2.0, 3.0])))
-    meter.update(loss_of(0.1 * 7), stats([-9.0], [False]).weighted(torch.tensor([0.1], dtype=torch.float64)))
+    meter.update(
+        loss_of(0.5 * 2, 0.25 * 3), stats([-1.0, -2.0], [True, False]).within(TokenContext(torch.tensor([2.0, 3.0])))
+    )
+    meter.update(
+        loss_of(0.1 * 7), stats([-9.0], [False]).within(TokenContext(torch.tensor([0.1], dtype=torch.float64)))
+    )
     found = {name: value.item() for name, value in meter.compute().items()}
     wanted = {"loss": 2.45 / 5.1, "nll": 4.0, "ppl": math.exp(4.0), "token_accuracy": 1 / 3, "weight": 1.7, "tokens": 3}
     assert found == pytest.approx(wanted)
     meter.reset()
-    meter.update(loss_of(0.0), stats([-1.0], [True]).weighted(torch.zeros(1)))
+    meter.update(loss_of(0.0), stats([-1.0], [True]).within(TokenContext(torch.zeros(1))))
     assert (meter.compute()["loss"], meter.compute()["weight"], meter.compute()["tokens"]) == (0.0, 0.0, 1.0)
 
 

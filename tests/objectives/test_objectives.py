@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import importlib
 import json
 import math
+import pickle
 import pkgutil
 from abc import abstractmethod
 from collections.abc import Callable
@@ -18,6 +20,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from worlds import random_context
 
 import deft_lightning.objectives as objectives_package
 from deft_lightning.errors import UserError
@@ -27,7 +30,9 @@ from deft_lightning.objectives import (
     DFT,
     EAFT,
     NLL,
+    BySource,
     Cayley,
+    Contaminated,
     DeformedLog,
     Floored,
     Focal,
@@ -40,6 +45,7 @@ from deft_lightning.objectives import (
     Tsallis,
     known_objectives,
 )
+from deft_lightning.objectives.parse import parse_objective
 
 
 @dataclass(frozen=True, repr=False)
@@ -92,10 +98,19 @@ PARAMETRISED: list[Objective] = [
     Rescaled(base=Cayley(floor=0.5), decay=0.0),
     Rescaled(base=Schedule(then=EAFT(k=3), blend=0.7)),
     Schedule(then=Rescaled(base=Likelihood()), blend=0.7),
+    Contaminated(level="token"),
+    Contaminated(level="answer"),
+    Contaminated(chance="marginal", answer_chance="least", start=0.0, opening=0.5),
+    Truncated(threshold=0.3, base=Contaminated()),
+    Floored(base=Contaminated(), floor=0.2),
+    Schedule(then=Contaminated(level="token"), blend=0.2),
+    BySource(base=DEFT(), own={"a": NLL()}),
+    BySource(base=Cayley(floor=0.5), own={"a": Truncated(threshold=0.3, normalize_by="kept"), "b": EAFT(k=3)}),
+    BySource(base=Contaminated(), own={"a": Contaminated(level="token"), "b": Schedule(then=Rescaled(), blend=0.2)}),
 ]
 # What holds of an objective holds of what it is in the middle of a run.
 IN_FORCE: list[Objective] = [
-    objective.at(RunState(progress, mean_gate))
+    objective.at(RunState(progress, mean_gate, rates=(0.3, 0.2)))
     for progress, mean_gate in ((0.0, 0.2), (0.6, 0.3))
     for objective in [*(cls() for cls in CLASSES.values()), *PARAMETRISED]
     if objective.scheduled or objective.tracks is not None
@@ -121,11 +136,25 @@ def random_tokens(count: int, vocab: int, seed: int, scale: float = 2.0) -> tupl
 
 
 def random_stats(count: int = 60, vocab: int = 9, seed: int = 0, topk: int = 3) -> TokenStats:
-    return token_stats(*random_tokens(count, vocab, seed), topk=topk)
+    return token_stats(*random_tokens(count, vocab, seed), topk=topk).within(random_context(count))
 
 
 def stats_for(objective: Objective, logits: Tensor, targets: Tensor) -> TokenStats:
-    return token_stats(logits, targets, topk=objective.topk)
+    return token_stats(logits, targets, topk=objective.topk).within(random_context(len(targets)))
+
+
+def losses(logits: Tensor, targets: Tensor, objective: Objective) -> Tensor:
+    """Loss of every token, with what the objective wants to know of tokens."""
+    return token_loss(logits, targets, objective, context=random_context(len(targets)))
+
+
+def shuffled(stats: TokenStats, seed: int) -> Tensor:
+    """An order of the tokens in which those of an answer still stand together."""
+    assert stats.example is not None
+    answers = stats.example.unique()
+    places = torch.randperm(len(answers), generator=torch.Generator().manual_seed(seed))
+    parts = [(stats.example == answers[place]).nonzero().flatten() for place in places]
+    return torch.cat([part[torch.randperm(len(part))] for part in parts])
 
 
 def stats_of_p(*p: float, collision: float = 0.5) -> TokenStats:
@@ -176,8 +205,16 @@ def test_every_objective_is_a_frozen_dataclass_with_defaults(cls: type[Objective
 def test_repr_evaluates_back_to_an_equal_object_with_the_same_hash(objective: Objective) -> None:
     if objective in IN_FORCE:
         pytest.skip("the legend names what was chosen, at every point of a run")
-    again = eval(repr(objective), dict(CLASSES))
-    assert again == objective and hash(again) == hash(objective) and type(again) is type(objective)
+    for again in (eval(repr(objective), dict(CLASSES)), parse_objective(repr(objective))):
+        assert again == objective and hash(again) == hash(objective) and type(again) is type(objective)
+
+
+@every_objective
+def test_what_is_pickled_or_copied_is_equal_and_in_force_as_it_was(objective: Objective) -> None:
+    stats = random_stats(topk=objective.topk)
+    for again in (pickle.loads(pickle.dumps(objective)), copy.deepcopy(objective)):
+        assert again == objective and hash(again) == hash(objective)
+        assert torch.equal(again(stats), objective(stats))
 
 
 def test_repr_is_a_legend_without_the_switches_that_are_off() -> None:
@@ -204,6 +241,16 @@ INVALID: list[tuple[type[Objective], str, Any]] = [
     *((Rescaled, "decay", bad) for bad in (-0.1, 1.0, NAN, INF)),
     (Rescaled, "base", Rescaled()),
     (Rescaled, "base", Schedule(then=Rescaled())),
+    (Contaminated, "level", "answers"),
+    *((Contaminated, name, "bigram") for name in ("chance", "answer_chance")),
+    *((Contaminated, name, bad) for name in ("start", "decay") for bad in (-0.1, 1.0, NAN, INF)),
+    *((Contaminated, "opening", bad) for bad in (-0.1, 1.1, NAN, INF)),
+    (BySource, "base", BySource(own={"a": NLL()})),
+    (BySource, "own", {"a": BySource(own={"b": NLL()})}),
+    (BySource, "own", {"a": EAFT(k=3), "b": EAFT(k=4)}),
+    (BySource, "own", {"a": Rescaled(), "b": Rescaled()}),
+    (BySource, "own", {"a": Contaminated(chance="least"), "b": Contaminated()}),
+    (BySource, "own", {"a": "NLL"}),
 ]
 
 
@@ -277,6 +324,7 @@ def test_a_run_keeps_one_mean_gate_and_says_so() -> None:
 
     assert Sum().tracks is None
     tracked = Sum(one=Rescaled(DEFT(), decay=0.5)).tracks
+    assert Sum(other=Contaminated()).tracks == Contaminated().tracks
     assert tracked is not None and tracked == (DEFT(), 0.5)
     with pytest.raises(UserError, match=r"^Sum\(.*one mean gate"):
         _ = Sum(Rescaled(), Rescaled(NLL())).tracks
@@ -461,7 +509,7 @@ def test_gradient_on_the_logits_is_the_gate_times_the_error(
 ) -> None:
     logits, targets = random_tokens(count, vocab, seed)
     logits.requires_grad_()
-    (found,) = torch.autograd.grad(token_loss(logits, targets, objective).sum(), logits)
+    (found,) = torch.autograd.grad(losses(logits, targets, objective).sum(), logits)
     plain = logits.detach()
     error = torch.softmax(plain, dim=-1) - torch.nn.functional.one_hot(targets, vocab)
     gate = objective.gate(stats_for(objective, plain, targets))
@@ -485,13 +533,16 @@ def test_gate_is_the_finite_difference_of_the_loss_in_log_prob(objective: Object
 
 @every_objective
 def test_loss_is_differentiable_in_log_prob_alone(objective: Objective) -> None:
-    leaves = [
-        field.detach().requires_grad_() for field in random_stats() if field is not None and field.is_floating_point()
-    ]
-    log_prob, collision, entropy, topk_entropy = leaves
-    loss = objective(TokenStats(log_prob, collision, entropy, log_prob > -0.5, topk_entropy))
-    assert loss.shape == log_prob.shape and loss.requires_grad
-    grads = torch.autograd.grad(loss.sum(), leaves, allow_unused=True)
+    fields = random_stats()._asdict().items()
+    leaves = {
+        name: field.detach().clone().requires_grad_()
+        for name, field in fields
+        if field is not None and field.is_floating_point()
+    }
+    assert leaves.keys() > {"log_prob", "collision", "chance", "answer_chance"}
+    loss = objective(random_stats()._replace(**leaves))
+    assert loss.shape == leaves["log_prob"].shape and loss.requires_grad
+    grads = torch.autograd.grad(loss.sum(), list(leaves.values()), allow_unused=True)
     assert grads[0] is not None
     assert all(grad is None or not grad.any() for grad in grads[1:])
 
@@ -506,7 +557,7 @@ def test_tokens_are_independent_unless_the_objective_says_needs_batch(objective:
     if not objective.needs_batch:
         torch.testing.assert_close(objective(stats.select(index)), objective(stats)[index], rtol=0, atol=0)
         torch.testing.assert_close(objective.gate(stats.select(index)), objective.gate(stats)[index], rtol=0, atol=0)
-    order = torch.randperm(60, generator=torch.Generator().manual_seed(0))
+    order = shuffled(stats, seed=0)
     torch.testing.assert_close(objective(stats.select(order)), objective(stats)[order], rtol=1e-12, atol=1e-14)
 
 
@@ -525,9 +576,11 @@ def test_loss_is_zero_where_ignored_and_unaffected_by_padding(objective: Objecti
     logits, targets = random_tokens(10, 7, seed=12)
     keep = torch.ones(10, dtype=torch.bool)
     keep[ignored] = False
-    loss = token_loss(logits, targets.masked_fill(~keep, -100), objective)
+    known = random_context(10)
+    loss = token_loss(logits, targets.masked_fill(~keep, -100), objective, context=known)
     assert (loss[~keep] == 0).all()
-    torch.testing.assert_close(loss[keep], token_loss(logits[keep], targets[keep], objective), rtol=0, atol=0)
+    alone = token_loss(logits[keep], targets[keep], objective, context=known.select(keep))
+    torch.testing.assert_close(loss[keep], alone, rtol=0, atol=0)
     if keep.any():
         assert (loss != 0).any()
 
@@ -537,7 +590,7 @@ def test_loss_is_zero_where_ignored_and_unaffected_by_padding(objective: Objecti
 @every_objective
 def test_a_batch_without_supervised_tokens_is_a_zero_connected_to_the_graph(objective: Objective, count: int) -> None:
     logits = torch.randn(count, 7, generator=torch.Generator().manual_seed(0), requires_grad=True)
-    loss = token_loss(logits, torch.full((count,), -100), objective)
+    loss = losses(logits, torch.full((count,), -100), objective)
     assert loss.requires_grad and loss.sum().item() == 0
     (grad,) = torch.autograd.grad(loss.sum(), logits)
     assert grad.shape == logits.shape and not grad.any()
@@ -597,7 +650,7 @@ def extreme_logits(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 def test_values_and_gradients_are_finite_for_extreme_logits(objective: Objective, dtype: torch.dtype) -> None:
     logits, targets = extreme_logits(dtype)
     logits.requires_grad_()
-    loss = token_loss(logits, targets, objective)
+    loss = losses(logits, targets, objective)
     (grad,) = torch.autograd.grad(loss.sum(), logits)
     gate = objective.gate(stats_for(objective, logits.detach(), targets))
     for name, value in (("loss", loss), ("gate", gate), ("gradient", grad)):

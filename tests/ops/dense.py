@@ -10,8 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
+from worlds import random_context
 
-from deft_lightning.functional import TokenStats
+from deft_lightning.functional import TokenContext, TokenStats
+from deft_lightning.objectives import Needs, Objective
 from deft_lightning.ops.backend import Backend
 from deft_lightning.ops.linear import linear_loss
 
@@ -103,14 +105,25 @@ def dense_logits(case: Problem) -> Tensor:
     return cap * torch.tanh(logits / cap) if cap else logits
 
 
+def context_for(objective: Callable[[TokenStats], Tensor], case: Problem) -> TokenContext:
+    """What is known of the tokens beside the prediction: random, and nothing where the objective does not look."""
+    looks = isinstance(objective, Objective) and (objective.needs != Needs() or objective.sources)
+    return random_context(len(case.targets)) if looks else TokenContext()
+
+
 def dense_loss(objective: Callable[[TokenStats], Tensor]) -> Callable[[Problem], Tensor]:
     def head(case: Problem) -> Tensor:
         keep = case.targets != -100
         stats = stats_from_logits(dense_logits(case)[keep], case.targets[keep], getattr(objective, "topk", 0))
+        known: dict[str, Tensor] = {
+            name: field[keep].to(stats.log_prob.dtype if field.is_floating_point() else field.dtype)
+            for name, field in context_for(objective, case)._asdict().items()
+            if field is not None
+        }
         if case.token_weight is None:
-            return objective(stats).sum()
+            return objective(stats._replace(**known)).sum()
         weight = case.token_weight[keep]
-        return (objective(stats._replace(weight=weight)) * weight).sum()
+        return (objective(stats._replace(**(known | {"weight": weight}))) * weight).sum()
 
     return head
 
@@ -120,7 +133,7 @@ def fused_loss(objective: Callable[[TokenStats], Tensor], backend: Backend = "au
         token_weight = None if case.token_weight is None else case.token_weight.to(dtype_of_loss(case.hidden.dtype))
         return linear_loss(
             case.hidden, case.weight, case.targets, objective, bias=case.bias, token_weight=token_weight,
-            backend=backend, **case.options,
+            backend=backend, context=context_for(objective, case), **case.options,
         )[0]  # fmt: skip
 
     return head

@@ -13,6 +13,7 @@ from dense import (
     Result,
     assert_close,
     assert_stats_close,
+    context_for,
     dense_logits,
     dense_loss,
     differentiate,
@@ -27,6 +28,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from worlds import noise_models
 
 from deft_lightning.errors import UserError
 from deft_lightning.functional import TokenStats
@@ -34,7 +36,9 @@ from deft_lightning.objectives import (
     DEFT,
     EAFT,
     NLL,
+    BySource,
     Cayley,
+    Contaminated,
     Likelihood,
     Objective,
     Truncated,
@@ -49,6 +53,8 @@ OBJECTIVES: list[Objective] = [
     Cayley(floor=0.5),
     DEFT(eps=1e-6),
     EAFT(k=3, normalizer="none"),
+    *noise_models(),
+    BySource(base=Contaminated(), own={"a": Cayley(floor=0.5), "b": Contaminated(level="answer")}),
     Truncated(threshold=0.05, keep="below", base=Likelihood(), normalize_by="kept"),
     Truncated(threshold=0.05, base=Cayley(floor=0.5)),
 ]
@@ -364,7 +370,7 @@ def test_linear_token_stats_and_its_gradient_match_dense_float64(n: int, vocab: 
                 assert f.shape == (n,) and not f[~keep].any()
                 assert f.dtype in (torch.bool, torch.float32, torch.int64)
                 torch.testing.assert_close(f[keep].to(w.dtype), w[keep], rtol=1e-4, atol=1e-5)
-        assert [f is not None and f.requires_grad for f in stats] == [True, *[False] * 6]
+        assert [f is not None and f.requires_grad for f in stats] == [True, *[False] * (len(stats) - 1)]
         return (stats.log_prob * upstream.float()).sum()
 
     def dense(c: Problem) -> Tensor:
@@ -382,7 +388,8 @@ def test_an_objective_on_linear_token_stats_has_the_gradients_of_linear_loss(obj
     case = problem(600, 17, masked=0.0, bias=True, seed=16)
 
     def through_stats(c: Problem) -> Tensor:
-        return objective(linear_token_stats(c.hidden, c.weight, c.targets, bias=c.bias, topk=objective.topk)).sum()
+        stats = linear_token_stats(c.hidden, c.weight, c.targets, bias=c.bias, topk=objective.topk)
+        return objective(stats.within(context_for(objective, c))).sum()
 
     assert_close(differentiate(through_stats, case), differentiate(fused_loss(objective), case), 1e-10)
 

@@ -22,7 +22,7 @@ from deft_lightning.__main__ import main
 from deft_lightning.data.noise import Noise, ResponseSwap, TokenReplace
 from deft_lightning.errors import UserError
 from deft_lightning.figures import TokenSample
-from deft_lightning.functional import TokenStats
+from deft_lightning.functional import TokenContext, TokenStats
 from deft_lightning.metrics import exact_auroc
 from deft_lightning.objectives import (
     DEFT,
@@ -400,7 +400,7 @@ def test_hashes_are_one_to_one_and_fill_their_range() -> None:
 
 def test_gradient_mass_is_by_weight_and_gates_are_not() -> None:
     p, weight = torch.tensor([0.9, 0.5, 0.1]), torch.tensor([0.5, 1.0, 4.0])
-    stats = TokenStats(p.log(), p, p, p > 0.5).weighted(weight)
+    stats = TokenStats(p.log(), p, p, p > 0.5).within(TokenContext(weight))
     tally = Tally({"NLL": NLL(), "Likelihood": Tsallis(0.0)}, "NLL", [])
     for part in (torch.tensor([0, 1]), torch.tensor([2])):
         tally.update({0: stats.select(part)}, torch.zeros(len(part)))
