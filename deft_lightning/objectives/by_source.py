@@ -96,6 +96,8 @@ class BySource(Objective):
 
     def __post_init__(self) -> None:
         """Refuse parts that do not go together."""
+        if not isinstance(self.own, Mapping):
+            raise UserError(f"BySource: own is objectives by the name of their source, not {self.own!r}")
         for name, part in self.own.items():
             if not isinstance(part, Objective):
                 raise UserError(f"BySource: own {name!r} is {part!r}, no objective")

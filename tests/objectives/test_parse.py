@@ -7,7 +7,18 @@ from pathlib import Path
 import pytest
 
 from deft_lightning.errors import UserError
-from deft_lightning.objectives import DEFT, EAFT, NLL, Cayley, Floored, Likelihood, Rescaled, Truncated, Tsallis
+from deft_lightning.objectives import (
+    DEFT,
+    EAFT,
+    NLL,
+    BySource,
+    Cayley,
+    Floored,
+    Likelihood,
+    Rescaled,
+    Truncated,
+    Tsallis,
+)
 from deft_lightning.objectives.parse import label, parse_objective, settings_of, short_legend
 
 
@@ -19,6 +30,8 @@ from deft_lightning.objectives.parse import label, parse_objective, settings_of,
         ("EAFT(k=5, normalizer=three)", EAFT(k=5, normalizer="three")),
         ("Truncated(threshold=0.4, keep='below', base=Likelihood)", Truncated(0.4, "below", Likelihood())),
         ("Truncated(base=Tsallis(q=0.1))", Truncated(base=Tsallis(q=0.1))),
+        ("BySource(own={gsm8k: NLL, 'a b': Cayley(floor=0.5)})", BySource(own={"gsm8k": NLL(), "a b": Cayley(floor=0.5)})),
+        ("BySource(base=NLL, own={})", BySource(base=NLL())),
         ("deft_lightning.objectives.Cayley", Cayley()), ("deft_lightning.objectives.Tsallis(q=2)", Tsallis(q=2)),
     ],
 )  # fmt: skip
@@ -46,6 +59,8 @@ def test_a_class_of_the_users_own_is_imported(tmp_path: Path, monkeypatch: pytes
         ("Tsallis(q=high)", "must be"), ("Tsallis(q=nan)", "must be"), ("Cayley(floor=2)", "outside"),
         ("Tsallis(q=1/0)", "neither"), ("lambda: DEFT()", "neither"), ("Tsallis(q=open('x'))", "open is unknown"),
         ("__import__('os').abort()", "cannot import"), ("os.path", "is no objective"),
+        ("BySource(own={1: NLL})", "names in braces"), ("BySource(own={**a})", "names in braces"),
+        ("BySource(own={a: NLLL})", "no objective"), ("BySource(own=3)", "own"),
         ("nowhere.Mine", "cannot import nowhere"), ("deft_lightning.objectives.Objective", "is no objective"),
     ],
 )  # fmt: skip
@@ -73,6 +88,15 @@ def test_anything_else_is_one_line(text: str, wanted: str) -> None:
             },
         ),
         ("Rescaled(base=DEFT)", {"class_path": "Rescaled", "init_args": {"base": {"class_path": "DEFT"}}}),
+        (
+            "BySource(own={a: NLL, b: Tsallis(q=1)})",
+            {
+                "class_path": "BySource",
+                "init_args": {
+                    "own": {"a": {"class_path": "NLL"}, "b": {"class_path": "Tsallis", "init_args": {"q": 1}}},
+                },
+            },
+        ),
         ("Cayley(flor=1)", {"class_path": "Cayley", "init_args": {"flor": 1}}),
     ],
 )  # fmt: skip
