@@ -14,6 +14,7 @@ import yaml
 
 from deft_lightning.cli.spellings import spell_out
 from deft_lightning.errors import UserError
+from deft_lightning.objectives.parse import settings_of
 
 MODE = "deft"  # name of the loader below among jsonargparse's
 LARGEST = 4 << 20  # bytes of a file; configurations have some hundred
@@ -103,6 +104,8 @@ def load(text: str, path: str = "") -> Any:
     """
     name = text.name if isinstance(text, FileText) else None
     text = str(text)  # libyaml takes no subclass
+    if name is None and (called := settings_of(text)) is not None:
+        return called  # in YAML the braces of BySource(own={a: NLL}) would be something else
     try:
         check(text, name)
         value = _load_yaml(text)

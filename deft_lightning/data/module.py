@@ -73,6 +73,7 @@ class InstructionDataModule(LightningDataModule):
         cache_dir: Where prepared data is kept; default: $DEFT_LIGHTNING_CACHE, or deft_lightning in the user's cache.
         cache: Keep prepared data for the next run.
         seed: Seed of the order and of the split.
+        objectives: Objective of a source in place of `model.objective`, by name: `--data.objectives.gsm8k NLL`.
         noise: Synthetic label noise.
 
     Raises:
@@ -113,6 +114,7 @@ class InstructionDataModule(LightningDataModule):
         cache_dir: str | None = None,
         cache: bool = True,
         seed: int = 0,
+        objectives: dict[str, Any] | None = None,
         noise: Noise = Noise(),  # noqa: B008 - frozen
     ) -> None:
         self.settings = DataSettings.of(**{k: v for k, v in locals().items() if k not in ("self", "__class__")})

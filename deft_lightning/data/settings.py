@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 from deft_lightning.data.encoding.supervise import SpecialTokens, Supervise, Teaching
@@ -59,6 +59,7 @@ class DataSettings:
     reasoning: Reasoning = "template"
     supervise_reasoning: bool = True
     special_tokens: SpecialTokens = "text"
+    objectives: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, **given: Any) -> DataSettings:
@@ -67,6 +68,7 @@ class DataSettings:
         columns = {
             "column_map": dict(given["column_map"] or {}),
             "ignore_columns": _names(given["ignore_columns"]),
+            "objectives": {str(name): _called(value) for name, value in dict(given["objectives"] or {}).items()},
         }
         return cls(**{**given, **sources, **columns})
 
@@ -155,6 +157,16 @@ class DataSettings:
         """Return the noise of a split as it is prepared: `validation` is clean, beside it is `validation_noisy`."""
         corrupted = split == "validation_noisy" or (split == "train" and "train" in self.noise.splits)
         return self.noise if corrupted else replace(self.noise, ops=[])
+
+
+def _called(value: Any, inside: bool = False) -> str:
+    """Return the spelling ``NAME(option=value)`` of what YAML and the command line may give as a class and settings."""
+    if isinstance(value, Mapping) and "class_path" in value:
+        options = value.get("init_args") or {}
+        return f"{value['class_path']}({', '.join(f'{name}={_called(one, True)}' for name, one in options.items())})"
+    if not inside and not isinstance(value, str):
+        raise UserError(f"--data.objectives: an objective is NAME or NAME(option=value), not {value!r}")
+    return repr(value) if inside else value
 
 
 def _names(given: str | Sequence[str] | None) -> tuple[str, ...]:

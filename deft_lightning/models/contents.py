@@ -16,6 +16,7 @@ from deft_lightning.models.lora import LoRA
 
 KEY = "deft_lightning"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+MOST = 128  # numbers that a run keeps for its objective
 Test = Callable[[Any], bool]  # of one entry
 PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_. +-]*")  # no step upwards, drive, backslash or control
 
@@ -93,10 +94,10 @@ OWN: dict[str, tuple[Test, bool]] = {
     "objective": (_text, False),
     "tokens_seen": (_whole, False),
     "training": (lambda value: _numbers(value) and len(value) <= 8, False),
-    "rates": (lambda value: _numbers(value) and len(value) <= 8, False),
+    "rates": (lambda value: _numbers(value) and len(value) <= MOST, False),
     "start_model": (_text, False),
     "marginal": (_numbers, False),
-    "gates": (lambda value: _numbers(value) and len(value) == 2, False),
+    "gates": (lambda value: _numbers(value) and 2 <= len(value) <= MOST, False),
 }
 # What Lightning reads.
 LIGHTNING: dict[str, Test] = {

@@ -19,6 +19,7 @@ from deft_lightning.models import LoRA, check_state, describe, is_sharded
 from deft_lightning.models.contents import KEY
 from deft_lightning.objectives import DEFT, Needs, Objective, RunState
 from deft_lightning.ops import Backend
+from deft_lightning.training.by_source import by_source
 from deft_lightning.training.context import context_of
 from deft_lightning.training.distributed import ranks
 from deft_lightning.training.hyper_parameters import hyper_parameters
@@ -153,6 +154,8 @@ class SFTModule(LightningModule):
     def setup(self, stage: str) -> None:
         """Refuse strategies under which the head would not see its whole weight; begin the objective's course."""
         check_strategy(self.trainer.strategy)
+        if stage in ("fit", "validate"):
+            self.objective = by_source(self.objective, self.prompts)
         # A checkpoint that is loaded after this knows better.
         self._run = self._state(0.0 if stage == "fit" and self.objective.scheduled else 1.0)
 
@@ -315,6 +318,8 @@ class SFTModule(LightningModule):
             check_state(self.model, checkpoint["state_dict"])
         about = checkpoint.get(KEY, {})
         check_vocabulary(self.tokenizer, about.get("vocabulary"))
+        if about.get("objective") != repr(self.objective) and (about.get("rates") or self._run.rates):
+            about = {**about, "rates": (), "gates": ()}  # of another objective they say something else
         self._run = RunState(*about.get("training", self._run)[:2])._replace(rates=tuple(about.get("rates", ())))
         self.normaliser.load_state_dict(about)
         self.batch_loss.context.load_state_dict(about)

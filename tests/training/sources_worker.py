@@ -17,6 +17,7 @@ from worlds import bare_trainer, constant, sgd, write_rows
 from deft_lightning import InstructionDataModule, SFTModule
 from deft_lightning.callbacks import GateMonitor, NoiseMonitor
 from deft_lightning.data.noise import Noise, TokenReplace
+from deft_lightning.objectives import DEFT, Objective
 
 # Sources of unlike lengths and unlike sizes: a mean of means is not the mean over tokens.
 ANSWERS = {
@@ -41,11 +42,11 @@ def make_data(source: Any, **options: Any) -> InstructionDataModule:
 
 def run(
     root: Path, pretrained: str, data: InstructionDataModule, *callbacks: Any, ckpt_path: str | None = None,
-    optimizer: Any = sgd, **options: Any,
+    optimizer: Any = sgd, objective: Objective | None = None, **options: Any,
 ) -> SFTModule:  # fmt: skip
     """Train, with events in ``root``."""
     torch.manual_seed(0)
-    module = SFTModule(pretrained=pretrained, optimizer=optimizer, scheduler=constant)
+    module = SFTModule(objective or DEFT(), pretrained=pretrained, optimizer=optimizer, scheduler=constant)
     logger = TensorBoardLogger(root.parent, name=root.name, version="")
     watching = (GateMonitor(histograms=False), NoiseMonitor())
     trainer = bare_trainer(root, *watching, *callbacks, logger=logger, **options)
@@ -58,7 +59,9 @@ NOISE = Noise(ops=[TokenReplace(rate=0.3)])
 
 def on_ranks(root: Path, world: int, strategy: str) -> SFTModule:
     """Steps of two micro-batches, logged every second one."""
-    data = make_data([str(root / f"{name}.jsonl") for name in ANSWERS], batch_size=8 // world, noise=NOISE)
+    sources = [str(root / f"{name}.jsonl") for name in ANSWERS]
+    objectives = {"a": "Tsallis(q=0.3)", "c": "Contaminated(decay=0.5)"}
+    data = make_data(sources, batch_size=8 // world, noise=NOISE, objectives=objectives)
     options: dict[str, Any] = {
         "devices": world, "strategy": strategy, "log_every_n_steps": 2, "max_epochs": 2, "accumulate_grad_batches": 2,
         "limit_train_batches": 4,  # the batches that are full
