@@ -249,6 +249,7 @@ class Broken(SFTModule):
             stats = output.stats.map(lambda x: x if x.dtype == torch.bool else x * float("nan"))
             return output._replace(loss=output.loss * float("nan"), stats=stats)
 
+        broken.context = terms.context  # type: ignore[attr-defined]
         self.batch_loss = broken
 
 
