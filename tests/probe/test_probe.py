@@ -206,7 +206,7 @@ def test_every_objective_is_listed_and_one_that_cannot_run_is_named(
     known = known_objectives()
     # Without a run they are what they wrap.
     of_a_run = {name for name in known.keys() - {"Needy"} if known[name]().scheduled or known[name]().tracks}
-    assert names == known.keys() - of_a_run - {"Needy", "Broken"} | {"Needy(strength=0.25)"}
+    assert names == known.keys() - of_a_run - {"Needy", "Broken", "BySource"} | {"Needy(strength=0.25)"}
     assert "Schedule" in of_a_run
     assert len(names) >= 10 and set(report["left_out"]) == {"Needy", "Broken"}
     assert report["objectives"][0]["gate"] == report["objectives"][0]["shrinkage"] == pytest.approx(0.25)
