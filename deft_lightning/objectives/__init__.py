@@ -12,6 +12,8 @@ from deft_lightning.objectives.base import (
 from deft_lightning.objectives.by_source import BySource
 from deft_lightning.objectives.contaminated import Contaminated, NoiseRates
 from deft_lightning.objectives.deformed import DEFT, NLL, Cayley, Likelihood, Tsallis
+from deft_lightning.objectives.information import InfoSFT
+from deft_lightning.objectives.mix import Mix
 from deft_lightning.objectives.remedies import Floored, Schedule
 from deft_lightning.objectives.rescaled import Rescaled
 from deft_lightning.objectives.reweighted import DFT, EAFT, Focal, Truncated
@@ -27,7 +29,9 @@ __all__ = [
     "DeformedLog",
     "Floored",
     "Focal",
+    "InfoSFT",
     "Likelihood",
+    "Mix",
     "Needs",
     "NoiseRates",
     "Objective",
