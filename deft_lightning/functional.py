@@ -5,7 +5,9 @@ For every per-token loss ``l(log p; statistics)`` whose statistics are detached,
 
     dl/dz = gate * (pi - onehot(y)),    gate = -dl/d(log p)
 
-so a function that returns a differentiable ``log p`` beside detached statistics serves every objective.
+so a function that returns a differentiable ``log p`` beside detached statistics serves every objective. Beside the
+prediction ``pi0`` of a reference, ``KL(pi0 || pi)`` is a second differentiable statistic, with the derivative
+``pi - pi0`` by the logits.
 This module needs torch alone and is the oracle for the fused head in :mod:`deft_lightning.ops`.
 """
 
@@ -24,7 +26,7 @@ class TokenStats(NamedTuple):
     r"""What an objective may know about each token. Every field has the shape of the targets.
 
     Attributes:
-        log_prob: ``log p`` in nats, at most 0. The only differentiable field.
+        log_prob: ``log p`` in nats, at most 0. Differentiable, as is ``reference_kl`` and no other field.
         collision: Collision probability ``C = sum_v pi_v^2 = exp(-H_2)`` in ``[1/V, 1]``.
         entropy: Shannon entropy ``H`` in nats, in ``[0, ln V]``.
         correct: Whether the target is the arg-max (bool).
@@ -37,6 +39,8 @@ class TokenStats(NamedTuple):
         answer_chance: The same, where a whole answer is judged; None where that is ``chance``.
         example: Which answer a token belongs to (int64): the tokens of one have one number in ``[0, N)``.
         source: Place of the token's source among those that have an objective of their own (int64), -1 for others.
+        reference_kl: ``KL(pi0 || pi)`` in nats, at least 0: how far the prediction is from that of a reference model
+            at the same position; None where there is no reference.
     """
 
     log_prob: Tensor
@@ -50,6 +54,7 @@ class TokenStats(NamedTuple):
     answer_chance: Tensor | None = None
     example: Tensor | None = None
     source: Tensor | None = None
+    reference_kl: Tensor | None = None
 
     def within(self, context: TokenContext) -> TokenStats:
         """Return the statistics with what is known of the tokens beside them, floats in their own dtype."""
@@ -154,10 +159,15 @@ class _DeformedLog(torch.autograd.Function):
 
 
 class _LogSoftmaxStats(torch.autograd.Function):
-    """One softmax pass; backward writes ``grad * (onehot - pi)`` with the target entry free of cancellation."""
+    """One softmax pass; backward writes ``grad * (onehot - pi)`` with the target entry free of cancellation.
+
+    Beside the logits of a reference it also gives their KL, and adds ``grad_kl * (pi - pi0)``.
+    """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, topk: int) -> tuple[Tensor | None, ...]:
+    def forward(
+        ctx: Any, logits: Tensor, targets: Tensor, topk: int, reference: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         z = logits.to(accumulation_dtype(logits.dtype))
         top, arg = z.max(dim=-1, keepdim=True)
         shifted = z - top
@@ -172,20 +182,37 @@ class _LogSoftmaxStats(torch.autograd.Function):
         entropy = log_sum - weighted.sum(-1) / (1 + tail)
         arg = arg.squeeze(-1)
         topk_entropy = topk_entropy_of(shifted, topk) if topk else None
-        ctx.save_for_backward(logits, targets, top, log_sum, log_prob)
+        ctx.save_for_backward(logits, targets, top, log_sum, log_prob, reference)
         fields = TokenStats(log_prob, collision, entropy, arg == targets, topk_entropy, arg)
-        ctx.mark_non_differentiable(*(field for field in fields[1:] if field is not None))
+        if reference is not None:
+            divergence = _divergence(reference.to(z.dtype), shifted, log_sum)
+            fields = fields._replace(reference_kl=divergence)
+        ctx.mark_non_differentiable(*(field for field in fields[1:-1] if field is not None))
         return tuple(fields)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        logits, targets, top, log_sum, log_prob = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        logits, targets, top, log_sum, log_prob, reference = ctx.saved_tensors
         upstream = grads[0].unsqueeze(-1)
         pi = (logits.to(log_prob.dtype) - top - log_sum.unsqueeze(-1)).exp_()
+        pull = None
+        if reference is not None:
+            pull = (pi - reference.to(pi.dtype).softmax(-1)).mul_(grads[-1].unsqueeze(-1))
         grad = pi.mul_(-upstream)
         grad.scatter_(-1, targets.unsqueeze(-1), -torch.expm1(log_prob).unsqueeze(-1) * upstream)
-        return grad.to(logits.dtype), None, None
+        return (grad if pull is None else grad.add_(pull)).to(logits.dtype), None, None, None
+
+
+def _divergence(reference: Tensor, shifted: Tensor, log_sum: Tensor) -> Tensor:
+    """Return ``KL(pi0 || pi)`` of the logits of a reference to logits whose maximum is 0 and the log of their sum."""
+    top, arg = reference.max(dim=-1, keepdim=True)
+    apart = reference - top
+    tail = apart.exp().scatter_(-1, arg, 0.0).sum(-1)
+    lowest = torch.finfo(apart.dtype).min  # an entry that neither gives mass is a 0, not minus infinity times 0
+    between = apart.clamp_min(lowest) - shifted.clamp_min(lowest)
+    # Differences first: where the two agree, so do their roundings.
+    return ((apart.softmax(-1) * between).sum(-1) + (log_sum - torch.log1p(tail))).clamp_min(0)
 
 
 def topk_entropy_of(shifted: Tensor, k: int) -> Tensor:
@@ -197,7 +224,14 @@ def topk_entropy_of(shifted: Tensor, k: int) -> Tensor:
     return torch.log1p(tail) - weighted.sum(-1) / (1 + tail)
 
 
-def token_stats(logits: Tensor, targets: Tensor, *, ignore_index: int = IGNORE_INDEX, topk: int = 0) -> TokenStats:
+def token_stats(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    ignore_index: int = IGNORE_INDEX,
+    topk: int = 0,
+    reference_logits: Tensor | None = None,
+) -> TokenStats:
     """Statistics of every token from dense logits: the oracle for the fused head.
 
     Args:
@@ -205,6 +239,8 @@ def token_stats(logits: Tensor, targets: Tensor, *, ignore_index: int = IGNORE_I
         targets: Shape ``(...)``, integers in ``[0, V)`` or ``ignore_index``.
         ignore_index: Target value of positions that do not count; every statistic is 0 there.
         topk: Also return the entropy of that many largest probabilities (0: leave it out).
+        reference_logits: Shape ``(..., V)``: those of a reference model at the same positions; detached. With them the
+            statistics have ``reference_kl``.
 
     Returns:
         Statistics in the shape of ``targets``, float32 (float64 for float64 logits).
@@ -215,7 +251,9 @@ def token_stats(logits: Tensor, targets: Tensor, *, ignore_index: int = IGNORE_I
         (tensor([0.5000, 0.1192]), tensor([ True, False]))
     """
     keep = targets != ignore_index
-    stats = TokenStats(*cast("tuple[Any, ...]", _LogSoftmaxStats.apply(logits, targets.masked_fill(~keep, 0), topk)))
+    reference = None if reference_logits is None else reference_logits.detach()
+    fields = _LogSoftmaxStats.apply(logits, targets.masked_fill(~keep, 0), topk, reference)
+    stats = TokenStats(*cast("tuple[Any, ...]", fields))
     return stats.map(lambda field: torch.where(keep, field, field.new_zeros(())))
 
 
@@ -233,6 +271,7 @@ def token_loss(
     *,
     token_weight: Tensor | None = None,
     context: TokenContext | None = None,
+    reference_logits: Tensor | None = None,
 ) -> Tensor:
     """Loss of every token under ``objective``, never reduced.
 
@@ -248,6 +287,8 @@ def token_loss(
             with is then ``loss.sum() / token_weight[targets != ignore_index].sum()``.
         context: What else is known of the tokens, each field of shape ``(...)``: what the objective looks at beside
             the model's prediction. Its ``weight`` is ``token_weight`` where that is not given.
+        reference_logits: Shape ``(..., V)``, of a reference model at the same positions, for objectives that compare
+            with one; detached.
 
     Returns:
         Shape ``(...)``, float32 (float64 for float64 logits), 0 where ignored; differentiable in ``logits``.
@@ -262,7 +303,10 @@ def token_loss(
         tensor([0.3466, 0.2539, 0.0000])
     """
     keep = targets != ignore_index
-    stats = token_stats(logits[keep], targets[keep], ignore_index=ignore_index, topk=getattr(objective, "topk", 0))
+    stats = token_stats(
+        logits[keep], targets[keep], ignore_index=ignore_index, topk=getattr(objective, "topk", 0),
+        reference_logits=None if reference_logits is None else reference_logits[keep],
+    )  # fmt: skip
     known = context or TokenContext()
     known = known if token_weight is None else known._replace(weight=token_weight)
     loss = weighted_loss(objective, stats.within(known.select(keep)))

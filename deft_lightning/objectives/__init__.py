@@ -1,5 +1,6 @@
 """Token objectives as values: frozen, defaulted, checked when made, found through the class tree."""
 
+from deft_lightning.objectives.anchor import KLAnchor
 from deft_lightning.objectives.base import (
     DeformedLog,
     Needs,
@@ -30,6 +31,7 @@ __all__ = [
     "Floored",
     "Focal",
     "InfoSFT",
+    "KLAnchor",
     "Likelihood",
     "Mix",
     "Needs",

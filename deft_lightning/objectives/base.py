@@ -109,11 +109,13 @@ class Needs(NamedTuple):
         chance: Which chance of a label :attr:`TokenStats.chance` is to be; None for none.
         answer_chance: Which one :attr:`TokenStats.answer_chance` is to be.
         example: Whether it looks at :attr:`TokenStats.example`.
+        reference: Whether it looks at :attr:`TokenStats.reference_kl`.
     """
 
     chance: str | None = None
     answer_chance: str | None = None
     example: bool = False
+    reference: bool = False
 
 
 class Objective(ABC):
@@ -199,11 +201,16 @@ class Objective(ABC):
 
     @abstractmethod
     def __call__(self, stats: TokenStats) -> Tensor:
-        """Return the loss of each token, in the shape of ``stats.log_prob`` and differentiable in it alone."""
+        """Return the loss of each token, in the shape of ``stats.log_prob``.
+
+        It is differentiable in that, and in ``reference_kl`` where it looks at it; everything else is detached.
+        """
 
     @final
     def gate(self, stats: TokenStats) -> Tensor:
         """Gate of each token, ``-dl/d(log p)``: the factor on the error ``pi - onehot``. By autograd, never by hand.
+
+        What a loss adds of :attr:`TokenStats.reference_kl` pulls towards the reference and is no part of the gate.
 
         Args:
             stats: Statistics of the tokens; their graph, if any, is left alone.
@@ -241,7 +248,10 @@ def _merged(owner: Objective, one: Needs, other: Needs) -> Needs:
         kinds = {kind for kind in (getattr(one, name), getattr(other, name)) if kind is not None}
         if len(kinds) > 1:
             raise UserError(f"{owner!r}: its parts want different chances, {' and '.join(sorted(kinds))}; give one")
-    return Needs(one.chance or other.chance, one.answer_chance or other.answer_chance, one.example or other.example)
+    return Needs(
+        one.chance or other.chance, one.answer_chance or other.answer_chance, one.example or other.example,
+        one.reference or other.reference,
+    )  # fmt: skip
 
 
 class DeformedLog(Objective):

@@ -7,6 +7,7 @@ logits. Objectives that need the whole batch first (``needs_batch``) cost a seco
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -50,6 +51,31 @@ class Inputs(NamedTuple):
     token_weight: Tensor | None
 
 
+class ReferenceHead(NamedTuple):
+    """The head of a reference model and what it sees of the same tokens; nothing of it is trained.
+
+    Scale and soft-capping are those of the head that is trained.
+
+    Attributes:
+        hidden: Shape ``(N, D)``.
+        weight: Shape ``(V, D)``.
+        bias: Shape ``(V,)``.
+        low: Low-rank update of the product, shape ``(N, r)``.
+        up: Its other factor, shape ``(V, r)``.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+    low: Tensor | None = None
+    up: Tensor | None = None
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> ReferenceHead:
+        """Return it with ``function`` applied to every tensor that is there."""
+        found: Any = (None if tensor is None else function(tensor) for tensor in self)
+        return ReferenceHead(*found)
+
+
 @dataclass(frozen=True)
 class Plan:
     """The part of a call that is not a tensor.
@@ -60,6 +86,7 @@ class Plan:
         kernel: ``torch`` or ``triton``.
         context: What is known of the N tokens beside the prediction, their weights left out: those are an input.
         prediction_sum: Shape ``(V,)``; the predictions of all tokens are added to it, where it is there.
+        reference: What predictions are compared with, in the dtype of the products; None for nothing.
     """
 
     objective: LossFn | None
@@ -67,6 +94,7 @@ class Plan:
     kernel: str
     context: TokenContext = NOTHING
     prediction_sum: Tensor | None = None
+    reference: ReferenceHead | None = None
 
     def chunk(self, hidden: Tensor, vocabulary: int) -> int:
         """Tokens of a chunk."""
@@ -74,7 +102,9 @@ class Plan:
             return CHUNK_CPU
         # In torch the softmax and the wide logits stand beside the product.
         wide = 0 if self.kernel == "triton" else 2 * accumulation_dtype(hidden.dtype).itemsize
-        return max(CHUNK_CUDA, BUDGET_CUDA // max(1, vocabulary * (hidden.element_size() + wide)) // 128 * 128)
+        heads = 1 if self.reference is None else 2
+        row = max(1, heads * vocabulary * (hidden.element_size() + wide))
+        return max(CHUNK_CUDA, BUDGET_CUDA // row // 128 * 128)
 
     def rows(self, product: Tensor) -> RowKernel:
         """Make the row kernel for chunks like this one."""
@@ -82,7 +112,7 @@ class Plan:
             from deft_lightning.ops.triton_rows import TritonRows
 
             return TritonRows(product, self.transform)
-        return TorchRows(product, self.transform, len(product))
+        return TorchRows(product, self.transform, len(product), reference=self.reference is not None)
 
 
 class Gradients(NamedTuple):
@@ -123,17 +153,18 @@ class _Chunks:
         self._bias = None if inputs.bias is None else inputs.bias.to(dtype)
         self.up = None if inputs.up is None else inputs.up.to(dtype)
         self._buffer = inputs.hidden.new_empty((size, vocabulary))
+        self._reference = plan.reference
+        self._reference_buffer = None if plan.reference is None else torch.empty_like(self._buffer)
         self.kernel = plan.rows(self._buffer)
 
     def product(self, piece: slice) -> Tensor:
-        rows, out = self.inputs.hidden[piece], self._buffer[: piece.stop - piece.start]
-        if self._bias is None:
-            torch.mm(rows, self.weight.t(), out=out)
-        else:
-            torch.addmm(self._bias, rows, self.weight.t(), out=out)
-        if self.inputs.low is not None and self.up is not None:
-            out.addmm_(self.inputs.low[piece], self.up.t())
-        return out
+        """Product of a chunk; that of the reference, where there is one, is made beside it."""
+        out = self._buffer[: piece.stop - piece.start]
+        reference, beside = self._reference, self._reference_buffer
+        if reference is not None and beside is not None:
+            _head(reference, piece, beside[: len(out)])
+        own = ReferenceHead(self.inputs.hidden, self.weight, self._bias, self.inputs.low, self.up)
+        return _head(own, piece, out)
 
     def blocks(self, piece: slice) -> list[tuple[slice, slice]]:
         """Rows of a chunk the kernel takes at once: their place in the chunk, and among all tokens."""
@@ -141,11 +172,13 @@ class _Chunks:
         inside = [slice(i, min(i + step, n)) for i in range(0, n, step)]
         return [(block, slice(start + block.start, start + block.stop)) for block in inside]
 
-    def block_statistics(self, product: Tensor, at: slice) -> TokenStats:
-        """Statistics of a block, whose predictions are added up where that is asked for."""
-        stats = self.kernel.statistics(product, self.inputs.targets[at])
-        if self._prediction_sum is not None:
-            self._prediction_sum += self.kernel.prediction_sum(product)
+    def block_statistics(self, product: Tensor, block: slice, at: slice, seen: bool = False) -> TokenStats:
+        """Statistics of a block of a chunk, whose predictions are added up where that is asked for and not yet done."""
+        beside = self._reference_buffer
+        reference = None if beside is None else beside[block]
+        stats = self.kernel.statistics(product[block], self.inputs.targets[at], reference)
+        if self._prediction_sum is not None and not seen:
+            self._prediction_sum += self.kernel.prediction_sum(product[block])
         return stats
 
     def statistics(self) -> TokenStats:
@@ -153,8 +186,27 @@ class _Chunks:
         parts = []
         for piece in self.pieces:
             product = self.product(piece)
-            parts += [self.block_statistics(product[b], at) for b, at in self.blocks(piece)]
-        return concatenate(parts, self.inputs.hidden, self.topk)
+            parts += [self.block_statistics(product, b, at) for b, at in self.blocks(piece)]
+        return self.concatenate(parts)
+
+    def concatenate(self, parts: list[TokenStats]) -> TokenStats:
+        """Return the statistics of several blocks as one; of none, empty ones."""
+        found = concatenate(parts, self.inputs.hidden, self.topk)
+        if parts or self._reference is None:
+            return found
+        return found._replace(reference_kl=found.log_prob.clone())
+
+
+def _head(head: ReferenceHead, piece: slice, out: Tensor) -> Tensor:
+    """Write the product of a chunk of tokens into ``out``, and return it."""
+    rows, weight = head.hidden[piece], head.weight.t()
+    if head.bias is None:
+        torch.mm(rows, weight, out=out)
+    else:
+        torch.addmm(head.bias, rows, weight, out=out)
+    if head.low is not None and head.up is not None:
+        out.addmm_(head.low[piece], head.up.t())
+    return out
 
 
 def concatenate(parts: list[TokenStats], like: Tensor, topk: int) -> TokenStats:
@@ -168,18 +220,39 @@ def concatenate(parts: list[TokenStats], like: Tensor, topk: int) -> TokenStats:
     return TokenStats(*found)
 
 
-def _value_and_slope(objective: LossFn, stats: TokenStats) -> tuple[Tensor, Tensor]:
-    """Loss per token and its derivative by log p, from detached statistics."""
+class _Slopes(NamedTuple):
+    """Derivatives of the loss of each token: by ``log p``, and by the KL to a reference where it counts."""
+
+    slope: Tensor
+    pull: Tensor | None
+
+    def select(self, at: slice) -> _Slopes:
+        return _Slopes(self.slope[at], None if self.pull is None else self.pull[at])
+
+    def times(self, factor: Tensor) -> _Slopes:
+        return _Slopes(self.slope * factor, None if self.pull is None else self.pull * factor)
+
+
+def _value_and_slopes(objective: LossFn, stats: TokenStats) -> tuple[Tensor, _Slopes]:
+    """Loss per token and its derivatives, from detached statistics."""
     with torch.enable_grad():
         log_prob = stats.log_prob.detach().requires_grad_()
-        loss = objective(stats._replace(log_prob=log_prob))
-        (slope,) = torch.autograd.grad(loss.sum(), log_prob)
-    return loss.detach(), slope
+        if stats.reference_kl is None:
+            loss = objective(stats._replace(log_prob=log_prob))
+            (slope,) = torch.autograd.grad(loss.sum(), log_prob)
+            return loss.detach(), _Slopes(slope, None)
+        divergence = stats.reference_kl.detach().requires_grad_()
+        loss = objective(stats._replace(log_prob=log_prob, reference_kl=divergence))
+        slope, pull = torch.autograd.grad(loss.sum(), (log_prob, divergence), allow_unused=True)
+    return loss.detach(), _Slopes(torch.zeros_like(log_prob) if slope is None else slope, pull)
 
 
-def _range_of(slope: Tensor) -> Tensor:
+def _range_of(slopes: _Slopes) -> Tensor:
     """Return a power of two that brings the largest slope to between half of :data:`LARGEST_FLOAT16` and that."""
-    largest = slope.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
+    largest = slopes.slope.abs().max()
+    if slopes.pull is not None:
+        largest = torch.maximum(largest, slopes.pull.abs().max())
+    largest = largest.clamp_min(torch.finfo(torch.float32).tiny)
     return LARGEST_FLOAT16 * torch.exp2(-torch.ceil(torch.log2(largest))).clamp(1e-30, 1e30)
 
 
@@ -223,7 +296,7 @@ def loss_and_gradients(inputs: Inputs, plan: Plan, wanted: tuple[bool, ...]) -> 
         if getattr(plan.objective, "needs_batch", False):
             whole = chunks.statistics()
             known = plan.context._replace(weight=inputs.token_weight)
-            whole_loss, whole_slope = _value_and_slope(plan.objective, whole.within(known))
+            whole_loss, whole_slopes = _value_and_slopes(plan.objective, whole.within(known))
         losses: list[Tensor] = []
         parts: list[TokenStats] = []
         inverse: Tensor | None = None
@@ -231,20 +304,20 @@ def loss_and_gradients(inputs: Inputs, plan: Plan, wanted: tuple[bool, ...]) -> 
             product = chunks.product(piece)
             for block, at in chunks.blocks(piece):
                 if whole is None:
-                    stats = chunks.block_statistics(product[block], at)
+                    stats = chunks.block_statistics(product, block, at)
                     known = plan.context._replace(weight=inputs.token_weight).select(at)
-                    loss, slope = _value_and_slope(plan.objective, stats.within(known))
+                    loss, slopes = _value_and_slopes(plan.objective, stats.within(known))
                     losses.append(loss)
                     parts.append(stats)
-                else:  # the predictions have been added up
-                    stats = chunks.kernel.statistics(product[block], inputs.targets[at])
-                    slope = whole_slope[at]
+                else:
+                    stats = chunks.block_statistics(product, block, at, seen=True)
+                    slopes = whole_slopes.select(at)
                 if inputs.token_weight is not None:
-                    slope = slope * inputs.token_weight[at]
+                    slopes = slopes.times(inputs.token_weight[at])
                 if half:  # its kernel takes a chunk at once
-                    scale = _range_of(slope)
-                    slope, inverse = slope * scale, 1 / scale
-                chunks.kernel.gradient_(product[block], inputs.targets[at], stats, slope)
+                    scale = _range_of(slopes)
+                    slopes, inverse = slopes.times(scale), 1 / scale
+                chunks.kernel.gradient_(product[block], inputs.targets[at], stats, *slopes)
             for gradient, factor in ((found.hidden, chunks.weight), (found.low, chunks.up)):
                 if gradient is not None and factor is not None:
                     _multiply(product, factor, gradient[piece], inverse)
@@ -257,5 +330,5 @@ def loss_and_gradients(inputs: Inputs, plan: Plan, wanted: tuple[bool, ...]) -> 
                 found.up.add(product, inputs.low[piece], inverse)
         if whole is not None:
             return whole_loss, whole, found
-        stats = concatenate(parts, inputs.hidden, chunks.topk)
+        stats = chunks.concatenate(parts)
         return torch.cat(losses) if losses else stats.log_prob, stats, found

@@ -11,7 +11,7 @@ from torch import Tensor
 from deft_lightning.errors import UserError
 from deft_lightning.functional import IGNORE_INDEX, LossFn, TokenContext, TokenStats, accumulation_dtype
 from deft_lightning.ops.backend import Backend, choose_kernel
-from deft_lightning.ops.chunked import Inputs, Plan, loss_and_gradients, statistics
+from deft_lightning.ops.chunked import Inputs, Plan, ReferenceHead, loss_and_gradients, statistics
 from deft_lightning.ops.torch_rows import Transform
 
 
@@ -87,6 +87,7 @@ class _Call(NamedTuple):
     targets: Tensor
     kept: Tensor | None
     kernel: str
+    reference: ReferenceHead | None = None
 
     def scatter(self, stats: TokenStats, count: int) -> TokenStats:
         """Put the statistics of the kept tokens back in their places, 0 elsewhere."""
@@ -96,7 +97,7 @@ class _Call(NamedTuple):
 
 def _prepare(
     hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, adapter: tuple[Tensor, Tensor] | None,
-    ignore_index: int | None, backend: str,
+    ignore_index: int | None, backend: str, reference: ReferenceHead | None = None,
 ) -> _Call:  # fmt: skip
     low, up = adapter if adapter is not None else (None, None)
     fits = hidden.dim() == 2 and targets.shape == hidden.shape[:1] and weight.shape[1:] == hidden.shape[1:]
@@ -112,17 +113,30 @@ def _prepare(
         )
     kind = hidden.device.type
     kernel = choose_kernel(backend, kind, hidden.dtype)
+    if reference is not None:
+        if len(reference.hidden) != len(hidden) or len(reference.weight) != len(weight):
+            raise UserError(
+                f"linear head: the reference has {len(reference.hidden)} tokens and a vocabulary of"
+                f" {len(reference.weight)}, the head {len(hidden)} and {len(weight)}"
+            )
+        kernel = "torch"  # the kernels in Triton know one head
     kept = None
     if ignore_index is not None:
         kept = (targets != ignore_index).nonzero().squeeze(1)  # how many there are is the only thing CUDA waits for
         hidden, targets = hidden[kept], targets[kept]
         low = None if low is None else low[kept]
+        if reference is not None:
+            reference = reference._replace(
+                hidden=reference.hidden[kept], low=None if reference.low is None else reference.low[kept]
+            )
     if torch.is_autocast_enabled(kind) and hidden.dtype != torch.float64:
         hidden = hidden.to(torch.get_autocast_dtype(kind))
     if kind == "cpu" and hidden.dtype == torch.float16 and kernel == "torch":
         hidden = hidden.float()  # a CPU multiplies it no faster, and float32 has the range for small probabilities
     low = None if low is None else low.to(hidden.dtype)
-    return _Call(hidden, weight, bias, low, up, targets, kept, kernel)
+    dtype = hidden.dtype
+    reference = None if reference is None else reference.map(lambda tensor: tensor.detach().to(dtype))
+    return _Call(hidden, weight, bias, low, up, targets, kept, kernel, reference)
 
 
 def linear_loss(
@@ -140,6 +154,7 @@ def linear_loss(
     backend: Backend = "auto",
     adapter: tuple[Tensor, Tensor] | None = None,
     prediction_sum: Tensor | None = None,
+    reference: ReferenceHead | None = None,
 ) -> tuple[Tensor, TokenStats]:
     """Summed loss of ``softmax(cap(scale * (hidden @ weight.T + bias)))`` under any objective, without ``(N, V)``.
 
@@ -164,6 +179,9 @@ def linear_loss(
             (LoRA: ``low = scale * dropout(hidden) @ A.T``, ``up = B``). Differentiable in both.
         prediction_sum: Shape ``(V,)``, float32 or float64: the sum of the predictions ``softmax(...)`` over the
             supervised tokens is added to it in place.
+        reference: Head of a reference model and its hidden states of the same N tokens, detached: with it the objective
+            gets ``reference_kl``, whose gradient ``pi - pi0`` is taken chunk by chunk as well. Rows are then done in
+            torch, whatever the backend.
 
     Returns:
         The sum over supervised tokens, a float32 scalar (float64 for float64 input) differentiable in ``hidden``,
@@ -172,13 +190,13 @@ def linear_loss(
     Raises:
         UserError: Shapes that do not fit, or a backend that cannot run here.
     """
-    call = _prepare(hidden, weight, targets, bias, adapter, ignore_index, backend)
+    call = _prepare(hidden, weight, targets, bias, adapter, ignore_index, backend, reference)
     transform = Transform(logit_scale, softcap, int(getattr(objective, "topk", 0)))
     known = context or TokenContext()
     known = known if token_weight is None else known._replace(weight=token_weight)
     known = known.map(Tensor.detach) if call.kept is None else known.map(lambda field: field.detach()[call.kept])
     weight_of = None if known.weight is None else known.weight.to(accumulation_dtype(hidden.dtype))
-    plan = Plan(objective, transform, call.kernel, known._replace(weight=None), prediction_sum)
+    plan = Plan(objective, transform, call.kernel, known._replace(weight=None), prediction_sum, call.reference)
     total, *fields = cast("tuple[Any, ...]", _FusedHead.apply(plan, *call[:6], weight_of))
     return total, call.scatter(TokenStats(*fields).within(known), len(targets))
 
@@ -195,6 +213,7 @@ def linear_token_stats(
     topk: int = 0,
     backend: Backend = "auto",
     adapter: tuple[Tensor, Tensor] | None = None,
+    reference: ReferenceHead | None = None,
 ) -> TokenStats:
     """Statistics of every token from hidden states, without ``(N, V)``; ``log_prob`` is differentiable.
 
@@ -209,14 +228,21 @@ def linear_token_stats(
         topk: Also the entropy of that many largest probabilities.
         backend: ``torch``, ``triton`` (CUDA), or ``auto``.
         adapter: Low-rank update of the product, as in :func:`linear_loss`.
+        reference: As in :func:`linear_loss`, without gradient only.
 
     Returns:
         Statistics of all N tokens, 0 where ignored; float32 (float64 for float64 input).
 
     Raises:
-        UserError: Shapes that do not fit, or a backend that cannot run here.
+        UserError: Shapes that do not fit, a backend that cannot run here, or a reference where a gradient is wanted.
     """
-    call = _prepare(hidden, weight, targets, bias, adapter, ignore_index, backend)
-    plan = Plan(None, Transform(logit_scale, softcap, topk), call.kernel)
+    call = _prepare(hidden, weight, targets, bias, adapter, ignore_index, backend, reference)
+    if (
+        call.reference is not None
+        and torch.is_grad_enabled()
+        and any(t is not None and t.requires_grad for t in call[:5])
+    ):
+        raise UserError("linear_token_stats: reference_kl has no gradient here; use linear_loss, or torch.no_grad()")
+    plan = Plan(None, Transform(logit_scale, softcap, topk), call.kernel, reference=call.reference)
     fields = cast("tuple[Any, ...]", _StatsHead.apply(plan, *call[:6]))
     return call.scatter(TokenStats(*fields), len(targets))

@@ -42,16 +42,25 @@ class RowKernel(Protocol):
     block: int
     """Rows a call takes at most."""
 
-    def statistics(self, product: Tensor, targets: Tensor) -> TokenStats:
-        """Return the statistics of a block ``(n, V)`` for targets ``(n,)``; the product may be used as scratch."""
+    def statistics(self, product: Tensor, targets: Tensor, reference: Tensor | None = None) -> TokenStats:
+        """Return the statistics of a block ``(n, V)`` for targets ``(n,)``; the products may be used as scratch.
+
+        ``reference``, of the same shape, is the product of the reference model: with it there is ``reference_kl``.
+        """
         ...
 
     def prediction_sum(self, product: Tensor) -> Tensor:
         """Return the sum over the rows of the softmax that :meth:`statistics` saw last, shape ``(V,)``."""
         ...
 
-    def gradient_(self, product: Tensor, targets: Tensor, stats: TokenStats, slope: Tensor) -> None:
-        """Replace the product that :meth:`statistics` saw last by ``slope * d(log p)/d(product)``; slope ``(n,)``."""
+    def gradient_(
+        self, product: Tensor, targets: Tensor, stats: TokenStats, slope: Tensor, pull: Tensor | None = None
+    ) -> None:
+        """Replace the product that :meth:`statistics` saw last by the gradient by it.
+
+        It is ``slope * d(log p)/d(product)``, and ``pull * d(reference_kl)/d(product)`` where there is a reference;
+        slope and pull of shape ``(n,)``.
+        """
         ...
 
 
@@ -62,9 +71,10 @@ class TorchRows:
         like: Product it will see: device, dtype and vocabulary.
         transform: Scale, soft-capping and top-k.
         chunk: Rows of a chunk.
+        reference: Whether it will see the products of a reference model too.
     """
 
-    def __init__(self, like: Tensor, transform: Transform, chunk: int) -> None:
+    def __init__(self, like: Tensor, transform: Transform, chunk: int, reference: bool = False) -> None:
         vocabulary, wide = like.shape[1], accumulation_dtype(like.dtype)
         self.transform = transform
         self.block = min(chunk, max(1, BLOCK_CPU // max(vocabulary, 1))) if like.device.type == "cpu" else chunk
@@ -75,10 +85,13 @@ class TorchRows:
         self._pi = like.new_empty((self.block, vocabulary), dtype=wide)
         self._z = buffer(wide != like.dtype)  # the product itself otherwise
         self._chain = buffer(bool(transform.softcap))
+        # Of the reference: logits, and its prediction, which stays for the gradient.
+        self._z0 = buffer(reference and wide != like.dtype)
+        self._pi0 = buffer(reference)
 
     def _logits(self, product: Tensor) -> Tensor:
         """Logits in the accumulation dtype; keeps d(logits)/d(scale * product) where it is not 1."""
-        z = product if self._z is None else self._z[: len(product)].copy_(product)
+        z = _widened(product, self._z)
         if self.transform.logit_scale != 1.0:
             z.mul_(self.transform.logit_scale)
         if self._chain is not None and self.transform.softcap:
@@ -87,20 +100,17 @@ class TorchRows:
             z.mul_(self.transform.softcap)
         return z
 
-    def statistics(self, product: Tensor, targets: Tensor) -> TokenStats:
-        """Return the statistics of a block; the softmax stays in the buffer for :meth:`gradient_`."""
+    def statistics(self, product: Tensor, targets: Tensor, reference: Tensor | None = None) -> TokenStats:
+        """Return the statistics of a block; both softmaxes stay in their buffers for :meth:`gradient_`."""
         z, pi = self._logits(product), self._pi[: len(product)]
         top, arg, largest = _largest(z, self.transform.topk)
         z.sub_(top)
-        torch.softmax(z, dim=-1, out=pi)
-        peak = pi.gather(-1, arg)
-        # Without its largest entry the sum keeps its relative accuracy when the prediction is nearly certain; when it
-        # is flat, 1 - tail does not, and the entry itself does.
-        pi.scatter_(-1, arg, 0.0)
-        tail = pi.sum(-1)
+        peak, tail, log_sum = _softmax(z, arg, pi)
         sure = tail < 0.5
-        log_sum = torch.where(sure, -torch.log1p(-tail), -peak.squeeze(-1).log())
         log_prob = z.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - log_sum
+        # An entry without mass (a bias of -inf) has 0 * -inf in its products: the finite minimum keeps that a zero.
+        z.clamp_min_(torch.finfo(z.dtype).min)
+        divergence = None if reference is None else self._divergence(reference, z, log_sum)
         # The entry is off by what the softmax's own sum lost next to it; this way it is 1 - tail, and a NaN stays one.
         most = peak.squeeze(-1)
         most = torch.where(sure, most + (1 - tail - most), most)
@@ -108,7 +118,25 @@ class TorchRows:
         pi.scatter_(-1, arg, peak)
         topk_entropy = None if largest is None else topk_entropy_of(largest - top, self.transform.topk)
         arg = arg.squeeze(-1)
-        return TokenStats(log_prob, collision, entropy, arg == targets, topk_entropy, arg)
+        stats = TokenStats(log_prob, collision, entropy, arg == targets, topk_entropy, arg)
+        return stats._replace(reference_kl=divergence)
+
+    def _divergence(self, reference: Tensor, z: Tensor, log_sum: Tensor) -> Tensor:
+        """Return ``KL(pi0 || pi)`` for logits ``z`` whose maximum is 0, finite; keeps ``pi0``."""
+        assert self._pi0 is not None
+        pi0, z0 = self._pi0[: len(reference)], _widened(reference, self._z0)
+        scale, cap = self.transform.logit_scale, self.transform.softcap
+        if scale != 1.0:
+            z0.mul_(scale)
+        if cap:
+            z0.div_(cap).tanh_().mul_(cap)
+        top, arg, _ = _largest(z0, 0)
+        z0.sub_(top)
+        peak, _, log_sum0 = _softmax(z0, arg, pi0)
+        pi0.scatter_(-1, arg, peak)
+        # Differences first: where the two agree, so do their roundings.
+        apart = z0.clamp_min_(torch.finfo(z0.dtype).min).sub_(z).mul_(pi0).sum(-1)
+        return (apart + (log_sum - log_sum0)).clamp_min_(0)
 
     def prediction_sum(self, product: Tensor) -> Tensor:
         """Return the sum of the predictions of the block that :meth:`statistics` saw last, shape ``(V,)``."""
@@ -117,20 +145,47 @@ class TorchRows:
     def _spread(self, z: Tensor, pi: Tensor, peak: Tensor, log_sum: Tensor) -> tuple[Tensor, Tensor]:
         """Collision probability and entropy; ``pi`` lacks its peak, ``z`` is 0 there and is used up."""
         rest = torch.linalg.vector_norm(pi, dim=-1).square()
-        # An entry without mass (a bias of -inf) has 0 * -inf in its product: the finite minimum keeps that a zero.
-        weighted = z.clamp_min_(torch.finfo(z.dtype).min).mul_(pi).sum(-1)
+        weighted = z.mul_(pi).sum(-1)
         return peak.square() + rest, log_sum - weighted
 
-    def gradient_(self, product: Tensor, targets: Tensor, stats: TokenStats, slope: Tensor) -> None:
-        """Write ``slope * (onehot - pi)``, through soft-capping and scale, over the product."""
+    def gradient_(
+        self, product: Tensor, targets: Tensor, stats: TokenStats, slope: Tensor, pull: Tensor | None = None
+    ) -> None:
+        """Write ``slope * (onehot - pi) + pull * (pi - pi0)``, through soft-capping and scale, over the product."""
         pi, target = self._pi[: len(product)], targets.unsqueeze(-1)
         slope = slope * self.transform.logit_scale
+        toward: Tensor | None = None
+        if pull is not None and self._pi0 is not None:
+            pi0 = self._pi0[: len(product)]
+            toward = torch.sub(pi, pi0, out=pi0).mul_((pull * self.transform.logit_scale).unsqueeze(-1))
         pi.mul_(-slope.unsqueeze(-1))
         # The target entry is slope * (1 - p) through expm1, written last: no p - 1 cancellation.
         pi.scatter_(-1, target, (-torch.expm1(stats.log_prob) * slope).unsqueeze(-1))
+        if toward is not None:
+            pi.add_(toward)
         if self._chain is not None:
             pi.mul_(self._chain[: len(product)])
         product.copy_(pi)
+
+
+def _widened(product: Tensor, buffer: Tensor | None) -> Tensor:
+    """Return a product in the dtype of the buffer, in it; the product itself where none is needed."""
+    return product if buffer is None else buffer[: len(product)].copy_(product)
+
+
+def _softmax(z: Tensor, arg: Tensor, pi: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Write the softmax of logits whose maximum is 0, without the largest entry, into ``pi``.
+
+    Returns:
+        The largest entry, shape ``(n, 1)``; the sum of the others and the log of the sum of ``exp(z)``, shape ``(n,)``.
+    """
+    torch.softmax(z, dim=-1, out=pi)
+    peak = pi.gather(-1, arg)
+    # Without its largest entry the sum keeps its relative accuracy when the prediction is nearly certain; when it is
+    # flat, 1 - tail does not, and the entry itself does.
+    pi.scatter_(-1, arg, 0.0)
+    tail = pi.sum(-1)
+    return peak, tail, torch.where(tail < 0.5, -torch.log1p(-tail), -peak.squeeze(-1).log())
 
 
 def _largest(z: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -129,8 +129,9 @@ class TritonRows:
             "num_warps": WARPS, "enable_fp_fusion": True,
         }  # fmt: skip
 
-    def statistics(self, product: Tensor, targets: Tensor) -> TokenStats:
+    def statistics(self, product: Tensor, targets: Tensor, reference: Tensor | None = None) -> TokenStats:
         """Return the statistics of a block; the product is left as it is."""
+        assert reference is None, "a plan with a reference takes the rows in torch"
         n = len(product)
         out = product.new_empty((5, n), dtype=torch.float32)
         arg = torch.empty_like(targets)
@@ -163,8 +164,11 @@ class TritonRows:
             total += torch.exp(z - self._top[rows, None] - self._log_sum[rows, None]).sum(0)
         return total
 
-    def gradient_(self, product: Tensor, targets: Tensor, stats: TokenStats, slope: Tensor) -> None:
+    def gradient_(
+        self, product: Tensor, targets: Tensor, stats: TokenStats, slope: Tensor, pull: Tensor | None = None
+    ) -> None:
         """Write ``slope * (onehot - pi)``, through soft-capping and scale, over the product."""
+        assert pull is None, "a plan with a reference takes the rows in torch"
         options = self._options(product)
         grid = (len(product), triton.cdiv(options["vocabulary"], options["BLOCK"]))
         slope = slope.float().contiguous()
