@@ -6,7 +6,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from deft_lightning.callbacks.watched import noisy_sources_of, sources_of
+from deft_lightning.callbacks.watched import compares, noisy_sources_of, sources_of
 from deft_lightning.errors import UserError, did_you_mean
 
 TRAIN = ("loss", "nll", "ppl", "token_accuracy", "tokens", "lr", "grad_norm", "router_loss", "skipped_steps")
@@ -43,11 +43,13 @@ def _check(trainer: Trainer, module: LightningModule, val: bool, noisy: bool) ->
             continue
         own = type(callback).__module__.startswith("deft_lightning.")
         option = "--checkpoint.monitor" if own else f"--trainer.callbacks.monitor ({type(callback).__name__})"
-        if not val and monitor.startswith("val"):
+        if not val and monitor.startswith(("val", "forgetting/")):
             raise UserError(
                 f"{option} {monitor}: there is no validation; see --data.validation_fraction,"
                 " --data.validation_source and --trainer.limit_val_batches"
             )
+        if monitor == "forgetting/kl" and not compares(module):
+            raise UserError(f"{option} {monitor}: set --model.forgetting true, which measures it")
         if not noisy and monitor.startswith("val_noisy/"):
             raise UserError(f"{option} {monitor}: no validation example is corrupted, see --data.noise")
         sources = sources_of(trainer, "validation") if val else ()
@@ -55,6 +57,7 @@ def _check(trainer: Trainer, module: LightningModule, val: bool, noisy: bool) ->
         known = [
             *(f"val/{name}" for name in VAL if val),
             *(f"val/{name}/nll" for name in sources),
+            *(["forgetting/kl"] if val and compares(module) else []),
             *(f"val_noisy/{name}" for name in NOISY if noisy),
             *(f"val_noisy/{name}/nll" for name in noisy_sources_of(trainer) if noisy),
             *known,

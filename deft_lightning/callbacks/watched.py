@@ -57,6 +57,13 @@ def watched(module: LightningModule) -> WatchedModule:
     return cast("WatchedModule", module)
 
 
+def compares(module: LightningModule) -> bool:
+    """Whether a module compares predictions with those before training, when it validates."""
+    objective = getattr(module, "objective", None)
+    anchored = isinstance(objective, Objective) and objective.needs.reference
+    return anchored or bool(getattr(module, "forgetting", False))
+
+
 def sources_of(trainer: Trainer, split: str) -> tuple[str, ...]:
     """Return the names of the sources that figures of a split are told apart by; none where there is but one."""
     splits = getattr(getattr(trainer, "datamodule", None), "splits", None)

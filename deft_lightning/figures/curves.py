@@ -98,6 +98,7 @@ def _values(objective: Objective, quantity: str, p: Tensor, collision: float, ch
     )  # fmt: skip
     # A prediction with this collision probability has about the entropy of 1 / C equal alternatives.
     stats = TokenStats(p.log(), flat, -flat.log(), p > 0.5, -flat.log()).within(known)
+    stats = stats._replace(reference_kl=torch.zeros_like(p))  # of a model that has not moved
     return objective.gate(stats) if quantity == "gate" else objective(stats).detach()
 
 

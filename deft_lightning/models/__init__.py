@@ -18,13 +18,15 @@ from deft_lightning.models.fused import FusedOutput, fused_forward
 from deft_lightning.models.head import HeadSeam, base_causal_lm, find_head, router_loss_factor
 from deft_lightning.models.load import check_fits, check_pretrained, compile_body, from_architecture, load_pretrained
 from deft_lightning.models.lora import LoRA, add_adapters, lora_of
-from deft_lightning.models.shard import build_sharded, gathered, is_sharded, layers_of, shapes_of
+from deft_lightning.models.reference import Reference, make_reference
+from deft_lightning.models.shard import build_sharded, gathered, is_sharded, layers_of, shapes_of, sharded_copy
 from deft_lightning.models.vocabulary import fit_vocabulary
 
 __all__ = [
     "FusedOutput",
     "HeadSeam",
     "LoRA",
+    "Reference",
     "adapter_folder",
     "add_adapters",
     "base_causal_lm",
@@ -49,11 +51,13 @@ __all__ = [
     "load_checkpoint",
     "load_pretrained",
     "lora_of",
+    "make_reference",
     "model_from_checkpoint",
     "read_checkpoint",
     "router_loss_factor",
     "save_hugging_face",
     "shapes_of",
+    "sharded_copy",
     "tokenizer_from_checkpoint",
     "vocabulary_digest",
 ]

@@ -15,7 +15,7 @@ from deft_lightning.errors import UserError
 from deft_lightning.functional import TokenContext, TokenStats, token_stats
 from deft_lightning.models.fused import fused_forward
 from deft_lightning.models.head import DENSE, HeadSeam, base_causal_lm
-from deft_lightning.ops import linear_loss
+from deft_lightning.ops import ReferenceHead, linear_loss
 
 # Largest logit the comparison is made at: a transform that bends large logits shows, whatever the weights are.
 LARGE = 40.0
@@ -24,7 +24,8 @@ MODERATE = 4.0
 
 
 @contextmanager
-def _evaluating(model: CausalLM) -> Iterator[None]:
+def evaluating(model: CausalLM) -> Iterator[None]:
+    """Put a model into eval mode, and every module back into the mode it was in."""
     was_training = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -50,7 +51,7 @@ def check_causal(model: CausalLM, input_ids: Tensor) -> None:
         return
     other = few.clone()
     other[0, -1] = (few[0, -1] + 1) % model.get_input_embeddings().weight.shape[0]
-    with _evaluating(model):
+    with evaluating(model):
         both = model(input_ids=torch.cat([few, other]), use_cache=False).logits[:, :-1].float()
     if float((both[0] - both[1]).abs().max()) > 1e-4 * float(both.abs().max()):
         raise UserError(
@@ -75,7 +76,7 @@ def check_packing(model: CausalLM, input_ids: Tensor) -> None:
         return
     cut = few.shape[1] // 2
     positions = torch.cat([torch.arange(cut), torch.arange(few.shape[1] - cut)]).unsqueeze(0).to(few.device)
-    with _evaluating(model):
+    with evaluating(model):
         try:
             packed = model(input_ids=few, position_ids=positions, use_cache=False).logits[:, cut:].float()
         except (TypeError, ValueError) as error:
@@ -123,7 +124,7 @@ def check_head(model: CausalLM, seam: HeadSeam, input_ids: Tensor, objective: Ca
         moderate = hidden.flatten(0, -2) * (MODERATE / LARGE)
         gradient_error = _gradient_error(seam, moderate, few[0, 1:], objective)
 
-    with _evaluating(model):
+    with evaluating(model):
         hooks = [seam.linear.register_forward_pre_hook(amplify)]
         try:
             factor = LARGE / max(_largest(model(**inputs).logits), 1e-6)
@@ -132,7 +133,8 @@ def check_head(model: CausalLM, seam: HeadSeam, input_ids: Tensor, objective: Ca
                 own = model(**inputs).logits
                 hooks.pop().remove()
                 targets = few[:, 1:]
-                fused = fused_forward(model, seam, inputs, targets, objective, _context(seam, targets))
+                context, reference = _context(seam, targets), _reference_of(seam, hidden, objective)
+                fused = fused_forward(model, seam, inputs, targets, objective, context, reference=reference)
             except Exception as error:  # whatever the model does with its head or to its logits
                 if isinstance(error, UserError) and DENSE in str(error):
                     raise
@@ -167,9 +169,30 @@ def _context(seam: HeadSeam, targets: Tensor) -> TokenContext:
     return TokenContext(chance=chance, answer_chance=chance, example=numbers, source=numbers % 2 - 1)
 
 
+def _reference_of(
+    seam: HeadSeam, hidden: Tensor, objective: Callable[[TokenStats], Tensor]
+) -> Callable[[Tensor], ReferenceHead] | None:
+    """Return a reference that any objective can be checked with: the head itself, at half the hidden states."""
+    if not getattr(getattr(objective, "needs", None), "reference", False):
+        return None
+    rows = _constant(hidden.flatten(0, -2)) / 2
+
+    def head(index: Tensor) -> ReferenceHead:
+        weight, bias = seam.weights()
+        return ReferenceHead(rows[index], _constant(weight), None if bias is None else _constant(bias))
+
+    return head
+
+
 def _constant(tensor: Tensor) -> Tensor:
     """A tensor of inference mode cannot take part in autograd, a copy of it can."""
     return tensor.clone() if tensor.is_inference() else tensor.detach()
+
+
+def _transformed(seam: HeadSeam, product: Tensor) -> Tensor:
+    """Return the logits of a product, in float32."""
+    z = product.float() * seam.logit_scale
+    return seam.softcap * torch.tanh(z / seam.softcap) if seam.softcap else z
 
 
 def _largest(logits: Tensor) -> float:
@@ -188,16 +211,18 @@ def _gradient_error(
         leaf, targets, weight = hidden.clone().requires_grad_(), targets.clone(), _constant(weight)
         bias = None if bias is None else _constant(bias)
         context = _context(seam, targets)
+        head = _reference_of(seam, hidden, objective)
+        reference = None if head is None else head(torch.arange(len(targets), device=targets.device))
         loss, _ = linear_loss(
             leaf, weight, targets, objective, context=context, bias=bias, adapter=adapter, ignore_index=None,
-            **seam.options(),
+            reference=reference, **seam.options(),
         )  # fmt: skip
         (fused,) = torch.autograd.grad(loss, leaf)
         z = torch.nn.functional.linear(leaf, weight, bias)
         if adapter is not None:
             z = z + torch.nn.functional.linear(*adapter).to(z.dtype)
-        z = z.float() * seam.logit_scale
-        z = seam.softcap * torch.tanh(z / seam.softcap) if seam.softcap else z
-        stats = token_stats(z, targets, topk=int(getattr(objective, "topk", 0)))
+        beside = None if reference is None else torch.nn.functional.linear(*reference[:3])
+        z, beside = _transformed(seam, z), None if beside is None else _transformed(seam, beside)
+        stats = token_stats(z, targets, topk=int(getattr(objective, "topk", 0)), reference_logits=beside)
         (dense,) = torch.autograd.grad(objective(stats.within(context)).sum(), leaf)
     return float((fused - dense).float().norm() / dense.float().norm().clamp_min(1e-20))

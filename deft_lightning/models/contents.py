@@ -97,6 +97,7 @@ OWN: dict[str, tuple[Test, bool]] = {
     "rates": (lambda value: _numbers(value) and len(value) <= MOST, False),
     "start_model": (_text, False),
     "marginal": (_numbers, False),
+    "began_from": (_text, False),
     "gates": (lambda value: _numbers(value) and 2 <= len(value) <= MOST, False),
 }
 # What Lightning reads.

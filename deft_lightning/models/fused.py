@@ -18,7 +18,7 @@ from deft_lightning.annotations import CausalLM
 from deft_lightning.errors import UserError
 from deft_lightning.functional import IGNORE_INDEX, TokenContext, TokenStats, weighted_loss
 from deft_lightning.models.head import DENSE, HeadSeam
-from deft_lightning.ops import linear_loss, linear_token_stats
+from deft_lightning.ops import ReferenceHead, linear_loss, linear_token_stats
 
 
 class FusedOutput(NamedTuple):
@@ -43,6 +43,7 @@ def fused_forward(
     objective: Callable[[TokenStats], Tensor],
     context: TokenContext | None = None,
     prediction_sum: Tensor | None = None,
+    reference: Callable[[Tensor], ReferenceHead] | None = None,
 ) -> FusedOutput:
     """Run a model with the fused head in place of its own.
 
@@ -54,6 +55,8 @@ def fused_forward(
         objective: Statistics to loss per token.
         context: What is known of the targets beside, their weights among it; each field of shape ``(B, T)``.
         prediction_sum: Shape ``(V,)``; in training the predictions of the supervised tokens are added to it.
+        reference: From positions among the ``B * T`` to the head of a reference model and what it sees of them; called
+            while the weights of the model are gathered.
 
     Raises:
         UserError: The model does not run its head once, on the hidden states of every position.
@@ -68,7 +71,9 @@ def fused_forward(
     def head(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if hidden.shape[:-1] != targets.shape:
             raise UserError(f"{name}: its head sees {tuple(hidden.shape)}, not every position{DENSE}")
-        head_outputs.append(_loss(seam, hidden.flatten(0, -2)[index], wanted, objective, known, prediction_sum))
+        compared = None if reference is None else reference(index)
+        rows = hidden.flatten(0, -2)[index]
+        head_outputs.append(_loss(seam, rows, wanted, objective, known, prediction_sum, compared))
         return hidden.new_empty((*hidden.shape[:-1], 0))  # the model may scale or cap it
 
     run = seam.causal.forward
@@ -85,6 +90,30 @@ def fused_forward(
         return FusedOutput(**model(**inputs))
 
 
+def hidden_states(model: CausalLM, seam: HeadSeam, inputs: dict[str, Any]) -> Tensor:
+    """Run a model without its head, and return what that would have seen, shape ``(B, T, D)``.
+
+    Args:
+        model: The model to call, around ``seam.causal`` or that itself.
+        seam: Its head.
+        inputs: Keywords of the model's forward.
+
+    Raises:
+        UserError: The model does not run its head once.
+    """
+    seen: list[Tensor] = []
+
+    def head(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        seen.append(hidden)
+        return hidden.new_empty((*hidden.shape[:-1], 0))
+
+    with _forward_of(seam.linear, head):
+        model(**inputs)
+    if len(seen) != 1:
+        raise UserError(f"{type(seam.causal).__name__}: it runs its head {len(seen)} times{DENSE}")
+    return seen[0]
+
+
 def _loss(
     seam: HeadSeam,
     rows: Tensor,
@@ -92,9 +121,12 @@ def _loss(
     objective: Callable[[TokenStats], Tensor],
     context: TokenContext,
     prediction_sum: Tensor | None,
+    reference: ReferenceHead | None,
 ) -> tuple[Tensor, TokenStats]:
     weight, bias = seam.weights()
-    options = {"bias": bias, "adapter": seam.adapter(rows), "ignore_index": None, **seam.options()}
+    options = {
+        "bias": bias, "adapter": seam.adapter(rows), "ignore_index": None, "reference": reference, **seam.options()
+    }  # fmt: skip
     if torch.is_grad_enabled():
         return linear_loss(rows, weight, targets, objective, context=context, prediction_sum=prediction_sum, **options)
     stats = linear_token_stats(rows, weight, targets, topk=int(getattr(objective, "topk", 0)), **options)

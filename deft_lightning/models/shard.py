@@ -44,9 +44,7 @@ def build_sharded(build: Callable[[], Any], mesh: Any, device: torch.device, low
         UserError: The model has a tensor that is neither a weight nor a buffer, or a tied embedding beside adapters.
     """
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if low_precision else MixedPrecisionPolicy()
     full_model = build() if dist.get_rank() == 0 else None
     with torch.device("meta"):
         model = build()
@@ -56,11 +54,7 @@ def build_sharded(build: Callable[[], Any], mesh: Any, device: torch.device, low
             "--trainer.strategy fsdp2 cannot shard a tied embedding that is trained whole beside adapters"
             " (--model.add_tokens, --model.resize_vocabulary, --model.lora.embeddings); use --trainer.strategy ddp"
         )
-    for layer in layers_of(model):
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
-    model.to_empty(device=device)
-    base_causal_lm(model).tie_weights()
+    _share_out(model, mesh, device, low_precision)
     set_model_state_dict(
         model,
         {} if full_model is None else full_model.state_dict(),
@@ -75,6 +69,43 @@ def build_sharded(build: Callable[[], Any], mesh: Any, device: torch.device, low
                     " other ranks; use --trainer.strategy ddp"
                 )
     return model
+
+
+def _share_out(model: CausalLM, mesh: Any, device: torch.device, low_precision: bool) -> None:
+    """Share a model on the meta device out over all ranks; its weights hold nothing yet."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if low_precision else MixedPrecisionPolicy()
+    for layer in layers_of(model):
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    model.to_empty(device=device)
+    base_causal_lm(model).tie_weights()
+
+
+@torch.no_grad()
+def sharded_copy(
+    model: CausalLM, build: Callable[[], Any], mesh: Any, device: torch.device, low_precision: bool
+) -> CausalLM:
+    """Return a frozen copy of a model that :func:`build_sharded` has made; every rank copies its own share.
+
+    Args:
+        model: The model.
+        build: As for :func:`build_sharded`; called under the ``meta`` device alone.
+        mesh: As there.
+        device: As there.
+        low_precision: As there.
+    """
+    with torch.device("meta"):
+        copied: CausalLM = build()
+    copied.requires_grad_(False)
+    _share_out(copied, mesh, device, low_precision)
+    for (name, own), (other_name, other) in zip(copied.named_parameters(), model.named_parameters(), strict=True):
+        assert name == other_name
+        own.to_local().copy_(other.to_local())
+    for own, other in zip(copied.buffers(), model.buffers(), strict=True):
+        own.copy_(other)
+    return copied
 
 
 def shapes_of(model: nn.Module) -> CausalLM:

@@ -36,8 +36,9 @@ def check_memory(config: ModelConfig, dtype: torch.dtype, where: str, option: st
     needed = sum(t.numel() * t.element_size() for part in (model.parameters(), model.buffers()) for t in part)
     if needed > free:
         raise UserError(
-            f"{where}: its weights need {_size(needed)} of memory in {str(dtype).removeprefix('torch.')}, {_size(free)}"
-            f" are available; choose a smaller model ({option}), --model.dtype bfloat16, or a machine with more memory"
+            f"{where}: its weights need {size_of(needed)} of memory in {str(dtype).removeprefix('torch.')},"
+            f" {size_of(free)} are available; choose a smaller model ({option}), --model.dtype bfloat16, or a machine"
+            " with more memory"
         )
 
 
@@ -63,5 +64,6 @@ def available_memory() -> int | None:
     return min(free) if free else None
 
 
-def _size(count: int) -> str:
-    return f"{count / 2**30:,.1f} GiB"
+def size_of(count: int) -> str:
+    """Return a number of bytes in words."""
+    return f"{count / 2**30:,.1f} GiB" if count >= 2**30 / 10 else f"{count / 2**20:,.1f} MiB"

@@ -210,7 +210,8 @@ class Objective(ABC):
     def gate(self, stats: TokenStats) -> Tensor:
         """Gate of each token, ``-dl/d(log p)``: the factor on the error ``pi - onehot``. By autograd, never by hand.
 
-        What a loss adds of :attr:`TokenStats.reference_kl` pulls towards the reference and is no part of the gate.
+        What a loss adds of :attr:`TokenStats.reference_kl` pulls towards the reference and is no part of the gate; where
+        the statistics lack it, the model counts as not moved.
 
         Args:
             stats: Statistics of the tokens; their graph, if any, is left alone.
@@ -227,6 +228,8 @@ class Objective(ABC):
         # inference_mode(False) and the clones let validation, which Lightning runs under inference mode, ask too.
         with torch.inference_mode(False), torch.enable_grad():
             frozen = stats.map(lambda field: field.detach().clone())
+            if frozen.reference_kl is None and self.needs.reference:
+                frozen = frozen._replace(reference_kl=torch.zeros_like(frozen.log_prob))
             log_prob = frozen.log_prob.requires_grad_()
             loss = self(frozen._replace(log_prob=log_prob))
             (grad,) = torch.autograd.grad(loss.sum(), log_prob)

@@ -29,9 +29,10 @@ OPTIMIZERS: dict[str, type[Optimizer]] = {
     for cls in (*vars(torch.optim).values(), MuonAdamW)
     if inspect.isclass(cls) and issubclass(cls, Optimizer) and cls is not Optimizer
 }
+SWITCHES = ("gradient_checkpointing", "forgetting")
 PLAIN = (
     "pretrained", "architecture", "head", "head_backend", "dtype", "attention", "gradient_checkpointing", "compile",
-    "on_nonfinite", "trust_remote_code", "add_tokens", "resize_vocabulary",
+    "on_nonfinite", "trust_remote_code", "add_tokens", "resize_vocabulary", "forgetting",
 )  # fmt: skip
 
 
@@ -91,7 +92,7 @@ def settings_of(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Any], list[str
     unknown: list[str] = []
     readers: dict[str, Callable[[Any], Any]] = {
         "objective": _objective, "optimizer": _optimizer, "scheduler": _scheduler, "generation": _generation,
-        **{name: partial(_plain, name) for name in ("head", "head_backend", "on_nonfinite", "gradient_checkpointing")},
+        **{name: partial(_plain, name) for name in ("head", "head_backend", "on_nonfinite", *SWITCHES)},
     }  # fmt: skip
     for name, read in readers.items():
         try:
@@ -153,7 +154,7 @@ def _generation(described: Record) -> Generation:
 
 
 def _plain(name: str, value: Any) -> Any:
-    wanted = bool if name == "gradient_checkpointing" else str
+    wanted = bool if name in SWITCHES else str
     if not isinstance(value, wanted):
         raise ValueError(f"{name} is no {wanted.__name__}")
     return value

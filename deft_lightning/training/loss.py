@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any, NamedTuple, TypedDict
 
 import torch
@@ -10,8 +12,16 @@ from torch import Tensor
 from deft_lightning.errors import UserError
 from deft_lightning.functional import IGNORE_INDEX, TokenStats, token_stats, weighted_loss
 from deft_lightning.metrics import TokenSources
-from deft_lightning.models import HeadSeam, base_causal_lm, check_causal, check_head, check_packing, fused_forward
-from deft_lightning.objectives import Objective
+from deft_lightning.models import (
+    HeadSeam,
+    Reference,
+    base_causal_lm,
+    check_causal,
+    check_head,
+    check_packing,
+    fused_forward,
+)
+from deft_lightning.objectives import Needs, Objective
 from deft_lightning.training.context import ContextSource
 
 
@@ -75,12 +85,31 @@ class BatchLoss:
         checked: Whether a batch was checked.
         context: Says what is known of the tokens of a batch beside the model's prediction; by default nothing but what
             the batch itself says.
+        reference: What predictions are compared with, None for nothing.
+        forgetting: Whether batches without gradient are compared, whatever the objective.
     """
 
     def __init__(self, model: Any, seam: HeadSeam | None, router_factor: float | None) -> None:
         self.model, self.seam, self.router_factor = model, seam, router_factor
         self.context = ContextSource()
-        self.checked = False
+        self.reference: Reference | None = None
+        self.checked = self.forgetting = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps."""
+        known = "" if self.reference is None else self.reference.fingerprint
+        return {**self.context.state_dict(), **({"began_from": known} if known else {})}
+
+    def load_state_dict(self, state: Mapping[str, Any], pretrained: str | None) -> None:
+        """Go on from a checkpoint.
+
+        Args:
+            state: What it holds.
+            pretrained: Name of the model that this run was made with, None where it has none.
+        """
+        self.context.load_state_dict(state)
+        if self.reference is not None:
+            self.reference.check(state.get("began_from"), pretrained)
 
     def __call__(self, batch: dict[str, Any], current: Objective, instead: NoObjective | None = None) -> StepOutput:
         """Return the terms of a batch.
@@ -106,20 +135,34 @@ class BatchLoss:
         self.context.lenient = instead is not None
         context = self.context(batch)
         predictions = self.context.prediction_sum if torch.is_grad_enabled() else None
+        inputs, reference = self._inputs(batch), self._reference(objective)
         if self.seam is None:
-            output = self.model(**self._inputs(batch))
-            stats = token_stats(output.logits[:, :-1][keep], targets[keep], topk=objective.topk)
+            beside = None if reference is None else reference.logits(inputs)[:, :-1][keep]
+            output = self.model(**inputs)
+            logits = output.logits[:, :-1][keep]
+            stats = token_stats(logits, targets[keep], topk=objective.topk, reference_logits=beside)
             stats = stats.within(context.select(keep))
             if predictions is not None:
-                predictions += output.logits[:, :-1][keep].detach().float().softmax(-1).sum(0)
+                predictions += logits.detach().float().softmax(-1).sum(0)
             loss, aux = weighted_loss(objective, stats).sum(), getattr(output, "aux_loss", None)
         else:
             shifted = torch.nn.functional.pad(targets, (0, 1), value=IGNORE_INDEX)
             context = context.map(lambda field: torch.nn.functional.pad(field, (0, 1)))
-            loss, stats, aux = fused_forward(
-                self.model, self.seam, self._inputs(batch), shifted, objective, context, predictions
-            )
+            given = (self.model, self.seam, inputs, shifted, objective, context, predictions)
+            with nullcontext() if reference is None else reference.compared(inputs) as head:
+                loss, stats, aux = fused_forward(*given, head)
         return StepOutput(loss, stats.detach(), keep, self._router(aux, stats))
+
+    def _reference(self, objective: Any) -> Reference | None:
+        """Return the reference where it is asked for: by the objective, or where forgetting is measured."""
+        needs: Needs | None = getattr(objective, "needs", None)  # None where the statistics alone are wanted
+        wanted = needs is not None and (needs.reference or (self.forgetting and not torch.is_grad_enabled()))
+        if not wanted:
+            return None
+        if self.reference is None:
+            raise UserError(f"{objective!r}: the model was built without a reference; make a module anew to train it")
+        self.reference.follow(self.model)
+        return self.reference
 
     def _inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
         # No attention mask: behind right padding causal attention cannot see it, and SDPA takes its fast path. A

@@ -29,6 +29,7 @@ class Meters:
         self.train_by_source: SourceSums | None = None
         self.val_by_source: SourceSums | None = None
         self.val_noisy_by_source: SourceSums | None = None
+        self.forgetting: SourceSums | None = None  # None until predictions are compared with a reference's
         self._routed = self._weighted = False
 
     def to(self, device: torch.device) -> None:
@@ -59,6 +60,7 @@ class Meters:
         if not corrupted:
             self.val.update(output.loss, output.stats)
             self.val_by_source = _added(self.val_by_source, output, facts.get("sources"))
+            self._add_forgetting(output)
             return
         codes, clean = facts["noise_code"], facts["clean_labels"]
         stats, zero = output.stats, output.loss.new_zeros(())
@@ -69,6 +71,15 @@ class Meters:
         # The same sums with the clean label in place of the corrupted one, where it is known.
         seen_through = stats._replace(correct=stats.arg_max == clean)
         self.recovered.update(zero, seen_through.select((codes > 0) & (clean != IGNORE_INDEX)))
+
+    def _add_forgetting(self, output: StepOutput) -> None:
+        """Add the KL of every token to the reference, if there is one."""
+        if (apart := output.stats.reference_kl) is None:
+            return
+        if self.forgetting is None:
+            self.forgetting = SourceSums(("all",), 2).to(apart.device)
+        places = torch.zeros_like(apart, dtype=torch.long)
+        self.forgetting.update(places, apart, torch.ones_like(apart), counted=torch.isfinite(output.loss.detach()))
 
     def log_training(self, log: Log, step: int) -> dict[str, float]:
         """Log the means over tokens since the last call, on every rank alike, and begin anew.
@@ -115,6 +126,10 @@ class Meters:
             if recovered["tokens"] > 0:
                 # Share of them whose clean label is the first choice: what it has seen through.
                 values["val_noisy/recovered"] = recovered["token_accuracy"]
+        if self.forgetting is not None:
+            ((apart, tokens),) = _taken(self.forgetting)
+            if tokens > 0:
+                values["forgetting/kl"] = apart / tokens
         by_source = _by_source("val", self.val_by_source)
         if corrupted:
             by_source |= _by_source("val_noisy", self.val_noisy_by_source)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -27,8 +28,10 @@ from deft_lightning.models import (
     from_architecture,
     load_pretrained,
     lora_of,
+    make_reference,
     router_loss_factor,
     shapes_of,
+    sharded_copy,
     vocabulary_digest,
 )
 from deft_lightning.models.load import Dtype, ready
@@ -185,25 +188,32 @@ class ModelSource:
         # Not a copy: rank 0 has put the adapters that a run adds into the model itself.
         return ready(type(causal)(copy.deepcopy(causal.config)).to(causal.dtype))
 
-    def place(self, build: Callable[[], Any], strategy: Any | None) -> tuple[Any, BatchLoss]:
+    def place(self, build: Callable[[], Any], strategy: Any | None, reference: bool = False) -> tuple[Any, BatchLoss]:
         """Return the model where a strategy wants it, and what makes a loss of it.
 
         Args:
             build: Builds the model, :meth:`build` with the data's tokenizer; called under the meta device as well.
             strategy: Of the trainer; None without one.
+            reference: Whether predictions will be compared with those of the model as it is now.
 
         Raises:
             UserError: The fused head cannot read this model's, or its layers cannot be found.
         """
+        copied: Callable[[], Any] | None = None
         if shards(strategy):
-            mesh = strategy.device_mesh["data_parallel"]
-            model = build_sharded(build, mesh, strategy.root_device, strategy.low_precision)
+            where = (strategy.device_mesh["data_parallel"], strategy.root_device, strategy.low_precision)
+            model = build_sharded(build, *where)
+            copied = partial(sharded_copy, model, build, *where)
         else:
             model = build()
         seam = find_head(model, self.head_backend) if self.head == "fused" else None
         loss = BatchLoss(model, seam, router_loss_factor(model))
+        if reference:
+            loss.reference = make_reference(model, seam, copied)
         if self.compile:
             compile_body(model)
+            if loss.reference is not None and loss.reference.frozen:
+                compile_body(loss.reference.model)
         return model, loss
 
 

@@ -30,7 +30,7 @@ from deft_lightning.training.nonfinite import OnNonfinite
 from deft_lightning.training.normaliser import StepNormaliser
 from deft_lightning.training.optim import CosineWithWarmup, adamw
 from deft_lightning.training.optimizers import make_optimizer, planned_steps, step_plateaus
-from deft_lightning.training.protocols import PromptSource, check_strategy, stop_tokens_of, test_sets_of
+from deft_lightning.training.protocols import PromptSource, check_strategy, computes_loss, stop_tokens_of, test_sets_of
 from deft_lightning.training.restored import restored
 from deft_lightning.training.seeding import reseed
 from deft_lightning.training.unprompted import settle_unprompted
@@ -64,6 +64,7 @@ class SFTModule(LightningModule):
         trust_remote_code: Run code that the folder or hub id of the model or the tokenizer brings along.
         add_tokens: Spellings that become tokens, `'[<tool>, </tool>]'`; their rows begin at the mean of the others.
         resize_vocabulary: Give the model rows for tokens of its tokenizer that it has none for.
+        forgetting: Log `forgetting/kl` with every validation: how far predictions are from those before training.
 
     Raises:
         UserError: Neither `pretrained` nor `architecture`, or a combination that would not train what was asked for.
@@ -88,6 +89,7 @@ class SFTModule(LightningModule):
         trust_remote_code: bool = False,
         add_tokens: list[str] | None = None,
         resize_vocabulary: bool = False,
+        forgetting: bool = False,
     ) -> None:
         given = dict(locals())
         super().__init__()
@@ -98,6 +100,7 @@ class SFTModule(LightningModule):
         self.lora, self.dtype_name, self.attention = self.source.lora, dtype, attention
         self.gradient_checkpointing, self.generation = gradient_checkpointing, generation
         self.on_nonfinite, self.trust_remote_code, self.add_tokens = on_nonfinite, trust_remote_code, add_tokens
+        self.forgetting = forgetting
         self.save_hyperparameters(hyper_parameters({**given, "pretrained": self.pretrained}))
         self.normaliser, self.meters, self.evaluator = StepNormaliser(on_nonfinite), Meters(), Evaluator(generation)
         self.model: Any = None
@@ -162,7 +165,11 @@ class SFTModule(LightningModule):
     def configure_model(self) -> None:
         """Build or load the model; Lightning calls this once the data is known."""
         if self.model is None:
-            self.model, self.batch_loss = self.source.place(self._build, getattr(trainer_of(self), "strategy", None))
+            trainer = trainer_of(self)
+            compared = (self.objective.needs.reference or self.forgetting) and computes_loss(trainer)
+            strategy = getattr(trainer, "strategy", None)
+            self.model, self.batch_loss = self.source.place(self._build, strategy, compared)
+            self.batch_loss.forgetting = self.forgetting
         self.batch_loss.context = context_of(self.objective, self.model, self.prompts, self.watched_needs)
 
     def _build(self) -> CausalLM:
@@ -309,7 +316,7 @@ class SFTModule(LightningModule):
             stops = self.prompts.stop_token_ids if self.prompts is not None else []
             self._about = describe(self.model, self.tokenizer, self.lora, stops)
         run = {"objective": repr(self.objective), "training": list(self._run[:2]), "rates": list(self._run.rates)}
-        run |= self.batch_loss.context.state_dict() | ({"start_model": self.start_model} if self.start_model else {})
+        run |= self.batch_loss.state_dict() | ({"start_model": self.start_model} if self.start_model else {})
         checkpoint[KEY] = {**self._about, **run, **self.normaliser.state_dict()}
 
     def on_load_checkpoint(self, checkpoint: Checkpoint) -> None:
@@ -322,5 +329,5 @@ class SFTModule(LightningModule):
             about = {**about, "rates": (), "gates": ()}  # of another objective they say something else
         self._run = RunState(*about.get("training", self._run)[:2])._replace(rates=tuple(about.get("rates", ())))
         self.normaliser.load_state_dict(about)
-        self.batch_loss.context.load_state_dict(about)
+        self.batch_loss.load_state_dict(about, None if self.source.given else self.pretrained)
         self.start_model = about.get("start_model")

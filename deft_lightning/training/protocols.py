@@ -7,6 +7,7 @@ from typing import Any, Protocol, TypeGuard
 import numpy as np
 import torch
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from numpy.typing import NDArray
 
 from deft_lightning.annotations import Tokenizer
@@ -58,6 +59,11 @@ def stop_tokens_of(prompts: PromptSource | None) -> list[int]:
     if prompts is None or prompts.tokenizer is None:
         raise UserError("generation needs the data module's tokenizer")
     return prompts.stop_token_ids
+
+
+def computes_loss(trainer: Any | None) -> bool:
+    """Whether a trainer is about to fit or to validate; without one somebody's own loop may be."""
+    return trainer is None or trainer.state.fn in (TrainerFn.FITTING, TrainerFn.VALIDATING)
 
 
 class ShardingStrategy(Protocol):

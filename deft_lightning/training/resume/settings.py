@@ -34,7 +34,7 @@ NOT_DATA = {
 }  # fmt: skip
 NOT_MODEL = {
     "self", "optimizer", "scheduler", "lora", "generation", "compile", "gradient_checkpointing", "head_backend",
-    "trust_remote_code",
+    "trust_remote_code", "forgetting",
 }  # fmt: skip
 OF_TRAINER = (
     "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm", "limit_train_batches", "max_steps",
