@@ -80,8 +80,10 @@ class Reference:
         """
         if self.problem:
             raise UserError(self.problem)
-        own, other = next(self.model.parameters()), next(model.parameters())
-        if not self.frozen or (own.device == other.device and own.dtype == other.dtype):
+        if not self.frozen:
+            return
+        own, other = _a_weight(self.model), _a_weight(model)
+        if own.device == other.device and own.dtype == other.dtype:
             return
         if is_sharded(self.model):
             self.model.to(dtype=other.dtype)
@@ -200,6 +202,12 @@ def _switches(model: nn.Module) -> list[Any]:
 
 def _tensors(model: nn.Module) -> list[Any]:
     return [*model.parameters(), *model.buffers()]
+
+
+def _a_weight(model: nn.Module) -> Tensor:
+    """Return a weight as it is stored; what is gathered may have the dtype of the products."""
+    stored: list[Any] = list(model.parameters())
+    return next((weight for weight in stored if hasattr(weight, "placements")), stored[0])
 
 
 def _local(tensor: Any) -> Tensor:

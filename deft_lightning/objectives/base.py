@@ -210,8 +210,8 @@ class Objective(ABC):
     def gate(self, stats: TokenStats) -> Tensor:
         """Gate of each token, ``-dl/d(log p)``: the factor on the error ``pi - onehot``. By autograd, never by hand.
 
-        What a loss adds of :attr:`TokenStats.reference_kl` pulls towards the reference and is no part of the gate; where
-        the statistics lack it, the model counts as not moved.
+        What a loss adds of :attr:`TokenStats.reference_kl` pulls towards the reference and is no part of the gate;
+        where the statistics lack it, the model counts as not moved.
 
         Args:
             stats: Statistics of the tokens; their graph, if any, is left alone.
