@@ -31,10 +31,13 @@ def compute_loss_func(objective: Objective) -> Callable[..., Tensor]:
         pass it on; :class:`TokenWeights` makes it.
 
     Raises:
-        UserError: The objective has to be told how far the run is, which this trainer does not do.
+        UserError: The objective has to be told how far the run is, or compares with a reference model: this trainer
+            does neither.
     """
     if objective.scheduled or objective.tracks is not None:
         raise UserError(f"compute_loss_func: {objective!r} depends on the course of training: train with SFTModule")
+    if objective.needs.reference:
+        raise UserError(f"compute_loss_func: {objective!r} needs a reference model, which only SFTModule runs")
 
     def loss(
         outputs: Any,

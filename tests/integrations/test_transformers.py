@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 from deft_lightning.errors import UserError
 from deft_lightning.functional import token_loss
 from deft_lightning.integrations import TokenWeights, compute_loss_func
-from deft_lightning.objectives import DEFT, NLL, Floored, Likelihood, Objective, Rescaled, Schedule
+from deft_lightning.objectives import DEFT, NLL, Floored, KLAnchor, Likelihood, Objective, Rescaled, Schedule
 
 
 def tiny_model() -> Any:
@@ -101,3 +101,11 @@ def test_an_objective_that_has_to_be_told_about_the_run_is_refused(objective: Ob
     with pytest.raises(UserError, match="depends on the course of training: train with SFTModule") as refused:
         compute_loss_func(objective)
     assert repr(objective) in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_an_objective_that_compares_with_a_reference_is_refused() -> None:
+    with pytest.raises(
+        UserError, match=r"^compute_loss_func: KLAnchor\(.*needs a reference model, which only SFTModule"
+    ):
+        compute_loss_func(KLAnchor())
+    assert callable(compute_loss_func(KLAnchor(weight=0.0)))

@@ -36,7 +36,10 @@ from deft_lightning.objectives import (
     DeformedLog,
     Floored,
     Focal,
+    InfoSFT,
+    KLAnchor,
     Likelihood,
+    Mix,
     Objective,
     Rescaled,
     RunState,
@@ -92,6 +95,10 @@ PARAMETRISED: list[Objective] = [
     Truncated(threshold=0.4, keep="below", base=EAFT(k=3), normalize_by="kept"),
     Truncated(threshold=0.0, base=DEFT(), normalize_by="kept"),
     Schedule(first=Cayley(floor=0.5), then=EAFT(k=3), switch=0.5, blend=0.25),
+    Mix(first=Cayley(floor=0.5), second=EAFT(k=3), weight=0.3),
+    Mix(first=KLAnchor(base=DEFT(), weight=0.2), second=Schedule(blend=0.7)),
+    KLAnchor(base=Rescaled(base=Cayley(floor=0.5)), weight=0.0),
+    InfoSFT(threshold=0.5, normalize_by="none"),
     Floored(base=Likelihood(), floor=0.5),
     Floored(base=Cayley(floor=0.5), decay="linear"),
     Truncated(threshold=0.3, base=Floored()),
@@ -136,16 +143,25 @@ def random_tokens(count: int, vocab: int, seed: int, scale: float = 2.0) -> tupl
 
 
 def random_stats(count: int = 60, vocab: int = 9, seed: int = 0, topk: int = 3) -> TokenStats:
-    return token_stats(*random_tokens(count, vocab, seed), topk=topk).within(random_context(count))
+    logits, targets = random_tokens(count, vocab, seed)
+    stats = token_stats(logits, targets, topk=topk, reference_logits=moved_from(logits))
+    return stats.within(random_context(count))
+
+
+def moved_from(logits: Tensor) -> Tensor:
+    """What a reference predicts: the same, less sure."""
+    return logits.detach() / 2
 
 
 def stats_for(objective: Objective, logits: Tensor, targets: Tensor) -> TokenStats:
-    return token_stats(logits, targets, topk=objective.topk).within(random_context(len(targets)))
+    stats = token_stats(logits, targets, topk=objective.topk, reference_logits=moved_from(logits))
+    return stats.within(random_context(len(targets)))
 
 
 def losses(logits: Tensor, targets: Tensor, objective: Objective) -> Tensor:
     """Loss of every token, with what the objective wants to know of tokens."""
-    return token_loss(logits, targets, objective, context=random_context(len(targets)))
+    context = random_context(len(targets))
+    return token_loss(logits, targets, objective, context=context, reference_logits=moved_from(logits))
 
 
 def shuffled(stats: TokenStats, seed: int) -> Tensor:
@@ -512,9 +528,14 @@ def test_gradient_on_the_logits_is_the_gate_times_the_error(
     (found,) = torch.autograd.grad(losses(logits, targets, objective).sum(), logits)
     plain = logits.detach()
     error = torch.softmax(plain, dim=-1) - torch.nn.functional.one_hot(targets, vocab)
-    gate = objective.gate(stats_for(objective, plain, targets))
-    assert gate.shape == (count,) and not gate.requires_grad
-    torch.testing.assert_close(found, gate.unsqueeze(-1) * error, rtol=1e-9, atol=1e-14)
+    stats = stats_for(objective, plain, targets)
+    gate = objective.gate(stats)
+    assert gate.shape == (count,) and not gate.requires_grad and stats.reference_kl is not None
+    leaf = stats.reference_kl.clone().requires_grad_()
+    loss = objective(stats._replace(log_prob=stats.log_prob.requires_grad_(), reference_kl=leaf))
+    (pull,) = torch.autograd.grad(loss.sum(), leaf, materialize_grads=True)
+    toward = pull.unsqueeze(-1) * (plain.softmax(-1) - moved_from(plain).softmax(-1))
+    torch.testing.assert_close(found, gate.unsqueeze(-1) * error + toward, rtol=1e-9, atol=1e-14)
 
 
 # Those whose loss, with collision and entropies fixed, is a plain function of log p: DFT, Cayley and Truncated hold a
@@ -542,9 +563,11 @@ def test_loss_is_differentiable_in_log_prob_alone(objective: Objective) -> None:
     assert leaves.keys() > {"log_prob", "collision", "chance", "answer_chance"}
     loss = objective(random_stats()._replace(**leaves))
     assert loss.shape == leaves["log_prob"].shape and loss.requires_grad
-    grads = torch.autograd.grad(loss.sum(), list(leaves.values()), allow_unused=True)
-    assert grads[0] is not None
-    assert all(grad is None or not grad.any() for grad in grads[1:])
+    grads = dict(zip(leaves, torch.autograd.grad(loss.sum(), list(leaves.values()), allow_unused=True), strict=True))
+    assert grads.pop("log_prob") is not None
+    pull = grads.pop("reference_kl")
+    assert (pull is not None) is objective.needs.reference, "and in the KL to a reference, where it looks at it"
+    assert all(grad is None or not grad.any() for grad in grads.values())
 
 
 # --- what the head and the monitors rely on -------------------------------------------------------------------------
@@ -577,9 +600,11 @@ def test_loss_is_zero_where_ignored_and_unaffected_by_padding(objective: Objecti
     keep = torch.ones(10, dtype=torch.bool)
     keep[ignored] = False
     known = random_context(10)
-    loss = token_loss(logits, targets.masked_fill(~keep, -100), objective, context=known)
+    beside = moved_from(logits)
+    loss = token_loss(logits, targets.masked_fill(~keep, -100), objective, context=known, reference_logits=beside)
     assert (loss[~keep] == 0).all()
-    alone = token_loss(logits[keep], targets[keep], objective, context=known.select(keep))
+    context = known.select(keep)
+    alone = token_loss(logits[keep], targets[keep], objective, context=context, reference_logits=beside[keep])
     torch.testing.assert_close(loss[keep], alone, rtol=0, atol=0)
     if keep.any():
         assert (loss != 0).any()

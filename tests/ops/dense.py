@@ -14,6 +14,7 @@ from worlds import random_context
 
 from deft_lightning.functional import TokenContext, TokenStats
 from deft_lightning.objectives import Needs, Objective
+from deft_lightning.ops import ReferenceHead
 from deft_lightning.ops.backend import Backend
 from deft_lightning.ops.linear import linear_loss
 
@@ -111,6 +112,14 @@ def context_for(objective: Callable[[TokenStats], Tensor], case: Problem) -> Tok
     return random_context(len(case.targets)) if looks else TokenContext()
 
 
+def reference_for(objective: Callable[[TokenStats], Tensor], case: Problem) -> ReferenceHead | None:
+    """A reference at half the hidden states, where the objective looks at one."""
+    if not (isinstance(objective, Objective) and objective.needs.reference):
+        return None
+    bias = None if case.bias is None else case.bias.detach()
+    return ReferenceHead(case.hidden.detach() / 2, case.weight.detach(), bias)
+
+
 def dense_loss(objective: Callable[[TokenStats], Tensor]) -> Callable[[Problem], Tensor]:
     def head(case: Problem) -> Tensor:
         keep = case.targets != -100
@@ -120,6 +129,11 @@ def dense_loss(objective: Callable[[TokenStats], Tensor]) -> Callable[[Problem],
             for name, field in context_for(objective, case)._asdict().items()
             if field is not None
         }
+        if (reference := reference_for(objective, case)) is not None:
+            before = case._replace(hidden=reference.hidden, weight=reference.weight, bias=reference.bias)
+            log_pi0 = dense_logits(before)[keep].log_softmax(-1)
+            apart = (log_pi0.exp() * (log_pi0 - dense_logits(case)[keep].log_softmax(-1))).sum(-1)
+            stats = stats._replace(reference_kl=apart)
         if case.token_weight is None:
             return objective(stats._replace(**known)).sum()
         weight = case.token_weight[keep]
@@ -133,7 +147,8 @@ def fused_loss(objective: Callable[[TokenStats], Tensor], backend: Backend = "au
         token_weight = None if case.token_weight is None else case.token_weight.to(dtype_of_loss(case.hidden.dtype))
         return linear_loss(
             case.hidden, case.weight, case.targets, objective, bias=case.bias, token_weight=token_weight,
-            backend=backend, context=context_for(objective, case), **case.options,
+            backend=backend, context=context_for(objective, case), reference=reference_for(objective, case),
+            **case.options,
         )[0]  # fmt: skip
 
     return head
