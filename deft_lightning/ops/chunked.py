@@ -7,7 +7,6 @@ logits. Objectives that need the whole batch first (``needs_batch``) cost a seco
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from deft_lightning.functional import LossFn, TokenContext, TokenStats, accumulation_dtype
 from deft_lightning.ops.gradient import WeightGradient
+from deft_lightning.ops.reference import ReferenceHead, head_product
 from deft_lightning.ops.torch_rows import RowKernel, TorchRows, Transform
 
 # Tokens a chunk on the CPU: enough rows to keep the products efficient, few enough that a chunk of bfloat16 logits
@@ -49,31 +49,6 @@ class Inputs(NamedTuple):
     up: Tensor | None
     targets: Tensor
     token_weight: Tensor | None
-
-
-class ReferenceHead(NamedTuple):
-    """The head of a reference model and what it sees of the same tokens; nothing of it is trained.
-
-    Scale and soft-capping are those of the head that is trained.
-
-    Attributes:
-        hidden: Shape ``(N, D)``.
-        weight: Shape ``(V, D)``.
-        bias: Shape ``(V,)``.
-        low: Low-rank update of the product, shape ``(N, r)``.
-        up: Its other factor, shape ``(V, r)``.
-    """
-
-    hidden: Tensor
-    weight: Tensor
-    bias: Tensor | None = None
-    low: Tensor | None = None
-    up: Tensor | None = None
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> ReferenceHead:
-        """Return it with ``function`` applied to every tensor that is there."""
-        found: Any = (None if tensor is None else function(tensor) for tensor in self)
-        return ReferenceHead(*found)
 
 
 @dataclass(frozen=True)
@@ -162,9 +137,9 @@ class _Chunks:
         out = self._buffer[: piece.stop - piece.start]
         reference, beside = self._reference, self._reference_buffer
         if reference is not None and beside is not None:
-            _head(reference, piece, beside[: len(out)])
+            head_product(reference, piece, beside[: len(out)])
         own = ReferenceHead(self.inputs.hidden, self.weight, self._bias, self.inputs.low, self.up)
-        return _head(own, piece, out)
+        return head_product(own, piece, out)
 
     def blocks(self, piece: slice) -> list[tuple[slice, slice]]:
         """Rows of a chunk the kernel takes at once: their place in the chunk, and among all tokens."""
@@ -195,18 +170,6 @@ class _Chunks:
         if parts or self._reference is None:
             return found
         return found._replace(reference_kl=found.log_prob.clone())
-
-
-def _head(head: ReferenceHead, piece: slice, out: Tensor) -> Tensor:
-    """Write the product of a chunk of tokens into ``out``, and return it."""
-    rows, weight = head.hidden[piece], head.weight.t()
-    if head.bias is None:
-        torch.mm(rows, weight, out=out)
-    else:
-        torch.addmm(head.bias, rows, weight, out=out)
-    if head.low is not None and head.up is not None:
-        out.addmm_(head.low[piece], head.up.t())
-    return out
 
 
 def concatenate(parts: list[TokenStats], like: Tensor, topk: int) -> TokenStats:

@@ -214,7 +214,8 @@ def test_ignored_positions_get_no_gradient() -> None:
 def test_select_and_detach_treat_every_field_alike() -> None:
     logits, targets = random_logits((2, 3), 6, seed=6)
     known = random_context(6).map(lambda field: field.view(2, 3))._replace(weight=torch.rand(2, 3))
-    stats = token_stats(logits.requires_grad_(), targets, topk=4).within(known)
+    beside = logits.detach() / 2
+    stats = token_stats(logits.requires_grad_(), targets, topk=4, reference_logits=beside).within(known)
     mask = torch.tensor([[True, False, True], [False, False, True]])
     for full, part in zip(stats, stats.select(mask), strict=True):
         assert full is not None and part is not None
