@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from deft_lightning.annotations import JsonObject, Record
+from deft_lightning.probe.rate import rate_text
 from deft_lightning.terminal import visible
 
 WEAK, STRONG = 1 / 3, 2 / 3
+WIDTH = 80
 
 
 def prior(means: Mapping[str, float]) -> JsonObject:
@@ -40,47 +42,78 @@ def prior(means: Mapping[str, float]) -> JsonObject:
 
 
 def table(report: Record) -> str:
-    """Return a report as text of at most 120 columns, texts of the data aside."""
+    """Return a report as text of at most 80 columns, names and texts of the data aside."""
     means = report["means"]
     weights = f"checkpoint {report['checkpoint']}" if report["checkpoint"] else report["model"]
     lines = [
-        f"{report['data']}: {report['examples']} of {report['examples_total']} training examples,"
-        f" {report['tokens']} supervised tokens; {weights}",
+        f"{report['data']}: {report['examples']} of {report['examples_total']} training examples,",
+        f"{report['tokens']} supervised tokens; {weights}",
         "",
-        f"mean p {means['p']:.4f}   H {means['entropy']:.4f}   H2 {means['renyi2']:.4f}   C {means['collision']:.4f}  "
-        f" NLL {means['nll']:.4f}   accuracy {means['accuracy']:.4f}",
-        textwrap.fill(report["prior"]["text"], 118),
+        f"mean p {means['p']:.4f}   H {means['entropy']:.4f}   H2 {means['renyi2']:.4f}   C {means['collision']:.4f}",
+        f"NLL {means['nll']:.4f}   accuracy {means['accuracy']:.4f}",
+        *_filled(report["prior"]["text"]),
         "",
+        *_objectives(report),
     ]
-    noisy = any("gate_noisy" in row for row in report["objectives"])
-    width = max(len(row["name"]) for row in report["objectives"]) + 2
-    head = ("mean gate", "ess", "shrinkage", "lr factor") + (("clean", "noisy") if noisy else ())
-    lines.append(f"{'objective':<{width}}" + "".join(f"{word:>11}" for word in head))
-    keys = ("gate", "ess", "shrinkage", "lr_factor") + (("gate_clean", "gate_noisy") if noisy else ())
-    for row in report["objectives"]:
-        name = f"{'*' if row['chosen'] else ' '} {row['name']}"
-        lines.append(f"{name:<{width}}" + "".join(f"{_number(row.get(key)):>11}" for key in keys))
-    lines.append("* chosen; shrinkage: gradient mass relative to NLL; lr factor: its inverse")
-    lines += [f"  left out {name}: {why}" for name, why in report["left_out"].items()]
     if report["noise"]:
-        lines += ["", "AUROC against clean tokens (examples: against clean examples)"]
-        head = ("tokens", "1 - gate", "1 - p", "conflict", "examples")
-        lines.append(f"{'noise':<{width}}" + "".join(f"{word:>11}" for word in head))
         keys = ("tokens", "auroc_gate", "auroc_prob", "auroc_conflict", "auroc_example")
-        for row in report["noise"]:
-            lines.append(f"{row['operation']:<{width}}" + "".join(f"{_number(row.get(key)):>11}" for key in keys))
-    if report.get("truth"):
-        truth = report["truth"]
+        rows = [(row["operation"], [row.get(key) for key in keys]) for row in report["noise"]]
+        lines += ["", "AUROC against clean tokens (examples: against clean examples)"]
+        lines += _columns("noise", ("tokens", "1 - gate", "1 - p", "conflict", "examples"), rows)
+    truth = report.get("truth")
+    if truth:
         lines += ["", f"{truth['field']}: {truth['wrong']} of {truth['known']} wrong, AUROC {_number(truth['auroc'])}"]
+    estimate = report.get("noise_estimate")
+    if estimate:
+        lines.append("")
+        for paragraph in rate_text(estimate, report["noise"], truth):
+            lines += _filled(paragraph)
     if report["suspicious"]:
-        lines += ["", "most suspicious examples (confident conflict in nats; what is learnt where the model objects)"]
+        lines += [
+            "",
+            "most suspicious examples",
+            "(confident conflict in nats; what is learnt where the model objects)",
+        ]
     for record in report["suspicious"]:
         worst = max(record["spans"], key=lambda span: span["score"] or 0.0, default=None)
-        shown = "" if worst is None else f": {_short(worst['text'])!r} at {worst['start']}"
+        shown = "" if worst is None else f": {_short(worst['text'], 24)!r} at {worst['start']}"
         known = "" if record["is_noisy"] is None else " [noisy]" if record["is_noisy"] else " [clean]"
         lines += [f"{record['rank']}. {_short(record['id'], 80)}{known} {_number(record['score'])}{shown}"]
-        lines += [f"   {_short(record['text'], 100)}"]
+        lines += [f"   {_short(record['text'], 74)}"]
+    if "recommendation" in report:
+        lines += ["", *_filled("objective: " + report["recommendation"]["text"] + ".")]
     return visible("\n".join(lines))
+
+
+def _objectives(report: Record) -> list[str]:
+    noisy = any("gate_noisy" in row for row in report["objectives"])
+    head = ("mean gate", "ess", "shrinkage", "lr factor") + (("clean", "noisy") if noisy else ())
+    keys = ("gate", "ess", "shrinkage", "lr_factor") + (("gate_clean", "gate_noisy") if noisy else ())
+    rows = [
+        (f"{'*' if row['chosen'] else ' '} {row['name']}", [row.get(key) for key in keys])
+        for row in report["objectives"]
+    ]
+    lines = _columns("objective", head, rows)
+    lines.append("* chosen; shrinkage: gradient mass relative to NLL; lr factor: its inverse")
+    return lines + [f"  left out {name}: {why}" for name, why in report["left_out"].items()]
+
+
+def _columns(title: str, head: Sequence[str], rows: Sequence[tuple[str, list[float | None]]]) -> list[str]:
+    """Return a table. A name that is longer than those of this package pushes its numbers to the right."""
+    width = min(max(len(name) for name in (title, *(name for name, _ in rows))), WIDTH - 10 * len(head))
+    return [
+        f"{name:<{width}}" + "".join(f"{value:>10}" for value in values)
+        for name, values in [(title, list(head)), *((name, [_number(v) for v in values]) for name, values in rows)]
+    ]
+
+
+def _filled(text: str) -> list[str]:
+    """Wrap a paragraph; what it is indented by stays."""
+    margin = " " * (len(text) - len(text.lstrip()))
+    return textwrap.wrap(
+        text.strip(), WIDTH, initial_indent=margin, subsequent_indent=margin + "  " * bool(margin),
+        break_long_words=False, break_on_hyphens=False,
+    )  # fmt: skip
 
 
 def _number(value: float | None) -> str:

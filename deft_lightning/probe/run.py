@@ -1,4 +1,4 @@
-"""One pass without gradients over a sample of the training data."""
+"""One pass without gradients over a sample of the training data, and one over its answers without their prompts."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_info
+from numpy.typing import NDArray
 
 from deft_lightning._version import __version__
 from deft_lightning.annotations import Batch, JsonObject
@@ -21,7 +23,11 @@ from deft_lightning.errors import UserError
 from deft_lightning.figures.tokens import NAME, TokenSample
 from deft_lightning.metrics import exact_auroc
 from deft_lightning.probe.audit import Suspect, describe, finite, ranked, suspects, write_lines
+from deft_lightning.probe.bare import Bare, bare_pass
+from deft_lightning.probe.evidence import EvidenceTally
 from deft_lightning.probe.figure import probe_figure
+from deft_lightning.probe.rate import Estimate, measured, noise_rate, rate_record
+from deft_lightning.probe.recommend import FEW, Facts, recommend
 from deft_lightning.probe.report import prior, table
 from deft_lightning.probe.sample import Sampler
 from deft_lightning.probe.tally import Tally, candidates, check_seen
@@ -31,7 +37,14 @@ SPLIT = "train"
 
 
 def probe_data(
-    module: Any, data: Any, precision: Any, device: torch.device, *, examples: int | None, truth: str | None
+    module: Any,
+    data: Any,
+    precision: Any,
+    device: torch.device,
+    *,
+    examples: int | None,
+    truth: str | None,
+    unprompted: bool = True,
 ) -> tuple[dict[str, Any], list[Suspect], TokenSample]:
     """Run the model over the examples.
 
@@ -44,20 +57,34 @@ def probe_data(
         device: Where the model is.
         examples: How many, spread over the training split; None for all.
         truth: Field of the rows that says which are wrong.
+        unprompted: Whether to look at the answers without their prompts too, in a second pass.
+
+    Raises:
+        UserError: The chosen objective wants the second pass; nothing is supervised; the model gives no numbers.
     """
     operations = numbered([type(op).__name__ for op in data.noise.ops])
     objectives, name, left_out = candidates(module.current_objective)
     tally = Tally(objectives, name, operations)
-    sampler = Sampler(tally.topks)
-    indices, suspects = data.spread(SPLIT, examples), []
+    sampler, context = Sampler(tally.topks), module.batch_loss.context
+    if context.unprompted and not unprompted:
+        raise UserError(
+            f"probe: {name} compares with what the model says of the answers without their prompts, which"
+            " --unprompted false leaves out"
+        )
+    evidence = None if context.unigram is None else EvidenceTally(context.unigram, len(operations))
+    indices, suspects, bare, read = data.spread(SPLIT, examples), [], None, 0
     known = {} if truth is None else data.truths(truth)
     was_training = {part: part.training for part in module.modules()}
     module.eval()
     try:
-        with torch.no_grad(), precision.forward_context(), progress(None, "probing", len(indices)) as bar:
-            for positions, batch in data.batches_of(SPLIT, indices):
-                suspects += _batch(module, batch, positions, device, tally, sampler)
-                bar.update(len(positions))
+        with torch.no_grad(), precision.forward_context():
+            if unprompted:
+                bare = bare_pass(module, data, SPLIT, indices, device, context.unprompted)
+            with progress(None, "probing", len(indices)) as bar:
+                for positions, batch in data.batches_of(SPLIT, indices):
+                    suspects += _batch(module, batch, positions, device, tally, sampler, evidence, bare)
+                    read += batch["input_ids"].numel()
+                    bar.update(len(positions))
     finally:
         for part, training in was_training.items():
             part.training = training
@@ -77,13 +104,24 @@ def probe_data(
         wrong, right = ([s.score for s in suspects if s.wrong is value] for value in (True, False))
         auroc = exact_auroc(wrong, right) if wrong and right else None
         report["truth"] = {"field": truth, "known": len(wrong) + len(right), "wrong": len(wrong), "auroc": auroc}
+    if evidence is not None:
+        _estimate(report, evidence, suspects, operations, bare, read)
     report["suspicious"] = list(records(data, suspects[:SHOWN]))
     return report, suspects, sampler.sample(operations)
 
 
 def _batch(
-    module: Any, batch: Batch, positions: Sequence[int], device: torch.device, tally: Tally, sampler: Sampler
+    module: Any,
+    batch: Batch,
+    positions: Sequence[int],
+    device: torch.device,
+    tally: Tally,
+    sampler: Sampler,
+    evidence: EvidenceTally | None,
+    bare: Bare | None,
 ) -> list[Suspect]:
+    if bare is not None and module.batch_loss.context.unprompted:
+        batch = {**batch, "unprompted": bare.spread(batch["labels"], positions)}
     moved = {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
     by_k = {}
     for k in tally.topks:  # one, unless the chosen objective and a default differ in it
@@ -93,7 +131,49 @@ def _batch(
     codes = batch["noise_code"][:, 1:][keep]
     sampler.update(by_k, keep, positions, codes)
     tally.update(by_k, codes)
+    if evidence is not None:
+        evidence.update(first, batch["labels"][:, 1:][keep], keep, positions, codes, bare)
     return suspects(first, keep, positions, batch["example_id"], codes)
+
+
+def _estimate(
+    report: JsonObject, evidence: EvidenceTally, suspects: Sequence[Suspect], operations: Sequence[str],
+    bare: Bare | None, read: int,
+) -> None:  # fmt: skip
+    """Add the estimated noise rate, what was measured for a recommendation, and that."""
+    answers = evidence.answers()
+    estimate = noise_rate(answers)
+    noise, found = rate_record(answers, estimate), measured(answers, estimate)
+    noise["reliable"] = found["gain_positive"] >= FEW
+    noise["asked"] = float(answers.asked.mean())
+    noise["second_pass"] = None
+    if bare is not None:
+        noise["second_pass"] = {"read": bare.read, "share": bare.read / read, "whole": len(bare.whole)}
+    noise |= {"injected": None, "auroc": None}
+    hit = answers.corrupted > 0
+    if operations:
+        share = float(answers.corrupted.sum() / answers.tokens.sum())
+        noise |= {"injected": {"answers": float(hit.mean()), "tokens": share}, "auroc": _told(estimate, hit, ~hit)}
+    by_position = {suspect.at: suspect for suspect in suspects}
+    about = [by_position[at] for at in answers.position.tolist()]
+    for row in report["noise"]:
+        code = operations.index(row["operation"]) + 1
+        own = np.array([code in suspect.operations for suspect in about])
+        row["judged_noise"] = float(1 - estimate.right[own].mean()) if own.any() else None
+        row["auroc_evidence"] = _told(estimate, own, ~hit)
+        row["auroc_evidence_token"] = evidence.token_auroc(code)
+    if "truth" in report:
+        wrong, right = (np.array([suspect.wrong is value for suspect in about]) for value in (True, False))
+        report["truth"]["auroc_evidence"] = _told(estimate, wrong, right)
+    facts = Facts(noise["answers"], found["gain_token"], found["gain_positive"], found["sure"], found["sure_right"])
+    report |= {"noise_estimate": noise, "measured": found, "recommendation": recommend(facts)._asdict()}
+
+
+def _told(estimate: Estimate, wrong: NDArray[np.bool_], right: NDArray[np.bool_]) -> float | None:
+    """Return how well the evidence tells answers that are wrong from those that are right; None without both."""
+    if not wrong.any() or not right.any():
+        return None
+    return exact_auroc((-estimate.evidence[wrong]).tolist(), (-estimate.evidence[right]).tolist())
 
 
 def numbered(names: Sequence[str]) -> list[str]:

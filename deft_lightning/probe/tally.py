@@ -116,7 +116,7 @@ class Tally:
             of = codes == code
             self._gate_of[code] += gate[of].sum()
             for row, values in enumerate((low_gate, low_prob, disputed), start=3 * code):
-                self._ranks.update(row, _squash(values[of]))
+                self._ranks.update(row, squashed(values[of]))
 
     def means(self) -> dict[str, float]:
         """Return means over all tokens: p, entropies in nats, collision probability, NLL, accuracy."""
@@ -177,7 +177,7 @@ class Tally:
         return {"edges": rows[0].edges, **{name: row.counts for name, row in zip(names, rows, strict=True)}}
 
 
-def _squash(values: Tensor) -> Tensor:
+def squashed(values: Tensor) -> Tensor:
     """Map the line to [-1, 1] in order, so that bins of equal width resolve what is small and what is large."""
     return torch.where(torch.isinf(values), values.sign(), values / (1 + values.abs()))
 

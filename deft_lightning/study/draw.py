@@ -59,7 +59,7 @@ def draw(study: Study, report: Record, results: Mapping[str, Record], root: Path
             module, data, trainer = start(cell, root)
             logging.getLogger("lightning_utilities.core.rank_zero").setLevel(logging.ERROR)
             with redirect_stdout(StringIO()):
-                trainer.probe(module, data, examples=EXAMPLES, output=str(folder))
+                trainer.probe(module, data, examples=EXAMPLES, output=str(folder), unprompted=False)
         gradient_scatter(folder, SEEN, root / f"gradients-{file_name(cell.regime)}-noise{cell.noise:g}")
 
 

@@ -111,10 +111,12 @@ class Trainer(LightningTrainer):
         audit: str | None = None,
         truth: str | None = None,
         ckpt_path: str | None = None,
+        unprompted: bool = True,
     ) -> JsonObject:
-        """Look at the training data through the model as it is, in one pass without gradients.
+        """Look at the training data through the model as it is, without gradients; estimate the noise rate.
 
-        Prints what the model believes, what each objective would do to the tokens, and the most suspicious examples;
+        Prints what the model believes, what each objective would do to the tokens, how much of the labels looks like
+        noise, the most suspicious examples, and which objective to train with;
         writes `probe.json`, `probe.png`, `probe.svg`, and `tokens.npz`, a sample of tokens for the verb `figures`.
 
         Args:
@@ -125,11 +127,13 @@ class Trainer(LightningTrainer):
             audit: File for every example as a line of JSON, ranked by confident conflict.
             truth: Column of the rows that is true where a row is wrong; the audit is scored against it.
             ckpt_path: Checkpoint, or `last` for the newest of the newest run under `trainer.default_root_dir`.
+            unprompted: Whether to read the answers without their prompts too, a second and shorter pass: the noise
+                estimate then compares with what the model says of an answer anyway, not with word frequencies alone.
 
         Returns:
             The report, as in `probe.json`.
         """
-        return verbs.probe(self, model, datamodule, examples, output, audit, truth, ckpt_path)
+        return verbs.probe(self, model, datamodule, examples, output, audit, truth, ckpt_path, unprompted)
 
     def read_checkpoint(self, ckpt_path: str) -> Checkpoint:
         """Read a checkpoint of this package, `last` included.

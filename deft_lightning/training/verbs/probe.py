@@ -22,6 +22,7 @@ def probe(
     audit: str | None,
     truth: str | None,
     ckpt_path: str | None,
+    unprompted: bool,
 ) -> JsonObject:
     """Write the report and return it; arguments as those of :meth:`deft_lightning.Trainer.probe`.
 
@@ -43,8 +44,9 @@ def probe(
     datamodule.setup("fit")
     load(trainer, module, ckpt_path)
     report, suspects, sample = probe_data(
-        module, datamodule, trainer.precision_plugin, trainer.strategy.root_device, examples=examples, truth=truth
-    )
+        module, datamodule, trainer.precision_plugin, trainer.strategy.root_device, examples=examples, truth=truth,
+        unprompted=unprompted,
+    )  # fmt: skip
     report["checkpoint"] = ckpt_path
     write(report, suspects, sample, datamodule, folder, target)
     return report

@@ -1,0 +1,89 @@
+"""The second pass of a probe: what the model says of the answers without their prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from deft_lightning.data.examples import Floats
+from deft_lightning.data.loading.collate import TrainCollator
+from deft_lightning.data.loading.packing import bounded_batches
+from deft_lightning.data.loading.unprompted import LOOKED_AT, frame_of, without_prompt
+from deft_lightning.data.progress import progress
+from deft_lightning.functional import IGNORE_INDEX
+
+BATCH_TOKENS = 4096  # of a batch, padding included; nothing is kept for a gradient
+
+
+class Bare(NamedTuple):
+    """Log-probabilities of answers without their prompts.
+
+    Attributes:
+        log_prob: By position of the example: of each of its labels, in nats, shape ``(n,)``.
+        whole: Positions of examples that have no prompt to leave out.
+        read: Tokens that the pass has read, padding included.
+    """
+
+    log_prob: dict[int, Floats]
+    whole: frozenset[int]
+    read: int
+
+    def of(self, position: int) -> Floats | None:
+        """Return the values of an example; None where it has no prompt, so that they say nothing of chance."""
+        return None if position in self.whole else self.log_prob.get(position)
+
+    def spread(self, labels: Tensor, positions: Sequence[int]) -> Tensor:
+        """Return the values of a batch at its labels, 0 elsewhere; shape ``(B, T)``.
+
+        Args:
+            labels: Shape ``(B, T)``.
+            positions: Position of each row's example.
+        """
+        values = torch.zeros(labels.shape)
+        values[:, 1:][labels[:, 1:] != IGNORE_INDEX] = torch.from_numpy(
+            np.concatenate([self.log_prob[at] for at in positions])
+        )
+        return values
+
+
+def bare_pass(module: Any, data: Any, split: str, positions: Sequence[int], device: torch.device, every: bool) -> Bare:
+    """Run the model over answers without their prompts, in batches of like length.
+
+    Args:
+        module: SFTModule with its model built, not training; gradients are off.
+        data: InstructionDataModule, set up.
+        split: Whose examples.
+        positions: Of the examples.
+        device: Where the model is.
+        every: Whether examples without a prompt are read too: an objective that compares with these values wants them.
+    """
+    total = data.size(split)
+    looked = min(total, LOOKED_AT)
+    frame = frame_of([data.example(split, total * i // looked) for i in range(looked)])
+    rows, whole = {}, set()
+    for at in positions:
+        example = data.example(split, at)
+        bare = without_prompt(example, frame)
+        if bare is None:
+            whole.add(at)
+        if bare is not None or every:
+            rows[at] = bare or example
+    order, collate = list(rows), TrainCollator(data.tokenizer.pad_token_id)
+    values, read = dict[int, Floats](), 0
+    batches = bounded_batches([len(rows[at].input_ids) for at in order], BATCH_TOKENS, 0) if order else []
+    with progress(None, "probing answers without their prompts", len(order)) as bar:
+        for places in batches:
+            own = [order[place] for place in places]
+            batch = collate([rows[at] for at in own])
+            moved = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+            stats, keep = module.statistics(moved)
+            counts = keep.sum(1).tolist()
+            parts = stats.log_prob.float().cpu().split(counts)
+            values |= {at: part.numpy() for at, part in zip(own, parts, strict=True)}
+            read += batch["input_ids"].numel()
+            bar.update(len(own))
+    return Bare(values, frozenset(whole), read)

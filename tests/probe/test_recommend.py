@@ -1,0 +1,40 @@
+"""Rules of the recommendation, by numbers made by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from deft_lightning.objectives import known_objectives
+from deft_lightning.probe.recommend import Facts, recommend
+
+CASES = {
+    "strong prior, 60 % wrong": (Facts(0.6, 0.1, 0.41, 0.95, 0.45), "mixed", "Contaminated(chance=least)"),
+    "some noise": (Facts(0.12, 2.0, 0.9, 0.8, 0.9), "mixed", "Contaminated(chance=least)"),
+    "clean, well known": (Facts(0.01, 2.5, 0.99, 0.9, 0.98), "clean", "NLL"),
+    "clean, hardly known": (Facts(0.01, 0.1, 0.7, 0.1, 0.6), "mixed", "Contaminated(chance=least)"),
+    "random weights": (Facts(0.95, -1.4, 0.0, 0.0, None), "unknown", "Contaminated(chance=least)"),
+    "sure of nothing it is asked": (Facts(0.95, -1.4, 0.1, 0.2, 0.3), "unknown", "Contaminated(chance=least)"),
+    "sure and right, but not by the prompt": (Facts(0.9, 0.0, 0.1, 0.8, 0.9), "unknown", "Contaminated(chance=least)"),
+    "sure of another rule": (Facts(0.95, -4.0, 0.03, 0.9, 0.2), "other", None),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_rule_speaks(case: str) -> None:
+    facts, rule, objective = CASES[case]
+    found = recommend(facts)
+    assert (found.rule, found.objective) == (rule, objective)
+    assert found.text.startswith(objective or "cannot tell")
+    # One sentence, of letters that end in no full stop: the report adds it.
+    assert ". " not in found.text and not found.text.endswith(".")
+
+
+def test_the_numbers_it_rests_on_are_said() -> None:
+    assert "0.41 of the answers better than chance" in recommend(CASES["strong prior, 60 % wrong"][0]).text
+    assert "gains 2.50 nats a token" in recommend(CASES["clean, well known"][0]).text
+    other = recommend(CASES["sure of another rule"][0]).text
+    assert "0.03" in other and "0.20" in other
+
+
+def test_what_it_names_exists() -> None:
+    assert {"Contaminated", "NLL"} <= known_objectives().keys()
