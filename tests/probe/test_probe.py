@@ -539,44 +539,14 @@ def test_audit_ranks_wrong_answers_first_and_points_at_them(
     report = json.loads((tmp_path / "out" / "probe.json").read_text())
     assert report["truth"] == {"field": "bad", "known": 16, "wrong": 3, "auroc": 1.0, "auroc_evidence": 1.0}
     estimate = report["noise_estimate"]
-    assert estimate["answers_low"] <= 3 / 16 <= estimate["answers_high"] and estimate["injected"] is None
+    # One digit of a sentence is wrong: that is a matter of tokens, and the answers as a whole stay better than chance.
+    assert estimate["answers"] < 0.02 and estimate["injected"] is None
+    assert 0.01 < estimate["tokens"] < 0.04
     assert report["checkpoint"].endswith("last.ckpt") and report["prior"]["kind"] == "strong"
     printed = capsys.readouterr().out
     assert "strong prior" in printed and "bad: 3 of 16 wrong, AUROC 1" in printed
     assert all(name in printed for name in wrong)
     assert "bad: AUROC of the evidence 1.00" in printed
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("rate", [0.0, 0.5])
-def test_a_model_that_knows_the_task_tells_how_much_is_noise(
-    rate: float, learned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    source = write_rows(tmp_path / "rows.jsonl", table())
-    swap = json.dumps([{"class_path": "ResponseSwap", "init_args": {"rate": rate}}])
-    noise = ["--data.noise.ops", swap] if rate else []
-    probe_verb(
-        monkeypatch, *LEARNED, "--data.source", source, "--ckpt_path", "last", "--trainer.default_root_dir",
-        str(learned), "--output", str(tmp_path / "out"), *noise,
-    )  # fmt: skip
-    printed = capsys.readouterr().out
-    report = json.loads((tmp_path / "out" / "probe.json").read_text())
-    estimate, found = report["noise_estimate"], report["measured"]
-    true = estimate["injected"]["answers"] if rate else 0.0
-    assert estimate["reliable"] and estimate["answers"] == pytest.approx(max(true, 0.01), abs=0.04)
-    assert estimate["answers_low"] <= max(true, 0.01) <= estimate["answers_high"]
-    said = " ".join(printed.split())
-    if rate:
-        (row,) = report["noise"]
-        assert 0.3 < true < 0.7 and estimate["auroc"] == row["auroc_evidence"] == 1.0 and row["judged_noise"] > 0.95
-        assert f"{true:.2f} injected" in said and "Warning: a third" in said
-        assert report["recommendation"]["rule"] == "mixed" and found["sure_right_kept"] > 0.95 > found["sure_right"]
-    else:
-        assert estimate["injected"] is None and "Warning" not in said and "injected" not in said
-        assert report["recommendation"]["objective"] == "NLL" and found["gain_positive"] == 1.0
-    assert printed.rstrip().split("\n\n")[-1].startswith("objective: ")
-    lines = [line for line in printed.splitlines() if not line.startswith(str(tmp_path))]
-    assert max(map(len, lines)) <= 80, max(lines, key=len)
 
 
 @pytest.mark.slow
