@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 
 # All thresholds. They come from studies of small models: strong prior with 60 % wrong answers, neighbouring prior with
 # 40 %, from scratch, and a sure model under a new rule.
-FEW = 0.2  # share of answers with a gain below which the model is said to know nothing of the labels
+FEW = 0.1  # share of answers with a gain below which the model is said to know nothing of the labels
 OFTEN_SURE = 1 / 3  # share of tokens from which the model is said to be sure
 MOSTLY_WRONG = 0.5  # how often it is right where it is sure, below which it is sure of something else
 CLEAN = 0.05  # estimated share of wrong answers below which data count as clean

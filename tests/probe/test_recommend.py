@@ -8,13 +8,14 @@ from deft_lightning.objectives import known_objectives
 from deft_lightning.probe.recommend import Facts, recommend
 
 CASES = {
-    "strong prior, 60 % wrong": (Facts(0.6, 0.1, 0.41, 0.95, 0.45), "mixed", "Contaminated(chance=least)"),
+    "strong prior, 60 % wrong": (Facts(0.59, -4.0, 0.41, 0.99, 0.54), "mixed", "Contaminated(chance=least)"),
+    "strong prior, 80 % wrong": (Facts(0.78, -5.5, 0.21, 0.99, 0.39), "mixed", "Contaminated(chance=least)"),
     "some noise": (Facts(0.12, 2.0, 0.9, 0.8, 0.9), "mixed", "Contaminated(chance=least)"),
     "clean, well known": (Facts(0.01, 2.5, 0.99, 0.9, 0.98), "clean", "NLL"),
     "clean, hardly known": (Facts(0.01, 0.1, 0.7, 0.1, 0.6), "mixed", "Contaminated(chance=least)"),
     "random weights": (Facts(0.95, -1.4, 0.0, 0.0, None), "unknown", "Contaminated(chance=least)"),
-    "sure of nothing it is asked": (Facts(0.95, -1.4, 0.1, 0.2, 0.3), "unknown", "Contaminated(chance=least)"),
-    "sure and right, but not by the prompt": (Facts(0.9, 0.0, 0.1, 0.8, 0.9), "unknown", "Contaminated(chance=least)"),
+    "sure of nothing it is asked": (Facts(0.95, -1.4, 0.05, 0.2, 0.3), "unknown", "Contaminated(chance=least)"),
+    "sure and right, but not by the prompt": (Facts(0.9, 0.0, 0.05, 0.8, 0.9), "unknown", "Contaminated(chance=least)"),
     "sure of another rule": (Facts(0.95, -4.0, 0.03, 0.9, 0.2), "other", None),
 }
 
