@@ -14,7 +14,6 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from deft_lightning._version import __version__
-from deft_lightning.atomic import whole_file
 from deft_lightning.data import InstructionDataModule
 from deft_lightning.data.examples import Floats
 from deft_lightning.data.loading.dataset import PreparedDataset
@@ -85,9 +84,9 @@ class UnpromptedPass:
                 " no pass before training knows; leave that out, or use chance unigram"
             )
         file = None if self.folder is None else self.folder / f"{self.key(split, model)}.npz"
-        if all(gather(file is not None and file.exists())):
-            with np.load(file, allow_pickle=False) as kept:  # type: ignore[arg-type]
-                rows.unprompted = Unprompted(kept["values"], kept["starts"])
+        kept = None if file is None else Unprompted.load(file, len(rows.examples))
+        if all(gather(kept is not None)):  # machines may have caches of their own
+            rows.unprompted = kept
             return
         if not now:
             raise UserError(
@@ -96,9 +95,7 @@ class UnpromptedPass:
             )
         rows.unprompted = self._compute(split, rows, pad_id)
         if file is not None and self.module.global_rank == 0:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with whole_file(file) as partial:
-                np.savez(partial.open("wb"), values=rows.unprompted.values, starts=rows.unprompted.starts)
+            rows.unprompted.save(file)
 
     def _compute(self, split: str, rows: PreparedDataset, pad_id: int) -> Unprompted:
         from deft_lightning.data.loading.collate import TrainCollator

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple, Self
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
 
+from deft_lightning.atomic import whole_file
 from deft_lightning.data.examples import Floats, Ints, Prepared, weight_of
+from deft_lightning.errors import UserError
 from deft_lightning.functional import IGNORE_INDEX
 
 LOOKED_AT = 500  # examples, spread over the rows, in which prompts are compared
@@ -105,7 +109,31 @@ class Unprompted(NamedTuple):
         """Return the values of an example at its labels, 0 where nothing is learnt; shape ``(T,)``.
 
         The label of a row's first token is predicted by nothing.
+
+        Raises:
+            UserError: They are of other labels.
         """
-        values = np.zeros(len(labels), dtype=np.float32)
-        values[1:][labels[1:] != IGNORE_INDEX] = self.values[self.starts[index] : self.starts[index + 1]]
+        values, learnt = np.zeros(len(labels), dtype=np.float32), labels[1:] != IGNORE_INDEX
+        own = self.values[self.starts[index] : self.starts[index + 1]]
+        if len(own) != learnt.sum():
+            raise UserError(f"chance unprompted: {len(own)} values for {learnt.sum()} labels of example {index}")
+        values[1:][learnt] = own
         return values
+
+    def save(self, file: Path) -> None:
+        """Write them, whole or not at all."""
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(file) as partial, partial.open("wb") as out:
+            np.savez(out, values=self.values, starts=self.starts)
+
+    @classmethod
+    def load(cls, file: Path, examples: int) -> Self | None:
+        """Return what is kept for a number of examples; None where nothing is, or something else."""
+        try:
+            with np.load(file, allow_pickle=False) as kept:
+                values, starts = kept["values"], kept["starts"]
+        except (OSError, ValueError, KeyError, EOFError, BadZipFile):
+            return None
+        fits = values.dtype == np.float32 and starts.dtype == np.int64 and starts.shape == (examples + 1,)
+        fits = fits and starts[0] == 0 and starts[-1] == len(values) and bool((np.diff(starts) >= 0).all())
+        return cls(values, starts) if fits and bool((np.isfinite(values) & (values <= 0)).all()) else None
