@@ -33,7 +33,8 @@ def fingerprint(model: nn.Module) -> str:
 
     Adapters that do nothing yet are left out: two runs that add them to one model start from the same model.
     """
-    sums = {name: _sums(parameter) for name, parameter in sorted(base_causal_lm(model).named_parameters())}
+    named = ((name.replace(".base_layer.", "."), weight) for name, weight in base_causal_lm(model).named_parameters())
+    sums = {name: _sums(parameter) for name, parameter in sorted(named)}
     idle = not any(any(values) for name, (_, values) in sums.items() if "lora_B" in name)
     kept = [(name, *about) for name, about in sums.items() if not (idle and "lora_" in name)]
     return hashlib.sha256(repr(kept).encode()).hexdigest()[:16]
@@ -76,12 +77,12 @@ class UnpromptedPass:
             now: Whether the model is still that one, so that what is not kept can be computed.
 
         Raises:
-            UserError: Noise is drawn anew in each epoch, or the result of a run that goes on is gone.
+            UserError: Token noise changes from epoch to epoch, or the result of a run that goes on is gone.
         """
         if rows.changes:
             raise UserError(
-                "chance unprompted: token noise that is drawn anew in every epoch (resample, schedules) has labels that"
-                " no pass before training knows; leave that out, or use chance unigram"
+                "chance unprompted: no pass before training knows the labels of TokenReplace when its rates change from"
+                " epoch to epoch (--data.noise.ops); give one rate, or use chance unigram"
             )
         file = None if self.folder is None else self.folder / f"{self.key(split, model)}.npz"
         kept = None if file is None else Unprompted.load(file, len(rows.examples))
