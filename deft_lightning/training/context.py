@@ -41,11 +41,18 @@ def unigram_log_prob(counts: NDArray[np.int64], vocabulary: int) -> Tensor:
         raise UserError(f"{int(counts.sum())} labels of {len(counts)} tokens are no unigram over {vocabulary}")
     full = np.zeros(vocabulary)
     full[: len(counts)] = counts
-    return torch.from_numpy(np.log((1 - UNIFORM) * full / full.sum() + UNIFORM / vocabulary)).float()
+    return _smoothed(torch.from_numpy(full / full.sum()))
+
+
+def _smoothed(prob: Tensor) -> Tensor:
+    """Return the log of a distribution of which one percent is uniform: no label is impossible by chance."""
+    return ((1 - UNIFORM) * prob + UNIFORM / len(prob)).log().float()
 
 
 class Marginal:
     """The model's own mean prediction over the labels it is trained on, as a running mean over optimizer steps.
+
+    One percent of its ``log_prob`` is uniform: else noise that the model never says would be no noise.
 
     It begins uniform; each step keeps :data:`DECAY` of what was. All micro-batches and ranks of a step are in its mean.
 
@@ -60,7 +67,7 @@ class Marginal:
     def __init__(self, vocabulary: int) -> None:
         self.mean = torch.full((vocabulary,), 1 / vocabulary, dtype=torch.float64)
         self.sum = torch.zeros_like(self.mean)
-        self.log_prob = self.mean.log().float()
+        self.log_prob = _smoothed(self.mean)
 
     def to(self, device: torch.device) -> Self:
         """Put it where the tokens are."""
@@ -81,7 +88,7 @@ class Marginal:
 
     def load(self, mean: Tensor) -> None:
         """Go on from a mean of an earlier run."""
-        self.mean, self.log_prob = mean, mean.log().float()
+        self.mean, self.log_prob = mean, _smoothed(mean)
 
 
 class ContextSource:
