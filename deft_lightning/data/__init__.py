@@ -14,6 +14,7 @@ from deft_lightning.data.noise import (
     StepEdit,
     TokenNoise,
     TokenReplace,
+    WrongRule,
     known_noise,
 )
 
@@ -31,5 +32,6 @@ __all__ = [
     "StepEdit",
     "TokenNoise",
     "TokenReplace",
+    "WrongRule",
     "known_noise",
 ]

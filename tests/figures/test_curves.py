@@ -18,7 +18,7 @@ from deft_lightning.errors import UserError
 from deft_lightning.figures import gate_curves, loss_curves
 from deft_lightning.figures.curves import possible
 from deft_lightning.functional import TokenStats
-from deft_lightning.objectives import DEFT, EAFT, NLL, Cayley, Likelihood, Objective, Truncated, Tsallis
+from deft_lightning.objectives import DEFT, EAFT, NLL, Cayley, Contaminated, Likelihood, Objective, Truncated, Tsallis
 from deft_lightning.objectives.parse import label
 
 
@@ -35,6 +35,19 @@ def curves(figure: Any) -> dict[str, tuple[np.ndarray, np.ndarray]]:
             y = np.where(np.isnan(y), after.get_ydata(), y)
         result[one.get_label()] = (x, y)
     return result
+
+
+@pytest.mark.slow
+def test_an_objective_that_compares_with_chance_has_a_line_for_each(tmp_path: Path, drawn: list[Any]) -> None:
+    gate_curves([NLL(), Contaminated(level="token", start=0.2)], tmp_path / "g.png", chance=(0.1, 0.001))
+    lines = curves(drawn[0])
+    name = "Contaminated(level=token, start=0.2), u = "
+    assert set(lines) == {"NLL", f"{name}0.1", f"{name}0.001"}
+    for chance in (0.1, 0.001):
+        p, gate = lines[f"{name}{chance:g}"]
+        assert gate == pytest.approx(0.8 * p / (0.8 * p + 0.2 * chance), rel=1e-9)
+    with pytest.raises(UserError, match=r"chances must be in \(0, 1\), got 0"):
+        gate_curves([Contaminated()], tmp_path / "g.png", chance=0.0)
 
 
 @pytest.mark.slow

@@ -39,6 +39,34 @@ def test_the_grid_is_every_objective_regime_noise_and_seed_once() -> None:
     assert not [c for c in cells if c.objective == Likelihood() and c not in headline]
 
 
+def test_seeds_are_counted_from_the_first() -> None:
+    plan = study(first_seed=40)
+    assert {cell.seed for cell in plan.shared()} == {40, 41, 42}
+    assert [cell.seed for cell in plan.tuned({("strong", 0.4, "NLL()"): 3e-4})] == [40, 41, 42]
+    with pytest.raises(UserError, match="first_seed must be from 0, and seeds below 1000, not 998"):
+        study(first_seed=998)
+
+
+def test_headline_cells_are_run_with_the_other_head_too_if_that_is_asked_for() -> None:
+    assert not list(study().rounded())
+    plan = study(second_rounding=True)
+    rounded, first = list(plan.rounded()), {cell.id for cell in plan.shared()}
+    assert len(rounded) == 2 * 2 * 3 and {cell.head for cell in rounded} == {"dense"}
+    assert not {cell.id for cell in rounded} & first
+
+
+def test_few_rows_are_those_of_the_regime_and_not_of_its_start() -> None:
+    many = Regime(WORDS, 8, 1e-3, base=Base(WORDS, 9))
+    few = Study({"few": replace(many, rows=100), "many": many}, ARCHITECTURE, objectives=[NLL()], rows=500)
+    cells = {cell.regime: cell for cell in few.shared() if cell.seed == 0 and not cell.noise}
+    assert (cells["few"].rows, cells["few"].base_rows) == (100, 500) == (100, cells["many"].rows)
+    assert cells["few"].id != cells["many"].id
+    root = Path("study")
+    assert base_folder(cells["few"], root) == base_folder(cells["many"], root)
+    other = Study({"rule": replace(many, base=Base(WORDS, 9, op="WrongRule"))}, ARCHITECTURE, objectives=[NLL()])
+    assert base_folder(next(other.shared()), root) != base_folder(cells["many"], root)
+
+
 def test_rates_are_chosen_on_seeds_that_are_not_reported() -> None:
     plan = study()
     tuning = list(plan.tuning())
@@ -106,7 +134,7 @@ def test_config_is_a_study(path: Path) -> None:
     assert read_options(["--config", str(path), "--smoke", "--output", "here"])[1].output == "here"
     assert all(regime.headline for regime in study.regimes.values())
     few = study.smoke()
-    assert few.regimes.keys() == study.regimes.keys() and len(list(few.shared())) <= 30
+    assert few.regimes.keys() == study.regimes.keys() and len(list(few.shared())) <= 60
 
 
 def test_the_default_study_is_the_one_that_is_reported() -> None:

@@ -36,6 +36,7 @@ from deft_lightning.data import (
     ResponseSwap,
     StepEdit,
     TokenReplace,
+    WrongRule,
     known_noise,
 )
 from deft_lightning.data.encoding.tokenizer import build_tokenizer, vocabulary
@@ -63,6 +64,7 @@ OPS: list[ResponseNoise] = [
     *(StepEdit(op=op, fraction=share) for op in ("delete", "shuffle", "insert") for share in (0.33, 1.0)),  # type: ignore[arg-type]
     CharNoise(),
     CharNoise(cer=1.0),
+    *(WrongRule(rule=rule) for rule in ("rotate", "reverse", "upper")),  # type: ignore[arg-type]
 ]
 each_op = pytest.mark.parametrize("op", OPS, ids=repr)
 PROMPT = "Which one is it?\nA) Rome\nB) Paris\nC) Oslo\nD) 12"
@@ -227,7 +229,7 @@ def test_processes_agree_whatever_the_seed_of_their_hashes() -> None:
 
 def test_every_operation_is_known_by_name() -> None:
     ours = {name for name, cls in known_noise().items() if cls.__module__.startswith("deft_lightning.")}
-    assert ours == {"AnswerCorrupt", "CharNoise", "OptionFlip", "ResponseSwap", "StepEdit", "TokenReplace"}
+    assert ours == {"AnswerCorrupt", "CharNoise", "OptionFlip", "ResponseSwap", "StepEdit", "TokenReplace", "WrongRule"}
 
 
 def test_an_operation_of_ones_own_looks_at_one_response_alone() -> None:
@@ -754,3 +756,20 @@ def test_noise_on_gsm8k_is_reported_and_carried_to_the_batch(tmp_path: Path) -> 
     for labels, found in zip(batch["labels"], codes, strict=True):
         wrong = data.tokenizer.decode(labels[found == 1].tolist())
         assert re.fullmatch(r"[\d,. ]*", wrong), wrong
+
+
+@pytest.mark.parametrize(
+    ("rule", "response", "wrong"),
+    [
+        ("rotate", "olleh dlrow", "lleho lrowd"), ("reverse", "olleh, dlrow!", "hello, world!"),
+        ("upper", "no", "NO"), ("rotate", "a", None), ("upper", "42", None), ("reverse", "level", None),
+    ],
+)  # fmt: skip
+def test_a_wrong_rule_is_the_same_for_every_response(rule: Any, response: str, wrong: str | None) -> None:
+    edits = WrongRule(rate=1.0, rule=rule).edits("s", ["a"], [response], [""])
+    assert [apply_edits(response, edits[at], 1, [])[0] for at in edits] == ([] if wrong is None else [wrong])
+
+
+def test_a_rule_that_nobody_knows_is_one_line() -> None:
+    with pytest.raises(UserError, match=r"WrongRule: rule 'sort' is none of rotate, reverse, upper .*--data.noise.ops"):
+        WrongRule(rule="sort")  # type: ignore[arg-type]
