@@ -116,8 +116,8 @@ class Contaminated(Objective):
         chance: ``u`` of a token: `unigram`, how frequent the label is among the training labels; `marginal`, how often
             the model says it, whatever the prompt; `least`, the smaller of the two; `unprompted`, what the model says
             of the answer without its prompt before training.
-        answer_chance: ``u`` of the sum over an answer; default: `chance`. `best` is of `least` and `unprompted` the one
-            that explains the answer better.
+        answer_chance: ``u`` of the sum over an answer. `best` is of `least` and `unprompted` the one that explains the
+            answer better; null is that of tokens.
         start: Rates of the first step, in ``[0, 1)``.
         decay: What a rate keeps of itself in a step, in ``[0, 1)``.
         opening: Share of the optimizer steps, from the first, in which the gate is at least a tenth of the collision
@@ -129,8 +129,8 @@ class Contaminated(Objective):
     """
 
     level: Literal["both", "token", "answer"] = "both"
-    chance: Chance = "unigram"
-    answer_chance: Chance | None = None
+    chance: Chance = "least"
+    answer_chance: Chance | None = "best"
     start: float = 0.01
     decay: float = 0.9
     opening: float = 0.0
