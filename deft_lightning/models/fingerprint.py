@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from deft_lightning.hashing import key
+from deft_lightning.models.head import base_causal_lm
 
 SAMPLED = 1 << 20  # elements of a weight that are looked at, evenly spread: training moves nearly all of them
 MULTIPLIER = 0x1E3779B97F4A7C15  # odd, below 2^62
@@ -18,20 +19,25 @@ BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def fingerprint(model: nn.Module) -> str:
     """Return a number made of the bits of the weights, the same however they are sharded; every rank has to call it.
 
-    It is a sum of integers, which no order of adding changes.
+    It is a sum of integers, which no order of adding changes. Adapters that do nothing yet are left out, and so is
+    what peft adds to names: two runs that add adapters to one model start from the same model.
     """
-    total = 0
-    shared: Any = None
-    for name, weight in model.named_parameters():
+    sums = {"": 0, "lora": 0}
+    shared, works = False, False
+    for name, weight in base_causal_lm(model).named_parameters():
         local, offset, stride = _of_this_rank(weight.detach())
-        shared = weight if hasattr(weight, "placements") else shared
+        shared |= hasattr(weight, "placements")
+        works |= "lora_B" in name and bool(local.any())
         if local.numel():
-            total += _mixed(local, offset, stride) * (key(name, tuple(weight.shape), str(weight.dtype)) | 1)
-    total %= 1 << 62
-    if shared is not None:
+            plain = name.replace(".base_layer.", ".")
+            part = _mixed(local, offset, stride) * (key(plain, tuple(weight.shape), str(weight.dtype)) | 1)
+            sums["lora" if "lora_" in name else ""] += part
+    if shared:
         parts: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, total)
-        total = sum(parts) % (1 << 62)
+        dist.all_gather_object(parts, (sums, works))
+        sums = {kind: sum(part[kind] for part, _ in parts) for kind in sums}
+        works = any(adapted for _, adapted in parts)
+    total = (sums[""] + (sums["lora"] if works else 0)) % (1 << 62)
     return f"{total:016x}"
 
 

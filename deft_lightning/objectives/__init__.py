@@ -1,15 +1,7 @@
 """Token objectives as values: frozen, defaulted, checked when made, found through the class tree."""
 
 from deft_lightning.objectives.anchor import KLAnchor
-from deft_lightning.objectives.base import (
-    DeformedLog,
-    Needs,
-    Objective,
-    RunState,
-    Tracked,
-    TrackedGate,
-    known_objectives,
-)
+from deft_lightning.objectives.base import DeformedLog, Objective, known_objectives
 from deft_lightning.objectives.by_source import BySource
 from deft_lightning.objectives.contaminated import Contaminated, NoiseRates
 from deft_lightning.objectives.deformed import DEFT, NLL, Cayley, Likelihood, Tsallis
@@ -18,6 +10,7 @@ from deft_lightning.objectives.mix import Mix
 from deft_lightning.objectives.remedies import Floored, Schedule
 from deft_lightning.objectives.rescaled import Rescaled
 from deft_lightning.objectives.reweighted import DFT, EAFT, Focal, Truncated
+from deft_lightning.objectives.run_state import Needs, RunState, Tracked, TrackedGate
 
 __all__ = [
     "DEFT",

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from deft_lightning.errors import UserError
 from deft_lightning.functional import TokenStats
-from deft_lightning.objectives.base import Needs, Objective, Wrapper
+from deft_lightning.objectives.base import Objective, Wrapper
 from deft_lightning.objectives.deformed import NLL
+from deft_lightning.objectives.run_state import Needs
 
 
 @dataclass(frozen=True, repr=False)

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from deft_lightning.errors import UserError
 from deft_lightning.functional import TokenStats
-from deft_lightning.objectives.base import DeformedLog, Objective, RunState, Tracked
+from deft_lightning.objectives.base import DeformedLog, Objective
 from deft_lightning.objectives.deformed import DEFT
+from deft_lightning.objectives.run_state import RunState, Tracked
 
 
 class TrackedSources(NamedTuple):

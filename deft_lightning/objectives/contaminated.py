@@ -17,7 +17,8 @@ from torch.nn.functional import logsigmoid
 
 from deft_lightning.errors import UserError
 from deft_lightning.functional import TokenStats
-from deft_lightning.objectives.base import Needs, Objective, RunState
+from deft_lightning.objectives.base import Objective
+from deft_lightning.objectives.run_state import Needs, RunState
 
 Chance = Literal["unigram", "marginal", "least", "unprompted", "best"]
 LOWEST, HIGHEST = 0.01, 0.95  # rates that EM may reach: at 0 and at 1 it would stay for ever

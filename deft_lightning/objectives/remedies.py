@@ -9,8 +9,9 @@ from torch import Tensor
 
 from deft_lightning.errors import UserError
 from deft_lightning.functional import TokenStats
-from deft_lightning.objectives.base import DeformedLog, Objective, RunState, Wrapper
+from deft_lightning.objectives.base import DeformedLog, Objective, Wrapper
 from deft_lightning.objectives.deformed import DEFT, NLL
+from deft_lightning.objectives.run_state import RunState
 
 ROUNDING = 1e-9  # of a sum of shares; less than any optimizer step
 

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from deft_lightning.errors import UserError
 from deft_lightning.functional import TokenStats
-from deft_lightning.objectives.base import Objective, RunState, TrackedGate, Wrapper
+from deft_lightning.objectives.base import Objective, Wrapper
 from deft_lightning.objectives.deformed import DEFT
+from deft_lightning.objectives.run_state import RunState, TrackedGate
 
 
 @dataclass(frozen=True, repr=False)

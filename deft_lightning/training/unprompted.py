@@ -8,10 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-import torch.distributed as dist
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
-from torch import Tensor, nn
+from torch import Tensor
 
 from deft_lightning._version import __version__
 from deft_lightning.data import InstructionDataModule
@@ -20,34 +18,10 @@ from deft_lightning.data.loading.dataset import PreparedDataset
 from deft_lightning.data.loading.unprompted import LOOKED_AT, Unprompted, frame_of, without_prompt
 from deft_lightning.data.progress import progress
 from deft_lightning.errors import UserError
-from deft_lightning.models import base_causal_lm
-from deft_lightning.training.distributed import gather, local, ranks
+from deft_lightning.models.fingerprint import fingerprint
+from deft_lightning.training.distributed import gather, ranks
 
-INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of a float
 BATCH_TOKENS = 4096  # of a batch of answers, padding included; they train nothing
-
-
-@torch.no_grad()
-def fingerprint(model: nn.Module) -> str:
-    """Return a hash of the weights of a model as it is, the same on every rank and for any sharding.
-
-    Adapters that do nothing yet are left out: two runs that add them to one model start from the same model.
-    """
-    named = ((name.replace(".base_layer.", "."), weight) for name, weight in base_causal_lm(model).named_parameters())
-    sums = {name: _sums(parameter) for name, parameter in sorted(named)}
-    idle = not any(any(values) for name, (_, values) in sums.items() if "lora_B" in name)
-    kept = [(name, *about) for name, about in sums.items() if not (idle and "lora_" in name)]
-    return hashlib.sha256(repr(kept).encode()).hexdigest()[:16]
-
-
-def _sums(parameter: Tensor) -> tuple[Any, list[int]]:
-    (share,) = local([parameter])
-    bits = share.contiguous().flatten().view(INTEGERS[share.element_size()]).long()
-    # Sums of integers wrap around and do not depend on an order, so those of shares can be added up.
-    sums = torch.stack([bits.sum(), (bits * bits).sum(), (bits * bits * bits).sum()])
-    if share is not parameter and ranks() > 1:
-        dist.all_reduce(sums)
-    return (tuple(parameter.shape), str(parameter.dtype)), sums.tolist()
 
 
 class UnpromptedPass:

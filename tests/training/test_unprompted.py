@@ -16,8 +16,9 @@ from deft_lightning.callbacks import Checkpoint, NoiseEstimate
 from deft_lightning.data.noise import Noise, ResponseSwap, TokenReplace
 from deft_lightning.errors import UserError
 from deft_lightning.models import LoRA
+from deft_lightning.models.fingerprint import fingerprint
 from deft_lightning.objectives import NLL, Contaminated, Objective
-from deft_lightning.training.unprompted import UnpromptedPass, fingerprint
+from deft_lightning.training.unprompted import UnpromptedPass
 
 ASKS = Contaminated(answer_chance="unprompted")
 
