@@ -125,10 +125,13 @@ def test_no_circle_of_files() -> None:
 
 
 def test_functional_needs_torch_alone() -> None:
-    tree = ast.parse((PACKAGE / "functional.py").read_text(encoding="utf-8"))
-    roots = {node.module.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}
-    roots |= {a.name.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names}
-    assert roots <= {"__future__", "collections", "typing", "torch"}
+    for name in ("functional", "tokens"):
+        tree = ast.parse((PACKAGE / f"{name}.py").read_text(encoding="utf-8"))
+        froms = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module]
+        assert [module for module in froms if module.startswith("deft_lightning")] in ([], ["deft_lightning.tokens"])
+        roots = {module.split(".")[0] for module in froms} - {"deft_lightning"}
+        roots |= {a.name.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names}
+        assert roots <= {"__future__", "collections", "typing", "torch"}
 
 
 @pytest.mark.slow

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from deft_lightning.errors import UserError
 from deft_lightning.functional import TokenStats
-
-if TYPE_CHECKING:
-    from deft_lightning.objectives.base import Objective
 
 SMALLEST_GATE = 0.01  # a mean gate below counts as this much: an objective is scaled up by at most 100
 
@@ -61,6 +58,13 @@ class Tracked(Protocol):
         """Return what is logged of it, by tag."""
 
 
+class Gated(Protocol):
+    """An objective, as far as its gate goes."""
+
+    def gate(self, stats: TokenStats) -> Tensor:
+        """Return the gate of each token."""
+
+
 class TrackedGate(NamedTuple):
     """The running mean gate of an objective, over tokens: each counts as much as it does in the loss.
 
@@ -72,7 +76,7 @@ class TrackedGate(NamedTuple):
         decay: What a step's weight in the mean is multiplied by with each later step, in ``[0, 1)``.
     """
 
-    objective: Objective
+    objective: Gated
     decay: float
 
     @property
@@ -117,7 +121,7 @@ class Needs(NamedTuple):
     reference: bool = False
 
 
-def merged_needs(owner: Objective, one: Needs, other: Needs) -> Needs:
+def merged_needs(owner: object, one: Needs, other: Needs) -> Needs:
     """Return what both of two parts of an objective want.
 
     Raises:

@@ -265,7 +265,7 @@ INVALID: list[tuple[type[Objective], str, Any]] = [
     (BySource, "own", {"a": BySource(own={"b": NLL()})}),
     (BySource, "own", {"a": EAFT(k=3), "b": EAFT(k=4)}),
     (BySource, "own", {"a": Rescaled(), "b": Rescaled()}),
-    (BySource, "own", {"a": Contaminated(chance="least"), "b": Contaminated()}),
+    (BySource, "own", {"a": Contaminated(chance="unigram"), "b": Contaminated()}),
     (BySource, "own", {"a": "NLL"}),
 ]
 

@@ -60,7 +60,7 @@ NOISE = Noise(ops=[TokenReplace(rate=0.3)])
 def on_ranks(root: Path, world: int, strategy: str) -> SFTModule:
     """Steps of two micro-batches, logged every second one."""
     sources = [str(root / f"{name}.jsonl") for name in ANSWERS]
-    objectives = {"a": "Tsallis(q=0.3)", "c": "Contaminated(decay=0.5)"}
+    objectives = {"a": "Tsallis(q=0.3)", "c": "Contaminated(answer_chance=least, decay=0.5)"}
     data = make_data(sources, batch_size=8 // world, noise=NOISE, objectives=objectives)
     options: dict[str, Any] = {
         "devices": world, "strategy": strategy, "log_every_n_steps": 2, "max_epochs": 2, "accumulate_grad_batches": 2,

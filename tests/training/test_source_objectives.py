@@ -97,9 +97,12 @@ def test_monitors_show_the_gate_of_the_objective_of_each_source(world: Path, tmp
 
 
 def test_resume_is_bit_exact_with_rates_of_sources(world: Path, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"batch_size": 4, "objectives": {"a": "Contaminated(decay=0.5)", "c": "Rescaled"}}
+    options: dict[str, Any] = {
+        "batch_size": 4,
+        "objectives": {"a": "Contaminated(answer_chance=least, decay=0.5)", "c": "Rescaled"},
+    }
     pretrained, steps = str(world / "pretrained"), {"max_epochs": -1}
-    base = Contaminated(decay=0.5)
+    base = Contaminated(answer_chance="least", decay=0.5)
     whole = run(
         tmp_path / "whole", pretrained, make_data(sources(world), **options), objective=base, max_steps=6, **steps
     )
@@ -121,7 +124,7 @@ def test_resume_is_bit_exact_with_rates_of_sources(world: Path, tmp_path: Path) 
     assert same_state(whole.model, second.model)
     assert whole.normaliser.memory == second.normaliser.memory and len(whole.normaliser.memory) == 6
     about = torch.load(last, weights_only=True)["deft_lightning"]
-    own = {"a": Contaminated(decay=0.5), "c": Rescaled()}
+    own = {"a": Contaminated(answer_chance="least", decay=0.5), "c": Rescaled()}
     assert about["objective"] == repr(BySource(base, own)) and len(about["rates"]) == 4 and len(about["gates"]) == 6
     assert about["rates"][0] != about["rates"][2]
 
@@ -131,8 +134,9 @@ def test_a_checkpoint_of_other_objectives_keeps_its_rates_to_itself(world: Path,
     saved = Checkpoint(dirpath=str(tmp_path / "saved"))
     run(tmp_path / "first", pretrained, make_data(sources(world)), saved, objective=Rescaled(), max_steps=2)
     found = run(
-        tmp_path / "second", pretrained, make_data(sources(world), objectives={"b": "Contaminated"}), max_steps=4,
-        max_epochs=2, ckpt_path=str(tmp_path / "saved" / "last.ckpt"), objective=Contaminated(start=0.3),
+        tmp_path / "second", pretrained, make_data(sources(world), objectives={"b": "Contaminated(answer_chance=least)"}),
+        max_steps=4, max_epochs=2, ckpt_path=str(tmp_path / "saved" / "last.ckpt"),
+        objective=Contaminated(answer_chance="least", start=0.3),
     )  # fmt: skip
     assert len(found.normaliser.memory) == 4 and all(0.01 <= rate < 0.5 for rate in found.normaliser.memory)
 

@@ -33,7 +33,7 @@ EXACT = 2e-5
 KINDS: list[Objective] = [
     NOISY,
     Contaminated(level="token", decay=0.5, start=0.3),
-    Contaminated(level="answer", chance="marginal", decay=0.5, start=0.3, opening=0.5),
+    Contaminated(level="answer", chance="marginal", answer_chance="marginal", decay=0.5, start=0.3, opening=0.5),
 ]
 ANSWERS = ["2", "red, green and blue", "Hello! How are you?", "y", "c a t", "no", "one two three four five", "!!"]
 
@@ -149,10 +149,12 @@ def test_rates_are_logged(world: Path) -> None:
 
 def test_without_the_counts_of_the_data_module_it_is_one_line(world: Path, tmp_path: Path) -> None:
     examples = [random_example(seed, 12, 4) for seed in range(8)]
-    module = SFTModule(Contaminated(), pretrained=str(world / "pretrained"), scheduler=constant)
+    module = SFTModule(Contaminated(answer_chance=None), pretrained=str(world / "pretrained"), scheduler=constant)
     with pytest.raises(UserError, match=r"^Contaminated\(.*training labels are.*InstructionDataModule") as refused:
         bare_trainer(tmp_path).fit(module, loader(examples, 4))
     assert "\n" not in str(refused.value)
-    module = SFTModule(Contaminated(chance="marginal"), pretrained=str(world / "pretrained"), scheduler=constant)
+    module = SFTModule(
+        Contaminated(chance="marginal", answer_chance=None), pretrained=str(world / "pretrained"), scheduler=constant
+    )
     bare_trainer(tmp_path).fit(module, loader(examples, 4))
     assert len(module.normaliser.memory) == 2, "what the model itself says needs no counts"
