@@ -134,8 +134,9 @@ def test_a_checkpoint_of_other_objectives_keeps_its_rates_to_itself(world: Path,
     saved = Checkpoint(dirpath=str(tmp_path / "saved"))
     run(tmp_path / "first", pretrained, make_data(sources(world)), saved, objective=Rescaled(), max_steps=2)
     found = run(
-        tmp_path / "second", pretrained, make_data(sources(world), objectives={"b": "Contaminated(answer_chance=least)"}),
-        max_steps=4, max_epochs=2, ckpt_path=str(tmp_path / "saved" / "last.ckpt"),
+        tmp_path / "second", pretrained,
+        make_data(sources(world), objectives={"b": "Contaminated(answer_chance=least)"}), max_steps=4,
+        max_epochs=2, ckpt_path=str(tmp_path / "saved" / "last.ckpt"),
         objective=Contaminated(answer_chance="least", start=0.3),
     )  # fmt: skip
     assert len(found.normaliser.memory) == 4 and all(0.01 <= rate < 0.5 for rate in found.normaliser.memory)
