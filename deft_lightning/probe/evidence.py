@@ -39,7 +39,8 @@ class Answers:
         tokens: How many are supervised, at least 1.
         gain: ``sum log p - sum log u`` in nats, u being the better of the two chances for the answer.
         asked: Whether that is the model without the prompt, rather than word frequencies.
-        evidence: ``sum log a - sum log u`` at each rate of :data:`GRID`, shape ``(33, n)``, in nats.
+        evidence: ``sum log a - sum log b`` at each rate of :data:`GRID`, shape ``(33, n)``, in nats: model and chance,
+            each with that share of tokens from word frequencies.
         kept: Sum of the tokens' posteriors at each of these rates, shape ``(33, n)``.
         sure: Tokens with a collision probability of at least :data:`SURE`.
         sure_right: Those of them of which the label is the first choice.
@@ -103,27 +104,30 @@ class EvidenceTally:
         def summed(values: Tensor) -> Numbers:
             return torch.zeros(len(keep), dtype=torch.float64).index_add_(0, row, values.double()).numpy()
 
-        known = summed(chance)
-        asked = np.full(len(keep), -np.inf)
-        for place, at in enumerate(positions):
-            values = None if bare is None else bare.of(at)
-            if values is not None:
-                asked[place] = values.sum(dtype=np.float64)
-        lift = np.maximum(asked - known, 0.0)
+        # Answers without a prompt to leave out have word frequencies alone.
+        alone = [None if bare is None else bare.of(at) for at in positions]
+        counts = summed(torch.ones_like(log_prob))
+        there = counts > 0
+        rows = zip(alone, chance.split(counts.astype(int).tolist()), strict=True)
+        asked = torch.cat([own if values is None else torch.from_numpy(values).double() for values, own in rows])
         plain = TokenStats(log_prob, stats.collision, stats.entropy, stats.correct, chance=chance, example=row)
         evidence, kept = [], []
         model = Contaminated()
         for odds in GRID.tolist():
-            posterior = model.with_(rates=NoiseRates(0.5, 1 / (1 + math.exp(-odds)))).posterior(plain)
-            evidence.append(summed(posterior.evidence / posterior.size) - lift)
+            rate = 1 / (1 + math.exp(-odds))
+            posterior = model.with_(rates=NoiseRates(0.5, rate)).posterior(plain)
+            # What the model says without the prompt has wrong tokens as well: else each token that neither knows would
+            # speak for the answer. Of word frequencies the mixture is what they are.
+            mixed = torch.logaddexp(asked + math.log1p(-rate), chance + math.log(rate))
+            evidence.append(summed(posterior.evidence / posterior.size) - np.maximum(summed(mixed - chance), 0.0))
             kept.append(summed(posterior.token))
+        lift = summed(asked - chance)
+        gain = summed(log_prob - chance) - np.maximum(lift, 0.0)
         sure = stats.collision >= SURE
-        counts = summed(torch.ones_like(log_prob))
-        there = counts > 0
         self._parts.append(
             Answers(
-                np.asarray(positions, np.int64)[there], counts[there], (summed(log_prob) - known - lift)[there],
-                (asked > known)[there], np.stack(evidence)[:, there], np.stack(kept)[:, there], summed(sure)[there],
+                np.asarray(positions, np.int64)[there], counts[there], gain[there], (lift > 0)[there],
+                np.stack(evidence)[:, there], np.stack(kept)[:, there], summed(sure)[there],
                 summed(sure & stats.correct)[there], summed(codes > 0)[there],
             )
         )  # fmt: skip

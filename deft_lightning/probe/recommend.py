@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 FEW = 0.1  # share of answers with a gain below which the model is said to know nothing of the labels
 OFTEN_SURE = 1 / 3  # share of tokens from which the model is said to be sure
 MOSTLY_WRONG = 0.5  # how often it is right where it is sure, below which it is sure of something else
-CLEAN = 0.05  # estimated share of wrong answers below which data count as clean
+CLEAN = 0.05  # estimated share of wrong answers, and of wrong tokens in the others, below which data count as clean
 LARGE = 0.5  # gain a token in nats from which the model counts as knowing the task
 
 CONTAMINATED = "Contaminated(chance=least)"
@@ -20,6 +20,7 @@ class Facts(NamedTuple):
 
     Attributes:
         noise: Estimated share of wrong answers.
+        noise_tokens: Estimated share of wrong tokens in the others.
         gain_token: Mean gain over chance a token, in nats.
         gain_positive: Share of answers that the model explains better than chance.
         sure: Share of tokens where the model is sure.
@@ -27,6 +28,7 @@ class Facts(NamedTuple):
     """
 
     noise: float
+    noise_tokens: float
     gain_token: float
     gain_positive: float
     sure: float
@@ -58,7 +60,7 @@ def recommend(facts: Facts) -> Recommendation:
     - ``clean``: little noise and a large gain. Objectives hardly differ: NLL.
     - ``mixed``: everything else. The noise model sorts the answers.
     """
-    noise, gain = f"{facts.noise:.2f}", f"{facts.gain_token:.2f}"
+    seen = f"{facts.noise:.2f} of the answers and {facts.noise_tokens:.2f} of the tokens in the others look like noise"
     if facts.gain_positive < FEW:
         some = f"it explains {facts.gain_positive:.2f} of the answers better than chance"
         if facts.sure >= OFTEN_SURE and facts.sure_right is not None and facts.sure_right < MOSTLY_WRONG:
@@ -73,14 +75,14 @@ def recommend(facts: Facts) -> Recommendation:
             f"{CONTAMINATED}: the model does not know this task yet ({some}), so the noise rate is no estimate, and"
             " this objective learns from scratch about as well as NLL",
         )  # fmt: skip
-    if facts.noise < CLEAN and facts.gain_token >= LARGE:
+    if max(facts.noise, facts.noise_tokens) < CLEAN and facts.gain_token >= LARGE:
         return Recommendation(
             "NLL", "clean",
-            f"NLL: {noise} of the answers look like noise and the model gains {gain} nats a token over chance, so that"
-            " objectives hardly differ (Contaminated does as well)",
+            f"NLL: {seen}, and the model gains {facts.gain_token:.2f} nats a token over chance, so that objectives"
+            " hardly differ (Contaminated does as well)",
         )  # fmt: skip
     return Recommendation(
         CONTAMINATED, "mixed",
-        f"{CONTAMINATED}: {noise} of the answers look like noise, and the model explains {facts.gain_positive:.2f} of"
-        " the answers better than chance, so that it can tell which",
+        f"{CONTAMINATED}: {seen}, and the model explains {facts.gain_positive:.2f} of the answers better than chance,"
+        " so that it can tell which",
     )  # fmt: skip

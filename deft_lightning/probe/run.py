@@ -165,7 +165,8 @@ def _estimate(
     if "truth" in report:
         wrong, right = (np.array([suspect.wrong is value for suspect in about]) for value in (True, False))
         report["truth"]["auroc_evidence"] = _told(estimate, wrong, right)
-    facts = Facts(noise["answers"], found["gain_token"], found["gain_positive"], found["sure"], found["sure_right"])
+    looked_at = ("gain_token", "gain_positive", "sure", "sure_right")
+    facts = Facts(noise["answers"], noise["tokens"], *(found[name] for name in looked_at))
     report |= {"noise_estimate": noise, "measured": found, "recommendation": recommend(facts)._asdict()}
 
 

@@ -7,16 +7,22 @@ import pytest
 from deft_lightning.objectives import known_objectives
 from deft_lightning.probe.recommend import Facts, recommend
 
+LEAST = "Contaminated(chance=least)"
 CASES = {
-    "strong prior, 60 % wrong": (Facts(0.59, -4.0, 0.41, 0.99, 0.54), "mixed", "Contaminated(chance=least)"),
-    "strong prior, 80 % wrong": (Facts(0.78, -5.5, 0.21, 0.99, 0.39), "mixed", "Contaminated(chance=least)"),
-    "some noise": (Facts(0.12, 2.0, 0.9, 0.8, 0.9), "mixed", "Contaminated(chance=least)"),
-    "clean, well known": (Facts(0.01, 2.5, 0.99, 0.9, 0.98), "clean", "NLL"),
-    "clean, hardly known": (Facts(0.01, 0.1, 0.7, 0.1, 0.6), "mixed", "Contaminated(chance=least)"),
-    "random weights": (Facts(0.95, -1.4, 0.0, 0.0, None), "unknown", "Contaminated(chance=least)"),
-    "sure of nothing it is asked": (Facts(0.95, -1.4, 0.05, 0.2, 0.3), "unknown", "Contaminated(chance=least)"),
-    "sure and right, but not by the prompt": (Facts(0.9, 0.0, 0.05, 0.8, 0.9), "unknown", "Contaminated(chance=least)"),
-    "sure of another rule": (Facts(0.95, -4.0, 0.03, 0.9, 0.2), "other", None),
+    "strong prior, 60 % wrong": (Facts(0.59, 0.01, -4.0, 0.41, 0.99, 0.54), "mixed", LEAST),
+    "strong prior, 80 % wrong": (Facts(0.78, 0.01, -5.5, 0.21, 0.99, 0.39), "mixed", LEAST),
+    "some noise": (Facts(0.12, 0.01, 2.0, 0.9, 0.8, 0.9), "mixed", LEAST),
+    "clean, well known": (Facts(0.01, 0.01, 2.5, 0.99, 0.9, 0.98), "clean", "NLL"),
+    "wrong tokens in right answers": (Facts(0.01, 0.2, 1.2, 0.99, 0.9, 0.8), "mixed", LEAST),
+    "clean, hardly known": (Facts(0.01, 0.01, 0.1, 0.7, 0.1, 0.6), "mixed", LEAST),
+    "random weights": (Facts(0.95, 0.01, -1.4, 0.0, 0.0, None), "unknown", LEAST),
+    "sure of nothing it is asked": (Facts(0.95, 0.01, -1.4, 0.05, 0.2, 0.3), "unknown", LEAST),
+    "sure and right, but not by the prompt": (
+        Facts(0.9, 0.01, 0.0, 0.05, 0.8, 0.9),
+        "unknown",
+        "Contaminated(chance=least)",
+    ),
+    "sure of another rule": (Facts(0.95, 0.01, -4.0, 0.03, 0.9, 0.2), "other", None),
 }
 
 
@@ -31,7 +37,8 @@ def test_a_rule_speaks(case: str) -> None:
 
 
 def test_the_numbers_it_rests_on_are_said() -> None:
-    assert "0.41 of the answers better than chance" in recommend(CASES["strong prior, 60 % wrong"][0]).text
+    mixed = recommend(CASES["strong prior, 60 % wrong"][0]).text
+    assert "0.59 of the answers and 0.01 of the tokens" in mixed and "0.41 of the answers better than chance" in mixed
     assert "gains 2.50 nats a token" in recommend(CASES["clean, well known"][0]).text
     other = recommend(CASES["sure of another rule"][0]).text
     assert "0.03" in other and "0.20" in other
