@@ -164,7 +164,10 @@ def rate_text(record: JsonObject, operations: Sequence[JsonObject], truth: JsonO
             "  Warning: a third of the answers or more look like noise. They are wrong, or the model does not know"
             " the task."
         )
-    lines.append("  It cannot see noise that agrees with itself, and takes what the model does not know for noise.")
+    lines.append(
+        "  It cannot see noise that agrees with itself, nor one wrong number in a long answer; and it takes what the"
+        " model does not know for noise."
+    )
     return lines
 
 
