@@ -12,10 +12,7 @@ MOSTLY_WRONG = 0.5  # how often it is right where it is sure, below which it is 
 CLEAN = 0.05  # estimated share of wrong answers, and of wrong tokens in the others, below which data count as clean
 LARGE = 0.5  # gain a token in nats from which the model counts as knowing the task
 
-ASKED = 0.5  # share of answers whose chance is the model without the prompt, from which word frequencies do not do
-
-CONTAMINATED = "Contaminated(chance=least)"
-ASKING = "Contaminated(chance=least, answer_chance=best)"
+CONTAMINATED = "Contaminated"  # with its defaults
 
 
 class Facts(NamedTuple):
@@ -28,7 +25,6 @@ class Facts(NamedTuple):
         gain_positive: Share of answers that the model explains better than chance.
         sure: Share of tokens where the model is sure.
         sure_right: How often the label is the first choice there; None where it is never sure.
-        asked: Share of answers that the model without the prompt explains better than word frequencies do.
     """
 
     noise: float
@@ -37,7 +33,6 @@ class Facts(NamedTuple):
     gain_positive: float
     sure: float
     sure_right: float | None
-    asked: float
 
 
 class Recommendation(NamedTuple):
@@ -63,7 +58,7 @@ def recommend(facts: Facts) -> Recommendation:
       with itself look alike: none is recommended.
     - ``unknown``: hardly any answer has a gain, and the model is not sure. It knows nothing of the task.
     - ``clean``: little noise and a large gain. Objectives hardly differ: NLL.
-    - ``mixed``: everything else. The noise model sorts the answers, with the chance that has done so in the probe.
+    - ``mixed``: everything else. The noise model sorts the answers.
     """
     seen = f"{facts.noise:.2f} of the answers and {facts.noise_tokens:.2f} of the tokens in the others look like noise"
     if facts.gain_positive < FEW:
@@ -86,9 +81,8 @@ def recommend(facts: Facts) -> Recommendation:
             f"NLL: {seen}, and the model gains {facts.gain_token:.2f} nats a token over chance, so that objectives"
             " hardly differ (Contaminated does as well)",
         )  # fmt: skip
-    sorting = ASKING if facts.asked >= ASKED else CONTAMINATED
     return Recommendation(
-        sorting, "mixed",
-        f"{sorting}: {seen}, and the model explains {facts.gain_positive:.2f} of the answers better than chance,"
+        CONTAMINATED, "mixed",
+        f"{CONTAMINATED}: {seen}, and the model explains {facts.gain_positive:.2f} of the answers better than chance,"
         " so that it can tell which",
     )  # fmt: skip

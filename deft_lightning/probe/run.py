@@ -166,7 +166,7 @@ def _estimate(
         wrong, right = (np.array([suspect.wrong is value for suspect in about]) for value in (True, False))
         report["truth"]["auroc_evidence"] = _told(estimate, wrong, right)
     looked_at = ("gain_token", "gain_positive", "sure", "sure_right")
-    facts = Facts(noise["answers"], noise["tokens"], *(found[name] for name in looked_at), noise["asked"])
+    facts = Facts(noise["answers"], noise["tokens"], *(found[name] for name in looked_at))
     report |= {"noise_estimate": noise, "measured": found, "recommendation": recommend(facts)._asdict()}
 
 
