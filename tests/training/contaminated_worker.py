@@ -1,7 +1,7 @@
 """A run of the noise model, the same for one process and for two ranks; as a script, one rank of it.
 
-``python contaminated_worker.py FOLDER STRATEGY`` with LOCAL_RANK, WORLD_SIZE and MASTER_* set joins the other rank and
-leaves ``STRATEGY.pt`` with weights, rates and mean prediction in FOLDER.
+``python contaminated_worker.py FOLDER STRATEGY [best]`` with LOCAL_RANK, WORLD_SIZE and MASTER_* set joins the other
+rank and leaves ``STRATEGY.pt`` with weights, rates and mean prediction in FOLDER.
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ from deft_lightning.objectives import Contaminated, Objective
 
 NOISE = Noise(ops=[ResponseSwap(rate=0.5)])
 NOISY: Objective = Contaminated(chance="least", answer_chance="unigram", decay=0.5, start=0.3)
+
+# The default chances, one of them what the model says of an answer without its prompt.
+BEST: Objective = Contaminated(decay=0.5, start=0.3)
 
 
 def train(
@@ -49,6 +52,7 @@ def found(module: SFTModule) -> dict[str, Any]:
 
 if __name__ == "__main__":
     folder, strategy = Path(sys.argv[1]), sys.argv[2]
-    on_both = found(train(folder, {"batch_size": 4}, devices=2, strategy=strategy))
+    kept = {"batch_size": 4, "cache_dir": str(folder / f"cache of {strategy}")}  # nothing that one process has computed
+    on_both = found(train(folder, kept, objective=BEST if "best" in sys.argv else NOISY, devices=2, strategy=strategy))
     if os.environ["LOCAL_RANK"] == "0":
         torch.save(on_both, folder / f"{strategy}.pt")

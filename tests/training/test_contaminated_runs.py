@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from contaminated_worker import NOISY, found, train
+from contaminated_worker import BEST, NOISY, found, train
 from lightning.pytorch import Callback
 from start_ranks import run_ranks
 from test_module import loader
@@ -79,9 +79,13 @@ def test_packing_judges_answers_as_rows_of_their_own(objective: Objective, world
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_two_ranks_are_one_process(strategy: str, world: Path) -> None:
-    run_ranks(Path(__file__).with_name("contaminated_worker.py"), world, strategy)
-    assert_same(torch.load(world / f"{strategy}.pt", weights_only=True), found(train(world)))
+@pytest.mark.parametrize("kind", ["unigram", "best"])
+def test_two_ranks_are_one_process(kind: str, strategy: str, world: Path) -> None:
+    run_ranks(Path(__file__).with_name("contaminated_worker.py"), world, strategy, kind)
+    one = train(world, objective=BEST if kind == "best" else NOISY)
+    assert_same(torch.load(world / f"{strategy}.pt", weights_only=True), found(one))
+    if kind == "best":
+        assert list((world / f"cache of {strategy}" / "unprompted").glob("*.npz")), "the pass was made on both ranks"
 
 
 @pytest.mark.parametrize("cut", [3, 4])  # in the middle of an epoch of four steps, and at its end
