@@ -120,6 +120,12 @@ class ContextSource:
         if self.marginal is not None:
             self.marginal.fold(skipped)
 
+    def go_on_from(self, other: ContextSource) -> None:
+        """Keep the mean prediction of the same model's run, for a validation after it."""
+        if self.marginal is not None and other.marginal is not None:
+            if len(self.marginal.mean) == len(other.marginal.mean):
+                self.marginal = other.marginal
+
     def state_dict(self) -> dict[str, list[float]]:
         """Return what a checkpoint keeps."""
         return {} if self.marginal is None else {"marginal": self.marginal.mean.tolist()}

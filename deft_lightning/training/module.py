@@ -170,7 +170,11 @@ class SFTModule(LightningModule):
             strategy = getattr(trainer, "strategy", None)
             self.model, self.batch_loss = self.source.place(self._build, strategy, compared)
             self.batch_loss.forgetting = self.forgetting
-        self.batch_loss.context = context_of(self.objective, self.model, self.prompts, self.watched_needs)
+        before, self.batch_loss.context = (
+            self.batch_loss.context,
+            context_of(self.objective, self.model, self.prompts, self.watched_needs),
+        )
+        self.batch_loss.context.go_on_from(before)
 
     def _build(self) -> CausalLM:
         prompts = self.prompts

@@ -162,3 +162,11 @@ def test_without_the_counts_of_the_data_module_it_is_one_line(world: Path, tmp_p
     )
     bare_trainer(tmp_path).fit(module, loader(examples, 4))
     assert len(module.normaliser.memory) == 2, "what the model itself says needs no counts"
+
+
+def test_a_validation_after_a_run_keeps_its_mean_prediction(world: Path) -> None:
+    module = train(world, {"validation_fraction": 0.25}, objective=BEST, max_epochs=1)
+    mean = found(module)["marginal"]
+    assert float(mean.max()) > 2 / len(mean), "it is no longer uniform"
+    bare_trainer(world / "again").validate(module, datamodule=module.trainer.datamodule, verbose=False)
+    assert torch.equal(found(module)["marginal"], mean)
