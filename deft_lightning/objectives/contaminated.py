@@ -43,13 +43,15 @@ class Posterior(NamedTuple):
         mixture: ``log((1 - e2) p + e2 u)`` in nats, differentiable where ``log p`` is.
         token: ``P(the token is right | its answer is)`` in ``[0, 1]``, detached.
         answer: ``P(its answer is right)`` in ``[0, 1]``, the same for all tokens of an answer, detached.
-        evidence: ``sum log a - log u`` over its answer, in nats, detached; 0 where answers are not judged.
+        noise: ``log b`` in nats, how probable the token is in an answer that is noise, detached.
+        evidence: ``sum log a - log b`` over its answer, in nats, detached; 0 where answers are not judged.
         size: Tokens of its answer.
     """
 
     mixture: Tensor
     token: Tensor
     answer: Tensor
+    noise: Tensor
     evidence: Tensor
     size: Tensor
 
@@ -100,9 +102,11 @@ class Contaminated(Objective):
     A token of a right answer has the label that the model would give with probability ``1 - e2``, else one by chance
     ``u``; a whole answer is noise with probability ``e1``, all its tokens by chance. For the tokens t of an answer
 
-        a_t = (1 - e2) p_t + e2 u_t             w = sigmoid(sum_t log(a_t / u_t) - logit(e1))
-        loss = -log((1 - e1) prod_t a_t + e1 prod_t u_t)          gate_t = w (1 - e2) p_t / a_t
+        a_t = (1 - e2) p_t + e2 u_t             b_t = (1 - e2) q_t + e2 u_t
+        w = sigmoid(sum_t log(a_t / b_t) - logit(e1))
+        loss = -log((1 - e1) prod_t a_t + e1 prod_t b_t)          gate_t = w (1 - e2) p_t / a_t
 
+    with ``q`` the chance of answers; where it is that of tokens, ``b = u``.
     The loss is a likelihood in nats, shared out to the tokens of an answer: each has ``-w log a - (1 - w) log u``, and
     an even part of what the verdict on the answer costs. Rates of 0 are NLL. After
     each optimizer step they move towards the mean posterior of its tokens (EM): ``e1`` to the mean of ``1 - w`` over
@@ -211,16 +215,21 @@ class Contaminated(Objective):
             mixture = torch.logaddexp(log_prob + math.log1p(-rate), chance + math.log(rate))
             token = (log_prob.detach() + math.log1p(-rate) - mixture.detach()).exp()
         if self.level == "token":
-            return Posterior(mixture, token, torch.ones_like(token), torch.zeros_like(token), torch.ones_like(token))
+            ones = torch.ones_like(token)
+            return Posterior(mixture, token, ones, chance, torch.zeros_like(token), ones)
         if stats.example is None:
             raise UserError(f"{self!r} needs TokenStats.example, the answer of each token, to judge whole answers")
-        answer_chance = chance if stats.answer_chance is None else stats.answer_chance.detach()
+        noise = chance if stats.answer_chance is None else stats.answer_chance.detach()
+        if rate > 0 and stats.answer_chance is not None:
+            # Single tokens may be noise in either kind of answer: else each that nobody expects, of which real text has
+            # many, would speak for the answer.
+            noise = torch.logaddexp(noise + math.log1p(-rate), chance + math.log(rate))
         place = answers_of(stats.example)
-        total = torch.zeros_like(log_prob).index_add_(0, place, mixture.detach() - answer_chance)
+        total = torch.zeros_like(log_prob).index_add_(0, place, mixture.detach() - noise)
         size = torch.zeros_like(log_prob).index_add_(0, place, torch.ones_like(token))
         evidence = total[place]
         answer = torch.sigmoid(evidence - _logit(self.rates.answers))
-        return Posterior(mixture, token, answer, evidence, size[place])
+        return Posterior(mixture, token, answer, noise, evidence, size[place])
 
     def noise_sums(self, stats: TokenStats) -> Tensor:
         """Return ``sum 1 - w`` and count of answers, ``sum w (1 - token)`` and ``sum w`` of tokens; float64.
@@ -237,23 +246,22 @@ class Contaminated(Objective):
 
     @torch.no_grad()
     def _of_answer(self, found: Posterior, stats: TokenStats) -> Tensor:
-        """Return what makes ``-w log a`` of the tokens of an answer ``-log((1 - e1) prod a + e1 prod u)``.
+        """Return what makes ``-w log a`` of the tokens of an answer ``-log((1 - e1) prod a + e1 prod b)``.
 
-        Of each token ``-(1 - w) log u``, and evenly the divergence of w from what it is before an answer is seen.
+        Of each token ``-(1 - w) log b``, and evenly the divergence of w from what it is before an answer is seen.
         """
-        rate, chance = self.rates.answers, stats.chance if stats.answer_chance is None else stats.answer_chance
-        assert chance is not None
+        rate = self.rates.answers
         if rate <= 0:
-            return torch.zeros_like(chance)
+            return torch.zeros_like(found.noise)
         log_odds = found.evidence - _logit(rate)
-        return -torch.sigmoid(-log_odds) * chance + _divergence(log_odds, rate) / found.size
+        return -torch.sigmoid(-log_odds) * found.noise + _divergence(log_odds, rate) / found.size
 
     def __call__(self, stats: TokenStats) -> Tensor:
         """Return the loss per token; its derivative by ``log p`` is minus the posterior."""
         found = self.posterior(stats)
         loss = -found.mixture
         if self.level != "token":
-            # The derivative by an answer's log p is that of -log((1 - e1) prod a + e1 prod u): with w held fixed, what
+            # The derivative by an answer's log p is that of -log((1 - e1) prod a + e1 prod b): with w held fixed, what
             # is added has none. Token by token, so that a weight on one does not reach the others of its answer.
             loss = -found.answer * found.mixture + self._of_answer(found, stats)
         if self.opened:

@@ -233,7 +233,7 @@ def test_sizes_inside_of_a_part(folder: Path) -> None:
 def test_a_mask_beside_the_weights_counts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sizes_module, "available_memory", lambda: 1 << 24)
     options = {"model_type": "gpt_neo", "hidden_size": 4, "num_heads": 1, "num_layers": 1, "vocab_size": 8}
-    with pytest.raises(UserError, match=r"0\.1 GiB of memory"):
+    with pytest.raises(UserError, match=r"95\.5 MiB of memory"):
         from_architecture(
             {**options, "attention_types": [[["global"], 1]], "max_position_embeddings": 10_000}, None, "float32"
         )
@@ -283,7 +283,7 @@ def test_sizes_of_a_checkpoints_model(tmp_path: Path, name: str, value: int) -> 
 
 def test_a_model_that_memory_does_not_hold_says_both_numbers(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sizes_module, "available_memory", lambda: 1000)
-    says = r"weights need 0\.0 GiB of memory in float32, 0\.0 GiB are available; .*--model\.dtype bfloat16"
+    says = r"weights need 0\.0 MiB of memory in float32, 0\.0 MiB are available; .*--model\.dtype bfloat16"
     refused(folder, says)
     with pytest.raises(UserError, match=says):
         from_architecture(LLAMA, None, "float32")

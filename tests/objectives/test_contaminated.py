@@ -55,7 +55,8 @@ def likelihood(log_prob: Tensor, stats: TokenStats, e1: float, e2: float) -> Ten
     """Minus the log-likelihood of all answers, as it is published; plain products."""
     assert stats.chance is not None
     u = stats.chance.exp()
-    v = u if stats.answer_chance is None else stats.answer_chance.exp()
+    # Single tokens may be noise in either kind of answer.
+    v = u if stats.answer_chance is None else (1 - e2) * stats.answer_chance.exp() + e2 * u
     a = (1 - e2) * log_prob.exp() + e2 * u
     return torch.stack([-torch.log((1 - e1) * a[at].prod() + e1 * v[at].prod()) for at in answers(stats)]).sum()
 
