@@ -128,9 +128,8 @@ def chart_layout(noise: bool, focus: bool, scale: bool) -> Charts:
         "Token accuracy": _lines("train/token_accuracy", "val/token_accuracy"),
     }
     charts: Charts = {"Gate": gate}
-    gate["Noise rate: answers, tokens (estimated, true)"] = _lines(
-        "noise/estimated", "noise/estimated_tokens", "noise/true", "noise/true_tokens"
-    )
+    true = ("noise/true", "noise/true_tokens") if noise else ()
+    gate["Noise rate: of answers, of tokens"] = _lines("noise/estimated", "noise/estimated_tokens", *true)
     if noise:
         charts["Clean against noisy labels"] = {
             "Gate": _lines("gate/clean", "gate/noisy"),

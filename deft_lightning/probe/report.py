@@ -95,7 +95,8 @@ def _objectives(report: Record) -> list[str]:
     ]
     lines = _columns("objective", head, rows)
     lines.append("* chosen; shrinkage: gradient mass relative to NLL; lr factor: its inverse")
-    return lines + [f"  left out {name}: {why}" for name, why in report["left_out"].items()]
+    # The whole reason is in probe.json: that of a class of one's own may be a page.
+    return lines + [textwrap.shorten(f"  left out {name}: {why}", 80) for name, why in report["left_out"].items()]
 
 
 def _columns(title: str, head: Sequence[str], rows: Sequence[tuple[str, list[float | None]]]) -> list[str]:

@@ -94,7 +94,7 @@ def charts_of(found: layout_pb2.Layout) -> dict[str, list[str]]:
 def test_every_chart_of_the_layout_finds_its_lines_in_the_run(run: Path) -> None:
     found = read_events(run)
     charts = charts_of(layout(found))
-    assert len(charts) == 15
+    assert len(charts) == 16
     for title, patterns in charts.items():
         for pattern in patterns:
             # TensorBoard matches from the start of a tag.
@@ -115,7 +115,10 @@ def test_without_noise_or_focus_there_are_no_charts_of_them(tmp_path: Path) -> N
 
     found = read_events(fit(tmp_path, Dashboard(), DFT(), noise=False).log_dir)
     titles = " ".join(charts_of(layout(found)))
-    assert "Mean p" in titles and "Losses" in titles and "nois" not in titles.lower() and "ocus" not in titles
+    assert "Mean p" in titles and "Losses" in titles and "ocus" not in titles
+    assert "noisy" not in titles.lower() and "Noise rate" in titles
+    (rates,) = (lines for title, lines in charts_of(layout(found)).items() if "Noise rate" in title)
+    assert rates == ["noise/estimated$", "noise/estimated_tokens$"], "what is true is not known"
 
 
 def test_the_scale_has_a_chart_where_there_is_one(tmp_path: Path) -> None:

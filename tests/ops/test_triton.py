@@ -45,6 +45,7 @@ from deft_lightning.ops.backend import choose_kernel
 from deft_lightning.ops.linear import linear_loss, linear_token_stats
 from deft_lightning.ops.torch_rows import Transform
 
+HERE = Path(__file__)
 ROOT = Path(__file__).parents[2]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -177,7 +178,9 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[Any, ...], 
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {
         "TRITON_CACHE_DIR": str(folder / "cache"),
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent), environment.get("PYTHONPATH", "")]),
+        "PYTHONPATH": os.pathsep.join(
+            [str(ROOT), *map(str, Path(__file__).parents[:2]), environment.get("PYTHONPATH", "")]
+        ),
     }
     command = [sys.executable, "-c", "import test_triton; test_triton.compile_kernels()"]
     done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=300)
@@ -406,6 +409,8 @@ class TestInterpreted:
     @pytest.mark.parametrize("padding", [-torch.inf, torch.finfo(torch.float32).min])
     @every_objective
     def test_entries_without_mass_disturb_nothing(self, objective: Objective, padding: float) -> None:
+        if objective.needs.reference and padding == -torch.inf:
+            pytest.skip("a reference that bars nothing is infinitely far from a prediction that does")
         vocab = 4096 + 40
         case = problem(3, vocab, masked=0.0, bias=True, seed=6, logit_scale=0.5)
         assert case.bias is not None
@@ -550,8 +555,9 @@ class TestInterpreted:
         targets, transform = torch.tensor([0, vocab - 1, vocab // 2, 0]), Transform(softcap=7.0, topk=3)
         wanted, right = rows(product.clone().contiguous(), targets, transform)
         found, gradient = rows(product, targets, transform)
-        for f, w in zip(found[:-1], wanted[:-1], strict=True):  # the last field is what tokens weigh: none here
-            assert f is not None and w is not None and torch.equal(f, w)
+        assert [f is None for f in found] == [w is None for w in wanted] and found.topk_entropy is not None
+        for f, w in zip(found, wanted, strict=True):
+            assert f is None or (w is not None and torch.equal(f, w))
         assert torch.equal(gradient, right)
         assert (buffer[:, :3] == 1000).all() and (buffer[:, 3 + vocab :] == 1000).all()
 
