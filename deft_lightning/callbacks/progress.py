@@ -1,4 +1,4 @@
-"""Progress bar: loss, plain NLL and throughput."""
+"""Progress bar: loss, plain NLL, noise rate and throughput."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 
 
 class SFTProgressBar(TQDMProgressBar):
-    """Shows loss, nll, validation nll and the tokens per second of this rank (padding left out) since the last refresh.
+    """Shows loss, nll, validation nll, the estimated share of wrong answers, and the tokens per second of this rank.
+
+    Tokens are counted since the last refresh, padding left out.
 
     Args:
         refresh_rate: Batches between updates; None is 1 in a terminal and 10 in a file.
@@ -47,7 +49,7 @@ class SFTProgressBar(TQDMProgressBar):
     ) -> dict[str, int | str | float | dict[str, float]]:
         """Return what stands behind the bar."""
         logged = trainer.progress_bar_metrics
-        names = {"train/loss": "loss", "train/nll": "nll", "val/nll": "val_nll"}
+        names = {"train/loss": "loss", "train/nll": "nll", "val/nll": "val_nll", "noise/estimated": "noise"}
         shown: dict[str, Any] = {short: logged[name] for name, short in names.items() if name in logged}
         if self._rate:
             shown["tok/s"] = f"{self._rate:.0f}"

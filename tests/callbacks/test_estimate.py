@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from worlds import bare_trainer, read_events, save_tiny_llama, split_data, still, sums, write_rows
 
 from deft_lightning import SFTModule
-from deft_lightning.callbacks import Checkpoint, NoiseEstimate
+from deft_lightning.callbacks import Checkpoint, NoiseEstimate, SFTProgressBar
 from deft_lightning.data.noise import Noise, ResponseSwap
 from deft_lightning.errors import UserError
 from deft_lightning.objectives import NLL, Contaminated, Objective
@@ -152,3 +152,10 @@ def test_it_warns_once_when_it_stays_above_a_third(rates: list[float], speaks: b
 def test_another_chance_is_one_line() -> None:
     with pytest.raises(UserError, match=r"noise_estimate\.chance must be unigram or unprompted, not 'luck'"):
         NoiseEstimate(chance="luck")  # type: ignore[arg-type]
+
+
+def test_the_estimate_is_in_the_progress_bar(world: Path, tmp_path: Path) -> None:
+    bar = SFTProgressBar()
+    module, _ = run(world, tmp_path, NLL(), NoiseEstimate(), bar, max_steps=3)
+    shown = bar.get_metrics(module.trainer, module)
+    assert shown["noise"] == pytest.approx(scalars(tmp_path, "noise/estimated")[-1], abs=1e-3)
