@@ -13,7 +13,14 @@ from deft_lightning.annotations import Batch
 from deft_lightning.callbacks.drawings import gate_curve
 from deft_lightning.callbacks.marked import marked
 from deft_lightning.callbacks.monitor import add_figure, has_matplotlib, writers
-from deft_lightning.callbacks.watched import is_watched, noisy_sources_of, sources_of, watched
+from deft_lightning.callbacks.watched import (
+    injects_noise,
+    is_watched,
+    noisy_sources_of,
+    sources_of,
+    tracked_tags,
+    watched,
+)
 from deft_lightning.errors import UserError
 from deft_lightning.objectives import Objective
 
@@ -53,10 +60,7 @@ class Dashboard(Callback):
         module = watched(pl_module)
         # A schedule may have a focus index at one end of the run only.
         focus = any(objective.deformed is not None for objective in (module.objective, module.current_objective))
-        noise = getattr(getattr(trainer, "datamodule", None), "noise", None)
-        charts = chart_layout(
-            bool(getattr(noise, "ops", ())), focus, "objective/scale" in tracked_tags(module.objective)
-        )
+        charts = chart_layout(injects_noise(trainer), focus, "objective/scale" in tracked_tags(module.objective))
         if sources := sources_of(trainer, "train"):
             held_out = sources_of(trainer, "validation")
             charts["By source"] = charts_by_source(sources, held_out, noisy_sources_of(trainer) if held_out else ())
@@ -162,12 +166,6 @@ def charts_by_source(
     if noisy:
         charts["Plain NLL, corrupted tokens"] = _lines(*(f"val_noisy/{re.escape(name)}/nll" for name in noisy))
     return charts
-
-
-def tracked_tags(objective: Objective) -> set[str]:
-    """Return the tags of what a run keeps for its objective from step to step."""
-    tracked = objective.tracks
-    return set() if tracked is None else set(tracked.logged(tracked.told((), 0.0)))
 
 
 def _lines(*tags: str) -> list[Any]:

@@ -7,16 +7,17 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning_utilities.core.rank_zero import rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from deft_lightning.callbacks.monitor import TokenMonitor
-from deft_lightning.callbacks.watched import WatchedModule, is_watched, watched
+from deft_lightning.callbacks.watched import WatchedModule, injects_noise, is_watched, tracked_tags, watched
 from deft_lightning.errors import UserError
 from deft_lightning.functional import TokenStats
 from deft_lightning.metrics import Histogram, PackedHistogram
 from deft_lightning.objectives import Contaminated, Needs, NoiseRates
-from deft_lightning.objectives.contaminated import HIGHEST, LOWEST, answers_of
+from deft_lightning.objectives.contaminated import answers_of
+from deft_lightning.objectives.noise_rates import LOWEST, bounded
 
 ANSWERS, TOKENS, TRUE_ANSWERS, TRUE_TOKENS = range(4)  # rows
 LATEST = 0.1  # what a report counts at least; the first ones count alike
@@ -50,7 +51,7 @@ class NoiseEstimate(TokenMonitor):
         if chance not in ("unigram", "unprompted"):
             raise UserError(f"noise_estimate.chance must be unigram or unprompted, not {chance!r}")
         self.chance = chance
-        self.rates: tuple[float, float] = (LOWEST, LOWEST)
+        self.rates = NoiseRates(LOWEST, LOWEST)
         self.recent: deque[float] = deque(maxlen=STABLE)
         self.counted, self.warned = 0, False
 
@@ -66,7 +67,7 @@ class NoiseEstimate(TokenMonitor):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from an estimate."""
         first, second = state_dict["rates"]
-        self.rates, self.recent = (float(first), float(second)), deque(state_dict["recent"], maxlen=STABLE)
+        self.rates, self.recent = NoiseRates(float(first), float(second)), deque(state_dict["recent"], maxlen=STABLE)
         self.counted, self.warned = int(state_dict["counted"]), bool(state_dict["warned"])
 
     def open(self, trainer: Trainer, module: WatchedModule) -> PackedHistogram:
@@ -81,10 +82,18 @@ class NoiseEstimate(TokenMonitor):
         noise_code: Tensor | None,
         clean_labels: Tensor | None,
     ) -> None:
-        """Add the posterior of each answer and token; nothing where chance is not known."""
-        if stats.chance is None or stats.example is None or not len(stats.log_prob):
+        """Add the posterior of each answer and token; where chance is not known it says so once."""
+        if stats.chance is None or stats.example is None:
+            if not self.warned:
+                rank_zero_info(
+                    "noise/estimated is not logged: nothing is known of how frequent the training labels are, as"
+                    " InstructionDataModule does"
+                )
+            self.warned = True
             return
-        posterior = Contaminated().with_(rates=NoiseRates(*self.rates)).posterior(stats)
+        if not len(stats.log_prob):
+            return
+        posterior = Contaminated().with_(rates=self.rates).posterior(stats)
         share = 1 / posterior.size
         packed.update(ANSWERS, 1 - posterior.answer, weight=share)
         packed.update(TOKENS, 1 - posterior.token, weight=posterior.answer)
@@ -102,17 +111,14 @@ class NoiseEstimate(TokenMonitor):
         self.counted += 1
         latest = max(1 / self.counted, LATEST)
         means = (rows[ANSWERS].mean, rows[TOKENS].mean if rows[TOKENS].total else self.rates[1])
-        moved = [
-            min(max((1 - latest) * rate + latest * mean, LOWEST), HIGHEST)
-            for rate, mean in zip(self.rates, means, strict=True)
-        ]
-        self.rates = (moved[0], moved[1])
+        self.rates = NoiseRates(
+            *(bounded((1 - latest) * rate + latest * mean) for rate, mean in zip(self.rates, means, strict=True))
+        )
         self.recent.append(self.rates[0])
         values = {}
-        if 0 < rows[TRUE_ANSWERS].mean:
+        if injects_noise(trainer) and rows[TRUE_ANSWERS].total:
             values = {"noise/true": rows[TRUE_ANSWERS].mean, "noise/true_tokens": rows[TRUE_TOKENS].mean}
-        tracked = module.objective.tracks
-        if tracked is None or "noise/estimated" not in tracked.logged(tracked.told((), 0.0)):
+        if "noise/estimated" not in tracked_tags(module.objective):
             module.log("noise/estimated", self.rates[0], prog_bar=True)
             values["noise/estimated_tokens"] = self.rates[1]
         self.write_scalars(trainer, values)

@@ -71,12 +71,23 @@ def sources_of(trainer: Trainer, split: str) -> tuple[str, ...]:
     return tuple(sources.get(split, ())) if isinstance(sources, dict) else ()
 
 
+def injects_noise(trainer: Trainer) -> bool:
+    """Whether labels are corrupted on purpose, so that it is known which are wrong."""
+    noise = getattr(getattr(trainer, "datamodule", None), "noise", None)
+    return bool(getattr(noise, "ops", ()))
+
+
 def noisy_sources_of(trainer: Trainer) -> tuple[str, ...]:
     """Return the names of the sources of the corrupted examples that are validated on; some may have none of them.
 
     They are training rows, unless the noise is in the validation rows as well.
     """
-    noise = getattr(getattr(trainer, "datamodule", None), "noise", None)
-    if not getattr(noise, "ops", ()):
+    if not injects_noise(trainer):
         return ()
     return sources_of(trainer, "validation_noisy") or sources_of(trainer, "train")
+
+
+def tracked_tags(objective: Objective) -> set[str]:
+    """Return the tags of what a run keeps for its objective from step to step."""
+    tracked = objective.tracks
+    return set() if tracked is None else set(tracked.logged(tracked.told((), 0.0)))

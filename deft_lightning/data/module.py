@@ -239,15 +239,6 @@ class InstructionDataModule(LightningDataModule):
         """How often each token is a label of the training rows, shape ``(V,)``; None before they are prepared."""
         return None if self._splits is None else self._splits.label_counts
 
-    @property
-    def identity(self) -> str:
-        """What the prepared rows are known by, token noise that is applied as they are read included."""
-        return f"{self.splits.folder.name} {self.noise!r}"
-
-    def folder_of(self, kind: str) -> Path | None:
-        """Return the folder in which something of a kind is kept beside the prepared data; None where nothing is."""
-        return cache_root(self.settings.cache_dir) / kind if self.settings.cache else None
-
     def size(self, split: str) -> int:
         """Return the number of examples of a split."""
         return self.splits.size(split)

@@ -3,10 +3,11 @@
 from deft_lightning.objectives.anchor import KLAnchor
 from deft_lightning.objectives.base import DeformedLog, Objective, known_objectives
 from deft_lightning.objectives.by_source import BySource
-from deft_lightning.objectives.contaminated import Contaminated, NoiseRates
+from deft_lightning.objectives.contaminated import Contaminated
 from deft_lightning.objectives.deformed import DEFT, NLL, Cayley, Likelihood, Tsallis
 from deft_lightning.objectives.information import InfoSFT
 from deft_lightning.objectives.mix import Mix
+from deft_lightning.objectives.noise_rates import NoiseRates
 from deft_lightning.objectives.remedies import Floored, Schedule
 from deft_lightning.objectives.rescaled import Rescaled
 from deft_lightning.objectives.reweighted import DFT, EAFT, Focal, Truncated

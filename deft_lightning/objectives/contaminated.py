@@ -7,9 +7,8 @@ model). The gate is the posterior ``P(label is right | label)``; the rate ``e`` 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -18,22 +17,12 @@ from torch.nn.functional import logsigmoid
 from deft_lightning.errors import UserError
 from deft_lightning.functional import TokenStats
 from deft_lightning.objectives.base import Objective
+from deft_lightning.objectives.noise_rates import NoiseRates, TrackedRates, logit
 from deft_lightning.objectives.run_state import Needs, RunState
 
-Chance = Literal["unigram", "marginal", "least", "unprompted", "best"]
-LOWEST, HIGHEST = 0.01, 0.95  # rates that EM may reach: at 0 and at 1 it would stay for ever
-
-
-class NoiseRates(NamedTuple):
-    """Shares of labels that are noise, in ``[0, 1]``.
-
-    Attributes:
-        answers: Share of whole answers.
-        tokens: Share of tokens in answers that are none.
-    """
-
-    answers: float
-    tokens: float
+TokenChance = Literal["unigram", "marginal", "least", "unprompted"]
+AnswerChance = Literal["unigram", "marginal", "least", "unprompted", "best"]
+Level = Literal["both", "token", "answer"]
 
 
 class Posterior(NamedTuple):
@@ -56,45 +45,6 @@ class Posterior(NamedTuple):
     size: Tensor
 
 
-class TrackedRates(NamedTuple):
-    """What a run adds up for an objective with noise rates: one step of EM for each optimizer step.
-
-    Attributes:
-        objective: As it is in force.
-        decay: What the old rate keeps of itself in a step, in ``[0, 1)``.
-        start: Rates of the first step.
-    """
-
-    objective: Contaminated
-    decay: float
-    start: NoiseRates
-
-    @property
-    def sizes(self) -> tuple[int, int]:
-        """Numbers in the sums and in the memory."""
-        return 4, 2
-
-    def sums(self, stats: TokenStats) -> Tensor:
-        """Return posterior sums of the tokens of a micro-batch, shape ``(4,)``, float64: noise and all, by level."""
-        return self.objective.noise_sums(stats)
-
-    def fold(self, memory: Sequence[float], sums: Sequence[float]) -> tuple[float, ...]:
-        """Return the rates after a step whose sums over all ranks are known."""
-        old = self.start if len(memory) != 2 else memory
-        return tuple(
-            _bounded(self.decay * rate + (1 - self.decay) * noise / total) if total > 0 else rate
-            for rate, noise, total in zip(old, sums[::2], sums[1::2], strict=True)
-        )
-
-    def told(self, memory: Sequence[float], progress: float) -> RunState:
-        """Return the state of the run with these rates."""
-        return RunState(progress, rates=tuple(self.start if len(memory) != 2 else memory))
-
-    def logged(self, state: RunState) -> dict[str, float]:
-        """Return the rates."""
-        return dict(zip(("noise/estimated", "noise/estimated_tokens"), state.rates, strict=True))
-
-
 @dataclass(frozen=True, repr=False)
 class Contaminated(Objective):
     r"""Label noise model: gate ``P(the label is right | the label)``, the posterior of a mixture with chance.
@@ -107,7 +57,7 @@ class Contaminated(Objective):
         loss = -log((1 - e1) prod_t a_t + e1 prod_t b_t)          gate_t = w (1 - e2) p_t / a_t
 
     with ``q`` the chance of answers; where it is that of tokens, ``b = u``.
-    The loss is a likelihood in nats, shared out to the tokens of an answer: each has ``-w log a - (1 - w) log u``, and
+    The loss is a likelihood in nats, shared out to the tokens of an answer: each has ``-w log a - (1 - w) log b``, and
     an even part of what the verdict on the answer costs. Rates of 0 are NLL. After
     each optimizer step they move towards the mean posterior of its tokens (EM): ``e1`` to the mean of ``1 - w`` over
     answers, ``e2`` to that of ``1 - (1 - e2) p / a`` over tokens, each counted ``w`` times, within [0.01, 0.95].
@@ -133,9 +83,9 @@ class Contaminated(Objective):
         opened: Whether the step at hand is one of the opening; no setting.
     """
 
-    level: Literal["both", "token", "answer"] = "both"
-    chance: Chance = "least"
-    answer_chance: Chance | None = "best"
+    level: Level = "both"
+    chance: TokenChance = "least"
+    answer_chance: AnswerChance | None = "best"
     start: float = 0.01
     decay: float = 0.9
     opening: float = 0.0
@@ -144,12 +94,11 @@ class Contaminated(Objective):
 
     def __post_init__(self) -> None:
         """Refuse what is no share, and words that mean nothing."""
-        kinds = ("unigram", "marginal", "least", "unprompted", "best")
-        if self.level not in ("both", "token", "answer"):
-            raise UserError(f"Contaminated: level must be both, token or answer, not {self.level!r}")
-        for name, kind in (("chance", self.chance), ("answer_chance", self.answer_chance or self.chance)):
-            if kind not in kinds:
-                raise UserError(f"Contaminated: {name} must be one of {', '.join(kinds)}, not {kind!r}")
+        known = {"level": get_args(Level), "chance": get_args(TokenChance), "answer_chance": get_args(AnswerChance)}
+        for name, words in known.items():
+            word = getattr(self, name)
+            if word not in words and not (name == "answer_chance" and word is None):
+                raise UserError(f"Contaminated: {name} must be one of {', '.join(words)}, not {word!r}")
         for name, share in (("start", self.start), ("decay", self.decay)):
             if not 0.0 <= share < 1.0:
                 raise UserError(f"Contaminated: {name} {share} is outside [0, 1)")
@@ -228,7 +177,7 @@ class Contaminated(Objective):
         total = torch.zeros_like(log_prob).index_add_(0, place, mixture.detach() - noise)
         size = torch.zeros_like(log_prob).index_add_(0, place, torch.ones_like(token))
         evidence = total[place]
-        answer = torch.sigmoid(evidence - _logit(self.rates.answers))
+        answer = torch.sigmoid(evidence - logit(self.rates.answers))
         return Posterior(mixture, token, answer, noise, evidence, size[place])
 
     def noise_sums(self, stats: TokenStats) -> Tensor:
@@ -253,7 +202,7 @@ class Contaminated(Objective):
         rate = self.rates.answers
         if rate <= 0:
             return torch.zeros_like(found.noise)
-        log_odds = found.evidence - _logit(rate)
+        log_odds = found.evidence - logit(rate)
         return -torch.sigmoid(-log_odds) * found.noise + _divergence(log_odds, rate) / found.size
 
     def __call__(self, stats: TokenStats) -> Tensor:
@@ -286,12 +235,4 @@ def answers_of(example: Tensor) -> Tensor:
     return changed.cumsum(0)
 
 
-def _logit(rate: float) -> float:
-    return -math.inf if rate <= 0 else math.log(rate) - math.log1p(-rate)
-
-
-def _bounded(rate: float) -> float:
-    return min(max(rate, LOWEST), HIGHEST)
-
-
-__all__ = ["Contaminated", "NoiseRates"]
+__all__ = ["Contaminated"]

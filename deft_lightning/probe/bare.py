@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from deft_lightning.annotations import Batch
 from deft_lightning.data.examples import Floats
 from deft_lightning.data.loading.collate import TrainCollator
 from deft_lightning.data.loading.packing import bounded_batches
-from deft_lightning.data.loading.unprompted import LOOKED_AT, frame_of, without_prompt
+from deft_lightning.data.loading.unprompted import frame_of_split, without_prompt
 from deft_lightning.data.progress import progress
 from deft_lightning.functional import IGNORE_INDEX
 
@@ -50,6 +52,19 @@ class Bare(NamedTuple):
         return values
 
 
+def answer_log_prob(module: Any, batch: Batch, device: torch.device) -> list[Floats]:
+    """Return what a model says of the labels of each row of a batch, in nats, shape ``(labels,)`` each.
+
+    Args:
+        module: SFTModule with its model built.
+        batch: On the host.
+        device: Where the model is.
+    """
+    moved = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+    stats, keep = module.statistics(moved)
+    return [row.numpy() for row in stats.log_prob.float().cpu().split(keep.sum(1).tolist())]
+
+
 def bare_pass(module: Any, data: Any, split: str, positions: Sequence[int], device: torch.device, every: bool) -> Bare:
     """Run the model over answers without their prompts, in batches of like length.
 
@@ -61,9 +76,7 @@ def bare_pass(module: Any, data: Any, split: str, positions: Sequence[int], devi
         device: Where the model is.
         every: Whether examples without a prompt are read too: an objective that compares with these values wants them.
     """
-    total = data.size(split)
-    looked = min(total, LOOKED_AT)
-    frame = frame_of([data.example(split, total * i // looked) for i in range(looked)])
+    frame = frame_of_split(data.size(split), partial(data.example, split))
     rows, whole = {}, set()
     for at in positions:
         example = data.example(split, at)
@@ -79,11 +92,7 @@ def bare_pass(module: Any, data: Any, split: str, positions: Sequence[int], devi
         for places in batches:
             own = [order[place] for place in places]
             batch = collate([rows[at] for at in own])
-            moved = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
-            stats, keep = module.statistics(moved)
-            counts = keep.sum(1).tolist()
-            parts = stats.log_prob.float().cpu().split(counts)
-            values |= {at: part.numpy() for at, part in zip(own, parts, strict=True)}
+            values |= dict(zip(own, answer_log_prob(module, batch, device), strict=True))
             read += batch["input_ids"].numel()
             bar.update(len(own))
     return Bare(values, frozenset(whole), read)

@@ -14,7 +14,7 @@ from torch import Tensor
 from deft_lightning.functional import TokenStats
 from deft_lightning.metrics import PackedHistogram, binned_auroc
 from deft_lightning.objectives import Contaminated, NoiseRates
-from deft_lightning.objectives.contaminated import HIGHEST, LOWEST
+from deft_lightning.objectives.noise_rates import HIGHEST, LOWEST, logit
 from deft_lightning.probe.bare import Bare
 from deft_lightning.probe.tally import FINE, squashed
 
@@ -23,11 +23,7 @@ POINTS = 33  # noise rates of tokens between which answers are interpolated
 Numbers = NDArray[np.float64]
 
 
-def _logit(rate: float) -> float:
-    return math.log(rate) - math.log1p(-rate)
-
-
-GRID = np.linspace(_logit(LOWEST), _logit(HIGHEST), POINTS)  # their log-odds
+GRID = np.linspace(logit(LOWEST), logit(HIGHEST), POINTS)  # their log-odds
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -10,7 +9,7 @@ import numpy as np
 
 from deft_lightning.annotations import JsonObject
 from deft_lightning.objectives import NoiseRates
-from deft_lightning.objectives.contaminated import HIGHEST, LOWEST
+from deft_lightning.objectives.noise_rates import HIGHEST, LOWEST, bounded, logit
 from deft_lightning.probe.evidence import GRID, Answers, Numbers
 
 RESAMPLES, SEED = 200, 0
@@ -72,8 +71,8 @@ def _converged(answers: Answers, times: Numbers, start: NoiseRates, settled: flo
         right = _right(evidence, rates.answers)
         believed = float((right * tokens).sum())
         moved = NoiseRates(
-            _bounded(1 - float((right * times).sum() / total)),
-            _bounded(1 - float((right * times * kept).sum()) / believed) if believed > 0 else rates.tokens,
+            bounded(1 - float((right * times).sum() / total)),
+            bounded(1 - float((right * times * kept).sum()) / believed) if believed > 0 else rates.tokens,
         )
         still = max(abs(a - b) for a, b in zip(moved, rates, strict=True)) < settled
         rates = moved
@@ -84,7 +83,7 @@ def _converged(answers: Answers, times: Numbers, start: NoiseRates, settled: flo
 
 def _at(answers: Answers, rate: float) -> tuple[Numbers, Numbers]:
     """Return evidence and sums of token posteriors at a rate of tokens, between two points of the grid."""
-    place = (math.log(rate) - math.log1p(-rate) - GRID[0]) / (GRID[1] - GRID[0])
+    place = (logit(rate) - GRID[0]) / (GRID[1] - GRID[0])
     left = min(max(int(place), 0), len(GRID) - 2)
     share = min(max(place - left, 0.0), 1.0)
     evidence, kept = ((1 - share) * table[left] + share * table[left + 1] for table in (answers.evidence, answers.kept))
@@ -92,13 +91,9 @@ def _at(answers: Answers, rate: float) -> tuple[Numbers, Numbers]:
 
 
 def _right(evidence: Numbers, rate: float) -> Numbers:
-    odds = np.clip(evidence - (math.log(rate) - math.log1p(-rate)), -500, 500)
+    odds = np.clip(evidence - logit(rate), -500, 500)
     right: Numbers = 1 / (1 + np.exp(-odds))
     return right
-
-
-def _bounded(rate: float) -> float:
-    return min(max(rate, LOWEST), HIGHEST)
 
 
 def rate_record(answers: Answers, estimate: Estimate) -> JsonObject:

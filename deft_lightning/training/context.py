@@ -99,9 +99,6 @@ class ContextSource:
         unigram: ``log u`` of every token, shape ``(V,)``; None where nothing is known of the training labels.
         vocabulary: Number of tokens.
         watched: What callbacks want to know beside.
-
-    Attributes:
-        lenient: Whether what a batch lacks is left out, for statistics that no objective looks at.
     """
 
     def __init__(
@@ -112,7 +109,7 @@ class ContextSource:
         # What callbacks want is theirs where the objective does not say.
         self.needs = own._replace(answer_chance=own.answer_chance or watched.answer_chance)
         self.own = () if objective is None else objective.sources
-        self.unigram, self.legend, self.lenient = unigram, repr(objective), False
+        self.unigram, self.legend = unigram, repr(objective)
         self.marginal = Marginal(vocabulary) if self._kinds & {"marginal", "least", "best"} else None
 
     def end_step(self, skipped: bool) -> None:
@@ -159,45 +156,51 @@ class ContextSource:
         """Where the predictions of a step are added up, shape ``(V,)``; None where nobody asks."""
         return None if self.marginal is None else self.marginal.sum
 
-    def __call__(self, batch: Batch) -> TokenContext:
+    def __call__(self, batch: Batch, complete: bool = True) -> TokenContext:
         """Return the context of what a batch teaches, each field of shape ``(B, T - 1)``: of the labels from 1 on.
 
         Args:
             batch: As for :class:`~deft_lightning.training.loss.BatchLoss`.
+            complete: Whether all that is looked at has to be there; it need not be for statistics alone.
 
         Raises:
             UserError: The batch lacks what the objective looks at.
         """
         targets, example = batch["labels"][:, 1:], self._examples(batch)
-        return TokenContext(
+        context = TokenContext(
             weight=batch["token_weight"][:, 1:] if "token_weight" in batch else None,
             chance=self._chance(self.needs.chance or "unigram", batch, targets),
             answer_chance=None if self._same else self._answer_chance(batch, targets, example),
             example=example,
             source=self._sources(batch),
         )
+        if complete:
+            self._check(self.needs.chance, context.chance)
+            self._check(None if self._same else self.needs.answer_chance, context.answer_chance)
+        return context
+
+    def _check(self, kind: str | None, chance: Tensor | None) -> None:
+        if kind is None or chance is not None:
+            return
+        if self.unigram is None and kind != "unprompted":
+            raise UserError(
+                f"{self.legend}: nothing is known of how frequent the training labels are; train with"
+                " InstructionDataModule"
+            )
+        raise UserError(f"{self.legend}: the batch lacks `unprompted`, what the model says without the prompt")
 
     @property
     def _same(self) -> bool:
         return self.needs.answer_chance in (None, self.needs.chance)
 
     def _chance(self, kind: str, batch: Batch, targets: Tensor) -> Tensor | None:
+        """Return one chance of every label; None where it is not known."""
         if kind == "unprompted":
-            if "unprompted" not in batch and self.lenient:
-                return None
-            if "unprompted" not in batch:
-                raise UserError(f"{self.legend}: the batch lacks `unprompted`, what the model says without the prompt")
-            chance: Tensor = batch["unprompted"]
-            return chance[:, 1:]
+            return batch["unprompted"][:, 1:] if "unprompted" in batch else None
         if kind == "marginal":
             table = self._marginal(targets)
         elif self.unigram is None:
-            if self.needs.chance is None or self.lenient:
-                return None
-            raise UserError(
-                f"{self.legend}: nothing is known of how frequent the training labels are; train with"
-                " InstructionDataModule"
-            )
+            return None
         else:
             if self.unigram.device != targets.device:
                 self.unigram = self.unigram.to(targets.device)

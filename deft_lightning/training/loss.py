@@ -132,8 +132,7 @@ class BatchLoss:
         objective: Any = current if instead is None else instead
         targets = batch["labels"][:, 1:]
         keep = targets != IGNORE_INDEX
-        self.context.lenient = instead is not None
-        context = self.context(batch)
+        context = self.context(batch, complete=instead is None)
         predictions = self.context.prediction_sum if torch.is_grad_enabled() else None
         inputs, reference = self._inputs(batch), self._reference(objective)
         if self.seam is None:

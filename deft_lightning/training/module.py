@@ -17,10 +17,11 @@ from deft_lightning.evaluation import Completion, Evaluator, Generation, predict
 from deft_lightning.functional import TokenStats
 from deft_lightning.models import LoRA, check_state, describe, is_sharded
 from deft_lightning.models.contents import KEY
-from deft_lightning.objectives import DEFT, Needs, Objective, RunState
+from deft_lightning.objectives import DEFT, Needs, Objective
 from deft_lightning.ops import Backend
 from deft_lightning.training.by_source import by_source
 from deft_lightning.training.context import context_of
+from deft_lightning.training.course import Course
 from deft_lightning.training.distributed import ranks
 from deft_lightning.training.hyper_parameters import hyper_parameters
 from deft_lightning.training.loss import NoObjective, facts_of
@@ -29,7 +30,7 @@ from deft_lightning.training.model_source import ModelSource, check_vocabulary
 from deft_lightning.training.nonfinite import OnNonfinite
 from deft_lightning.training.normaliser import StepNormaliser
 from deft_lightning.training.optim import CosineWithWarmup, adamw
-from deft_lightning.training.optimizers import make_optimizer, planned_steps, step_plateaus
+from deft_lightning.training.optimizers import make_optimizer, step_plateaus
 from deft_lightning.training.protocols import PromptSource, check_strategy, computes_loss, stop_tokens_of, test_sets_of
 from deft_lightning.training.restored import restored
 from deft_lightning.training.seeding import reseed
@@ -110,7 +111,7 @@ class SFTModule(LightningModule):
         self.stop_asked = self.stop_agreed = False
         self.watched_needs = Needs()  # of callbacks
         self.start_model: str | None = None  # what the weights were before training, where the objective asked them
-        self._run, self._steps, self._about = RunState(), 0, dict[str, Any]()
+        self.course, self._about = Course(), dict[str, Any]()
 
     @property
     def prompts(self) -> PromptSource | None:
@@ -129,7 +130,7 @@ class SFTModule(LightningModule):
         It is the same for all micro-batches of an optimizer step, and for a validation after it. Outside a fit it is
         that of the end of a run, or of the checkpoint that was loaded.
         """
-        return self.objective.at(self._run)
+        return self.objective.at(self.course.state)
 
     @property
     def tokens_seen(self) -> int:
@@ -159,8 +160,7 @@ class SFTModule(LightningModule):
         check_strategy(self.trainer.strategy)
         if stage in ("fit", "validate"):
             self.objective = by_source(self.objective, self.prompts)
-        # A checkpoint that is loaded after this knows better.
-        self._run = self._state(0.0 if stage == "fit" and self.objective.scheduled else 1.0)
+        self.course.begin(self.objective, stage == "fit", self.normaliser.memory)
 
     def configure_model(self) -> None:
         """Build or load the model; Lightning calls this once the data is known."""
@@ -208,8 +208,7 @@ class SFTModule(LightningModule):
         self.meters.to(self.device)
         self.normaliser.forget()
         self.settle_chance()
-        if self.objective.scheduled:
-            self._steps = planned_steps(self.trainer, repr(self.objective))
+        self.course.plan(self.trainer, self.objective)
 
     def settle_chance(self) -> None:
         """See to it that the rows have what the objective wants to know of their labels; every rank has to call it."""
@@ -219,14 +218,9 @@ class SFTModule(LightningModule):
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Count the supervised tokens of the optimizer step; its first micro-batch settles `current_objective`."""
         if self.normaliser.begins_step:
-            progress = min(self.trainer.global_step / self._steps, 1.0) if self.objective.scheduled else 1.0
-            self._run = self._state(progress)
+            self.course.advance(self.objective, self.trainer.global_step, self.normaliser.memory)
         self.normaliser.count(batch["labels"], batch.get("token_weight"))
         reseed(self.current_epoch, batch_idx, self.global_rank)
-
-    def _state(self, progress: float) -> RunState:
-        tracked = self.objective.tracks
-        return RunState(progress) if tracked is None else tracked.told(self.normaliser.memory, progress)
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """Return the summed loss, and detached statistics for the callbacks that watch."""
@@ -262,9 +256,8 @@ class SFTModule(LightningModule):
         if is_logging_step(self.trainer) and not is_accumulating(self.trainer):
             log_now(self.trainer, self.meters.log_training(self.log, self.trainer.global_step))
             self.log_dict(self.normaliser.logged())
-            if (tracked := self.objective.tracks) is not None:
-                for tag, value in tracked.logged(self._run).items():
-                    self.log(tag, value, prog_bar=tag == "noise/estimated")
+            for tag, value in self.course.logged(self.objective).items():
+                self.log(tag, value, prog_bar=tag == "noise/estimated")
 
     def on_validation_start(self) -> None:
         """Put the sums where the tokens are."""
@@ -319,7 +312,7 @@ class SFTModule(LightningModule):
         if not self._about:
             stops = self.prompts.stop_token_ids if self.prompts is not None else []
             self._about = describe(self.model, self.tokenizer, self.lora, stops)
-        run = {"objective": repr(self.objective), "training": list(self._run[:2]), "rates": list(self._run.rates)}
+        run = self.course.state_dict(self.objective)
         run |= self.batch_loss.state_dict() | ({"start_model": self.start_model} if self.start_model else {})
         checkpoint[KEY] = {**self._about, **run, **self.normaliser.state_dict()}
 
@@ -329,9 +322,7 @@ class SFTModule(LightningModule):
             check_state(self.model, checkpoint["state_dict"])
         about = checkpoint.get(KEY, {})
         check_vocabulary(self.tokenizer, about.get("vocabulary"))
-        if about.get("objective") != repr(self.objective) and (about.get("rates") or self._run.rates):
-            about = {**about, "rates": (), "gates": ()}  # of another objective they say something else
-        self._run = RunState(*about.get("training", self._run)[:2])._replace(rates=tuple(about.get("rates", ())))
+        about = self.course.load_state_dict(self.objective, about)
         self.normaliser.load_state_dict(about)
         self.batch_loss.load_state_dict(about, None if self.source.given else self.pretrained)
         self.start_model = about.get("start_model")

@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
-from torch import Tensor
 
 from deft_lightning._version import __version__
 from deft_lightning.data import InstructionDataModule
 from deft_lightning.data.examples import Floats
+from deft_lightning.data.loading.collate import TrainCollator
 from deft_lightning.data.loading.dataset import PreparedDataset
-from deft_lightning.data.loading.unprompted import LOOKED_AT, Unprompted, frame_of, without_prompt
+from deft_lightning.data.loading.packing import bounded_batches
+from deft_lightning.data.loading.unprompted import Unprompted, frame_of_split, without_prompt
+from deft_lightning.data.prepared.cache import cache_root
 from deft_lightning.data.progress import progress
 from deft_lightning.errors import UserError
 from deft_lightning.models.fingerprint import fingerprint
+from deft_lightning.probe.bare import BATCH_TOKENS, answer_log_prob
 from deft_lightning.training.distributed import gather, ranks
-
-BATCH_TOKENS = 4096  # of a batch of answers, padding included; they train nothing
 
 
 class UnpromptedPass:
@@ -73,15 +72,14 @@ class UnpromptedPass:
             rows.unprompted.save(file)
 
     def _compute(self, split: str, rows: PreparedDataset, pad_id: int) -> Unprompted:
-        from deft_lightning.data.loading.collate import TrainCollator
-
         count, world, rank = len(rows.examples), ranks(), self.module.global_rank
-        looked = [rows.example(count * i // min(count, LOOKED_AT)) for i in range(min(count, LOOKED_AT))]
-        frame = frame_of(looked)
+        frame = frame_of_split(count, rows.example)
         collate, values = TrainCollator(pad_id), dict[int, Floats]()
         whole = 0
-        own = list(range(rank, count, world))
-        batches = list(_batches(own, rows.examples.lengths()))
+        own = list(range(rank, count, world)) or [0]  # a rank without examples runs the model with the others
+        lengths = rows.examples.lengths()
+        grouped = bounded_batches([int(lengths[at]) for at in own], BATCH_TOKENS, 0)
+        batches = [[own[place] for place in places] for places in grouped]
         most = max(gather(len(batches)))
         was_training = self.module.training
         self.module.eval()
@@ -94,7 +92,9 @@ class UnpromptedPass:
                     if step < len(batches):
                         whole += sum(part is None for part in bare)
                     given = [part or example for part, example in zip(bare, examples, strict=True)]
-                    values |= dict(zip(batch, self._log_prob(collate(given)), strict=True))
+                    values |= dict(
+                        zip(batch, answer_log_prob(self.module, collate(given), self.module.device), strict=True)
+                    )
                     bar.update(len(batch) if step < len(batches) else 0)
         finally:
             self.module.train(was_training)
@@ -110,26 +110,6 @@ class UnpromptedPass:
                 " chance is what the model says of them"
             )
         return Unprompted.of([merged[at] for at in range(count)])
-
-    def _log_prob(self, batch: dict[str, Any]) -> list[Floats]:
-        device = self.module.device
-        moved = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
-        stats, keep = self.module.statistics(moved)
-        flat = stats.log_prob.float().cpu().numpy()
-        ends = np.cumsum(keep.sum(1).cpu().numpy())
-        return [flat[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True)]
-
-
-def _batches(positions: Sequence[int], lengths: Any) -> Iterator[list[int]]:
-    """Yield positions in batches of like length."""
-    batch: list[int] = []
-    for at in sorted(positions, key=lambda at: -int(lengths[at])):
-        if batch and (len(batch) + 1) * int(lengths[batch[0]]) > BATCH_TOKENS:
-            yield batch
-            batch = []
-        batch.append(at)
-    if batch:
-        yield batch
 
 
 def settle_unprompted(module: Any, prompts: Any, start: str | None) -> str:
@@ -149,8 +129,19 @@ def settle_unprompted(module: Any, prompts: Any, start: str | None) -> str:
     if not isinstance(prompts, InstructionDataModule):
         raise UserError("chance unprompted needs the rows of InstructionDataModule")
     now = fingerprint(module.model)
-    work = UnpromptedPass(module, prompts.folder_of("unprompted"), prompts.identity)
+    work = UnpromptedPass(module, _folder(prompts), _identity(prompts))
     for split, rows in prompts.splits.items():
         if len(rows) and rows.unprompted is None:
             work.attach(split, rows, start or now, prompts.tokenizer.pad_token_id, start in (None, now))
     return start or now
+
+
+def _folder(prompts: InstructionDataModule) -> Path | None:
+    """Return where results are kept, beside the prepared data; None where nothing is."""
+    settings = prompts.settings
+    return cache_root(settings.cache_dir) / "unprompted" if settings.cache else None
+
+
+def _identity(prompts: InstructionDataModule) -> str:
+    """Return what the rows are known by, token noise that is applied as they are read included."""
+    return f"{prompts.splits.folder.name} {prompts.noise!r}"

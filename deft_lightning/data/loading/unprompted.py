@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple, Self
@@ -39,6 +39,12 @@ def frame_of(examples: Sequence[Prepared]) -> Frame:
     before = _shared([prompt for prompt in prompts if len(prompt)])
     after = _shared([prompt[::-1] for prompt in prompts if len(prompt)])
     return Frame(before, max(after, 1))  # a first token needs one before it
+
+
+def frame_of_split(count: int, example: Callable[[int], Prepared]) -> Frame:
+    """Return the frame of the prompts of a split, from some of its ``count`` examples, spread over it."""
+    looked = min(count, LOOKED_AT)
+    return frame_of([example(count * i // looked) for i in range(looked)])
 
 
 def _first(labels: Ints) -> int:

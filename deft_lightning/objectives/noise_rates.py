@@ -1,0 +1,85 @@
+"""Noise rates: what they are, how far EM may move them, and what a run adds up and keeps for them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+from deft_lightning.functional import TokenStats
+from deft_lightning.objectives.run_state import RunState
+
+LOWEST, HIGHEST = 0.01, 0.95  # rates that EM may reach: at 0 and at 1 it would stay for ever
+
+
+class NoiseRates(NamedTuple):
+    """Shares of labels that are noise, in ``[0, 1]``.
+
+    Attributes:
+        answers: Share of whole answers.
+        tokens: Share of tokens in answers that are none.
+    """
+
+    answers: float
+    tokens: float
+
+
+class NoiseModel(Protocol):
+    """An objective with noise rates, as far as a run adds up for it."""
+
+    def noise_sums(self, stats: TokenStats) -> Tensor:
+        """Return posterior sums, shape ``(4,)``."""
+
+
+class TrackedRates(NamedTuple):
+    """What a run adds up for an objective with noise rates: one step of EM for each optimizer step.
+
+    Attributes:
+        objective: As it is in force.
+        decay: What the old rate keeps of itself in a step, in ``[0, 1)``.
+        start: Rates of the first step.
+    """
+
+    objective: NoiseModel
+    decay: float
+    start: NoiseRates
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Numbers in the sums and in the memory."""
+        return 4, 2
+
+    def sums(self, stats: TokenStats) -> Tensor:
+        """Return posterior sums of the tokens of a micro-batch, shape ``(4,)``, float64: noise and all, by level."""
+        return self.objective.noise_sums(stats)
+
+    def fold(self, memory: Sequence[float], sums: Sequence[float]) -> tuple[float, ...]:
+        """Return the rates after a step whose sums over all ranks are known."""
+        return tuple(
+            bounded(self.decay * rate + (1 - self.decay) * noise / total) if total > 0 else rate
+            for rate, noise, total in zip(self._rates(memory), sums[::2], sums[1::2], strict=True)
+        )
+
+    def told(self, memory: Sequence[float], progress: float) -> RunState:
+        """Return the state of the run with these rates."""
+        return RunState(progress, rates=self._rates(memory))
+
+    def _rates(self, memory: Sequence[float]) -> tuple[float, ...]:
+        """Return the rates of a memory; one of another objective says nothing."""
+        return tuple(memory if len(memory) == len(self.start) else self.start)
+
+    def logged(self, state: RunState) -> dict[str, float]:
+        """Return the rates."""
+        return dict(zip(("noise/estimated", "noise/estimated_tokens"), state.rates, strict=True))
+
+
+def logit(rate: float) -> float:
+    """Return the log-odds of a rate, minus infinity for 0."""
+    return -math.inf if rate <= 0 else math.log(rate) - math.log1p(-rate)
+
+
+def bounded(rate: float) -> float:
+    """Return a rate within what EM may reach."""
+    return min(max(rate, LOWEST), HIGHEST)
