@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +21,7 @@ from deft_lightning.data.loading.prompts import fitting, prompts_of, read_all
 from deft_lightning.data.noise import Noise
 from deft_lightning.data.prepared.cache import Temporary, cache_root
 from deft_lightning.data.prepared.folder import prepared_folder
+from deft_lightning.data.prepared.origins import Origin, origins
 from deft_lightning.data.prepared.report import Report
 from deft_lightning.data.prepared.truth import flags
 from deft_lightning.data.preview import Sample
@@ -261,7 +262,12 @@ class InstructionDataModule(LightningDataModule):
 
     def truths(self, field: str) -> dict[str, bool]:
         """Return what a column of the training rows says of each example, by id."""
-        return flags(self.settings.recipe(), field)
+        by_row = flags(self.settings.recipe(), field)
+        return {id: by_row[origin.where] for id, origin in self.origins().items() if origin.where in by_row}
+
+    def origins(self, wanted: Collection[str] | None = None) -> dict[str, Origin]:
+        """Return where training examples come from, by id: file, row number and prompt; all of them by default."""
+        return origins(self.settings.recipe(), wanted)
 
     def _loaders(self) -> LoaderFactory:
         return LoaderFactory(self.settings, Run.of(self.trainer), self.tokenizer.pad_token_id)

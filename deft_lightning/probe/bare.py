@@ -15,8 +15,9 @@ from deft_lightning.data.examples import Floats
 from deft_lightning.data.loading.collate import TrainCollator
 from deft_lightning.data.loading.packing import bounded_batches
 from deft_lightning.data.loading.unprompted import frame_of_split, without_prompt
-from deft_lightning.data.progress import progress
 from deft_lightning.functional import IGNORE_INDEX
+from deft_lightning.probe.kept import Kept
+from deft_lightning.probe.pace import Pace
 
 BATCH_TOKENS = 4096  # of a batch, padding included; nothing is kept for a gradient
 
@@ -65,7 +66,15 @@ def answer_log_prob(module: Any, batch: Batch, device: torch.device) -> list[Flo
     return [row.numpy() for row in stats.log_prob.float().cpu().split(keep.sum(1).tolist())]
 
 
-def bare_pass(module: Any, data: Any, split: str, positions: Sequence[int], device: torch.device, every: bool) -> Bare:
+def bare_pass(
+    module: Any,
+    data: Any,
+    split: str,
+    positions: Sequence[int],
+    device: torch.device,
+    every: bool,
+    kept: Kept | None = None,
+) -> Bare:
     """Run the model over answers without their prompts, in batches of like length.
 
     Args:
@@ -75,6 +84,7 @@ def bare_pass(module: Any, data: Any, split: str, positions: Sequence[int], devi
         positions: Of the examples.
         device: Where the model is.
         every: Whether examples without a prompt are read too: an objective that compares with these values wants them.
+        kept: What a killed probe has read is not read again.
     """
     frame = frame_of_split(data.size(split), partial(data.example, split))
     rows, whole = {}, set()
@@ -88,11 +98,21 @@ def bare_pass(module: Any, data: Any, split: str, positions: Sequence[int], devi
     order, collate = list(rows), TrainCollator(data.tokenizer.pad_token_id)
     values, read = dict[int, Floats](), 0
     batches = bounded_batches([len(rows[at].input_ids) for at in order], BATCH_TOKENS, 0) if order else []
-    with progress(None, "probing answers without their prompts", len(order)) as bar:
+    tokens = sum(len(row.input_ids) for row in rows.values())
+    done = (kept or Kept(None)).of("bare", tokens)
+    with Pace("probe: reading the answers without their prompts", len(order), tokens) as pace:
         for places in batches:
             own = [order[place] for place in places]
             batch = collate([rows[at] for at in own])
-            values |= dict(zip(own, answer_log_prob(module, batch, device), strict=True))
+            found = done.take(batch)
+            if found is None:
+                read_now = answer_log_prob(module, batch, device)
+                done.add(batch, {"log_prob": torch.from_numpy(np.concatenate(read_now))})
+            else:
+                counts = (batch["labels"][:, 1:] != IGNORE_INDEX).sum(1).tolist()
+                read_now = [row.numpy() for row in found["log_prob"].split(counts)]
+            values |= dict(zip(own, read_now, strict=True))
             read += batch["input_ids"].numel()
-            bar.update(len(own))
+            pace.update(len(own), int(batch["attention_mask"].sum()), found is None)
+    done.write()
     return Bare(values, frozenset(whole), read)

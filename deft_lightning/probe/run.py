@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -15,25 +15,33 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from numpy.typing import NDArray
 
 from deft_lightning._version import __version__
-from deft_lightning.annotations import Batch, JsonObject
-from deft_lightning.atomic import whole_file
+from deft_lightning.annotations import JsonObject
+from deft_lightning.atomic import remove, whole_file
 from deft_lightning.data.prepared.recipe import title
-from deft_lightning.data.progress import progress
 from deft_lightning.errors import UserError
 from deft_lightning.figures.tokens import NAME, TokenSample
 from deft_lightning.metrics import exact_auroc
+from deft_lightning.models.fingerprint import fingerprint
 from deft_lightning.probe.audit import Suspect, describe, finite, ranked, suspects, write_lines
 from deft_lightning.probe.bare import Bare, bare_pass
 from deft_lightning.probe.evidence import EvidenceTally
 from deft_lightning.probe.figure import probe_figure
+from deft_lightning.probe.kept import FOLDER, Kept
 from deft_lightning.probe.rate import Estimate, measured, noise_rate, rate_record
+from deft_lightning.probe.reading import SPLIT, Read, announce, read_rows
 from deft_lightning.probe.recommend import FEW, Facts, recommend
 from deft_lightning.probe.report import prior, table
 from deft_lightning.probe.sample import Sampler
 from deft_lightning.probe.tally import Tally, candidates, check_seen
 
 SHOWN = 5  # suspicious examples that are printed
-SPLIT = "train"
+
+
+class Watcher(Protocol):
+    """What wants to see every batch that is read: a page of the rows, say."""
+
+    def update(self, read: Read) -> None:
+        """Look at a batch; it is not to be kept whole."""
 
 
 def probe_data(
@@ -45,6 +53,8 @@ def probe_data(
     examples: int | None,
     truth: str | None,
     unprompted: bool = True,
+    output: Path | None = None,
+    watchers: Sequence[Watcher] = (),
 ) -> tuple[dict[str, Any], list[Suspect], TokenSample]:
     """Run the model over the examples.
 
@@ -58,6 +68,9 @@ def probe_data(
         examples: How many, spread over the training split; None for all.
         truth: Field of the rows that says which are wrong.
         unprompted: Whether to look at the answers without their prompts too, in a second pass.
+        output: Folder where what is read is kept until the report is written, so that a killed probe goes on; None
+            keeps nothing.
+        watchers: See every batch as well.
 
     Raises:
         UserError: The chosen objective wants the second pass; nothing is supervised; the model gives no numbers.
@@ -78,13 +91,16 @@ def probe_data(
     module.eval()
     try:
         with torch.no_grad(), precision.forward_context():
+            about = (__version__, fingerprint(module.model), repr(module.current_objective), tally.topks, unprompted)
+            kept = Kept(output, (*about, str(module.model.config), type(precision).__name__, module.dtype))
+            announce(module, data, indices, device, len(tally.topks) + 0.5 * unprompted)
             if unprompted:
-                bare = bare_pass(module, data, SPLIT, indices, device, context.unprompted)
-            with progress(None, "probing", len(indices)) as bar:
-                for positions, batch in data.batches_of(SPLIT, indices):
-                    suspects += _batch(module, batch, positions, device, tally, sampler, evidence, bare)
-                    read += batch["input_ids"].numel()
-                    bar.update(len(positions))
+                bare = bare_pass(module, data, SPLIT, indices, device, context.unprompted, kept)
+            for batch in read_rows(module, data, indices, device, tally.topks, bare, kept):
+                suspects += _seen(batch, tally, sampler, evidence)
+                for watcher in watchers:
+                    watcher.update(batch)
+                read += batch.batch["input_ids"].numel()
     finally:
         for part, training in was_training.items():
             part.training = training
@@ -110,30 +126,12 @@ def probe_data(
     return report, suspects, sampler.sample(operations)
 
 
-def _batch(
-    module: Any,
-    batch: Batch,
-    positions: Sequence[int],
-    device: torch.device,
-    tally: Tally,
-    sampler: Sampler,
-    evidence: EvidenceTally | None,
-    bare: Bare | None,
-) -> list[Suspect]:
-    if bare is not None and module.batch_loss.context.unprompted:
-        batch = {**batch, "unprompted": bare.spread(batch["labels"], positions)}
-    moved = {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
-    by_k = {}
-    for k in tally.topks:  # one, unless the chosen objective and a default differ in it
-        stats, keep = module.statistics(moved, k)
-        by_k[k] = stats.map(lambda field: field.cpu())
-    keep, first = keep.cpu(), next(iter(by_k.values()))
-    codes = batch["noise_code"][:, 1:][keep]
-    sampler.update(by_k, keep, positions, codes)
-    tally.update(by_k, codes)
+def _seen(read: Read, tally: Tally, sampler: Sampler, evidence: EvidenceTally | None) -> list[Suspect]:
+    sampler.update(read.by_topk, read.keep, read.positions, read.codes)
+    tally.update(read.by_topk, read.codes)
     if evidence is not None:
-        evidence.update(first, batch["labels"][:, 1:][keep], keep, positions, codes, bare)
-    return suspects(first, keep, positions, batch["example_id"], codes)
+        evidence.update(read.stats, read.labels, read.keep, read.positions, read.codes, read.bare)
+    return suspects(read.stats, read.keep, read.positions, read.batch["example_id"], read.codes)
 
 
 def _estimate(
@@ -229,4 +227,5 @@ def write(
     if audit is not None:
         write_lines(audit, records(data, suspects))
         rank_zero_info(f"probe: {len(suspects)} examples ranked in {audit.resolve()}")
+    remove(output / FOLDER)
     rank_zero_info(f"probe: {output.resolve()}")

@@ -45,7 +45,7 @@ def probe(
     load(trainer, module, ckpt_path)
     report, suspects, sample = probe_data(
         module, datamodule, trainer.precision_plugin, trainer.strategy.root_device, examples=examples, truth=truth,
-        unprompted=unprompted,
+        unprompted=unprompted, output=folder,
     )  # fmt: skip
     report["checkpoint"] = ckpt_path
     write(report, suspects, sample, datamodule, folder, target)
