@@ -79,7 +79,7 @@ def sample(
         return ("context", "") if label == IGNORE_INDEX else ("supervised", _counts(weights[at - shift]))
 
     pieces: list[Piece] = []
-    for start, end, text in _letters(tokenizer, shown):
+    for start, end, text in letters(tokenizer, shown):
         kind, note = _together([what(at) for at in range(start, end)])
         if pieces and (pieces[-1].kind, pieces[-1].note) == (kind, note):
             pieces[-1] = Piece(pieces[-1].text + text, kind, note)
@@ -97,7 +97,7 @@ def _counts(weight: float, before: str = "") -> str:
     return "" if weight == 1 else f"{before}weight {weight:g}"
 
 
-def _letters(tokenizer: Tokenizer, ids: Sequence[int]) -> Iterator[tuple[int, int, str]]:
+def letters(tokenizer: Tokenizer, ids: Sequence[int]) -> Iterator[tuple[int, int, str]]:
     """Yield the fewest tokens that are whole letters together: first, end, text.
 
     A token alone may lose its space or be half a letter: its text is what it adds to that of the tokens before.

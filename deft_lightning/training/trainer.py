@@ -112,6 +112,8 @@ class Trainer(LightningTrainer):
         truth: str | None = None,
         ckpt_path: str | None = None,
         unprompted: bool = True,
+        page: str | None = None,
+        compare: str | None = None,
     ) -> JsonObject:
         """Look at the training data through the model as it is, without gradients; estimate the noise rate.
 
@@ -129,11 +131,16 @@ class Trainer(LightningTrainer):
             ckpt_path: Checkpoint, or `last` for the newest of the newest run under `trainer.default_root_dir`.
             unprompted: Whether to read the answers without their prompts too, a second and shorter pass: the noise
                 estimate then compares with what the model says of an answer anyway, not with word frequencies alone.
+            page: HTML file to write: rows with every token coloured by the gate of an objective, or by a statistic; at
+                most 2,000 rows, the most suspicious first.
+            compare: Checkpoint, or `last`, that the page shows beside the model, in a second pass.
 
         Returns:
             The report, as in `probe.json`.
         """
-        return verbs.probe(self, model, datamodule, examples, output, audit, truth, ckpt_path, unprompted)
+        return verbs.probe(
+            self, model, datamodule, examples, output, audit, truth, ckpt_path, unprompted, page, compare
+        )
 
     def read_checkpoint(self, ckpt_path: str) -> Checkpoint:
         """Read a checkpoint of this package, `last` included.

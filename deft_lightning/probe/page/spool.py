@@ -1,0 +1,141 @@
+"""What a pass says of every token, kept on disk until it is known which rows the page shows."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from deft_lightning.callbacks.locked import CONCENTRATED
+from deft_lightning.functional import TokenStats
+from deft_lightning.probe.audit import conflict
+from deft_lightning.probe.bare import Bare
+from deft_lightning.probe.page.codes import WIDTH, Bytes, nats, planes, shares
+
+GATE = "gate:"  # begins the name of a column with the gate of an objective
+RIGHT, SURE = 1, 2  # bits of the column `flags`
+
+
+class Column(NamedTuple):
+    """A number that every token has.
+
+    Attributes:
+        name: ``gate:NAME`` of an objective, else the name of a statistic.
+        kind: What its codes mean, a key of :data:`~deft_lightning.probe.page.codes.WIDTH`.
+    """
+
+    name: str
+    kind: str
+
+
+class _Place(NamedTuple):
+    start: int
+    tokens: int
+    columns: tuple[Column, ...]
+
+
+class TokenSpool:
+    """Keeps about thirty bytes a token in a file without a name, which is gone with the process.
+
+    Args:
+        folder: Where that file is.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._file = tempfile.TemporaryFile(dir=folder)
+        self._places: dict[int, _Place] = {}
+
+    def __contains__(self, position: int) -> bool:
+        """Whether an example is there."""
+        return position in self._places
+
+    def update(
+        self, stats: TokenStats, gates: Mapping[str, Tensor], chance: Tensor | None, keep: Tensor,
+        positions: Sequence[int], codes: Tensor, bare: Bare | None,
+    ) -> None:  # fmt: skip
+        """Add a batch with one example a row.
+
+        Args:
+            stats: Statistics of its N supervised tokens on the host, row by row.
+            gates: Shape ``(N,)`` each, by name of the objective.
+            chance: ``log u`` of the labels in nats, shape ``(N,)``; None where nothing is known of it.
+            keep: Shape ``(B, T - 1)``: whether the token after each position is supervised.
+            positions: Position of each row's example in its split.
+            codes: Shape ``(N,)``: noise code of each token.
+            bare: What the model says of the answers without their prompts.
+        """
+        counts = keep.sum(1).tolist()
+        columns: dict[Column, Bytes] = {
+            Column("log_prob", "nats"): nats(_host(-stats.log_prob)),
+            Column("conflict", "nats"): nats(_host(conflict(stats))),
+            Column("entropy", "nats"): nats(_host(stats.entropy)),
+            Column("collision", "share"): shares(_host(stats.collision)),
+            Column("flags", "flags"): _flags(stats),
+            Column("noise", "flags"): _host(codes).astype(np.uint8)[None],
+        }
+        if stats.arg_max is not None:
+            columns[Column("arg_max", "token")] = planes(_host(stats.arg_max), WIDTH["token"])
+        if stats.weight is not None:
+            columns[Column("weight", "share")] = shares(_host(stats.weight))
+        if chance is not None:
+            columns[Column("chance", "nats")] = nats(_host(-chance))
+            asked = _without_prompt(chance, counts, positions, bare)
+            columns[Column("unprompted", "nats")] = nats(_host(-asked))
+        columns |= {Column(GATE + name, "share"): shares(_host(gate)) for name, gate in gates.items()}
+        matrix, names, start = np.concatenate(list(columns.values())), tuple(columns), 0
+        for at, count in zip(positions, counts, strict=True):
+            self._places[at] = _Place(self._file.tell(), count, names)
+            self._file.write(matrix[:, start : start + count].tobytes())
+            start += count
+
+    def read(self, positions: Sequence[int]) -> dict[Column, Bytes]:
+        """Return the codes of the tokens of some examples, one after another.
+
+        Args:
+            positions: Of the examples, at least one.
+
+        Returns:
+            Of each column that all of them have the codes, shape ``(bytes, N)``.
+        """
+        places = [self._places[at] for at in positions]
+        first, shared = places[0].columns, set.intersection(*(set(place.columns) for place in places))
+        parts: dict[Column, list[Bytes]] = {column: [] for column in first if column in shared}
+        for place in places:
+            height = sum(WIDTH[column.kind] for column in place.columns)
+            self._file.seek(place.start)
+            content = np.frombuffer(self._file.read(height * place.tokens), np.uint8).reshape(height, place.tokens)
+            row = 0
+            for column in place.columns:
+                if column in parts:
+                    parts[column].append(content[row : row + WIDTH[column.kind]])
+                row += WIDTH[column.kind]
+        self._file.seek(0, 2)
+        return {column: np.concatenate(own, axis=1) for column, own in parts.items()}
+
+    def tokens(self, positions: Sequence[int]) -> list[int]:
+        """Return how many supervised tokens each of some examples has."""
+        return [self._places[at].tokens for at in positions]
+
+
+def _host(values: Tensor) -> NDArray[Any]:
+    return values.detach().cpu().numpy()
+
+
+def _flags(stats: TokenStats) -> Bytes:
+    sure = stats.collision >= CONCENTRATED
+    return _host(RIGHT * stats.correct.long() + SURE * sure.long()).astype(np.uint8)[None]
+
+
+def _without_prompt(chance: Tensor, counts: Sequence[int], positions: Sequence[int], bare: Bare | None) -> Tensor:
+    """Return ``log q`` of the labels: what the model says without the prompt, ``log u`` where it has not been asked."""
+    parts = []
+    for at, frequent in zip(positions, chance.split(list(counts)), strict=True):
+        values = None if bare is None else bare.of(at)
+        parts.append(frequent if values is None else torch.from_numpy(values).to(chance))
+    return torch.cat(parts)
