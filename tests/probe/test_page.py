@@ -163,11 +163,23 @@ def world(pretrained: str, tmp_path_factory: pytest.TempPathFactory) -> World:
     return World(page, meta, numbers, report, data, [dense(model, data, positions) for model in models])
 
 
-def column(world: World, place: dict[str, Any]) -> np.ndarray[Any, Any]:
-    """The values of a column of the page."""
+def column_codes(world: World, place: dict[str, Any]) -> np.ndarray[Any, Any]:
+    """The codes of a column that is in the order of the text."""
     count = len(world.models[0].p)
     codes = np.frombuffer(world.numbers, np.uint8)[place["at"] : place["at"] + place["width"] * count]
-    numbers = whole(codes.reshape(place["width"], count))
+    return whole(codes.reshape(place["width"], count))
+
+
+def column(world: World, place: dict[str, Any]) -> np.ndarray[Any, Any]:
+    """The values of a column of the page."""
+    numbers = column_codes(world, place)
+    if place["sorted"]:
+        columns = next(
+            m["columns"] for m in world.meta["models"] if place in [*m["columns"].values(), *m["objectives"]]
+        )
+        log_prob, collision = (column_codes(world, columns[name]) for name in ("log_prob", "collision"))
+        order = np.lexsort((collision, np.floor(np.sqrt(log_prob))))
+        numbers[order] = numbers.copy()
     return LEVELS[numbers] if place["kind"] == "share" else numbers / 1000 if place["kind"] == "nats" else numbers
 
 

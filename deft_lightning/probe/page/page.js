@@ -19,14 +19,22 @@ async function unpack(id) {
 // --- numbers ----------------------------------------------------------------------------------------------------------
 
 let meta, blob, total, starts, lengths;
-function column(place) {
+function column(place, order) {
   // A function from the number of a token to its value, and the codes.
   const codes = new Uint32Array(total);
   for (let byte = 0; byte < place.width; byte++)
-    for (let i = 0, at = place.at + byte * total; i < total; i++) codes[i] |= blob[at + i] << 8 * byte;
+    for (let i = 0, at = place.at + byte * total; i < total; i++) codes[place.sorted ? order[i] : i] |= blob[at + i] << 8 * byte;
   const value = place.kind === "share" ? i => meta.levels[codes[i]] : place.kind === "nats" ? i => codes[i] / meta.nats
     : i => codes[i];
   return {codes, value};
+}
+function alike(logs, collisions) {
+  // The order in which other columns are written, tokens of like p and C together: a stable sort by counting.
+  const key = i => Math.floor(Math.sqrt(logs[i])) << 8 | collisions[i], next = new Uint32Array(65537), order = new Uint32Array(total);
+  for (let i = 0; i < total; i++) next[key(i) + 1]++;
+  for (let k = 0; k < 65536; k++) next[k + 1] += next[k];
+  for (let i = 0; i < total; i++) order[next[key(i)]++] = i;
+  return order;
 }
 const low = bounds => value => { let l = 0; while (l < 4 && value >= bounds[l]) l++; return l; };
 const high = bounds => value => { let l = 0; while (l < 4 && value < bounds[l]) l++; return l; };
@@ -53,8 +61,9 @@ function load() {
   lengths = column(meta.shared.lengths).codes;
   noise = column(meta.shared.noise).codes;
   models = meta.models.map(model => {
-    const columns = Object.fromEntries(Object.entries({...meta.shared, ...model.columns}).map(([k, v]) => [k, column(v)]));
-    const gates = Object.fromEntries(model.objectives.map(one => [one.name, column(one)]));
+    const order = alike(column(model.columns.log_prob).codes, column(model.columns.collision).codes);
+    const columns = Object.fromEntries(Object.entries({...meta.shared, ...model.columns}).map(([k, v]) => [k, column(v, order)]));
+    const gates = Object.fromEntries(model.objectives.map(one => [one.name, column(one, order)]));
     return {...model, columns, gates};
   });
   views = models[0].objectives.map(one => ({
