@@ -8,12 +8,13 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from deft_lightning._lightning import logged_step
+from deft_lightning._lightning import is_logging_step, logged_step
 from deft_lightning.annotations import Batch
 from deft_lightning.callbacks.drawings import gate_curve
 from deft_lightning.callbacks.marked import marked
 from deft_lightning.callbacks.monitor import add_figure, has_matplotlib, writers
 from deft_lightning.callbacks.watched import (
+    WatchedModule,
     injects_noise,
     is_watched,
     noisy_sources_of,
@@ -22,6 +23,7 @@ from deft_lightning.callbacks.watched import (
     watched,
 )
 from deft_lightning.errors import UserError
+from deft_lightning.functional import TokenStats
 from deft_lightning.objectives import Objective
 
 Charts = dict[str, dict[str, list[Any]]]
@@ -33,12 +35,13 @@ class Dashboard(Callback):
     When `fit` starts: the layout of the Custom Scalars page and, with matplotlib, `objective/gate`, the curve of the
     gate against p; the curve again before each validation by which a schedule has moved on. After each validation:
     `examples/val` (and `examples/val_noisy`), the first examples with their tokens marked by gate, always the same
-    ones, so that the slider of the Text page shows what became of them.
+    ones, so that the slider of the Text page shows what became of them. On the first, second, fourth, eighth ... logged
+    step: `examples/train`, the first rows of that step, marked by the gate with which they trained.
 
     Args:
         layout: Write the layout.
         curve: Draw the curve.
-        examples: How many examples of a validation set are shown; 0 for none.
+        examples: How many examples of a validation set or a training step are shown; 0 for none.
         tokens: How many supervised tokens of an example are shown.
 
     Raises:
@@ -52,9 +55,11 @@ class Dashboard(Callback):
             raise UserError(f"dashboard.tokens must be at least 1, got {tokens}")
         self.layout, self.curve, self.examples, self.tokens = layout, curve, examples, tokens
         self.drawn: Objective | None = None
+        self.steps, self.last = 0, -1  # logged ones that were seen, and the newest of them
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the layout and the curve, on rank zero alone."""
+        self.steps, self.last = 0, -1
         if not is_watched(pl_module):
             return
         module = watched(pl_module)
@@ -83,6 +88,17 @@ class Dashboard(Callback):
             for writer in writers(trainer):
                 add_figure(writer, "objective/gate", gate_curve(objective), logged_step(trainer))
 
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        """Write the first rows of a logged step, ever less often, on rank zero alone."""
+        step = logged_step(trainer)
+        if not self.examples or not is_watched(pl_module) or not is_logging_step(trainer) or step == self.last:
+            return
+        self.steps, self.last = self.steps + 1, step  # of its micro-batches the first alone is shown
+        if not self.steps & (self.steps - 1):
+            self._write(trainer, watched(pl_module), outputs["stats"], batch, "examples/train")
+
     def on_validation_batch_end(
         self,
         trainer: Trainer,
@@ -93,13 +109,17 @@ class Dashboard(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Write the first examples of a validation set, on rank zero alone."""
-        module = watched(pl_module)
-        tokenizer = module.tokenizer if is_watched(pl_module) else None
-        if batch_idx or not self.examples or tokenizer is None or trainer.state.fn != "fit" or trainer.sanity_checking:
+        if batch_idx or not self.examples or not is_watched(pl_module):
+            return
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            name = "examples/val_noisy" if dataloader_idx else "examples/val"
+            self._write(trainer, watched(pl_module), outputs["stats"], batch, name)
+
+    def _write(self, trainer: Trainer, module: WatchedModule, stats: TokenStats, batch: Batch, name: str) -> None:
+        if (tokenizer := module.tokenizer) is None:
             return
         for writer in writers(trainer):
-            gate = module.current_objective.gate(outputs["stats"])
-            name = "examples/val_noisy" if dataloader_idx else "examples/val"
+            gate = module.current_objective.gate(stats)
             text = marked(tokenizer, batch, gate, self.examples, self.tokens)
             writer.add_text(name, text, global_step=logged_step(trainer))
 

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from worlds import constant, read_events, write_rows
 
 from deft_lightning import InstructionDataModule, SFTModule, Trainer
+from deft_lightning._lightning import logged_step
 from deft_lightning.callbacks import Dashboard, EntropyMonitor, GateMonitor, NoiseMonitor
 from deft_lightning.callbacks import monitor as monitors
 from deft_lightning.callbacks.marked import code_span, marked
@@ -40,7 +41,13 @@ NASTY = "a `tick` <script>x</script> **b** | c\nd \\"
 
 
 def fit(
-    folder: Path, dashboard: Dashboard, objective: Objective | None = None, *, noise: bool = True, **options: Any
+    folder: Path,
+    dashboard: Dashboard,
+    objective: Objective | None = None,
+    *,
+    noise: bool = True,
+    extra: Sequence[Any] = (),
+    **options: Any,
 ) -> Trainer:
     """Nine logged steps with a validation after every third."""
     folder.mkdir(exist_ok=True)
@@ -58,7 +65,7 @@ def fit(
         optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.5),
         scheduler=constant,
     )  # fmt: skip
-    callbacks = [GateMonitor(others=[NLL(), Likelihood()]), EntropyMonitor(), NoiseMonitor(), dashboard]
+    callbacks = [GateMonitor(others=[NLL(), Likelihood()]), EntropyMonitor(), NoiseMonitor(), dashboard, *extra]
     trainer = Trainer(
         accelerator="cpu", devices=1, max_steps=9, log_every_n_steps=1, val_check_interval=3, gradient_clip_val=None,
         check_val_every_n_epoch=None, callbacks=callbacks, default_root_dir=str(folder), enable_checkpointing=False,
@@ -191,6 +198,28 @@ def test_examples_are_the_labels_of_the_validation_set_and_stay_the_same(run: Pa
     expected = re.escape(NASTY.replace("\n", "↵"))
     # Three are asked for, a batch has two; the names stand before the tokens.
     assert len(re.findall(rf"r\d+{expected} \d+<\|end\|>", whole.replace("␣", " "))) == 2
+
+
+def test_training_rows_are_shown_with_the_gate_they_trained_with(tmp_path: Path) -> None:
+    """Two micro-batches of two rows a step: the first of them, on the first, second, fourth and eighth logged step."""
+    seen: dict[int, list[str]] = {}
+
+    class Watch(GateMonitor):
+        def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            gate = module.current_objective.gate(outputs["stats"])
+            rows = gate.split((batch["labels"][:, 1:] != -100).sum(1).tolist())
+            named = zip(batch["example_id"], rows, strict=True)
+            texts = [f"`{name}`: {len(row)} tokens, mean gate {row.mean():.2f}" for name, row in named]
+            seen.setdefault(logged_step(trainer), texts)
+
+    found = read_events(fit(tmp_path, Dashboard(examples=2), accumulate_grad_batches=2, extra=[Watch()]).log_dir)
+    written = found.Tensors("examples/train/text_summary")
+    assert [event.step for event in written] == [0, 1, 3, 7]
+    for event in written:
+        text = event.tensor_proto.string_val[0].decode()
+        assert all(row in text for row in seen[event.step]), (event.step, seen[event.step], text)
+    assert len({tuple(rows) for rows in seen.values()}) > 4
+    assert "**" in "".join(event.tensor_proto.string_val[0].decode() for event in written)  # corrupted labels are bold
 
 
 class Letters:
