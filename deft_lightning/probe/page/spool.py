@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,8 +15,9 @@ from torch import Tensor
 from deft_lightning.callbacks.locked import CONCENTRATED
 from deft_lightning.functional import TokenStats
 from deft_lightning.probe.audit import conflict
-from deft_lightning.probe.bare import Bare
 from deft_lightning.probe.page.codes import WIDTH, Bytes, nats, planes, shares
+from deft_lightning.probe.reading import Read
+from deft_lightning.probe.tally import candidates
 
 GATE = "gate:"  # begins the name of a column with the gate of an objective
 RIGHT, SURE = 1, 2  # bits of the column `flags`
@@ -41,58 +42,60 @@ class _Place(NamedTuple):
 
 
 class TokenSpool:
-    """Keeps about thirty bytes a token in a file without a name, which is gone with the process.
+    """Watches a pass; keeps about thirty bytes a token in a file without a name, which is gone with the process.
 
     Args:
         folder: Where that file is.
+        module: SFTModule with its model built: the gate of its objective is kept, and of every other one that a probe
+            compares.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, module: Any) -> None:
         self._file = tempfile.TemporaryFile(dir=folder)
+        self._objectives, self._current, _ = candidates(module.current_objective)
+        unigram = module.batch_loss.context.unigram  # None where nothing is known of the training labels
+        self._unigram = None if unigram is None else unigram.double().cpu()
         self._places: dict[int, _Place] = {}
 
-    def __contains__(self, position: int) -> bool:
-        """Whether an example is there."""
-        return position in self._places
-
-    def update(
-        self, stats: TokenStats, gates: Mapping[str, Tensor], chance: Tensor | None, keep: Tensor,
-        positions: Sequence[int], codes: Tensor, bare: Bare | None,
-    ) -> None:  # fmt: skip
-        """Add a batch with one example a row.
-
-        Args:
-            stats: Statistics of its N supervised tokens on the host, row by row.
-            gates: Shape ``(N,)`` each, by name of the objective.
-            chance: ``log u`` of the labels in nats, shape ``(N,)``; None where nothing is known of it.
-            keep: Shape ``(B, T - 1)``: whether the token after each position is supervised.
-            positions: Position of each row's example in its split.
-            codes: Shape ``(N,)``: noise code of each token.
-            bare: What the model says of the answers without their prompts.
-        """
-        counts = keep.sum(1).tolist()
+    def update(self, read: Read) -> None:
+        """Add a batch."""
+        stats, counts = read.stats, read.counts
         columns: dict[Column, Bytes] = {
             Column("log_prob", "nats"): nats(_host(-stats.log_prob)),
             Column("conflict", "nats"): nats(_host(conflict(stats))),
             Column("entropy", "nats"): nats(_host(stats.entropy)),
             Column("collision", "share"): shares(_host(stats.collision)),
             Column("flags", "flags"): _flags(stats),
-            Column("noise", "flags"): _host(codes).astype(np.uint8)[None],
+            Column("noise", "flags"): _host(read.codes).astype(np.uint8)[None],
         }
         if stats.arg_max is not None:
             columns[Column("arg_max", "token")] = planes(_host(stats.arg_max), WIDTH["token"])
         if stats.weight is not None:
             columns[Column("weight", "share")] = shares(_host(stats.weight))
-        if chance is not None:
+        if self._unigram is not None:
+            chance = self._unigram[read.labels]
             columns[Column("chance", "nats")] = nats(_host(-chance))
-            asked = _without_prompt(chance, counts, positions, bare)
-            columns[Column("unprompted", "nats")] = nats(_host(-asked))
-        columns |= {Column(GATE + name, "share"): shares(_host(gate)) for name, gate in gates.items()}
+            columns[Column("unprompted", "nats")] = nats(_host(-_without_prompt(read, chance)))
+        columns |= {Column(GATE + name, "share"): shares(_host(gate)) for name, gate in self._gates(read)}
         matrix, names, start = np.concatenate(list(columns.values())), tuple(columns), 0
-        for at, count in zip(positions, counts, strict=True):
+        for at, count in zip(read.positions, counts, strict=True):
             self._places[at] = _Place(self._file.tell(), count, names)
             self._file.write(matrix[:, start : start + count].tobytes())
             start += count
+
+    def _gates(self, read: Read) -> Iterator[tuple[str, Tensor]]:
+        wide = {
+            k: stats.map(lambda field: field.double() if field.is_floating_point() else field)
+            for k, stats in read.by_topk.items()
+        }
+        for name, objective in self._objectives.items():
+            try:
+                gate = objective.gate(wide[objective.topk] if objective.topk else next(iter(wide.values())))
+            except Exception:
+                if name == self._current:
+                    raise
+                continue  # the report says why: a class that is merely loaded does not stop the pass
+            yield name, gate
 
     def read(self, positions: Sequence[int]) -> dict[Column, Bytes]:
         """Return the codes of the tokens of some examples, one after another.
@@ -132,10 +135,10 @@ def _flags(stats: TokenStats) -> Bytes:
     return _host(RIGHT * stats.correct.long() + SURE * sure.long()).astype(np.uint8)[None]
 
 
-def _without_prompt(chance: Tensor, counts: Sequence[int], positions: Sequence[int], bare: Bare | None) -> Tensor:
+def _without_prompt(read: Read, chance: Tensor) -> Tensor:
     """Return ``log q`` of the labels: what the model says without the prompt, ``log u`` where it has not been asked."""
     parts = []
-    for at, frequent in zip(positions, chance.split(list(counts)), strict=True):
-        values = None if bare is None else bare.of(at)
+    for at, frequent in zip(read.positions, chance.split(read.counts), strict=True):
+        values = None if read.bare is None else read.bare.of(at)
         parts.append(frequent if values is None else torch.from_numpy(values).to(chance))
     return torch.cat(parts)

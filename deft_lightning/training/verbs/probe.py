@@ -9,7 +9,12 @@ from deft_lightning._lightning import attach
 from deft_lightning.annotations import JsonObject
 from deft_lightning.atomic import check_output, check_output_file
 from deft_lightning.errors import UserError
+from deft_lightning.figures.tokens import TokenSample
 from deft_lightning.probe import probe_data, write
+from deft_lightning.probe.audit import Suspect
+from deft_lightning.probe.kept import FOLDER
+from deft_lightning.probe.page import Look, TokenSpool, write_page
+from deft_lightning.probe.run import numbered
 from deft_lightning.training.protocols import shards
 
 
@@ -23,6 +28,8 @@ def probe(
     truth: str | None,
     ckpt_path: str | None,
     unprompted: bool,
+    page: str | None,
+    compare: str | None,
 ) -> JsonObject:
     """Write the report and return it; arguments as those of :meth:`deft_lightning.Trainer.probe`.
 
@@ -35,19 +42,39 @@ def probe(
         raise UserError(f"probe: --examples must be at least 1, got {examples}")
     if trainer.world_size > 1 or shards(trainer.strategy):
         raise UserError("probe: runs on one device; set --trainer.devices 1 --trainer.strategy auto")
+    if compare is not None and page is None:
+        raise UserError("probe: --compare shows two models on a page; set --page FILE")
     folder, target = Path(output or Path(trainer.default_root_dir) / "probe"), Path(audit) if audit else None
     check_output(folder / "probe.json", "probe: --output")
     if target is not None:
         check_output_file(target, "probe: --audit")
+    if page is not None:
+        check_output_file(page, "probe: --page")
+    if compare is not None:
+        compare = str(trainer.last_checkpoint()) if compare == "last" else compare
+        trainer.read_checkpoint(compare)  # what cannot be read is refused before the first pass
     attach(trainer, module, datamodule)
     datamodule.prepare_data()
     datamodule.setup("fit")
-    load(trainer, module, ckpt_path)
-    report, suspects, sample = probe_data(
-        module, datamodule, trainer.precision_plugin, trainer.strategy.root_device, examples=examples, truth=truth,
-        unprompted=unprompted, output=folder,
-    )  # fmt: skip
-    report["checkpoint"] = ckpt_path
+
+    def look(checkpoint: str | None, kept: Path) -> tuple[JsonObject, list[Suspect], TokenSample, TokenSpool | None]:
+        load(trainer, module, checkpoint)
+        spool = None if page is None else TokenSpool(Path(page).absolute().parent, module)
+        report, suspects, sample = probe_data(
+            module, datamodule, trainer.precision_plugin, trainer.strategy.root_device, examples=examples, truth=truth,
+            unprompted=unprompted, output=kept, watchers=[] if spool is None else [spool],
+        )  # fmt: skip
+        report["checkpoint"] = checkpoint
+        return report, suspects, sample, spool
+
+    report, suspects, sample, spool = look(ckpt_path, folder)
+    if page is not None and spool is not None:
+        looks = [Look(report, suspects, spool)]
+        if compare is not None:
+            other, ranked, _, compared = look(compare, folder / FOLDER / "compared")
+            assert compared is not None
+            looks.append(Look(other, ranked, compared))
+        write_page(Path(page), datamodule, looks, numbered([type(op).__name__ for op in datamodule.noise.ops]))
     write(report, suspects, sample, datamodule, folder, target)
     return report
 
