@@ -26,7 +26,7 @@ from deft_lightning.objectives import NLL
 from deft_lightning.study.files import complete_folder, digest, write_json
 from deft_lightning.study.plan import Cell
 from deft_lightning.study.regime import Base
-from deft_lightning.study.tasks import task_files
+from deft_lightning.study.tasks import base_rows, rows_apart, rows_of
 from deft_lightning.training.module import SFTModule
 from deft_lightning.training.trainer import Trainer
 
@@ -35,13 +35,12 @@ TEMPLATE = (
     "{% if message['role'] == 'user' %}>{% else %}{{ eos_token }}{% endif %}{% endfor %}"
 )
 POINTS = 30  # of a curve
-LOOKS = 4  # at the validation split, in a run
 EVAL_BATCH = 200
 CURVES = (
     "train/nll", "val/nll", "val/token_accuracy", "focus/mean", "prob/mean", "gate/mean", "gate/clean", "gate/noisy",
     "gate/locked", "gate/locked_clean", "collision/mean", "entropy/shannon", "noise/memorised",
-    "noise/gradient_share", "noise/auroc_gate", "noise/estimated", "noise/estimated_tokens", "noise/true",
-    "val_noisy/nll", "val_noisy/reproduced",
+    "noise/recovered", "noise/gradient_share", "noise/auroc_gate", "noise/estimated", "noise/estimated_tokens",
+    "noise/true", "val_noisy/nll", "val_noisy/reproduced",
 )  # fmt: skip
 
 
@@ -55,6 +54,7 @@ def base_folder(cell: Cell, root: Path) -> Path | None:
     about = [
         __version__, given, cell.seed, cell.architecture, cell.base_rows, cell.held_out, cell.files,
         setting.tokenizer_size, setting.max_length, setting.max_new_tokens, setting.split_by, setting.judge,
+        *filter(None, [setting.max_characters]),
     ]  # fmt: skip
     return root / "bases" / digest(about)
 
@@ -67,23 +67,45 @@ def start_from(cell: Cell, root: Path) -> str | None:
 
 def train_base(cell: Cell, root: Path) -> JsonObject:
     """Train the model that a cell starts from, unless it is there."""
-    target, base = base_folder(cell, root), cell.setting.base
-    assert target is not None and isinstance(base, Base)
+    target, base, task = base_folder(cell, root), cell.setting.base, base_rows(cell, root)
+    assert target is not None and isinstance(base, Base) and task is not None
     if not (target / "base.json").exists():
         _quiet()
         seed_everything(cell.seed, verbose=False)
-        task = task_files(base.source, cell.base_rows, cell.held_out, root, cell.setting.split_by)
         data = _data(
             cell, root, task.train, task.validation, base.batch_size, cell.seed, 1.0 if base.op else 0.0, None, base.op
         )
         module = _module(cell, NLL(), base.rate, None)
-        trainer = _trainer(base.steps, root, None)
+        trainer = _trainer(base.steps, root, None, cell.setting.looks)
         trainer.fit(module, datamodule=data)
         with complete_folder(target) as folder:
             trainer.export(module, output=str(folder / "model"), datamodule=data)
             scores = _score(cell, root, trainer, module, data, task.test, None)
             write_json(folder / "base.json", {"source": base.source, "seed": cell.seed, **scores})
     return {"base": target.name}
+
+
+def start_file(cell: Cell, root: Path) -> Path | None:
+    """Return where the scores of a pretrained model are before it is trained; None for other starts."""
+    setting = cell.setting
+    if setting.pretrained is None:
+        return None
+    about = [
+        __version__, setting.pretrained, setting.source, cell.held_out, cell.files, setting.max_length,
+        setting.max_new_tokens, setting.split_by, setting.judge, setting.max_characters,
+    ]  # fmt: skip
+    return root / "starts" / f"{digest(about)}.json"
+
+
+def score_start(cell: Cell, root: Path) -> JsonObject:
+    """Score a pretrained model before it is trained, and write the result."""
+    target = start_file(cell, root)
+    assert target is not None
+    module, data, trainer = start(cell, root)
+    task = rows_of(cell, root)
+    scores = _score(cell, root, trainer, module, data, task.test, cell.setting.pretrained)
+    write_json(target, {"source": cell.setting.pretrained, **scores})
+    return scores
 
 
 def cell_file(cell: Cell, root: Path) -> Path:
@@ -95,22 +117,23 @@ def run_cell(cell: Cell, root: Path) -> JsonObject:
     """Train and score one cell, and write its result."""
     _quiet()
     seed_everything(cell.seed, verbose=False)
-    task = task_files(cell.setting.source, cell.rows, cell.held_out, root, cell.setting.split_by)
+    task = rows_of(cell, root)
     model = start_from(cell, root)
     data = _data(cell, root, task.train, task.validation, cell.setting.batch_size, cell.seed, cell.noise, model)
     module = _module(cell, cell.objective, cell.rate, model)
     folder = root / "runs" / cell.folder
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
-    trainer = _trainer(cell.setting.steps, root, folder)
+    trainer = _trainer(cell.setting.steps, root, folder, cell.setting.looks)
     trainer.fit(module, datamodule=data)
     if trainer.global_step != cell.setting.steps:
         raise UserError(
             f"the run ended after {trainer.global_step} of {cell.setting.steps} steps; start the study again"
         )
+    scores = _score(cell, root, trainer, module, data, getattr(task, cell.split), model)
     result: JsonObject = {
         "version": __version__, "id": cell.id, "objective": repr(cell.objective),
         "noise": cell.noise, "rate": cell.rate, "seed": cell.seed, "steps": cell.setting.steps,
-        cell.split: _score(cell, root, trainer, module, data, getattr(task, cell.split), model),
+        cell.split: scores | _forgetting(cell, root, module, model),
     }  # fmt: skip
     for logger in trainer.loggers:
         logger.finalize("success")
@@ -124,7 +147,7 @@ def start(cell: Cell, root: Path) -> tuple[SFTModule, InstructionDataModule, Tra
     """Return model, data and trainer as they are before the first step of a cell."""
     _quiet()
     seed_everything(cell.seed, verbose=False)
-    task = task_files(cell.setting.source, cell.rows, cell.held_out, root, cell.setting.split_by)
+    task = rows_of(cell, root)
     model = start_from(cell, root)
     data = _data(cell, root, task.train, task.validation, cell.setting.batch_size, cell.seed, cell.noise, model)
     return _module(cell, cell.objective, cell.rate, model), data, _trainer(1, root, None)
@@ -153,12 +176,13 @@ def _data(
 def _module(cell: Cell, objective: Any, rate: float, model: str | None) -> SFTModule:
     return SFTModule(
         objective, pretrained=model, architecture=None if model else cell.architecture,
-        head=cell.head, optimizer=partial(torch.optim.AdamW, lr=rate, betas=(0.9, 0.95), weight_decay=0.01),
+        lora=cell.setting.lora if model else None, forgetting=bool(model and cell.setting.forgetting), head=cell.head,
+        optimizer=partial(torch.optim.AdamW, lr=rate, betas=(0.9, 0.95), weight_decay=0.01),
         generation=Generation(max_new_tokens=cell.setting.max_new_tokens),
     )  # fmt: skip
 
 
-def _trainer(steps: int, root: Path, folder: Path | None) -> Trainer:
+def _trainer(steps: int, root: Path, folder: Path | None, looks: int = 1) -> Trainer:
     logger = False if folder is None else TensorBoardLogger(folder.parent, name="", version=folder.name)
     monitors: list[Any] = [
         GateMonitor(histograms=False),
@@ -168,7 +192,7 @@ def _trainer(steps: int, root: Path, folder: Path | None) -> Trainer:
     ]
     return Trainer(
         accelerator="cpu", devices=1, logger=logger, callbacks=monitors if folder else [], max_steps=steps,
-        gradient_clip_val=1.0, log_every_n_steps=max(1, steps // POINTS), val_check_interval=max(1, steps // LOOKS),
+        gradient_clip_val=1.0, log_every_n_steps=max(1, steps // POINTS), val_check_interval=max(1, steps // looks),
         check_val_every_n_epoch=None, num_sanity_val_steps=0, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, default_root_dir=str(root), use_distributed_sampler=False, monitors=False,
     )  # fmt: skip
@@ -194,6 +218,17 @@ def _score(
     data.test_source = str(rows)
     trainer.test(module, datamodule=data, verbose=False)
     return {name: float(trainer.callback_metrics[f"test/{name}"]) for name in ("exact_match", "truncated")}
+
+
+def _forgetting(cell: Cell, root: Path, module: SFTModule, model: str | None) -> dict[str, float]:
+    """Return how far predictions on rows of another kind are from those before training, in nats a token."""
+    rows = rows_apart(cell, root)
+    if rows is None or model is None:
+        return {}
+    data = _data(cell, root, rows, rows, cell.setting.batch_size, cell.seed, 0.0, model)
+    judge = _trainer(1, root, None)
+    judge.validate(module, datamodule=data, verbose=False)
+    return {"forgetting/kl": float(judge.callback_metrics["forgetting/kl"])}
 
 
 def _quiet() -> None:

@@ -101,6 +101,7 @@ class Study:
         held_out: Validation examples, and as many test examples.
         second_rounding: Run the headline cells once more with the dense head, whose gradients agree with those of the
             fused one to rounding: a cell whose two medians are far apart stands on an edge, and says nothing.
+        pretrained: Hub id or folder of the model of every regime that names neither one nor a base.
         first_seed: Seeds are counted from here, so that what was looked at while a method was made is not what is
             reported of it.
     """
@@ -116,6 +117,7 @@ class Study:
     held_out: int = 400
     first_seed: int = 0
     second_rounding: bool = False
+    pretrained: str | None = None
 
     def __post_init__(self) -> None:
         """Refuse a study of nothing, and the same objective twice."""
@@ -129,6 +131,9 @@ class Study:
             raise UserError("a study needs at least one regime and one objective")
         if len(judges := {regime.judge for regime in self.regimes.values()}) > 1:
             raise UserError(f"study: judge must be one for all regimes, not {' and '.join(sorted(judges))}")
+        for name, regime in self.regimes.items():
+            if regime.lora is not None and (regime.base or regime.pretrained or self.pretrained) is None:
+                raise UserError(f"study: regime {name}: lora adapts a model that is there; name pretrained or a base")
         names = [repr(objective) for objective in self.everything]
         for objective in self.everything:
             cls = type(objective)
@@ -167,8 +172,10 @@ class Study:
     def cell(self, regime: str, objective: Objective, noise: float, rate: float, seed: int) -> Cell:
         """Return a cell."""
         setting = self.regimes[regime]
+        if setting.base is None and setting.pretrained is None:
+            setting = replace(setting, pretrained=self.pretrained)
         base = "" if setting.base is None else setting.base.source
-        files = files_of(setting.source, base, setting.pretrained or "")
+        files = files_of(setting.source, base, setting.pretrained or "", *filter(None, [setting.forgetting]))
         sizes = (setting.rows or self.rows, self.held_out, self.rows)
         return Cell(regime, setting, objective, noise, rate, seed, self.architecture, *sizes, files)
 

@@ -7,6 +7,7 @@ from typing import Literal
 
 from deft_lightning.data import known_noise
 from deft_lightning.errors import UserError, did_you_mean
+from deft_lightning.models.lora import LoRA
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ class Regime:
         steps: Optimizer steps of fine-tuning.
         rate: Learning rate that all objectives share.
         base: What the model is trained on before; default: random weights.
-        pretrained: Hub id or folder of the model to start from, instead of a base.
+        pretrained: Hub id or folder of the model to start from, instead of a base; default: the study's.
+        lora: Train low-rank adapters only.
         op: Noise operation that corrupts the training answers.
         split_by: What the hash is of: the `prompt`, or the `answer`, where the same one is asked for in several ways.
         judge: What a cell is judged by, on test rows: `exact_match` of greedy answers, or `nll`, nats a token.
@@ -55,6 +57,10 @@ class Regime:
         max_length: Longest example in tokens.
         max_new_tokens: Longest answer in tokens.
         rows: Training rows; default: those of the study. Few rows and many steps are many epochs.
+        max_characters: Rows whose prompt and answer are longer together are left out; default: none is.
+        looks: Validations in a run, evenly spaced, the last at its end.
+        forgetting: Rows of another kind, as for `--data.source`: how far predictions on them are after training from
+            those before, a KL divergence in nats a token. Costs a second forward pass in each validation.
     """
 
     source: str
@@ -62,6 +68,7 @@ class Regime:
     rate: float
     base: Base | None = None
     pretrained: str | None = None
+    lora: LoRA | None = None
     op: str = "ResponseSwap"
     split_by: Literal["prompt", "answer"] = "prompt"
     judge: Literal["exact_match", "nll"] = "exact_match"
@@ -73,10 +80,13 @@ class Regime:
     max_length: int = 1024
     max_new_tokens: int = 12
     rows: int | None = None
+    max_characters: int | None = None
+    looks: int = 4
+    forgetting: str | None = None
 
     def __post_init__(self) -> None:
         """Refuse numbers that mean nothing."""
-        check_positive("regime", steps=self.steps, rate=self.rate, batch_size=self.batch_size)
+        check_positive("regime", steps=self.steps, rate=self.rate, batch_size=self.batch_size, looks=self.looks)
         if self.base is not None and self.pretrained is not None:
             raise UserError("regime: base and pretrained are two models to start from; leave one out")
         if self.judge not in ("exact_match", "nll"):
@@ -84,8 +94,8 @@ class Regime:
         if self.split_by not in ("prompt", "answer"):
             raise UserError(f"regime: split_by must be prompt or answer, not {self.split_by!r}")
         _check_op("regime", self.op)
-        if self.rows is not None:
-            check_positive("regime", rows=self.rows)
+        limits = {"rows": self.rows, "max_characters": self.max_characters}
+        check_positive("regime", **{name: limit for name, limit in limits.items() if limit is not None})
         for rate in self.rates:
             check_positive("regime", rates=rate)
         if not self.noise:

@@ -163,8 +163,8 @@ def summary(study: Study, results: Results) -> JsonObject:
 
 ENDS = {
     "val/nll": "val NLL", "gate/clean": "gate, clean", "gate/noisy": "gate, noisy", "noise/memorised": "memorised",
-    "noise/gradient_share": "gradient of noise", "gate/locked": "locked", "gate/mean": "gate", "prob/mean": "p",
-    "noise/estimated": "noise, estimated",
+    "noise/recovered": "recovered", "noise/gradient_share": "gradient of noise", "gate/locked": "locked",
+    "gate/mean": "gate", "prob/mean": "p", "noise/estimated": "noise, estimated", "forgetting/kl": "forgetting, KL",
 }  # fmt: skip
 LAST = 3  # logged steps that make an end
 
@@ -174,10 +174,12 @@ def ends(study: Study, results: Results) -> list[JsonObject]:
     last_values: dict[tuple[str, float, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for cell in study.shared():
         if cell.noise in cell.setting.headline:
-            for tag, (_, values) in results[cell.id].get("curves", {}).items():
+            row, result = last_values[cell.regime, cell.noise, repr(cell.objective)], results[cell.id]
+            for tag, (_, values) in result.get("curves", {}).items():
                 if tag in ENDS:
-                    last = 1 if tag.startswith("val/") else LAST
-                    last_values[cell.regime, cell.noise, repr(cell.objective)][tag].append(fmean(values[-last:]))
+                    row[tag].append(fmean(values[-1 if tag.startswith("val/") else -LAST :]))
+            for tag in ENDS.keys() & result[cell.split].keys():
+                row[tag].append(result[cell.split][tag])
     return [
         {"regime": regime, "noise": noise, "objective": name, **{tag: fmean(values) for tag, values in row.items()}}
         for (regime, noise, name), row in last_values.items()

@@ -8,13 +8,13 @@ from pathlib import Path
 
 from deft_lightning.annotations import JsonObject
 from deft_lightning.study import cells as work
+from deft_lightning.study import tasks
 from deft_lightning.study.draw import draw
 from deft_lightning.study.files import write_json, write_text
 from deft_lightning.study.plan import Cell, Study
 from deft_lightning.study.pool import Pool
 from deft_lightning.study.report import chosen_rates, summary
 from deft_lightning.study.tables import text
-from deft_lightning.study.tasks import task_files
 from deft_lightning.terminal import visible
 
 
@@ -30,18 +30,21 @@ def run_study(study: Study, root: Path, workers: int) -> JsonObject:
     Returns:
         The report.
     """
-    for regime in study.regimes.values():
-        for part in (regime, regime.base):
-            if part is not None:
-                rows = study.rows if part is regime.base else regime.rows or study.rows
-                task_files(part.source, rows, study.held_out, root, regime.split_by)
+    for name, regime in study.regimes.items():
+        cell = study.cell(name, study.objectives[0], regime.noise[0], regime.rate, 0)
+        for write in (tasks.rows_of, tasks.base_rows, tasks.rows_apart):  # before several processes want them
+            write(cell, root)
     with Pool(workers, root) as pool:
-        bases: dict[Path, Cell] = {}
+        bases, starts = dict[Path, Cell](), dict[Path, Cell]()
         for cell in (*study.shared(), *study.tuning()):
             if (folder := work.base_folder(cell, root)) is not None:
                 bases.setdefault(folder, cell)
+            if (file := work.start_file(cell, root)) is not None:
+                starts.setdefault(file, cell)
         missing = [cell for folder, cell in bases.items() if not (folder / "base.json").exists()]
         pool.run("bases", work.train_base, missing, lambda cell: cell.setting.base.steps if cell.setting.base else 0)
+        unscored = [cell for file, cell in starts.items() if not file.exists()]
+        pool.run("before training", work.score_start, unscored, lambda _: 0)
         _run(pool, "shared rate", study.shared(), root)
         _run(pool, "second rounding", study.rounded(), root)
         _run(pool, "choosing rates", study.tuning(), root)
@@ -51,8 +54,8 @@ def run_study(study: Study, root: Path, workers: int) -> JsonObject:
     results = _results(everything, root)
     report = summary(study, results)
     report["bases"] = [
-        {"regime": cell.regime, **json.loads((folder / "base.json").read_text(encoding="utf-8"))}
-        for folder, cell in bases.items()
+        {"regime": cell.regime, **json.loads(file.read_text(encoding="utf-8"))}
+        for file, cell in {**{folder / "base.json": cell for folder, cell in bases.items()}, **starts}.items()
     ]
     write_json(root / "report.json", report)
     write_text(root / "report.md", visible(text(report)))

@@ -25,6 +25,7 @@ def text(report: Record) -> str:
     places = dict.fromkeys((row["regime"], row["noise"]) for row in report["grid"])
     for regime in dict.fromkeys(place[0] for place in places):
         parts.append(_table(report, regime, [noise for name, noise in places if name == regime]))
+    parts.append(_before(report))
     parts += [_ends(report, regime, noise) for regime, noise in report["headline"]]
     parts += [_rounding(report), _rates(report)]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -70,6 +71,22 @@ def _rounding(report: Record) -> str:
             f"| {row['regime']}, noise {row['noise']:g} | {short_legend(row['objective'])} | {one:.3f} | {other:.3f} |"
             f" {other - one:+.3f} |"
         )
+    return "\n".join(lines)
+
+
+def _before(report: Record) -> str:
+    starts: dict[str, list[float]] = {}
+    for row in report.get("bases", ()):
+        if report["judge"] in row:
+            starts.setdefault(row["regime"], []).append(row[report["judge"]])
+    if not starts:
+        return ""
+    lines = [
+        "### Before training", "",
+        f"{judged(report)}, of the models that runs start from: on rows of what a base was trained on; of a pretrained"
+        " model on the test rows.", "", "| regime | seed by seed |", "|---|---|",
+    ]  # fmt: skip
+    lines += [f"| {regime} | {' '.join(f'{value:.3f}' for value in values)} |" for regime, values in starts.items()]
     return "\n".join(lines)
 
 

@@ -11,6 +11,7 @@ from deft_lightning.data.sources.read import read
 from deft_lightning.errors import UserError
 from deft_lightning.hashing import uniform
 from deft_lightning.study.files import complete_folder, digest, files_of
+from deft_lightning.study.plan import Cell
 
 
 class Task(NamedTuple):
@@ -22,7 +23,12 @@ class Task(NamedTuple):
 
 
 def task_files(
-    source: str, rows: int, held_out: int, root: Path, split_by: Literal["prompt", "answer"] = "prompt"
+    source: str,
+    rows: int,
+    held_out: int,
+    root: Path,
+    split_by: Literal["prompt", "answer"] = "prompt",
+    max_characters: int | None = None,
 ) -> Task:
     """Return the files of a task, written now if they are not there.
 
@@ -32,11 +38,14 @@ def task_files(
         held_out: Prompts, or answers, that are held out for validation, and as many for the test.
         root: Where the files go.
         split_by: What is held out: a prompt, or an answer with all prompts that ask for it.
+        max_characters: Of a prompt and its answer together; longer ones are left out.
 
     Raises:
         UserError: There are too few different prompts, or rows of another form.
     """
     about = [source, rows, held_out, *([split_by] if split_by != "prompt" else []), *filter(None, [files_of(source)])]
+    if max_characters is not None:
+        about.append({"max_characters": max_characters})
     folder = root / "data" / digest(about)
     task = Task(*(folder / f"{name}.jsonl" for name in Task._fields))
     if folder.is_dir():
@@ -48,7 +57,9 @@ def task_files(
         example = normalise(record, where, format, {})
         if example.response is None or len(example.prompt) != 1:
             raise UserError(f"{where}: a study needs rows of one question and one answer, without a system turn")
-        pairs.setdefault(str(example.prompt[-1]["content"]), example.response)
+        prompt = str(example.prompt[-1]["content"])
+        if max_characters is None or len(prompt) + len(example.response) <= max_characters:
+            pairs.setdefault(prompt, example.response)
     units: dict[str, list[str]] = {}
     for prompt, answer in pairs.items():
         units.setdefault(prompt if split_by == "prompt" else answer, []).append(prompt)
@@ -65,3 +76,26 @@ def task_files(
             lines = (json.dumps({"prompt": prompt, "completion": pairs[prompt]}) + "\n" for prompt in part)
             (partial / path.name).write_text("".join(lines), encoding="utf-8")
     return task
+
+
+def rows_of(cell: Cell, root: Path) -> Task:
+    """Return the files of a cell's task."""
+    setting = cell.setting
+    return task_files(setting.source, cell.rows, cell.held_out, root, setting.split_by, setting.max_characters)
+
+
+def base_rows(cell: Cell, root: Path) -> Task | None:
+    """Return the files of the task that a cell's base is trained on; None without one."""
+    setting = cell.setting
+    if setting.base is None:
+        return None
+    sizes = (cell.base_rows, cell.held_out)
+    return task_files(setting.base.source, *sizes, root, setting.split_by, setting.max_characters)
+
+
+def rows_apart(cell: Cell, root: Path) -> Path | None:
+    """Return the file of rows of another kind, on which forgetting is measured; None where it is not."""
+    setting = cell.setting
+    if setting.forgetting is None:
+        return None
+    return task_files(setting.forgetting, 1, cell.held_out, root, max_characters=setting.max_characters).test
