@@ -139,6 +139,19 @@ def short_legend(legend: str) -> str:
     return legend.replace("()", "")
 
 
+def readable(legend: str) -> str:
+    """Return a legend without options at their defaults; one of a class that is not known here as it is.
+
+    Example:
+        >>> readable("Floored(base=DEFT(), floor=0.3, decay='constant')"), readable("my.Own(power=2)")
+        ('Floored(floor=0.3)', 'my.Own(power=2)')
+    """
+    try:
+        return label(parse_objective(legend))
+    except UserError:
+        return short_legend(legend)
+
+
 def _parts(node: ast.Call, text: str) -> tuple[type[Objective], list[ast.expr], dict[str, ast.expr]]:
     """Return the class of a call, its arguments, and its options by name."""
     cls = _class(node.func, text)

@@ -16,7 +16,7 @@ from deft_lightning.figures import comparison_bars, focus_trajectories, gradient
 from deft_lightning.figures.runs import Scalars
 from deft_lightning.figures.style import dress, legend_beside, line, panels, save, styled
 from deft_lightning.objectives import DEFT, NLL, Cayley, Likelihood
-from deft_lightning.objectives.parse import short_legend
+from deft_lightning.objectives.parse import readable
 from deft_lightning.study.cells import start, start_from
 from deft_lightning.study.files import file_name
 from deft_lightning.study.plan import Study
@@ -35,7 +35,7 @@ def draw(study: Study, report: Record, results: Mapping[str, Record], root: Path
     for row in report["grid"]:
         if (row["regime"], row["noise"]) in headline and row["objective"] in report["objectives"]:
             group = f"{row['regime']}\nnoise {row['noise']:g}"
-            table.setdefault(group, {})[short_legend(row["objective"])] = row["values"]
+            table.setdefault(group, {})[readable(row["objective"])] = row["values"]
     ordered = {f"{regime}\nnoise {noise:g}": table[f"{regime}\nnoise {noise:g}"] for regime, noise in headline}
     if study.judge == "nll":  # what is kept is larger where it is better
         ordered = {group: {name: [-v for v in row] for name, row in rows.items()} for group, rows in ordered.items()}
@@ -80,7 +80,7 @@ def _locked(study: Study, results: Mapping[str, Record], headline: list[Any], ou
             if not rows:
                 continue
             steps, values = rows[0][0], np.array([row[1] for row in rows])
-            panel.plot(steps, values.mean(0), **line(index), label=short_legend(repr(objective)))
+            panel.plot(steps, values.mean(0), **line(index), label=readable(repr(objective)))
             panel.fill_between(steps, values.min(0), values.max(0), color=line(index)["color"], alpha=0.15, linewidth=0)
         dress(panel, f"{regime}, noise {noise:g}", "optimizer step", "locked tokens")
         panel.label_outer(remove_inner_ticks=False)

@@ -10,6 +10,7 @@ from statistics import fmean, median, stdev
 from typing import Any
 
 from deft_lightning.annotations import JsonObject, Record
+from deft_lightning.objectives import DEFT, Contaminated
 from deft_lightning.study.plan import Cell, Study
 
 Place = tuple[str, float]  # regime and noise
@@ -110,7 +111,7 @@ def rounding(study: Study, results: Results) -> list[JsonObject]:
     ]  # fmt: skip
 
 
-def margins(rows: Sequence[Record], of: str = "DEFT()") -> list[JsonObject]:
+def margins(rows: Sequence[Record], of: str) -> list[JsonObject]:
     """Return by how much the worst regime of one objective is above every other's: of the medians, and seed by seed."""
     own = next((row for row in rows if row["objective"] == of), None)
     if own is None:
@@ -151,13 +152,15 @@ def summary(study: Study, results: Results) -> JsonObject:
             for regime, noise in headline for name, by_seed in tuned[regime, noise].items()
         ],
     }  # fmt: skip
+    # The package's own proposal where it is compared, the paper's elsewhere.
+    report["margins_of"] = next((name for name in map(repr, (Contaminated(), DEFT())) if name in plain), "")
     report["ends"] = ends(study, results)
     report["rounding"] = rounding(study, results)
     for kind, values in (("shared", shared), ("tuned", tuned)):
         among = names if kind == "shared" else plain
         rows = worst_regime(values, headline, among) if headline and (rates or kind == "shared") else []
         report[f"ranking_{kind}"] = rows
-        report[f"margins_{kind}"] = margins([row for row in rows if row["objective"] in plain])
+        report[f"margins_{kind}"] = margins([row for row in rows if row["objective"] in plain], report["margins_of"])
     return report
 
 

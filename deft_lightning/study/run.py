@@ -7,13 +7,13 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from deft_lightning.annotations import JsonObject
+from deft_lightning.study import advice, tasks
 from deft_lightning.study import cells as work
-from deft_lightning.study import tasks
 from deft_lightning.study.draw import draw
 from deft_lightning.study.files import write_json, write_text
 from deft_lightning.study.plan import Cell, Study
 from deft_lightning.study.pool import Pool
-from deft_lightning.study.report import chosen_rates, summary
+from deft_lightning.study.report import chosen_rates, grid, summary
 from deft_lightning.study.tables import text
 from deft_lightning.terminal import visible
 
@@ -47,6 +47,9 @@ def run_study(study: Study, root: Path, workers: int) -> JsonObject:
         pool.run("before training", work.score_start, unscored, lambda _: 0)
         _run(pool, "shared rate", study.shared(), root)
         _run(pool, "second rounding", study.rounded(), root)
+        probed = advice.asked(study)
+        unprobed = [cell for cell in probed if not advice.probe_folder(cell, root).is_dir()]
+        pool.run("probing", advice.advise, unprobed, lambda _: 0)
         _run(pool, "choosing rates", study.tuning(), root)
         rates = chosen_rates(study, _results(study.tuning(), root))
         _run(pool, "tuned rates", study.tuned(rates), root)
@@ -54,9 +57,11 @@ def run_study(study: Study, root: Path, workers: int) -> JsonObject:
     results = _results(everything, root)
     report = summary(study, results)
     report["bases"] = [
-        {"regime": cell.regime, **json.loads(file.read_text(encoding="utf-8"))}
+        {"regime": cell.regime, **_read(file)}
         for file, cell in {**{folder / "base.json": cell for folder, cell in bases.items()}, **starts}.items()
     ]
+    probes = {cell.id: _read(advice.probe_folder(cell, root) / "probe.json") for cell in probed}
+    report["advice"] = advice.advice(grid(study.shared(), results), probed, probes)
     write_json(root / "report.json", report)
     write_text(root / "report.md", visible(text(report)))
     draw(study, report, results, root)
@@ -70,4 +75,9 @@ def _run(pool: Pool, stage: str, cells: Iterable[Cell], root: Path) -> None:
 
 
 def _results(cells: Iterable[Cell], root: Path) -> dict[str, JsonObject]:
-    return {cell.id: json.loads(work.cell_file(cell, root).read_text(encoding="utf-8")) for cell in cells}
+    return {cell.id: _read(work.cell_file(cell, root)) for cell in cells}
+
+
+def _read(file: Path) -> JsonObject:
+    content: JsonObject = json.loads(file.read_text(encoding="utf-8"))
+    return content

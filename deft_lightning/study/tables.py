@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from deft_lightning.annotations import Record
-from deft_lightning.objectives.parse import short_legend
+from deft_lightning.objectives.parse import readable
+from deft_lightning.study.advice import EXAMPLES, NEAR, served
 from deft_lightning.study.report import ENDS
 
 JUDGED = {
@@ -21,13 +22,13 @@ def text(report: Record) -> str:
     for kind, about in (("shared", "one learning rate for all"), ("tuned", "a learning rate tuned for each")):
         if rows := report[f"ranking_{kind}"]:
             parts.append(_ranking(report, rows, about))
-            parts.append(_margins(report, report[f"margins_{kind}"]))
+            parts.append(_margins(report["margins_of"], report[f"margins_{kind}"]))
     places = dict.fromkeys((row["regime"], row["noise"]) for row in report["grid"])
     for regime in dict.fromkeys(place[0] for place in places):
         parts.append(_table(report, regime, [noise for name, noise in places if name == regime]))
     parts.append(_before(report))
     parts += [_ends(report, regime, noise) for regime, noise in report["headline"]]
-    parts += [_rounding(report), _rates(report)]
+    parts += [_rounding(report), _advice(report), _rates(report)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -45,7 +46,7 @@ def _ranking(report: Record, rows: Sequence[Record], about: str) -> str:
         star = " (remedy)" if row["objective"] in report["remedies"] else ""
         worst, regret = _interval(row["worst_interval"], sign), _interval(row["regret_interval"], 1)
         lines.append(
-            f"| {short_legend(row['objective'])}{star} | {medians} | {sign * row['worst']:.3f} | {worst} |"
+            f"| {readable(row['objective'])}{star} | {medians} | {sign * row['worst']:.3f} | {worst} |"
             f" {row['regret']:.3f} | {regret} | {seeds} |"
         )
     return "\n".join(lines)
@@ -68,7 +69,7 @@ def _rounding(report: Record) -> str:
     for row in report["rounding"]:
         one, other = (sign * value for value in row["medians"])
         lines.append(
-            f"| {row['regime']}, noise {row['noise']:g} | {short_legend(row['objective'])} | {one:.3f} | {other:.3f} |"
+            f"| {row['regime']}, noise {row['noise']:g} | {readable(row['objective'])} | {one:.3f} | {other:.3f} |"
             f" {other - one:+.3f} |"
         )
     return "\n".join(lines)
@@ -90,17 +91,18 @@ def _before(report: Record) -> str:
     return "\n".join(lines)
 
 
-def _margins(report: Record, rows: Sequence[Record]) -> str:
+def _margins(of: str, rows: Sequence[Record]) -> str:
     if not rows:
         return ""
     lines = [
-        "By how much DEFT's worst regime is better than another's: of the medians; seed by seed, median and range.",
+        f"By how much the worst regime of {readable(of)} is better than another's: of the medians; seed by seed, the"
+        " median and the range.",
         "",
         "| against | margin | seed by seed |", "|---|---|---|",
     ]  # fmt: skip
     for row in rows:
         seeds = f"{row['median']:+.3f} ({row['low']:+.3f} to {row['high']:+.3f})"
-        lines.append(f"| {short_legend(row['against'])} | {row['margin']:+.3f} | {seeds} |")
+        lines.append(f"| {readable(row['against'])} | {row['margin']:+.3f} | {seeds} |")
     return "\n".join(lines)
 
 
@@ -115,7 +117,7 @@ def _table(report: Record, regime: str, noises: Sequence[float]) -> str:
     for name in [*report["objectives"], *report["remedies"]]:
         cells = [rows.get((name, noise)) for noise in noises]
         if any(cells):
-            lines.append(f"| {short_legend(name)} | " + " | ".join(_cell(cell, sign) for cell in cells) + " |")
+            lines.append(f"| {readable(name)} | " + " | ".join(_cell(cell, sign) for cell in cells) + " |")
     return "\n".join(lines)
 
 
@@ -131,7 +133,27 @@ def _ends(report: Record, regime: str, noise: float) -> str:
     ]  # fmt: skip
     for row in rows:
         cells = (f"{row[tag]:.3f}" if tag in row else "-" for tag in tags)
-        lines.append(f"| {short_legend(row['objective'])} | {' | '.join(cells)} |")
+        lines.append(f"| {readable(row['objective'])} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _advice(report: Record) -> str:
+    rows = report.get("advice", ())
+    if not rows:
+        return ""
+    lines = [
+        "### What the probe recommends", "",
+        f"From {EXAMPLES} training rows before the first step; in brackets the number of seeds. Behind: how far the"
+        " median of what it recommends most is below that of the best objective. It is within"
+        f" {NEAR:g}, or says that it cannot tell, in {served(rows)} of {len(rows)}.", "",
+        "| regime | recommended | best | behind |", "|---|---|---|---|",
+    ]  # fmt: skip
+    for row in rows:
+        named = ", ".join(
+            f"{readable(name) if name else 'cannot tell'} ({count})" for name, count in row["recommended"].items()
+        )
+        behind = "-" if row["behind"] is None else f"{row['behind']:.3f}"
+        lines.append(f"| {row['regime']}, noise {row['noise']:g} | {named} | {readable(row['best'])} | {behind} |")
     return "\n".join(lines)
 
 
@@ -146,7 +168,7 @@ def _rates(report: Record) -> str:
     ]  # fmt: skip
     rates = {(row["objective"], row["regime"], row["noise"]): row["rate"] for row in report["tuned"]}
     for name in report["objectives"]:
-        lines.append(f"| {short_legend(name)} | " + " | ".join(f"{rates[name, *place]:g}" for place in places) + " |")
+        lines.append(f"| {readable(name)} | " + " | ".join(f"{rates[name, *place]:g}" for place in places) + " |")
     return "\n".join(lines)
 
 

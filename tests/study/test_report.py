@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from deft_lightning.objectives import DEFT, NLL, Likelihood
+from deft_lightning.objectives import DEFT, NLL, Contaminated, Likelihood
 from deft_lightning.study import Regime, Study
-from deft_lightning.study.report import chosen_rates, margins, summary, worst_regime
+from deft_lightning.study.advice import advice, asked, served
+from deft_lightning.study.report import chosen_rates, grid, margins, summary, worst_regime
 from deft_lightning.study.tables import text
 
 # Exact match by objective, regime and seed; the headline is strong at 0.6 and weak at 0.
@@ -126,5 +127,39 @@ def test_where_nothing_was_tuned_there_are_no_tuned_tables() -> None:
 
 
 def test_an_objective_that_is_not_there_has_no_margins() -> None:
-    grid = {("a", 0.0): {"NLL()": {0: 0.5}}}
-    assert margins(worst_regime(grid, [("a", 0.0)], ["NLL()"])) == []
+    values = {("a", 0.0): {"NLL()": {0: 0.5}}}
+    assert margins(worst_regime(values, [("a", 0.0)], ["NLL()"]), "DEFT()") == []
+
+
+def told(objective: str | None) -> dict[str, Any]:
+    return {"recommendation": {"objective": objective}}
+
+
+def test_a_recommendation_is_held_against_the_best() -> None:
+    """DEFT has medians of 0.9 and 0.7, NLL 0.4 and 0.9: the best is DEFT where the prior is strong, else NLL."""
+    study, results = made_up()
+    values = grid(study.shared(), results)
+    probed = asked(study)
+    assert [(cell.regime, cell.seed) for cell in probed] == [(r, s) for r in ("strong", "weak") for s in range(3)]
+    named = {"strong": ["DEFT", "DEFT", "NLL"], "weak": ["DEFT", "DEFT", "DEFT"]}
+    rows = advice(values, probed, {cell.id: told(named[cell.regime][cell.seed]) for cell in probed})
+    assert rows[0]["recommended"] == {"DEFT()": 2, "NLL()": 1} and rows[0]["best"] == "DEFT()"  # as Likelihood
+    assert [row["behind"] for row in rows] == pytest.approx([0.0, 0.2])
+    assert served(rows) == 1
+    cannot = advice(values, probed, {cell.id: told(None) for cell in probed})
+    assert [row["behind"] for row in cannot] == [None, None] and served(cannot) == 2
+    absent = advice(values, probed, {cell.id: told("Cayley") for cell in probed})  # the study has not run it
+    assert [row["behind"] for row in absent] == [None, None] and served(absent) == 0
+    said = text(summary(study, results) | {"advice": rows})
+    assert "| strong, noise 0.6 | DEFT (2), NLL (1) | DEFT | 0.000 |" in said and "in 1 of 2." in said
+
+
+def test_margins_are_those_of_the_noise_model_where_it_is_compared() -> None:
+    study, results = made_up()
+    assert summary(study, results)["margins_of"] == "DEFT()"
+    study = replace(study, objectives=[NLL(), Contaminated()])
+    results = {cell.id: {"test": {"exact_match": 0.5}} for cell in study.shared()}
+    results |= {cell.id: {"validation": {"exact_match": 0.5}} for cell in study.tuning()}
+    results |= {cell.id: {"test": {"exact_match": 0.5}} for cell in study.tuned(chosen_rates(study, results))}
+    said = text(summary(study, results))
+    assert "By how much the worst regime of Contaminated is better" in said
