@@ -19,13 +19,13 @@ import torch
 from browser import Browser
 from torch import Tensor
 from transformers import AutoModelForCausalLM
-from worlds import constant, write_rows
+from worlds import constant, conversation, write_rows
 
 from deft_lightning import InstructionDataModule, SFTModule, Trainer
 from deft_lightning.callbacks.locked import SHUT
 from deft_lightning.data.noise import Noise, TokenReplace
 from deft_lightning.errors import UserError
-from deft_lightning.objectives import DEFT, NoiseRates
+from deft_lightning.objectives import DEFT, Contaminated, NoiseRates
 from deft_lightning.probe.page import build
 from deft_lightning.probe.page.build import chosen_ranks
 from deft_lightning.probe.page.codes import LEVELS, SHUT_CODE, nats, planes, shares, whole
@@ -219,6 +219,8 @@ def test_page_holds_the_rows_in_the_order_of_the_audit(world: World) -> None:
     rows = world.meta["rows"]
     assert [row[2] for row in rows] == list(range(1, len(ROWS) + 1)) and world.meta["total"] == len(ROWS)
     assert {row[0]: row[5] for row in rows} == {f"r{i}": int(i >= 4) for i in range(len(ROWS))}
+    where = {f"r{i}": f"{'one' if i < 4 else 'two'}.jsonl, row {i % 4 + 1}" for i in range(len(ROWS))}
+    assert {row[0]: row[10] for row in rows} == where
     assert world.meta["sources"] == ["one", "two"] and world.meta["operations"] == ["TokenReplace"]
     assert [row[0] for row in rows[:5]] == [record["id"] for record in world.report["suspicious"]]
     for row in rows:
@@ -238,6 +240,27 @@ def lengths_of(world: World, row: list[Any]) -> list[int]:
             return column(world, world.meta["shared"]["lengths"])[start : start + count].tolist()
         start += count
     raise AssertionError(row)
+
+
+@pytest.mark.slow
+def test_nothing_is_left_beside_the_page(world: World) -> None:
+    """Neither what the passes have kept, nor a part of the page."""
+    folder = world.page.parent
+    assert not (folder / "probe" / "unfinished").exists()
+    assert [path.name for path in folder.glob("*gate*")] == ["gate.html"]
+    assert len(world.meta["models"]) == 2 and world.meta["models"][0]["name"] != world.meta["models"][1]["name"]
+    assert "checkpoint" in world.meta["models"][1]["name"] and world.report["checkpoint"] is None
+
+
+@pytest.mark.slow
+def test_chosen_noise_model_is_there_once(pretrained: str, source: str, tmp_path: Path) -> None:
+    trainer = Trainer(accelerator="cpu", devices=1, logger=False, default_root_dir=str(tmp_path))
+    module = SFTModule(Contaminated(start=0.2), pretrained=pretrained)
+    report = trainer.probe(module, InstructionDataModule(source), page=str(tmp_path / "gate.html"), examples=10)
+    meta, _ = numbers_of(tmp_path / "gate.html")
+    names = [one["name"] for one in meta["models"][0]["objectives"]]
+    assert "start=0.2" in names[0] and not any(n.startswith("Contaminated") for n in names[1:])
+    assert set(names) == {row["name"] for row in report["objectives"]}
 
 
 def test_tokens_that_are_half_a_letter_have_its_text_at_the_last_of_them(tmp_path: Path, pretrained: str) -> None:
@@ -499,6 +522,33 @@ def test_text_of_rows_is_text(opened: Browser, world: World) -> None:
     # A policy that the browser keeps: nothing is loaded, and no other script runs.
     script = "(() => { const s = document.createElement('script'); s.textContent = 'document.title = 1'; document.body.append(s); return document.title; })()"  # noqa: E501
     assert opened.evaluate(script) == f"Gates of {world.report['data']}"
+
+
+@pytest.mark.slow
+def test_what_all_rows_begin_with_and_long_prompts_are_shown_when_asked_for(
+    browser: Browser, pretrained: str, tmp_path: Path
+) -> None:
+    system = ("system", "Answer truthfully, and in one word where one word is enough.\n")
+    rows = [
+        conversation(system, ("user", "short?"), ("assistant", "yes")),
+        conversation(system, ("user", " ".join(f"word{i}" for i in range(300))), ("assistant", "no")),
+    ]
+    shape = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
+             "num_attention_heads": 2, "max_position_embeddings": 4096}  # fmt: skip
+    data = InstructionDataModule(
+        write_rows(tmp_path / "rows.jsonl", rows), validation_fraction=0.0, max_length=4096, tokenizer=pretrained
+    )
+    trainer = Trainer(accelerator="cpu", devices=1, logger=False, default_root_dir=str(tmp_path))
+    trainer.probe(SFTModule(architecture=shape), data, page=str(tmp_path / "gate.html"))
+    meta, _ = numbers_of(tmp_path / "gate.html")
+    browser.look(1400, 1000)
+    browser.open((tmp_path / "gate.html").as_uri(), "suspicion")
+    text = "[...document.querySelectorAll('.text')].map(t => t.textContent)"
+    assert not any("truthfully" in shown or "word150 " in shown for shown in browser.evaluate(text))
+    for _ in range(3):
+        browser.click(".ctx button")
+    assert browser.evaluate("document.querySelectorAll('.ctx button').length") == 0
+    assert browser.evaluate(text) == [row[9] for row in meta["rows"]]
 
 
 CONTRAST = """(() => {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 from lightning_utilities.core.rank_zero import rank_zero_info
 
 from deft_lightning.atomic import whole_file
+from deft_lightning.data.prepared.origins import Origin
 from deft_lightning.probe.audit import SUSPICIOUS, finite
 from deft_lightning.probe.page.codes import LEVELS, NATS, SHUT_CODE, planes
 from deft_lightning.probe.page.document import document
@@ -35,9 +36,11 @@ def write_page(path: Path, data: Any, looks: Sequence[Look], operations: Sequenc
         operations: Names of the noise operations, in the order of their codes.
     """
     most, texts = ROWS, TextOfTokens(data.tokenizer)
+    suspects = looks[0].suspects
+    origins = data.origins({suspects[rank].id for rank in chosen_ranks(len(suspects), most)})
     while True:
-        ranks = chosen_ranks(len(looks[0].suspects), most)
-        html = _page(data, looks, operations, ranks, texts)
+        ranks = chosen_ranks(len(suspects), most)
+        html = _page(data, looks, operations, ranks, texts, origins)
         size = len(html.encode())
         if size <= LARGEST or len(ranks) == 1:
             break
@@ -57,7 +60,12 @@ def chosen_ranks(count: int, most: int) -> list[int]:
 
 
 def _page(
-    data: Any, looks: Sequence[Look], operations: Sequence[str], ranks: Sequence[int], texts: TextOfTokens
+    data: Any,
+    looks: Sequence[Look],
+    operations: Sequence[str],
+    ranks: Sequence[int],
+    texts: TextOfTokens,
+    origins: Mapping[str, Origin],
 ) -> str:
     shown = [looks[0].suspects[rank] for rank in ranks]
     numbers = Numbers([suspect.at for suspect in shown])
@@ -73,6 +81,7 @@ def _page(
         rows.append([
             visible(suspect.id), suspect.at, rank + 1, suspect.score, suspect.nll, example.source if sources else -1,
             sorted(suspect.operations), suspect.wrong, row.runs, row.text,
+            _where(origins.get(suspect.id)),
         ])  # fmt: skip
     numbers.shared["lengths"] = numbers.add("letters", planes(np.asarray(lengths, np.int64), 2))
     report, models = looks[0].report, [numbers.model(look) for look in looks]
@@ -85,3 +94,10 @@ def _page(
     }  # fmt: skip
     packed = json.dumps(finite(meta), ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
     return document(f"Gates of {meta['data']}", {"meta": packed, "numbers": numbers.content()})
+
+
+def _where(origin: Origin | None) -> str:
+    """Return file and row of an example, without folder and options; empty where nothing is known of it."""
+    if origin is None:
+        return ""
+    return visible(Path(origin.file.partition("?")[0]).name + ("" if origin.row is None else f", row {origin.row}"))

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from html import escape
 from importlib.resources import files
 
+SCRIPTS = ("numbers.js", "state.js", "rows.js", "panel.js")  # one script, in this order
+
 
 def document(title: str, parts: Mapping[str, bytes]) -> str:
     """Return the HTML of a page.
@@ -20,8 +22,11 @@ def document(title: str, parts: Mapping[str, bytes]) -> str:
         title: Of the page.
         parts: Data for the script, by the id of the element that holds it.
     """
-    folder = files("deft_lightning.probe.page")
-    style, script, body = ((folder / f"page.{kind}").read_text(encoding="utf-8") for kind in ("css", "js", "html"))
+    folder = files("deft_lightning.probe.page") / "web"
+    style, body, *scripts = (
+        (folder / name).read_text(encoding="utf-8") for name in ("page.css", "page.html", *SCRIPTS)
+    )
+    script = "".join(scripts)
     policy = f"default-src 'none'; style-src {_hash(style)}; script-src {_hash(script)}; base-uri 'none'"
     packed = "\n".join(
         f'<script type="application/octet-stream" id="{name}">{_base64(zlib.compress(part, 9))}</script>'

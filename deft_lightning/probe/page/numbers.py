@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -79,7 +80,7 @@ class Numbers:
         report, columns = look.report, look.spool.read(self.positions)
         named = {column.name: codes for column, codes in columns.items()}
         gates = {column.name.removeprefix(GATE): codes for column, codes in columns.items() if column.name[:5] == GATE}
-        chosen, about = next(row["name"] for row in report["objectives"] if row["chosen"]), {}
+        chosen, about = next(row["name"] for row in report["objectives"] if row["chosen"]), look.spool.legends
         if (estimated := _contaminated(look, self.positions, named, gates)) is not None:
             gates["Contaminated"], about["Contaminated"] = estimated
         order = alike(named)
@@ -96,12 +97,12 @@ class Numbers:
         if "arg_max" in named:
             said = self._said(whole(named["arg_max"]), named["flags"][0] & RIGHT == 0)
             own["said"] = self.add("word", said, order)
-        checkpoint = report["checkpoint"]
+        path = str(report["checkpoint"] or report["model"])
         return {
-            "name": visible(f"checkpoint {checkpoint}" if checkpoint else str(report["model"])),
+            "name": visible(f"checkpoint {_short(path)}" if report["checkpoint"] else path), "path": visible(path),
             "chosen": visible(chosen), "columns": own,
             "objectives": [
-                {"name": visible(name), "about": about.get(name, ""), **self.add("share", gates[name], order)}
+                {"name": visible(name), "about": visible(about[name]), **self.add("share", gates[name], order)}
                 for name in sorted(gates, key=lambda name: (name != chosen, name))
             ],
         }  # fmt: skip
@@ -118,6 +119,11 @@ class Numbers:
         if len(distinct):
             numbers[other] = table[inverse]
         return planes(numbers, 2)
+
+
+def _short(path: str) -> str:
+    """Return run and step of a checkpoint: ``version_0/step=100.ckpt``."""
+    return "/".join([part for part in Path(path).parts if part != "checkpoints"][-2:])
 
 
 def alike(named: Mapping[str, Bytes]) -> NDArray[np.int64]:

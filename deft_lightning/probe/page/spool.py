@@ -57,6 +57,11 @@ class TokenSpool:
         self._unigram = None if unigram is None else unigram.double().cpu()
         self._places: dict[int, _Place] = {}
 
+    @property
+    def legends(self) -> dict[str, str]:
+        """What each objective is, with all its settings, by name."""
+        return {name: repr(objective) for name, objective in self._objectives.items()}
+
     def update(self, read: Read) -> None:
         """Add a batch."""
         stats, counts = read.stats, read.counts
