@@ -243,6 +243,13 @@ def lengths_of(world: World, row: list[Any]) -> list[int]:
 
 
 @pytest.mark.slow
+def test_every_file_of_the_page_is_in_it(world: World) -> None:
+    html, folder = world.page.read_text(), Path(build.__file__).parent
+    others = [path for path in folder.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")]
+    assert len(others) == 6 and all(path.read_text() in html for path in others), others
+
+
+@pytest.mark.slow
 def test_nothing_is_left_beside_the_page(world: World) -> None:
     """Neither what the passes have kept, nor a part of the page."""
     folder = world.page.parent

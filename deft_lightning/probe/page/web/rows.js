@@ -31,7 +31,7 @@ function summary(r) {
     `${starts[r + 1] - starts[r]} tokens`, `mean ${view().name} ${changing() ? signed(mean(r)) : short(mean(r))}`,
     `${count(r, i => isShut(i))} shut`, locked ? `${locked} locked` : ""]) if (text) head.append(make("span", text));
   for (const op of ops) head.append(make("b", `corrupted: ${meta.operations[op - 1]}`, "badge"));
-  if (wrong === true) head.append(make("b", "marked as wrong", "badge"));
+  if (wrong === true) head.append(make("b", "marked as noisy", "badge"));
   return head;
 }
 function beginning(text, query) {

@@ -33,7 +33,7 @@ const FILTERS = {
   suspicious: ["with suspicious tokens", r => some(r, isSuspicious)],
   noisy: ["noisy: corrupted on purpose", r => meta.rows[r][6].length > 0],
   clean: ["not corrupted", r => meta.rows[r][6].length === 0],
-  wrong: ["marked as wrong", r => meta.rows[r][7] === true],
+  wrong: ["marked as noisy", r => meta.rows[r][7] === true],
 };
 const SORTS = {
   worst: ["worst first", (a, b) => meta.rows[a][2] - meta.rows[b][2]],
