@@ -46,7 +46,7 @@ def announce(splits: Splits, settings: DataSettings, trainer: Trainer | None) ->
     for report in splits.reports.values():
         if report.examples:
             rank_zero_info(str(report))
-        for remark in report.remarks():
+        for remark in [*report.too_long(settings.max_length), *report.remarks()]:
             rank_zero_warn(remark)
     ends = splits.turn_ends()
     for sample in splits.samples("train", 2):

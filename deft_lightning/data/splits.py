@@ -147,8 +147,17 @@ class Splits:
 
     def turn_ends(self) -> list[int]:
         """Return the special tokens that end the responses, and say so if there is none."""
-        # One template writes every turn: a few examples show how it ends.
-        few = [self["train"].examples[at] for at in range(min(self.size("train"), 100))]
+        # One template writes every turn: a few examples show how it ends, unless their end is cut off.
+        examples = self["train"].examples
+        complete = examples.untruncated_lengths() == examples.lengths()
+        if self._settings.keep == "end":
+            complete[:] = True
+        few = [examples[at] for at in np.flatnonzero(complete)[:100].tolist()]
+        if len(examples) and not few:
+            rank_zero_warn(
+                f"train: --data.max_length {self._settings.max_length} cuts every example, so that no response shows"
+                " where it ends: the model will not learn where to stop; raise --data.max_length"
+            )
         last = [int(example.labels[example.labels != IGNORE_INDEX][-1]) for example in few]
         ends = sorted(set(last) & set(markers(self._tokenizer).tolist()))
         if last and not ends:

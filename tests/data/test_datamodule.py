@@ -253,6 +253,65 @@ def test_examples_are_cut_at_the_end_and_counted(tmp_path: Path) -> None:
     assert "1 truncated" in str(report)
 
 
+def warned(data: InstructionDataModule, recwarn: pytest.WarningsRecorder) -> list[str]:
+    return [str(one.message) for one in recwarn if "max_length" in str(one.message)]
+
+
+@pytest.mark.parametrize("few", [False, True])
+def test_responses_that_are_cut_are_told_with_the_lengths_at_which_they_would_not_be(
+    few: bool, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    count = 1 if few else 4
+    long = [{"question": f"{i}?", "answer": "word " * (10 * i + 20)} for i in range(count)]
+    rows = [*qa(36), *long]
+    lengths = sorted(len(line.ids) for line in lines_of(
+        set_up(tmp_path, rows, validation_fraction=0.0, max_length=1000).train_dataloader()
+    ).values())  # fmt: skip
+    recwarn.clear()
+    data = set_up(tmp_path, rows, validation_fraction=0.0, max_length=lengths[-count] - 3)
+    (line,) = warned(data, recwarn)
+    report = data.reports["train"]
+    assert report.cut == report.truncated == count and report.longer == dict.fromkeys(lengths[-count:], 1)
+    total = 36 + count
+    # 38 of 40 examples are 95 %; with one long row among 37 it is so already.
+    needed = "" if few else f"{lengths[-3]} leaves 95% of the examples whole, {lengths[-1]} all of them"
+    needed = needed or f"{lengths[-1]} leaves all of them whole"
+    verb, size = "response is" if few else "responses are", lengths[-count] - 3
+    assert line == f"train: {count} of {total} {verb} cut by --data.max_length {size} ({count / total:.1%}); {needed}"
+    # The lengths hold what is said of them.
+    for length, share in ((lengths[-1], 1.0), (lengths[-3], 0.95)):
+        again = set_up(tmp_path, rows, validation_fraction=0.0, max_length=length).reports["train"]
+        assert again.examples - again.truncated >= share * total
+
+
+def test_where_only_prompts_are_cut_no_response_is_said_to_be(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    rows = [*qa(10), {"question": "word " * 60, "answer": "yes"}]
+    data = set_up(tmp_path, rows, validation_fraction=0.0, max_length=60, keep="end")
+    assert data.reports["train"].truncated == 1 and data.reports["train"].cut == 0
+    assert not warned(data, recwarn)
+
+
+@pytest.mark.parametrize("short", [0, 1])
+def test_a_length_that_cuts_every_end_is_not_blamed_on_the_template(
+    short: int, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    rows = [*({"question": f"{i}?", "answer": "word " * 60} for i in range(20)), *qa(short)]
+    data = set_up(tmp_path, rows, validation_fraction=0.0, max_length=40)
+    lines = warned(data, recwarn)
+    assert lines[0].startswith(f"train: 20 of {20 + short} responses are cut by --data.max_length 40 (")
+    if short:
+        assert len(lines) == 1 and data.stop_token_ids, "one whole response shows where responses end"
+    else:
+        assert len(lines) == 2 and lines[1].endswith("raise --data.max_length")
+    assert not any("chat_template" in str(one.message) for one in recwarn)
+
+
+def test_a_length_that_leaves_nothing_names_one_that_does(tmp_path: Path) -> None:
+    rows = [{"question": "word " * 60 + str(i), "answer": "yes"} for i in range(12)]
+    with pytest.raises(UserError, match=r"--data\.max_length 40 cuts off every .* of all 12 examples; \d+ leaves all"):
+        set_up(tmp_path, rows, validation_fraction=0.0, max_length=40)
+
+
 def test_rows_that_lose_every_label_are_dropped_and_counted(tmp_path: Path) -> None:
     long = [{"question": f"{i} " + "word " * 200, "answer": "yes"} for i in range(3)]
     data = set_up(tmp_path, [*qa(10), *long], validation_fraction=0.0, max_length=100)

@@ -79,8 +79,7 @@ class Encoder:
         )  # fmt: skip
         counted.count_notes(notes)
         for example in prepared:
-            counted.truncated += len(example.input_ids) > self.max_length
-            short = example.truncate(self.max_length, self.keep)
+            short = counted.truncate(example, self.max_length, self.keep)
             if counted.add(short):
                 row = row_of_prepared(short, len(example.input_ids), self._cut(example))
                 counted.weighted += len(row[-1]) > 0

@@ -14,7 +14,7 @@ from deft_lightning.data.prepared.recipe import Recipe, title
 from deft_lightning.data.sources.read import weights
 from deft_lightning.errors import UserError
 
-FORMAT = 5  # of the files in a folder; another number is another folder
+FORMAT = 6  # of the files in a folder; another number is another folder
 
 
 def prepared_folder(

@@ -259,6 +259,11 @@ class Tokens(Table[Prepared]):
         columns = self.batches[batch]
         return columns.column("length")[row].as_py(), columns.column("cut")[row].as_py()
 
+    def untruncated_lengths(self) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """Return the number of tokens that every example had before truncation."""
+        parts = [_mapped(batch.column("length")).astype(np.int64) for batch in self.batches]
+        return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
+
     def lengths(self) -> np.ndarray[Any, np.dtype[np.int64]]:
         """Return the number of tokens of every example."""
         parts = [np.diff(lists[0][0]).astype(np.int64) for lists in self._lists]
