@@ -87,9 +87,10 @@ def summary(sums: Sums, grader: Grader, n: int, sources: Sequence[str] = ()) -> 
 
     Returns:
         Each figure as the mean over examples and, but for ``truncated``, its standard error ``<figure>_se``,
-        ``s / sqrt(N)`` with s the standard deviation over the N examples. With sources also ``macro``, the mean over
-        sources of the first score's mean, ``macro_<score>`` of the others, with the error
-        ``sqrt(sum of squared errors) / sources``, and ``source/<name>``. Last the number of ``examples``.
+        ``s / sqrt(N)`` with s the standard deviation over the N examples. Where all of them score 0, or all 1, it is
+        half of Wilson's 68 % interval, ``1 / (2 N + 2)``: none right of two is no proof that none ever is. With
+        sources also ``macro``, the mean over sources of the first score's mean, ``macro_<score>`` of the others, with
+        the error ``sqrt(sum of squared errors) / sources``, and ``source/<name>``. Last the number of ``examples``.
     """
     names = figure_names(grader, n)
     figures: dict[str, float] = {}
@@ -112,6 +113,8 @@ def _mean(sums: Sequence[float]) -> tuple[float, float]:
     """Mean and its standard error from the number of examples, their sum and their sum of squares."""
     n = max(sums[0], 1.0)
     mean = sums[1] / n
+    if sums[0] and mean in (0.0, 1.0):  # scores lie between: all are the same, and their spread says nothing
+        return mean, 0.5 / (n + 1)
     variance = max(sums[2] / n - mean**2, 0.0) * n / max(n - 1, 1.0)
     return mean, math.sqrt(variance / n)
 

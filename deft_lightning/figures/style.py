@@ -107,6 +107,13 @@ def dress(axes: Any, title: str, x: str = "", y: str = "") -> None:
     axes.set_ylabel(y)
 
 
+def count_steps(axes: Any) -> None:
+    """Put the marks of an axis of optimizer steps at whole numbers: there is no step 2.5."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 2.5, 5, 10]))
+
+
 def legend_beside(figure: Figure, axes: Any, **options: Any) -> None:
     """Put the legend to the right of a figure's only panel, which keeps its size: the figure grows."""
     legend = axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), **options)

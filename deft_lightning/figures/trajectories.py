@@ -16,6 +16,7 @@ from deft_lightning.figures.style import (
     DASHES,
     MARKERS,
     Output,
+    count_steps,
     dress,
     legend_beside,
     line,
@@ -67,8 +68,11 @@ def run_figure(run: str | Path, output: Output) -> list[Path]:
         for i, (tag, label) in enumerate(tags.items()):
             if tag in scalars:
                 few = len(scalars[tag][0]) <= FEW
-                axes.plot(*scalars[tag], label=label, marker=MARKERS[i] if few else None, markersize=4, **line(i))
+                marker = MARKERS[i] if few else None
+                # A point at 0 or at the last step is drawn in full.
+                axes.plot(*scalars[tag], label=label, marker=marker, markersize=4, clip_on=False, zorder=3, **line(i))
         dress(axes, title, "optimizer step", unit)
+        count_steps(axes)
         axes.set_ylim(bottom=0)
         if axes.get_lines():
             axes.legend()
@@ -135,6 +139,8 @@ def focus_trajectories(
         handles = all_axes[0].get_legend_handles_labels()
         figure.legend(*handles, loc="outside lower center", ncols=2)
     for axes in all_axes:
+        if progress == "steps":
+            count_steps(axes)
         axes.set_ylim(0, 1.02)  # a line at 1 is drawn in full
         axes.set_xlim(left=0)
     return save(figure, output)
@@ -165,7 +171,7 @@ def _curves(runs: Sequence[Run], progress: Progress) -> list[Curve]:
 def _draw(axes: Any, curve: Curve, style: dict[str, Any]) -> None:
     if (curve.high > curve.low).any():
         axes.fill_between(curve.at, curve.low, curve.high, color=style["color"], alpha=0.18, linewidth=0)
-    axes.plot(curve.at, curve.mean, **style)
+    axes.plot(curve.at, curve.mean, clip_on=False, zorder=3, **style)  # points at the edge are drawn in full
 
 
 def _mark_ends(axes: Any, pair: Sequence[Curve]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -68,6 +69,19 @@ three = st.lists(st.booleans(), min_size=3, max_size=3)
 examples = st.lists(st.tuples(st.integers(0, 2), three, st.booleans()), min_size=1, max_size=15)
 
 
+def standard_error(values: Any) -> float:
+    if set(values) in ({0.0}, {1.0}):
+        return wilson(int(values.sum()), len(values))
+    return float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+
+
+def wilson(right: int, n: int) -> float:
+    """Half of the interval of Wilson (1927) at one standard deviation: of what it calls q, the roots of a quadratic."""
+    share = right / n
+    low, high = sorted(np.roots([1 + 1 / n, -(2 * share + 1 / n), share**2]).real)
+    return float(high - low) / 2
+
+
 @given(examples)
 @settings(max_examples=60, deadline=None)
 def test_means_and_errors_are_those_of_numpy(rows: list[tuple[int, list[bool], bool]]) -> None:
@@ -82,11 +96,11 @@ def test_means_and_errors_are_those_of_numpy(rows: list[tuple[int, list[bool], b
     for i, name in enumerate(figure_names(grader, n)):
         assert found[name] == pytest.approx(matrix[:, i].mean(), abs=1e-12)
         if name != "truncated":
-            error = matrix[:, i].std(ddof=1) / math.sqrt(len(rows)) if len(rows) > 1 else 0.0
+            error = standard_error(matrix[:, i])
             assert found[f"{name}_se"] == pytest.approx(error, abs=1e-7)
     named = {s: matrix[[row[0] == s for row in rows], 0] for s in {row[0] for row in rows}}
     assert found["macro"] == pytest.approx(np.mean([part.mean() for part in named.values()]), abs=1e-12)
-    errors = [part.std(ddof=1) ** 2 / len(part) if len(part) > 1 else 0.0 for part in named.values()]
+    errors = [standard_error(part) ** 2 for part in named.values()]
     assert found["macro_se"] == pytest.approx(math.sqrt(sum(errors)) / len(named), abs=1e-7)
     assert {name for name in found if name.startswith("source/")} == {f"source/{sources[s]}" for s in named}
     assert found["examples"] == len(rows) and list(found)[-1] == "examples"
@@ -107,11 +121,16 @@ def test_no_example_gives_no_number_that_is_not_one() -> None:
     assert found == {"exact_match": 0.0, "exact_match_se": 0.0, "truncated": 0.0, "examples": 0.0}
 
 
-def test_one_example_has_no_error() -> None:
+@pytest.mark.parametrize("value", [0.0, 1.0])
+@pytest.mark.parametrize("n", [1, 2, 50])
+def test_none_right_of_two_is_no_proof(n: int, value: float) -> None:
     sums = no_sums(1, 2)
-    add(sums, 0, [1.0, 1.0])
+    for _ in range(n):
+        add(sums, 0, [value, 1.0])
     found = summary(sums, ExactMatch(), 1)
-    assert found == {"exact_match": 1.0, "exact_match_se": 0.0, "truncated": 1.0, "examples": 1.0}
+    error = pytest.approx(wilson(round(value * n), n))
+    assert found == {"exact_match": value, "exact_match_se": error, "truncated": 1.0, "examples": n}
+    assert found["exact_match_se"] == pytest.approx({1: 0.25, 2: 1 / 6, 50: 1 / 102}[n])
 
 
 def test_the_table_says_every_figure_once_with_its_error() -> None:

@@ -62,6 +62,25 @@ def test_each_run_is_a_panel_with_its_own_lines(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("last", [3, 4, 7, 60])
+def test_steps_are_whole_numbers_and_points_at_the_edge_are_not_cut(
+    last: int, tmp_path: Path, log: Callable[..., Path], drawn: list[Any]
+) -> None:
+    """Of a run of three steps matplotlib would mark 0.25 and 0.5; a point at 1 or at step 0 would be half one."""
+    values = {tag: [1.0, 0.0] for tag in ("train/nll", "focus/mean", "prob/mean", "gate/mean")}
+    run = log("short", values, [0, last])
+    run_figure(run, tmp_path / "run.svg")
+    focus_trajectories([run], tmp_path / "panels.svg")
+    focus_trajectories([run], tmp_path / "together.svg", together=True)
+    for figure in drawn:
+        for axes in figure.axes:
+            assert all(float(tick).is_integer() for tick in axes.get_xticks()), axes.get_xticks()
+            lines = [one for one in axes.get_lines() if len(one.get_xdata())]
+            assert lines and not any(one.get_clip_on() for one in lines)
+    focus_trajectories([run], tmp_path / "share.svg", progress="share")
+    assert not all(float(tick).is_integer() for tick in drawn[-1].axes[0].get_xticks()), "a share is no step"
+
+
 def test_another_focus_is_another_line(tmp_path: Path, log: Callable[..., Path]) -> None:
     """In the picture itself: the dark line of alpha lies where its values say."""
     heights = []
