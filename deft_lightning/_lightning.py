@@ -7,15 +7,18 @@ public counterpart: ``_parse_ckpt_path``, ``_prepare_subcommand_parser``, ``_pre
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.seed import isolate_rng
 
 # ---------------------------------------------------------------------------------------------------- where a fit is
 
@@ -48,6 +51,46 @@ def restore_place_in_data(trainer: Trainer) -> None:
     place to a loader that it makes afterwards alone, and would begin the epoch again.
     """
     trainer.fit_loop._load_combined_loader_states()
+
+
+class TrainingLoop(_TrainingEpochLoop):
+    """Lightning's loop over batches, which also validates after the last optimizer step of a run."""
+
+    _added = False  # whether the validation in hand is one that the intervals did not ask for
+
+    @classmethod
+    def install(cls, trainer: Trainer) -> None:
+        """Make a trainer train through this class; its state stays."""
+        trainer.fit_loop.epoch_loop.__class__ = cls
+
+    def on_advance_end(self, data_fetcher: Any) -> None:
+        """Validate; what is drawn in a validation that intervals did not ask for, moves no random state."""
+        self._added = self._ends_here() and not super()._should_check_val_fx(data_fetcher)
+        with isolate_rng() if self._added else nullcontext():
+            super().on_advance_end(data_fetcher)
+        self._added = False
+
+    def on_save_checkpoint(self) -> dict[str, Any]:
+        """Count the step in hand, where it is saved by what an added validation found.
+
+        A run that goes on from there with more steps does not come back to this validation, after which it is counted.
+        """
+        state = super().on_save_checkpoint()
+        state["_batches_that_stepped"] += self._added
+        return state
+
+    def _should_check_val_fx(self, data_fetcher: Any) -> bool:
+        return super()._should_check_val_fx(data_fetcher) or self._ends_here()
+
+    def _ends_here(self) -> bool:
+        trainer = self.trainer
+        # A loop that is being restored asks before its first batch whether a validation was interrupted.
+        if (self.restarting and self.val_loop.restarting) or not trainer.enable_validation or self._should_accumulate():
+            return False
+        if self.max_steps != -1 and self.global_step >= self.max_steps:
+            return True
+        limit = trainer.max_epochs
+        return limit not in (None, -1) and self._num_ready_batches_reached() and trainer.current_epoch + 1 >= limit
 
 
 # --------------------------------------------------------------------------------------- what belongs to which trainer
@@ -120,12 +163,17 @@ class CheckpointConnector(_CheckpointConnector):
 class FinalCheckpoint(ModelCheckpoint):
     """Lightning's checkpoints, which can be asked to save a run's final state, whatever their intervals say."""
 
-    def save_final(self, trainer: Trainer) -> None:
-        """Save the state as it is, unless it is saved already."""
+    def save_final(self, trainer: Trainer, validated: bool = False) -> None:
+        """Save the state as it is, unless it is saved already.
+
+        Args:
+            trainer: Of the run.
+            validated: Whether the metric that is waited for, if one is, is of this state.
+        """
         if self._should_skip_saving_checkpoint(trainer):
             return
         candidates = self._monitor_candidates(trainer)
-        if self.monitor is None:
+        if self.monitor is None or validated:
             self._save_topk_checkpoint(trainer, candidates)
         self._save_last_checkpoint(trainer, candidates)
 

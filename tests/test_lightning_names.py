@@ -16,6 +16,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
 
@@ -76,6 +77,10 @@ ATTRIBUTES: dict[str, tuple[Callable[[], Any], Callable[[Any], bool], str]] = {
 }  # fmt: skip
 METHODS: dict[str, tuple[type | Callable[[], Any], list[str], str]] = {
     "_should_accumulate": (lambda: trainer().fit_loop, [], "steps and micro-batches are told apart no more"),
+    "_should_check_val_fx": (
+        _TrainingEpochLoop, ["data_fetcher"], "there is no validation after the last step",
+    ),
+    "_num_ready_batches_reached": (_TrainingEpochLoop, [], "nor after the last epoch"),
     "_load_combined_loader_states": (
         lambda: trainer().fit_loop, [], "a run whose schedule is planned over epochs begins its epoch again if resumed",
     ),
@@ -192,7 +197,7 @@ def test_one_file_touches_them(path: Path) -> None:
 
 def test_every_name_that_is_used_is_pinned() -> None:
     used = uses(parsed(HOME)) | overridden(parsed(HOME)) | uses(parsed(CLI)) | overridden(parsed(CLI))
-    assert used - {"_CheckpointConnector"} <= ATTRIBUTES.keys() | METHODS.keys()
+    assert used - {"_CheckpointConnector", "_TrainingEpochLoop"} <= ATTRIBUTES.keys() | METHODS.keys()
     assert OF_THE_COMMAND_LINE == uses(parsed(CLI)) | overridden(parsed(CLI))
 
 

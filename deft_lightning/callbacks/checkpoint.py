@@ -57,9 +57,14 @@ class Checkpoint(FinalCheckpoint):
     ) -> None:
         """Save where training stops, before Lightning counts the epoch that is cut there as finished."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        stops = trainer.global_step == trainer.max_steps or (trainer.should_stop and not is_accumulating(trainer))
-        if stops and self.monitor is None:
+        if _stops(trainer) and self.monitor is None:
             self.save_final(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save by what the last validation found, for the same reason not at the end of the epoch."""
+        super().on_validation_end(trainer, pl_module)
+        if _stops(trainer) and self.monitor is not None:
+            self.save_final(trainer, validated=True)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the final state if no validation or epoch end has; a `fast_dev_run` keeps nothing."""
@@ -67,3 +72,8 @@ class Checkpoint(FinalCheckpoint):
             return
         self.save_final(trainer)
         super().on_train_end(trainer, pl_module)
+
+
+def _stops(trainer: Trainer) -> bool:
+    """Whether no batch follows, in the middle of an epoch perhaps."""
+    return trainer.global_step == trainer.max_steps or (trainer.should_stop and not is_accumulating(trainer))

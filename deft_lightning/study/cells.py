@@ -16,7 +16,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from deft_lightning._version import __version__
 from deft_lightning.annotations import JsonObject
-from deft_lightning.callbacks import EntropyMonitor, GateMonitor, NoiseEstimate, NoiseMonitor
+from deft_lightning.callbacks import EntropyMonitor, FirstLastValidation, GateMonitor, NoiseEstimate, NoiseMonitor
 from deft_lightning.data import InstructionDataModule, known_noise
 from deft_lightning.data.noise import Noise
 from deft_lightning.errors import UserError
@@ -190,8 +190,10 @@ def _trainer(steps: int, root: Path, folder: Path | None, looks: int = 1) -> Tra
         NoiseMonitor(),
         NoiseEstimate(),
     ]
+    # Curves have the looks that were asked for, and nothing else.
+    watches: list[Any] = [FirstLastValidation(before=False, after=False), *(monitors if folder else [])]
     return Trainer(
-        accelerator="cpu", devices=1, logger=logger, callbacks=monitors if folder else [], max_steps=steps,
+        accelerator="cpu", devices=1, logger=logger, callbacks=watches, max_steps=steps,
         gradient_clip_val=1.0, log_every_n_steps=max(1, steps // POINTS), val_check_interval=max(1, steps // looks),
         check_val_every_n_epoch=None, num_sanity_val_steps=0, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, default_root_dir=str(root), use_distributed_sampler=False, monitors=False,
