@@ -31,23 +31,34 @@ class AfterFit:
     export: bool = True
 
 
-def run_after_fit(trainer: Trainer, module: Any, datamodule: Any, export: bool, test: bool) -> None:
-    """Export and test a trained module; after an export that has failed the test is made all the same.
+def run_after_fit(
+    trainer: Trainer, module: Any, datamodule: Any, export: bool, test: bool, tell: Callable[[str | None], None]
+) -> None:
+    """Export a trained module, sum the run up, and test; after an export that has failed the rest is done all the same.
+
+    Args:
+        trainer: Of the run.
+        module: What was trained.
+        datamodule: Its data.
+        export: Whether to write a Hugging Face folder.
+        test: Whether to generate and grade.
+        tell: Sums the run up; called with the folder of the export, or None.
 
     Raises:
         Exception: What has failed first. What is told of it names the checkpoint and the command that repeats it.
     """
     wanted: list[tuple[str, Callable[[], Any]]] = []
+    failed: dict[str, Exception] = {}
     folder, output = trainer.log_dir, ""
     if export and folder is not None:
         # An earlier export is not overwritten, and not a reason to fail.
         names = itertools.chain(["export"], (f"export-{i}" for i in itertools.count(1)))
         output = str(next(path for name in names if not (path := Path(folder) / name).exists()))
         wanted.append(("export", partial(trainer.export, module, output=output, datamodule=datamodule)))
+    wanted.append(("summary", lambda: tell(None if not output or "export" in failed else output)))
     if test:
         quiet = bool(datamodule.benchmarks)
         wanted.append(("test", partial(trainer.test, module, datamodule=datamodule, verbose=not quiet)))
-    failed: dict[str, Exception] = {}
     for name, action in wanted:
         try:
             action()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import warnings
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -18,6 +17,7 @@ from deft_lightning.callbacks import (
     Checkpoint,
     Dashboard,
     EntropyMonitor,
+    FirstLastValidation,
     GateMonitor,
     GracefulStop,
     MetricCheck,
@@ -25,6 +25,7 @@ from deft_lightning.callbacks import (
     NoiseMonitor,
     PredictionWriter,
     RankWatch,
+    RunSummary,
     SFTProgressBar,
 )
 from deft_lightning.cli.after_fit import AfterFit, log_folder, run_after_fit, saved
@@ -43,6 +44,7 @@ from deft_lightning.data import InstructionDataModule
 from deft_lightning.errors import UserError
 from deft_lightning.models import tokenizer_from_checkpoint
 from deft_lightning.training.module import SFTModule
+from deft_lightning.training.quiet import hush
 from deft_lightning.training.recipe import TRAINER_DEFAULTS
 from deft_lightning.training.resume import refuse, run_folder
 from deft_lightning.training.trainer import Trainer
@@ -110,6 +112,7 @@ class DeftCLI(LightningCLI):
         """Give our callbacks keys of their own, so that a user's ``trainer.callbacks`` does not replace them."""
         parser.add_lightning_class_args(Checkpoint, "checkpoint")
         parser.add_lightning_class_args(SFTProgressBar, "progress_bar")
+        parser.add_lightning_class_args(FirstLastValidation, "validation")
         parser.add_lightning_class_args(GateMonitor, "gate_monitor")
         parser.add_lightning_class_args(EntropyMonitor, "entropy_monitor")
         parser.add_lightning_class_args(NoiseMonitor, "noise_monitor")
@@ -155,8 +158,9 @@ class DeftCLI(LightningCLI):
         if any(isinstance(callback, ProgressBar) for callback in _as_list(config.get("callbacks"))):
             off["progress_bar"] = False  # Lightning refuses two
         parser.callback_keys = [key for key in parser.callback_keys if off.get(key) is not False]
-        self.stop = GracefulStop()
-        config.callbacks = [*_as_list(config.get("callbacks")), self.stop, RankWatch(), MetricCheck()]
+        self.stop, self.summary = GracefulStop(), RunSummary()
+        self.summary.deferred = True  # until it is known where the export lies
+        config.callbacks = [*_as_list(config.get("callbacks")), self.stop, RankWatch(), MetricCheck(), self.summary]
         try:
             return super().instantiate_trainer(**kwargs)
         except (ValueError, TypeError, ImportError, MisconfigurationException) as error:  # Lightning's own checks
@@ -216,14 +220,15 @@ class DeftCLI(LightningCLI):
             raise
 
     def after_fit(self) -> None:
-        """Test and export what was trained, unless training was cut short."""
+        """Test and export what was trained, unless training was cut short; sum the run up."""
         if self.stop.stopped:
+            self.summary.tell(self.trainer)
             rank_zero_info(f"stopped at step {self.trainer.global_step}; go on with --ckpt_path last")
             return
         if self.trainer.interrupted or self._get(self.config_init, "trainer").get("fast_dev_run"):
             return
-        wanted = self._get(self.config_init, "after_fit")
-        run_after_fit(self.trainer, self.model, self.datamodule, export=wanted.export, test=wanted.test)
+        wanted, tell = self._get(self.config_init, "after_fit"), partial(self.summary.tell, self.trainer)
+        run_after_fit(self.trainer, self.model, self.datamodule, wanted.export, wanted.test, tell)
 
 
 def _as_list(callbacks: Any) -> list[Any]:
@@ -260,10 +265,6 @@ def run(
         module: As for :class:`DeftCLI`.
         data: As for :class:`DeftCLI`.
     """
-    # Loader processes do not help tokens that are in memory already; the tree-spec notice is Lightning's own.
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=".*treespec.*")
-    # Every run has a folder of its own, so a resumed one always checkpoints to another.
-    warnings.filterwarnings("ignore", message="The dirpath has changed from.*")
+    hush()
     with mistakes():
         DeftCLI(args, module, data)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
+from lightning.pytorch.callbacks import ModelCheckpoint, ModelSummary, ProgressBar
 from lightning_utilities.core.rank_zero import rank_zero_info
 
 from deft_lightning.annotations import Settings
@@ -13,12 +13,15 @@ from deft_lightning.callbacks import (
     Checkpoint,
     Dashboard,
     EntropyMonitor,
+    FirstLastValidation,
     GateMonitor,
     GracefulStop,
     MetricCheck,
+    ModelLine,
     NoiseEstimate,
     NoiseMonitor,
     RankWatch,
+    RunSummary,
     SFTProgressBar,
 )
 
@@ -28,9 +31,11 @@ TRAINER_DEFAULTS: Settings = {
     "default_root_dir": "logs",
 }
 MONITORS = (GateMonitor, EntropyMonitor, NoiseMonitor, NoiseEstimate, Dashboard)
-WATCHES = (GracefulStop, RankWatch, MetricCheck)
+WATCHES = (GracefulStop, RankWatch, MetricCheck, FirstLastValidation)
 # Kinds of which a run has one at most: whoever brings another kind of it has chosen.
-KINDS: dict[type[Callback], type[Callback]] = {Checkpoint: ModelCheckpoint, SFTProgressBar: ProgressBar}
+KINDS: dict[type[Callback], type[Callback]] = {
+    Checkpoint: ModelCheckpoint, SFTProgressBar: ProgressBar, ModelLine: ModelSummary,
+}  # fmt: skip
 
 
 def with_defaults(options: Settings) -> Settings:
@@ -67,7 +72,9 @@ def with_callbacks(options: Settings, monitors: bool) -> list[Callback]:
         return given
     wanted: list[type[Callback]] = [*(MONITORS if monitors else ()), *WATCHES]
     if options.get("enable_progress_bar") is not False:
-        wanted.insert(0, SFTProgressBar)
+        wanted[:0] = [SFTProgressBar, RunSummary]
+    if options.get("enable_model_summary") is not False:
+        wanted.append(ModelLine)
     if options.get("enable_checkpointing") is not False:
         wanted.insert(0, Checkpoint)
     missing = [kind for kind in wanted if not any(isinstance(one, KINDS.get(kind, kind)) for one in given)]

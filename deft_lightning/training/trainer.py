@@ -10,9 +10,11 @@ from lightning.pytorch import Trainer as LightningTrainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from deft_lightning.annotations import Checkpoint, JsonObject
+from deft_lightning.callbacks import FirstLastValidation
 from deft_lightning.training import fsdp2, verbs  # noqa: F401 - the first makes --trainer.strategy fsdp2 known
 from deft_lightning.training.checkpoint_io import checkpoint_plugins
 from deft_lightning.training.logs import lasting
+from deft_lightning.training.quiet import hush
 from deft_lightning.training.recipe import with_callbacks, with_defaults
 from deft_lightning.training.resume import CheckpointFinder, Restoring
 from deft_lightning.training.run_folder import RunFolder
@@ -25,11 +27,11 @@ class Trainer(LightningTrainer):
 
     What is not given is as on the command line: gradients are clipped at 1.0, metrics logged every 10 steps to
     TensorBoard under ``logs``, the newest state is saved, tokens are watched (GateMonitor, EntropyMonitor,
-    NoiseMonitor, NoiseEstimate, Dashboard), SIGINT and SIGTERM end a run with its state saved. A callback that is given
-    takes the place of that of its kind; ``enable_checkpointing=False``, ``enable_progress_bar=False`` and
-    ``monitors=False``
-    leave theirs out. Without ``max_epochs`` it stops after ``max_steps`` or ``max_time``, or after one epoch if neither
-    is given.
+    NoiseMonitor, NoiseEstimate, Dashboard), there is a validation before the first step and after the last, SIGINT and
+    SIGTERM end a run with its state saved. A callback that is given takes the place of that of its kind;
+    ``enable_checkpointing=False``, ``enable_progress_bar=False`` (lines and summary too),
+    ``enable_model_summary=False`` and ``monitors=False`` leave theirs out. Without ``max_epochs`` it stops after
+    ``max_steps`` or ``max_time``, or after one epoch if neither is given.
 
     Args:
         args: As Lightning's.
@@ -40,12 +42,18 @@ class Trainer(LightningTrainer):
         monitors = bool(kwargs.pop(MONITORS, True))
         kwargs.update(with_defaults(kwargs))
         kwargs["callbacks"] = with_callbacks(kwargs, monitors)
+        # The model's line is among the callbacks; Lightning would say of it that there is one.
+        kwargs["enable_model_summary"] = None if kwargs.get("barebones") else False
+        hush()
         kwargs["plugins"] = checkpoint_plugins(kwargs.get("plugins"))
         if kwargs.get("logger") in (None, True) and not kwargs.get("barebones"):
             kwargs["logger"] = TensorBoardLogger(kwargs["default_root_dir"], name="", default_hp_metric=False)
         if kwargs.get("max_epochs") is None and not args:
             limited = kwargs.get("max_steps") not in (None, -1) or kwargs.get("max_time") is not None
             kwargs["max_epochs"] = -1 if limited else 1
+        if kwargs.get("num_sanity_val_steps") is None and not kwargs.get("barebones"):
+            first = any(isinstance(one, FirstLastValidation) and one.before for one in kwargs["callbacks"])
+            kwargs["num_sanity_val_steps"] = -1 if first else None  # all batches of it, where Lightning checks two
         super().__init__(*args, **kwargs)
         Restoring.install(self)
         self.finder, self.run_folder = CheckpointFinder(self), RunFolder(self)

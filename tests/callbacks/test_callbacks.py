@@ -6,7 +6,7 @@ import json
 import math
 import os
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,7 +27,6 @@ from deft_lightning.callbacks import (
     NoiseMonitor,
     PredictionWriter,
     SFTProgressBar,
-    progress,
 )
 from deft_lightning.data.noise import Noise, TokenReplace
 from deft_lightning.errors import UserError
@@ -556,31 +555,6 @@ def test_the_bar_shows_loss_nll_and_validation_nll_under_short_names(pretrained:
     for short, tag in names.items():
         assert final[short] == pytest.approx(trainer.callback_metrics[tag].item()), short
     assert "val_nll" not in bar.shown[1] and "val_nll" in bar.shown[2], "known once the first epoch is over"
-
-
-def clock(step: float) -> Callable[[], float]:
-    now = 0.0
-
-    def tick() -> float:
-        nonlocal now
-        now += step
-        return now
-
-    return tick
-
-
-def test_the_bar_shows_tokens_per_second_without_padding(
-    pretrained: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The clock is read once at the first batch and then at the end of each."""
-    monkeypatch.setattr(progress, "time", SimpleNamespace(perf_counter=clock(0.6)))
-    bar, loaded = Shown(), data(tmp_path, validation_source=None, validation_fraction=0.0)
-    make_trainer(tmp_path / "run", bar).fit(module_of(pretrained), loaded)
-    sizes = [int(batch["attention_mask"].sum()) for batch in loaded.train_dataloader()]
-    assert len(sizes) == 4
-    rates = [metrics.get("tok/s") for metrics in bar.shown]
-    first, second = (f"{sum(pair) / 1.2:.0f}" for pair in (sizes[:2], sizes[2:]))
-    assert rates == [None, first, first, second]
 
 
 def test_likelihood_and_deft_are_watched_by_their_own_gate(pretrained: str, tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ def test_one_signal_saves_the_step_in_hand_and_the_run_goes_on(
     ) as process:  # fmt: skip
         assert process.stdout is not None
         seen, deadline = "", time.monotonic() + 120
-        while "train/loss" not in seen and "loss=" not in seen and time.monotonic() < deadline:
+        while "  loss " not in seen and time.monotonic() < deadline:
             seen += process.stdout.read(200)
         process.send_signal(number)
         rest, _ = process.communicate(timeout=120)

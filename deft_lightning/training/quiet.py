@@ -1,0 +1,45 @@
+"""Lines of libraries that say nothing to whoever trains: exactly these are left out, and nothing else.
+
+Each is the beginning of a known text. What is not in these lists is shown.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+
+LOGGER = "lightning.pytorch.utilities.rank_zero"  # what Lightning's information goes through
+# Advertisements for services, at the start of every run.
+TIPS = (
+    "💡 Tip: For seamless cloud logging and experiment tracking, try installing [litlogger]",
+    "💡 Tip: For seamless cloud uploads and versioning, try installing [litmodels]",
+)
+WARNINGS: tuple[tuple[str, type[Warning]], ...] = (
+    # Loader processes do not help tokens that are in memory already.
+    (r".*does not have many workers.*", Warning),
+    # Lightning's own use of torch.
+    (r".*treespec.*", Warning),
+    # Every run has a folder of its own, so a resumed one always checkpoints to another.
+    (r"The dirpath has changed from.*", Warning),
+    # The list of validation loaders of a run that asked for no validation.
+    (r"Total length of `list` across ranks is zero\. Please make sure this was your intention\.", Warning),
+    # peft asks transformers under the old name.
+    (r"`is_gradient_checkpointing` is deprecated and will be removed in v6\.", FutureWarning),
+)
+
+
+class NoTips(logging.Filter):
+    """Leaves the advertisements out."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Return whether a record is shown."""
+        return not record.getMessage().startswith(TIPS)
+
+
+def hush() -> None:
+    """Leave the known lines out from here on, in this process."""
+    logger = logging.getLogger(LOGGER)
+    if not any(isinstance(one, NoTips) for one in logger.filters):
+        logger.addFilter(NoTips())
+    for message, category in WARNINGS:
+        warnings.filterwarnings("ignore", message=message, category=category)  # Python keeps one of each
