@@ -496,7 +496,8 @@ def test_keys_reach_every_token(opened: Browser, world: World) -> None:
     assert opened.evaluate(focused) == "0"
     opened.press("ArrowRight", "ArrowRight", "ArrowLeft")
     token = opened.evaluate(focused)
-    assert token == str(int((world.models[0].row == 0).sum() > 1))
+    last = int((world.models[0].row == 0).sum()) - 1
+    assert token == str(max(min(2, last) - 1, 0))  # there is nothing behind the last token of a row
     label = opened.evaluate("document.activeElement.getAttribute('aria-label')")
     gate = float((world.models[0].p ** world.models[0].collision)[int(token)])
     assert same(re.search(r"DEFT ([\d.e-]+)", label)[1], gate)  # type: ignore[index]
