@@ -29,10 +29,12 @@ class GracefulStop(Callback):
         self.asked = self.stopped = False
         self._previous: dict[int, Any] = {}
         self._module: WatchedModule | None = None
+        self._validates = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Listen; from here on, since Lightning has set handlers of its own just before."""
         self.asked = self.stopped = False
+        self._validates = trainer.enable_validation
         self._module = watched(pl_module)
         self._module.stop_asked = self._module.stop_agreed = False
         # Only the main thread may set handlers.
@@ -46,7 +48,8 @@ class GracefulStop(Callback):
         self.asked = True
         if self._module is not None:
             self._module.stop_asked = True
-        rank_zero_info("\nstopping after this step; Ctrl-C again to stop at once")
+        last = " and a last validation" if self._validates else ""
+        rank_zero_info(f"\nstopping after this step{last}; Ctrl-C again to stop at once")
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: object, batch_idx: int

@@ -70,7 +70,7 @@ def measure(windows: int, width: int) -> dict[str, list[float]]:
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         data = InstructionDataModule(
-            "reasoning_gym:spell_backward?size=20000&question=metadata.word", tokenizer_size=0, batch_size=64,
+            "reasoning_gym:spell_backward?size=5000&question=metadata.word", tokenizer_size=0, batch_size=64,
             validation_fraction=0.0,
         )  # fmt: skip
         callbacks = [timed(SFTProgressBar, style="lines"), timed(RunSummary), Clock()]
