@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,13 @@ from torch import Tensor
 from deft_lightning.annotations import JsonObject, Tokenizer
 from deft_lightning.atomic import whole_file
 from deft_lightning.data.examples import Prepared
+from deft_lightning.data.prepared.origins import Origin
 from deft_lightning.functional import IGNORE_INDEX, TokenStats
+from deft_lightning.probe.reading import Read
+from deft_lightning.probe.scores import SUSPICIOUS, Scored, Tokens, last_numbers, score_rows
 
-SUSPICIOUS = 2.302585  # ln 10: C is ten times p
 SPANS = 20  # of an example, the worst ones
 BEFORE = 8  # tokens of context that decide how a span is written
-SHOWN = 300  # letters of an example
 
 
 def conflict(stats: TokenStats) -> Tensor:
@@ -61,62 +62,104 @@ class Suspect:
     Attributes:
         at: Position in its split.
         id: Example id.
-        score: Of the example, in nats.
+        scores: By name, the one that ranks first.
         nll: Mean negative log-likelihood of its supervised tokens; None without any.
         tokens: How many are supervised.
         places: Positions of its suspicious tokens.
-        scores: Their scores.
+        excess: How far the conflict of each is above that of the file's tokens of its kind, in nats.
         operations: Codes of the noise operations that corrupted it.
-        wrong: What a column of the data says of it, if one was named.
+        marked: What a column of the data says of it; None where nothing does.
+        noisy: Whether it is known to be noisy, by injected noise or that column; None where nothing is known.
     """
 
     at: int
     id: str
-    score: float
+    scores: Mapping[str, float]
     nll: float | None
     tokens: int
     places: NDArray[np.int64]
-    scores: NDArray[np.float64]
+    excess: NDArray[np.float64]
     operations: frozenset[int] = field(default_factory=frozenset)
-    wrong: bool | None = None
+    marked: bool | None = None
+    noisy: bool | None = None
+
+    @property
+    def score(self) -> float:
+        """What the audit is ranked by."""
+        return next(iter(self.scores.values()))
 
 
-def suspects(
-    stats: TokenStats, keep: Tensor, positions: Sequence[int], ids: Sequence[str], codes: Tensor
-) -> list[Suspect]:
-    """Score every example of a batch with one example a row.
+class AuditTally:
+    """Keeps what a score needs to know of every token, some twenty bytes each: a score compares with the whole file."""
 
-    Args:
-        stats: Statistics of the N supervised tokens, row by row.
-        keep: Shape ``(B, T - 1)``: whether the token after each position is supervised.
-        positions: Position of each row's example in its split.
-        ids: Their ids.
-        codes: Shape ``(N,)``: noise code of each token.
-    """
-    result, counts = [], keep.sum(1).tolist()
-    rows = zip(
-        positions, ids, keep, conflict(stats).split(counts), stats.log_prob.split(counts), codes.split(counts),
-        strict=True,
-    )  # fmt: skip
-    for at, id, kept, values, log_prob, code in rows:
-        bad = values >= SUSPICIOUS
-        result.append(
-            Suspect(
-                at, id, example_score(values), -float(log_prob.mean()) if len(values) else None, len(values),
-                (kept.nonzero().squeeze(1)[bad] + 1).numpy(), values[bad].double().numpy(),
-                frozenset(code[code > 0].tolist()),
-            )
+    def __init__(self) -> None:
+        self._rows: list[tuple[int, str, frozenset[int]]] = []
+        self._parts: list[tuple[NDArray[Any], ...]] = []
+
+    def update(self, read: Read) -> None:
+        """Add a batch."""
+        bare: list[NDArray[Any]] = []
+        places = (read.keep.nonzero()[:, 1] + 1).split(read.counts)
+        for at, count in zip(read.positions, read.counts, strict=True):
+            alone = None if read.bare is None else read.bare.of(at)
+            bare.append(np.full(count, np.nan, np.float32) if alone is None else alone)
+        columns = zip(
+            read.positions, read.batch["example_id"], bare, places, read.codes.split(read.counts),
+            *(values.split(read.counts) for values in (
+                read.labels, read.stats.log_prob.float(), read.stats.collision.float(), read.stats.correct)),
+            strict=True,
         )  # fmt: skip
-    return result
+        for at, id, alone, own, codes, *values in columns:
+            self._rows.append((at, id, frozenset(codes[codes > 0].tolist())))
+            self._parts.append((own.numpy().astype(np.int32), alone, *(part.numpy() for part in values)))
 
+    def suspects(
+        self, truth: Mapping[str, bool] | None, noise_known: bool, text: Callable[[int], str]
+    ) -> tuple[list[Suspect], Scored]:
+        """Return all examples, the most suspicious first, equals by position; and the scores in the order of the split.
 
-def ranked(suspects: Iterable[Suspect]) -> list[Suspect]:
-    """Sort by score, the most suspicious first; equals by position."""
-    return sorted(suspects, key=lambda suspect: (-suspect.score, suspect.at))
+        Args:
+            truth: What a column says of examples, by id; None without one.
+            noise_known: Whether noise was injected, so that an example without any is known to be clean.
+            text: Of a token.
+        """
+        order = sorted(range(len(self._rows)), key=lambda i: self._rows[i][0])
+        parts = [self._parts[i] for i in order]
+        columns = (np.concatenate(column) for column in zip(*parts, strict=True))
+        places, bare, target, log_prob, collision, correct = columns
+        counts = np.array([len(part[0]) for part in parts], np.int64)
+        number, last = last_numbers(counts, [text(token) for token in target.tolist()])
+        tokens = Tokens(
+            counts, target.astype(np.int64), correct.astype(bool), log_prob.astype(np.float64),
+            collision.astype(np.float64), bare.astype(np.float64), number, last,
+        )  # fmt: skip
+        scored = score_rows(tokens)
+        ends = np.cumsum(counts)
+        result = []
+        for row, i in enumerate(order):
+            at, id, operations = self._rows[i]
+            own = slice(ends[row] - counts[row], ends[row])
+            bad = scored.excess[own] >= SUSPICIOUS
+            known = None if truth is None else truth.get(id)
+            noisy = known if not noise_known else bool(operations) or bool(known)
+            result.append(
+                Suspect(
+                    at, id, {name: float(values[row]) for name, values in scored.scores.items()},
+                    -float(log_prob[own].mean()) if counts[row] else None, int(counts[row]),
+                    places[own][bad].astype(np.int64), scored.excess[own][bad], operations, known, noisy,
+                )
+            )  # fmt: skip
+        return sorted(result, key=lambda suspect: (-suspect.score, suspect.at)), scored
 
 
 def describe(
-    suspect: Suspect, rank: int, example: Prepared, tokenizer: Tokenizer, operations: Sequence[str], noise_known: bool
+    suspect: Suspect,
+    rank: int,
+    example: Prepared,
+    tokenizer: Tokenizer,
+    operations: Sequence[str],
+    noise_known: bool,
+    origin: Origin | None,
 ) -> JsonObject:
     """Return one record of the audit.
 
@@ -127,39 +170,39 @@ def describe(
         tokenizer: Turns tokens into text.
         operations: Names of the noise operations, in the order of their codes.
         noise_known: Whether noise was injected, so that an example without any is known to be clean.
+        origin: Where it was read; None where nobody knows.
 
     Returns:
-        ``rank``, ``id``, ``score``, ``nll``, ``tokens``; ``spans``: runs of suspicious tokens in the order of the text,
-        each with ``start`` and ``end`` (exclusive, tokens of the example), the ``text`` that is learnt there and its
-        largest ``score``; ``is_noisy`` and ``noise`` with injected noise, else None; ``is_wrong`` with a truth column;
-        ``text``: the supervised part, cut off after some letters.
+        ``rank``, ``id``, ``file``, ``row`` (from 1), ``score``, ``scores`` (every score by name), ``nll``, ``tokens``;
+        ``noisy``: true or false where that is known, else None; ``noise``: the operations that hit it, None without
+        injected noise; ``spans``: runs of suspicious tokens in the order of the text, each with ``start`` and ``end``
+        (exclusive, tokens of the example), the ``text`` that is learnt there and its largest ``excess`` in nats;
+        ``prompt`` and ``answer``, the supervised part as it is learnt.
     """
     labels = example.labels.tolist()
     runs: list[list[int]] = []
-    scores = dict(zip(suspect.places.tolist(), suspect.scores.tolist(), strict=True))
-    for place in scores:
+    excess = dict(zip(suspect.places.tolist(), suspect.excess.tolist(), strict=True))
+    for place in excess:
         if runs and runs[-1][-1] == place - 1:
             runs[-1].append(place)
         else:
             runs.append([place])
-    worst = sorted(runs, key=lambda run: -max(scores[place] for place in run))[:SPANS]
+    worst = sorted(runs, key=lambda run: -max(excess[place] for place in run))[:SPANS]
     spans = [
         {
             "start": run[0], "end": run[-1] + 1, "text": _written(tokenizer, example, run[0], run[-1] + 1),
-            "score": max(scores[place] for place in run),
+            "excess": max(excess[place] for place in run),
         }
         for run in sorted(worst)
     ]  # fmt: skip
-    text = tokenizer.decode([label for label in labels if label != IGNORE_INDEX])
-    record: JsonObject = {
-        "rank": rank, "id": suspect.id, "score": suspect.score, "nll": suspect.nll, "tokens": suspect.tokens,
-        "is_noisy": bool(suspect.operations) if noise_known else None,
+    return {
+        "rank": rank, "id": suspect.id, "file": origin.file if origin else None, "row": origin.row if origin else None,
+        "score": suspect.score, "scores": dict(suspect.scores), "nll": suspect.nll, "tokens": suspect.tokens,
+        "noisy": suspect.noisy,
         "noise": [operations[code - 1] for code in sorted(suspect.operations)] if noise_known else None,
-        "spans": spans, "text": text if len(text) <= SHOWN else f"{text[:SHOWN]} …",
+        "spans": spans, "prompt": origin.prompt if origin else None,
+        "answer": tokenizer.decode([label for label in labels if label != IGNORE_INDEX]),
     }  # fmt: skip
-    if suspect.wrong is not None:
-        record["is_wrong"] = suspect.wrong
-    return record
 
 
 def _written(tokenizer: Tokenizer, example: Prepared, start: int, end: int) -> str:

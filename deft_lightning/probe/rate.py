@@ -151,7 +151,7 @@ def rate_text(record: JsonObject, operations: Sequence[JsonObject], truth: JsonO
             f"  {row['operation']}: {row['examples']} answers, {judged} of them judged noise; AUROC of the evidence"
             f" {_figure(row['auroc_evidence'])}, of tokens {_figure(row['auroc_evidence_token'])}"
         )
-    if truth is not None:
+    if truth is not None and truth["field"] is not None:
         lines.append(f"  {truth['field']}: AUROC of the evidence {_figure(truth['auroc_evidence'])}")
     lines.append("  chance: " + _chance(record))
     if record["reliable"] and record["answers"] >= ALARM:

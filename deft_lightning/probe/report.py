@@ -6,7 +6,9 @@ import textwrap
 from collections.abc import Mapping, Sequence
 
 from deft_lightning.annotations import JsonObject, Record
+from deft_lightning.probe.knowledge import knowledge_text
 from deft_lightning.probe.rate import rate_text
+from deft_lightning.probe.truth import truth_text
 from deft_lightning.terminal import visible
 
 WEAK, STRONG = 1 / 3, 2 / 3
@@ -61,8 +63,12 @@ def table(report: Record) -> str:
         lines += ["", "AUROC against clean tokens (examples: against clean examples)"]
         lines += _columns("noise", ("tokens", "1 - gate", "1 - p", "conflict", "examples"), rows)
     truth = report.get("truth")
+    knows = knowledge_text(report["knowledge"])
+    for paragraph in [""] * bool(knows) + knows:
+        lines += _filled(paragraph) or [""]
     if truth:
-        lines += ["", f"{truth['field']}: {truth['wrong']} of {truth['known']} wrong, AUROC {_number(truth['auroc'])}"]
+        for paragraph in ["", *truth_text(truth)]:
+            lines += _filled(paragraph) or [""]
     estimate = report.get("noise_estimate")
     if estimate:
         lines.append("")
@@ -72,14 +78,15 @@ def table(report: Record) -> str:
         lines += [
             "",
             "most suspicious examples",
-            "(confident conflict in nats; what is learnt where the model objects)",
+            "(score in nats; what is learnt where the model objects most)",
         ]
     for record in report["suspicious"]:
-        worst = max(record["spans"], key=lambda span: span["score"] or 0.0, default=None)
+        worst = max(record["spans"], key=lambda span: span["excess"] or 0.0, default=None)
         shown = "" if worst is None else f": {_short(worst['text'], 24)!r} at {worst['start']}"
-        known = "" if record["is_noisy"] is None else " [noisy]" if record["is_noisy"] else " [clean]"
-        lines += [f"{record['rank']}. {_short(record['id'], 80)}{known} {_number(record['score'])}{shown}"]
-        lines += [f"   {_short(record['text'], 74)}"]
+        known = "" if record["noisy"] is None else " [noisy]" if record["noisy"] else " [clean]"
+        row = "" if record["row"] is None else f" (row {record['row']})"
+        lines += [f"{record['rank']}. {_short(record['id'], 60)}{row}{known} {_number(record['score'])}{shown}"]
+        lines += [f"   {_short(record['answer'], 74)}"]
     if "recommendation" in report:
         lines += ["", *_filled("objective: " + report["recommendation"]["text"] + ".")]
     return visible("\n".join(lines))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,17 +22,19 @@ from deft_lightning.errors import UserError
 from deft_lightning.figures.tokens import NAME, TokenSample
 from deft_lightning.metrics import exact_auroc
 from deft_lightning.models.fingerprint import fingerprint
-from deft_lightning.probe.audit import Suspect, describe, finite, ranked, suspects, write_lines
+from deft_lightning.probe.audit import AuditTally, Suspect, describe, finite, write_lines
 from deft_lightning.probe.bare import Bare, bare_pass
 from deft_lightning.probe.evidence import EvidenceTally
 from deft_lightning.probe.figure import probe_figure
 from deft_lightning.probe.kept import FOLDER, Kept
+from deft_lightning.probe.knowledge import knowledge
 from deft_lightning.probe.rate import Estimate, measured, noise_rate, rate_record
 from deft_lightning.probe.reading import SPLIT, Read, announce, read_rows
 from deft_lightning.probe.recommend import FEW, Facts, recommend
 from deft_lightning.probe.report import prior, table
 from deft_lightning.probe.sample import Sampler
 from deft_lightning.probe.tally import Tally, candidates, check_seen
+from deft_lightning.probe.truth import truth_record
 
 SHOWN = 5  # suspicious examples that are printed
 
@@ -66,7 +68,7 @@ def probe_data(
         precision: Lightning's precision plugin.
         device: Where the model is.
         examples: How many, spread over the training split; None for all.
-        truth: Field of the rows that says which are wrong.
+        truth: Field of the rows that says which are noisy.
         unprompted: Whether to look at the answers without their prompts too, in a second pass.
         output: Folder where what is read is kept until the report is written, so that a killed probe goes on; None
             keeps nothing.
@@ -85,8 +87,9 @@ def probe_data(
             " --unprompted false leaves out"
         )
     evidence = None if context.unigram is None else EvidenceTally(context.unigram, len(operations))
-    indices, suspects, bare, read = data.spread(SPLIT, examples), [], None, 0
-    known = {} if truth is None else data.truths(truth)
+    indices, audit, bare, read = data.spread(SPLIT, examples), AuditTally(), None, 0
+    known = None if truth is None else data.truths(truth)
+    text = cache(lambda token: str(data.tokenizer.decode([token])))
     was_training = {part: part.training for part in module.modules()}
     module.eval()
     try:
@@ -97,7 +100,11 @@ def probe_data(
             if unprompted:
                 bare = bare_pass(module, data, SPLIT, indices, device, context.unprompted, kept)
             for batch in read_rows(module, data, indices, device, tally.topks, bare, kept):
-                suspects += _seen(batch, tally, sampler, evidence)
+                sampler.update(batch.by_topk, batch.keep, batch.positions, batch.codes)
+                tally.update(batch.by_topk, batch.codes)
+                audit.update(batch)
+                if evidence is not None:
+                    evidence.update(batch.stats, batch.labels, batch.keep, batch.positions, batch.codes, batch.bare)
                 for watcher in watchers:
                     watcher.update(batch)
                 read += batch.batch["input_ids"].numel()
@@ -105,7 +112,7 @@ def probe_data(
         for part, training in was_training.items():
             part.training = training
     check_seen(tally)
-    suspects = ranked(replace(suspect, wrong=known.get(suspect.id)) for suspect in suspects)
+    suspects, scored = audit.suspects(known, bool(operations), text)
     means = tally.means()
     noise = tally.noise()
     for row in noise:
@@ -116,22 +123,14 @@ def probe_data(
         "tokens": tally.tokens, "means": means, "prior": prior(means), "objectives": tally.table(),
         "left_out": {**left_out, **tally.failed}, "noise": noise, "histograms": tally.histograms(),
     }  # fmt: skip
-    if truth is not None:
-        wrong, right = ([s.score for s in suspects if s.wrong is value] for value in (True, False))
-        auroc = exact_auroc(wrong, right) if wrong and right else None
-        report["truth"] = {"field": truth, "known": len(wrong) + len(right), "wrong": len(wrong), "auroc": auroc}
+    report["knowledge"] = knowledge(data, SPLIT, indices, scored, text)
+    if truth is not None or operations:
+        by_row = sorted(suspects, key=lambda suspect: suspect.at)
+        report["truth"] = truth_record(truth, scored.scores, [suspect.noisy for suspect in by_row])
     if evidence is not None:
         _estimate(report, evidence, suspects, operations, bare, read)
     report["suspicious"] = list(records(data, suspects[:SHOWN]))
     return report, suspects, sampler.sample(operations)
-
-
-def _seen(read: Read, tally: Tally, sampler: Sampler, evidence: EvidenceTally | None) -> list[Suspect]:
-    sampler.update(read.by_topk, read.keep, read.positions, read.codes)
-    tally.update(read.by_topk, read.codes)
-    if evidence is not None:
-        evidence.update(read.stats, read.labels, read.keep, read.positions, read.codes, read.bare)
-    return suspects(read.stats, read.keep, read.positions, read.batch["example_id"], read.codes)
 
 
 def _estimate(
@@ -161,18 +160,18 @@ def _estimate(
         row["auroc_evidence"] = _told(estimate, own, ~hit)
         row["auroc_evidence_token"] = evidence.token_auroc(code)
     if "truth" in report:
-        wrong, right = (np.array([suspect.wrong is value for suspect in about]) for value in (True, False))
-        report["truth"]["auroc_evidence"] = _told(estimate, wrong, right)
+        noisy, clean = (np.array([suspect.noisy is value for suspect in about]) for value in (True, False))
+        report["truth"]["auroc_evidence"] = _told(estimate, noisy, clean)
     looked_at = ("gain_token", "gain_positive", "sure", "sure_right")
     facts = Facts(noise["answers"], noise["tokens"], *(found[name] for name in looked_at))
     report |= {"noise_estimate": noise, "measured": found, "recommendation": recommend(facts)._asdict()}
 
 
-def _told(estimate: Estimate, wrong: NDArray[np.bool_], right: NDArray[np.bool_]) -> float | None:
-    """Return how well the evidence tells answers that are wrong from those that are right; None without both."""
-    if not wrong.any() or not right.any():
+def _told(estimate: Estimate, noisy: NDArray[np.bool_], clean: NDArray[np.bool_]) -> float | None:
+    """Return how well the evidence tells noisy answers from clean ones; None without both."""
+    if not noisy.any() or not clean.any():
         return None
-    return exact_auroc((-estimate.evidence[wrong]).tolist(), (-estimate.evidence[right]).tolist())
+    return exact_auroc((-estimate.evidence[noisy]).tolist(), (-estimate.evidence[clean]).tolist())
 
 
 def numbered(names: Sequence[str]) -> list[str]:
@@ -200,10 +199,12 @@ def _of_examples(suspects: Sequence[Suspect], code: int) -> JsonObject:
 
 def records(data: Any, suspects: Sequence[Suspect]) -> Iterator[JsonObject]:
     """Yield the records of examples in order of rank."""
+    origins = data.origins({suspect.id for suspect in suspects})
     operations = numbered([type(op).__name__ for op in data.noise.ops])
     for rank, suspect in enumerate(suspects, start=1):
         example = data.example(SPLIT, suspect.at)
-        yield describe(suspect, rank, example, data.tokenizer, operations, bool(operations))
+        origin = origins.get(suspect.id)
+        yield describe(suspect, rank, example, data.tokenizer, operations, bool(operations), origin)
 
 
 def write(

@@ -134,8 +134,8 @@ class Trainer(LightningTrainer):
             datamodule: The data.
             examples: How many, spread over the training split; default: all.
             output: Folder for the report; default: `probe` under `trainer.default_root_dir`.
-            audit: File for every example as a line of JSON, ranked by confident conflict.
-            truth: Column of the rows that is true where a row is wrong; the audit is scored against it.
+            audit: File for every example as a line of JSON, the most suspicious first.
+            truth: Column of the rows that is true where a row is noisy; every score is measured against it.
             ckpt_path: Checkpoint, or `last` for the newest of the newest run under `trainer.default_root_dir`.
             unprompted: Whether to read the answers without their prompts too, a second and shorter pass: the noise
                 estimate then compares with what the model says of an answer anyway, not with word frequencies alone.

@@ -125,11 +125,12 @@ def audited(model: str, rows: str, folder: Path, plain: bool = False) -> dict[st
     report = run.probe(
         SFTModule(pretrained=model), data, truth="wrong", audit=str(folder / "audit.jsonl"), output=str(folder)
     )
-    order = [json.loads(line)["is_wrong"] for line in (folder / "audit.jsonl").read_text().splitlines()]
+    order = [json.loads(line)["noisy"] for line in (folder / "audit.jsonl").read_text().splitlines()]
     wrong = sum(order)
     first = {str(k): sum(order[:k]) / k for k in (10, 50, 100, 200, wrong)}
     return {
-        "auroc": report["truth"]["auroc"], "precision": first, "accuracy": report["means"]["accuracy"],
+        "auroc": report["truth"]["auroc"], "precision": first, "scores": report["truth"]["scores"],
+        "accuracy": report["means"]["accuracy"],
         "p": report["means"]["p"], "prior": report["prior"]["kind"],
     }  # fmt: skip
 

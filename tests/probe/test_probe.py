@@ -37,8 +37,9 @@ from deft_lightning.objectives import (
     known_objectives,
 )
 from deft_lightning.probe import conflict, example_score
-from deft_lightning.probe.audit import suspects, write_lines
+from deft_lightning.probe.audit import AuditTally, write_lines
 from deft_lightning.probe.figure import drawing
+from deft_lightning.probe.reading import Read
 from deft_lightning.probe.sample import Sampler, mixed
 from deft_lightning.probe.tally import Tally
 
@@ -263,6 +264,7 @@ def test_files_are_complete(pretrained: str, source: str, tmp_path: Path) -> Non
     assert set(written) == {
         "version", "model", "checkpoint", "data", "examples", "examples_total", "tokens", "means", "prior",
         "objectives", "left_out", "noise", "histograms", "suspicious", "noise_estimate", "measured", "recommendation",
+        "knowledge", "truth",
     }  # fmt: skip
     shapes = written["histograms"]
     assert sum(shapes["p_clean"]) + sum(shapes["p_noisy"]) == written["tokens"]
@@ -278,9 +280,9 @@ def test_files_are_complete(pretrained: str, source: str, tmp_path: Path) -> Non
     assert [line["score"] for line in lines] == sorted((line["score"] for line in lines), reverse=True)
     assert lines[:5] == written["suspicious"]
     noisy = {data.example("train", at).id for at in range(9) if data.example("train", at).noise_code.any()}
-    assert {line["id"] for line in lines if line["is_noisy"]} == noisy and 1 < len(noisy) < 9
-    assert all(line["noise"] == (["ResponseSwap"] if line["is_noisy"] else []) for line in lines)
-    pairs = [(a["score"], b["score"]) for a in lines if a["is_noisy"] for b in lines if not b["is_noisy"]]
+    assert {line["id"] for line in lines if line["noisy"]} == noisy and 1 < len(noisy) < 9
+    assert all(line["noise"] == (["ResponseSwap"] if line["noisy"] else []) for line in lines)
+    pairs = [(a["score"], b["score"]) for a in lines if a["noisy"] for b in lines if not b["noisy"]]
     wanted = sum((a > b) + (a == b) / 2 for a, b in pairs) / len(pairs)
     assert written["noise"][0]["auroc_example"] == pytest.approx(wanted) and wanted != 0.5
     assert written["noise"][0]["examples"] == len(noisy)
@@ -438,11 +440,15 @@ def test_an_example_without_supervised_tokens_is_not_lost() -> None:
     keep = torch.tensor([[False, True, True], [False, False, False]])
     log_prob, half = torch.tensor([0.001, 0.5]).log(), torch.tensor([0.5, 0.5])
     stats = TokenStats(log_prob, half, half, half > 1)
-    first, second = suspects(stats, keep, [7, 4], ["a", "b"], torch.tensor([0, 2]))
-    assert (first.at, first.id, first.tokens, first.operations) == (7, "a", 2, {2})
-    assert first.places.tolist() == [2] and first.scores.tolist() == pytest.approx([math.log(500)], rel=1e-5)
+    tally = AuditTally()
+    codes, labels = torch.tensor([0, 2]), torch.tensor([3, 4])
+    tally.update(Read([7, 4], {"example_id": ["a", "b"]}, keep, {0: stats}, labels, codes, None))
+    suspects, scored = tally.suspects(None, True, str)
+    first, second = sorted(suspects, key=lambda suspect: -suspect.at)
+    assert (first.at, first.id, first.tokens, first.operations, first.noisy) == (7, "a", 2, {2}, True)
     assert first.nll == pytest.approx(-math.log(0.001 * 0.5) / 2, rel=1e-5)
-    assert (second.at, second.score, second.nll, second.tokens) == (4, 0.0, None, 0)
+    assert (second.at, second.scores["odd"], second.nll, second.tokens, second.noisy) == (4, 0.0, None, 0, False)
+    assert scored.tokens.counts.tolist() == [0, 2]  # in the order of the split
 
 
 def test_an_audit_that_fails_leaves_the_old_one(tmp_path: Path) -> None:
@@ -527,24 +533,32 @@ def test_audit_ranks_wrong_answers_first_and_points_at_them(
     )  # fmt: skip
     lines = [json.loads(line) for line in (tmp_path / "audit.jsonl").read_text().splitlines()]
     assert len(lines) == 16 and {line["id"] for line in lines[:3]} == set(wrong)
-    assert [line["is_wrong"] for line in lines] == [True] * 3 + [False] * 13
-    assert all(line["is_noisy"] is None for line in lines)
+    assert [line["noisy"] for line in lines] == [True] * 3 + [False] * 13
+    assert all(line["noise"] is None for line in lines)
+    assert [line["row"] for line in lines] == [1 + [row["id"] for row in spoilt].index(line["id"]) for line in lines]
+    assert all(line["file"] == source and line["prompt"].startswith("What is ") for line in lines)
+    assert lines[0]["answer"] == spoilt[lines[0]["row"] - 1]["answer"] + "<|end|>"
     for line in lines[:3]:
-        worst = max(line["spans"], key=lambda span: span["score"])
+        worst = max(line["spans"], key=lambda span: span["excess"])
         # Of 12 and 13 the last digit is wrong, of 4 and 5 the only one.
         right, found = str(math.prod(map(int, line["id"].split("x")))), wrong[line["id"]]
         changed = next(i for i in range(len(found)) if right[i : i + 1] != found[i])
         assert worst["text"].startswith(found[changed]), line
     assert not any(line["spans"] for line in lines[3:])
     report = json.loads((tmp_path / "out" / "probe.json").read_text())
-    assert report["truth"] == {"field": "bad", "known": 16, "wrong": 3, "auroc": 1.0, "auroc_evidence": 1.0}
+    truth = report["truth"]
+    assert (truth["field"], truth["known"], truth["noisy"], truth["auroc"], truth["auroc_evidence"]) == (
+        "bad", 16, 3, 1.0, 1.0,
+    )  # fmt: skip
+    assert list(truth["scores"]) == ["audit", "odd", "answer", "elsewhere", "conflict", "nll", "length"]
+    assert truth["first"] == {"3": 1.0} and truth["base"] == 3 / 16
     estimate = report["noise_estimate"]
     # One digit of a sentence is wrong: that is a matter of tokens, and the answers as a whole stay better than chance.
     assert estimate["answers"] < 0.02 and estimate["injected"] is None
     assert 0.01 < estimate["tokens"] < 0.04
     assert report["checkpoint"].endswith("last.ckpt") and report["prior"]["kind"] == "strong"
     printed = capsys.readouterr().out
-    assert "strong prior" in printed and "bad: 3 of 16 wrong, AUROC 1" in printed
+    assert "strong prior" in printed and "truth (bad): 3 of 16 rows noisy" in printed
     assert all(name in printed for name in wrong)
     assert "bad: AUROC of the evidence 1.00" in printed
 

@@ -12,11 +12,12 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 
 from deft_lightning.atomic import whole_file
 from deft_lightning.data.prepared.origins import Origin
-from deft_lightning.probe.audit import SUSPICIOUS, finite
+from deft_lightning.probe.audit import finite
 from deft_lightning.probe.page.codes import LEVELS, NATS, SHUT_CODE, planes
 from deft_lightning.probe.page.document import document
 from deft_lightning.probe.page.numbers import Look, Numbers
 from deft_lightning.probe.page.texts import TextOfTokens
+from deft_lightning.probe.scores import SUSPICIOUS
 from deft_lightning.terminal import visible
 
 ROWS = 2000  # of a page at most
@@ -80,7 +81,7 @@ def _page(
         lengths += row.lengths
         rows.append([
             visible(suspect.id), suspect.at, rank + 1, suspect.score, suspect.nll, example.source if sources else -1,
-            sorted(suspect.operations), suspect.wrong, row.runs, row.text,
+            sorted(suspect.operations), suspect.marked, row.runs, row.text,
             _where(origins.get(suspect.id)),
         ])  # fmt: skip
     numbers.shared["lengths"] = numbers.add("letters", planes(np.asarray(lengths, np.int64), 2))
