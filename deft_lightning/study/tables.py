@@ -84,8 +84,8 @@ def _before(report: Record) -> str:
         return ""
     lines = [
         "### Before training", "",
-        f"{judged(report)}, of the models that runs start from, against right answers: a base on rows like those that it"
-        " was trained on, a pretrained model on the test rows.", "", "| regime | seed by seed |", "|---|---|",
+        f"{judged(report)}, of the models that runs start from, against right answers: a base on rows like those that"
+        " it was trained on, a pretrained model on the test rows.", "", "| regime | seed by seed |", "|---|---|",
     ]  # fmt: skip
     lines += [f"| {regime} | {' '.join(f'{value:.3f}' for value in values)} |" for regime, values in starts.items()]
     return "\n".join(lines)
