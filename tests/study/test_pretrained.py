@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 from worlds import save_tiny_llama, write_rows
 
 from deft_lightning.errors import UserError
@@ -17,6 +21,20 @@ from deft_lightning.study.cells import run_cell, score_start, start, start_file
 from deft_lightning.study.report import summary
 from deft_lightning.study.tables import text
 from deft_lightning.study.tasks import rows_apart, rows_of
+
+RANK_ZERO = "lightning_utilities.core.rank_zero"
+
+
+@pytest.fixture(autouse=True)
+def cells_are_quiet_in_processes_of_their_own() -> Iterator[None]:
+    """Put back what a cell silences: elsewhere its process ends with the study."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric", RANK_ZERO)]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        yield
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
+    transformers.utils.logging.enable_progress_bar()
 
 
 def made(tmp_path: Path, **setting: Any) -> Study:
