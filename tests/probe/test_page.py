@@ -337,7 +337,7 @@ def test_rows_that_would_be_too_much_are_left_out(
     [
         ({"compare": "last"}, "--compare shows two models on a page; set --page FILE"),
         ({"page": "."}, "--page .: is a folder"),
-        ({"page": "gate.html", "compare": "nowhere.ckpt"}, "nowhere.ckpt"),
+        ({"page": "gate.html", "compare": "nowhere.ckpt"}, "probe: --compare: nowhere.ckpt: no such checkpoint"),
     ],
 )
 def test_what_cannot_be_written_or_read_is_refused_before_the_pass(

@@ -52,7 +52,10 @@ def probe(
         check_output_file(page, "probe: --page")
     if compare is not None:
         compare = str(trainer.last_checkpoint()) if compare == "last" else compare
-        trainer.read_checkpoint(compare)  # what cannot be read is refused before the first pass
+        try:
+            trainer.read_checkpoint(compare)  # what cannot be read is refused before the first pass
+        except UserError as error:
+            raise UserError(f"probe: --compare: {str(error).removesuffix(' (--ckpt_path)')}") from None
     attach(trainer, module, datamodule)
     datamodule.prepare_data()
     datamodule.setup("fit")
