@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +14,6 @@ from deft_lightning.metrics import exact_auroc
 from deft_lightning.probe.rate import LEVEL
 
 FIRST = (20, 100)  # rows at the top of which the share of noisy ones is told
-NORMAL = {0.9: 1.6448536269514722}  # quantile of the normal distribution at both ends of an interval, by its level
 HALVINGS = 60
 Numbers = NDArray[np.float64]
 Flags = NDArray[np.bool_]
@@ -30,7 +30,7 @@ def auroc_interval(auroc: float, positive: int, negative: int) -> tuple[float, f
         positive: Rows that are to be found.
         negative: The others.
     """
-    half, z = (positive + negative) / 2 - 1, NORMAL[LEVEL]
+    half, z = (positive + negative) / 2 - 1, NormalDist().inv_cdf((1 + LEVEL) / 2)
 
     def near(area: float) -> bool:
         spread = area * (1 - area) * (1 + half * ((1 - area) / (2 - area) + area / (1 + area)))
