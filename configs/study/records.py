@@ -2,8 +2,9 @@
 
     python configs/study/records.py --output logs/records
 
-`capitals.jsonl`: capitals of countries, each asked for in four ways. `zib.jsonl`: short records, of which the *zib* is
-asked for: the city where the age is below 50, else the job. One question and one answer a row, no question twice.
+`capitals.jsonl`: capitals of 43 countries, each asked for in four ways. `zib.jsonl`: short records, of which
+the *zib* is asked for: the city where the age is below 50, else the job. One question and one
+answer a row, no question twice.
 """
 
 from __future__ import annotations
@@ -13,25 +14,21 @@ import json
 import random
 from pathlib import Path
 
+# Those that SmolLM2-135M-Instruct gives in these words, to three of the four ways of asking at least.
 CAPITALS = """
-Afghanistan Kabul, Albania Tirana, Algeria Algiers, Angola Luanda, Armenia Yerevan, Australia Canberra, Austria Vienna,
-Azerbaijan Baku, Bangladesh Dhaka, Belarus Minsk, Belgium Brussels, Bulgaria Sofia, Cambodia Phnom-Penh, Canada Ottawa,
-Chile Santiago, China Beijing, Colombia Bogota, Croatia Zagreb, Cuba Havana, Cyprus Nicosia, Denmark Copenhagen,
-Ecuador Quito, Egypt Cairo, Estonia Tallinn, Fiji Suva, Finland Helsinki, France Paris, Georgia Tbilisi, Germany Berlin,
-Ghana Accra, Greece Athens, Hungary Budapest, Iceland Reykjavik, India New-Delhi, Indonesia Jakarta, Iran Tehran,
-Iraq Baghdad, Ireland Dublin, Italy Rome, Jamaica Kingston, Japan Tokyo, Jordan Amman, Kenya Nairobi, Latvia Riga,
-Lebanon Beirut, Libya Tripoli, Lithuania Vilnius, Malaysia Kuala-Lumpur, Mali Bamako, Malta Valletta,
-Mongolia Ulaanbaatar, Morocco Rabat, Nepal Kathmandu, Nigeria Abuja,
-Norway Oslo, Oman Muscat, Pakistan Islamabad, Peru Lima, Poland Warsaw,
-Portugal Lisbon, Qatar Doha, Romania Bucharest, Russia Moscow, Senegal Dakar, Serbia Belgrade, Slovakia Bratislava,
-Slovenia Ljubljana, Spain Madrid, Sudan Khartoum, Sweden Stockholm, Syria Damascus, Thailand Bangkok, Tunisia Tunis,
-Turkey Ankara, Uganda Kampala, Ukraine Kyiv, Uruguay Montevideo, Vietnam Hanoi, Zambia Lusaka, Zimbabwe Harare
+Afghanistan Kabul, Australia Canberra, Austria Vienna, Azerbaijan Baku, Bangladesh Dhaka, Bulgaria Sofia, Cambodia
+Phnom-Penh, Chile Santiago, China Beijing, Croatia Zagreb, Cuba Havana, Cyprus Nicosia, Egypt Cairo, Finland Helsinki,
+France Paris, Germany Berlin, Greece Athens, Hungary Budapest, Indonesia Jakarta, Iraq Baghdad, Italy Rome, Japan
+Tokyo, Kenya Nairobi, Latvia Riga, Lebanon Beirut, Libya Tripoli, Malaysia Kuala-Lumpur, Nepal Kathmandu, Nigeria
+Abuja, Norway Oslo, Pakistan Islamabad, Peru Lima, Poland Warsaw, Romania Bucharest, Russia Moscow, Senegal Dakar,
+Slovenia Ljubljana, Sudan Khartoum, Sweden Stockholm, Syria Damascus, Thailand Bangkok, Uganda Kampala, Zimbabwe
+Harare
 """
 WAYS = (
     "What is the capital of {}?",
-    "Which city is the capital of {}?",
-    "Name the capital of {}.",
-    "{}: what is its capital?",
+    "Tell me the capital of {}.",
+    "Do you know the capital of {}?",
+    "what is the capital of {}",
 )
 NAMES = "Anna Ben Clara David Emma Felix Grace Henry Iris Jack Kate Liam Maria Noah Olivia Paul".split()
 CITIES = "Paris London Berlin Madrid Rome Vienna Oslo Lisbon Dublin Prague Tokyo Cairo".split()
