@@ -13,6 +13,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from deft_lightning.atomic import whole_file
 from deft_lightning.cli.config_files import MODE, bounded
 from deft_lightning.cli.messages import one_line
+from deft_lightning.cli.shipped import resolved
 from deft_lightning.cli.verbs import PROGRAM
 from deft_lightning.data import known_noise
 from deft_lightning.errors import UserError
@@ -44,11 +45,11 @@ class DeftParser(LightningArgumentParser):
         kwargs["description"] = f"{kwargs.get('description') or ''} {_choices()}".strip()
         super().__init__(*args, **kwargs)
 
-    def parse_args(self, *args: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
+    def parse_args(self, args: Any = None, *rest: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
         """Parse a command line; files that it names are bounded, and no key in them is lost."""
         try:
             with bounded():
-                namespace = super().parse_args(*args, **kwargs)
+                namespace = super().parse_args(resolved(sys.argv[1:] if args is None else args), *rest, **kwargs)
         except ImportError as error:  # of what opens an address such as s3://
             raise UserError(f"{error} (named by an option or a configuration)") from None
         for group in self.groups or {}:

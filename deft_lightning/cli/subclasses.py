@@ -18,11 +18,11 @@ import jsonargparse
 import yaml
 
 from deft_lightning.cli.config_files import load, read_text
+from deft_lightning.cli.shipped import OPTIONS, path_of
 from deft_lightning.errors import UserError
 
 SHORT = {"--model": "model_class", "--data": "data_class"}
 CLASS_PATH = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+")
-CONFIG = ("--config", "-c")
 
 
 def class_path(cls: type) -> str:
@@ -58,7 +58,7 @@ def take_classes(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
             at += 1
         if name in SHORT.values() and value:
             asked[name] = value
-        elif option in CONFIG:
+        elif option in OPTIONS:
             asked |= _named_in(value)
     return rest, asked
 
@@ -71,7 +71,7 @@ def _names_class(value: str) -> bool:
 def _named_in(file: str) -> dict[str, str]:
     """Return the classes that a configuration names; what is wrong with the file is for the parser to say."""
     with suppress(UserError, OSError, ValueError, TypeError, yaml.YAMLError):
-        path: Any = jsonargparse.Path(file, mode="fr")  # type: ignore[attr-defined]
+        path: Any = jsonargparse.Path(path_of(file), mode="fr")  # type: ignore[attr-defined]
         options = load(read_text(path), file)
         return {name: str(options[name]) for name in SHORT.values() if options.get(name)}
     return {}

@@ -28,7 +28,7 @@ def study_parser() -> DeftParser:
         description="Train every objective in every regime of prior and noise, and compare. Finished runs are kept: a"
         " study that was stopped goes on where it was.",
     )
-    parser.add_argument("--config", action="config", help="A study, for example configs/study/regimes.yaml.")
+    parser.add_argument("--config", action="config", help="A study, for example deft:study/regimes.")
     parser.add_class_arguments(Study)
     parser.add_argument(
         "--output",

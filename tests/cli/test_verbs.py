@@ -160,9 +160,16 @@ def completion() -> str:
         ("figures --coll", ["--collision"]),
         ("study --smo", ["--smoke"]),
         ("fit rows.j", []),
+        # A colon and an equals sign are words of their own in bash, as they are between these spaces.
+        ("fit --config deft : quick", ["quickstart"]),
+        ("fit --config = deft : model/l", ["model/lora"]),
+        ("study --config deft : study/re", ["study/real_noise", "study/real_tasks", "study/regimes"]),
+        ("fit --config x.yaml --config deft : strategy/", ["strategy/ddp", "strategy/fsdp2"]),
+        ("fit --config deft:quick", ["deft:quickstart"]),  # one word in zsh
+        ("fit --data.source deft : quick", []),
     ],
 )
-def test_bash_completes_verbs_and_options(words: str, wanted: list[str], completion: str) -> None:
+def test_bash_completes_verbs_options_and_configurations(words: str, wanted: list[str], completion: str) -> None:
     typed = ["deft-lightning", *words.split(" ")]
     quoted = " ".join(f"'{word}'" for word in typed)
     ask = f"COMP_WORDS=({quoted}); COMP_CWORD={len(typed) - 1}; _deft_lightning; printf '%s\\n' \"${{COMPREPLY[@]}}\""
