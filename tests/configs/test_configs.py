@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from worlds import ROOT
 
 from deft_lightning.__main__ import main
@@ -52,6 +54,26 @@ def test_config_parses(path: Path, cli: Cli, capsys: pytest.CaptureFixture[str])
 
 def test_the_configs_are_there() -> None:
     assert {path.parent.name for path in CONFIGS} >= {"configs", "model", "data", "strategy"}
+
+
+def test_the_quickstart_says_what_to_take_out_for_a_model_of_ones_own(
+    cli: Cli, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its rate is that of a model from scratch, its noise would swap the user's answers."""
+    header, _, rest = QUICKSTART.read_text(encoding="utf-8").partition("\nseed_everything")
+    assert "`model.optimizer` and `data.noise`" in header
+    options = yaml.safe_load(f"seed_everything{rest}")
+    assert options["model"]["optimizer"]["init_args"]["lr"] == 2e-3 and options["data"]["noise"]["ops"]
+    behind = re.findall(r"`(--model\.optimizer\.lr \S+ --data\.noise\.ops \S+)`", header)[0]
+    with pytest.raises(SystemExit):
+        cli("fit", "--config", str(QUICKSTART), *behind.replace("'", "").split(), "--print_config")
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["model"]["optimizer"]["init_args"]["lr"] == 5e-5 and printed["data"]["noise"]["ops"] == []
+    plain = re.findall(r"`(fit --model\.pretrained ID_OR_DIR --data\.source FILE\.jsonl)`", header)[0]
+    with pytest.raises(SystemExit):
+        cli(*plain.split(), "--print_config")
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["model"]["optimizer"]["init_args"]["lr"] == 5e-5 and not printed["data"]["noise"]["ops"]
 
 
 def write_jsonl(path: Path, rows: list[Any]) -> None:
