@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from deft_lightning.cli.crash import RUN, explain
+from deft_lightning.models.merge import Merge
 from deft_lightning.training.logs import folder_of
 from deft_lightning.training.trainer import Trainer
 
@@ -24,15 +25,22 @@ class AfterFit:
 
     Args:
         test: Generate for the held-out examples and report exact match, or run the benchmarks that the data names.
-        export: Write a Hugging Face folder, `export` in the run's log folder.
+        export: Write a Hugging Face folder, `export` in the run's log folder; of adapters they alone too, `adapter`.
+        merge: How adapters are merged in `export`: `float32`, `base` for the dtype of the base, of which the error is
+            told, or `none`, which leaves `export` out.
     """
 
     test: bool = False
     export: bool = True
+    merge: Merge = "float32"
 
 
 def run_after_fit(
-    trainer: Trainer, module: Any, datamodule: Any, export: bool, test: bool, tell: Callable[[str | None], None]
+    trainer: Trainer,
+    module: Any,
+    datamodule: Any,
+    wanted: AfterFit,
+    tell: Callable[[str | None], None],
 ) -> None:
     """Export a trained module, sum the run up, and test; after an export that has failed the rest is done all the same.
 
@@ -40,37 +48,52 @@ def run_after_fit(
         trainer: Of the run.
         module: What was trained.
         datamodule: Its data.
-        export: Whether to write a Hugging Face folder.
-        test: Whether to generate and grade.
+        wanted: What to write, and whether to generate and grade.
         tell: Sums the run up; called with the folder of the export, or None.
 
     Raises:
         Exception: What has failed first. What is told of it names the checkpoint and the command that repeats it.
     """
-    wanted: list[tuple[str, Callable[[], Any]]] = []
+    actions: list[tuple[str, Callable[[], Any]]] = []
     failed: dict[str, Exception] = {}
-    folder, output = trainer.log_dir, ""
-    if export and folder is not None:
-        # An earlier export is not overwritten, and not a reason to fail.
-        names = itertools.chain(["export"], (f"export-{i}" for i in itertools.count(1)))
-        output = str(next(path for name in names if not (path := Path(folder) / name).exists()))
-        wanted.append(("export", partial(trainer.export, module, output=output, datamodule=datamodule)))
-    wanted.append(("summary", lambda: tell(None if not output or "export" in failed else output)))
-    if test:
+    folder, outputs = trainer.log_dir, dict[str, tuple[str, Merge]]()
+    if wanted.export and folder is not None:
+        adapted = hasattr(module.model, "merge_and_unload")
+        if adapted:
+            outputs["adapter"] = _free(Path(folder), "adapter"), "none"
+        if not adapted or wanted.merge != "none":
+            outputs["export"] = _free(Path(folder), "export"), wanted.merge
+    for name, (output, merge) in outputs.items():
+        actions.append((name, partial(trainer.export, module, output=output, merge=merge, datamodule=datamodule)))
+
+    def summary() -> None:
+        written = [output for name, (output, _) in outputs.items() if name not in failed]
+        tell(written[-1] if written else None)
+
+    actions.append(("summary", summary))
+    if wanted.test:
         quiet = bool(datamodule.benchmarks)
-        wanted.append(("test", partial(trainer.test, module, datamodule=datamodule, verbose=not quiet)))
-    for name, action in wanted:
+        actions.append(("test", partial(trainer.test, module, datamodule=datamodule, verbose=not quiet)))
+    for name, action in actions:
         try:
             action()
         except Exception as error:
             failed[name] = error
     if failed:
         kept = newest(trainer) or _rescued(trainer, folder)
-        RUN.saved = partial(_repeat, failed, kept, folder, output)
+        RUN.saved = partial(_repeat, failed, kept, folder, outputs)
         raise next(iter(failed.values()))
 
 
-def _repeat(failed: dict[str, Exception], kept: Path | None, folder: str | None, output: str) -> str:
+def _free(folder: Path, name: str) -> str:
+    """Return a folder to write: an earlier export is not overwritten, and not a reason to fail."""
+    names = itertools.chain([name], (f"{name}-{i}" for i in itertools.count(1)))
+    return str(next(path for one in names if not (path := folder / one).exists()))
+
+
+def _repeat(
+    failed: dict[str, Exception], kept: Path | None, folder: str | None, outputs: dict[str, tuple[str, Merge]]
+) -> str:
     """Return what a user can do about it."""
     first, *others = failed
     also = "".join(f"; {name}: {explain(failed[name]) or repr(failed[name])}" for name in others)
@@ -78,10 +101,10 @@ def _repeat(failed: dict[str, Exception], kept: Path | None, folder: str | None,
         return f"; {first} failed after training was complete{also}, and no checkpoint was asked for"
     config = Path(folder or ".") / "config.yaml"
     options = f"--config {shlex.quote(str(config))}" if config.is_file() else "with the options of this run,"
-    commands = {
-        "export": f"{PROGRAM} export --ckpt_path {shlex.quote(str(kept))} --output {shlex.quote(output)}",
-        "test": f"{PROGRAM} test {options} --ckpt_path {shlex.quote(str(kept))}",
-    }
+    commands = {"test": f"{PROGRAM} test {options} --ckpt_path {shlex.quote(str(kept))}"}
+    for name, (output, merge) in outputs.items():
+        way = "" if merge == "float32" else f" --merge {merge}"
+        commands[name] = f"{PROGRAM} export --ckpt_path {shlex.quote(str(kept))} --output {shlex.quote(output)}{way}"
     again = "; ".join(commands[name] for name in failed)
     return f"; {first} failed{also}, training is complete and saved in {kept}: repeat it with {again}"
 

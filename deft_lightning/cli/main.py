@@ -228,7 +228,7 @@ class DeftCLI(LightningCLI):
         if self.trainer.interrupted or self._get(self.config_init, "trainer").get("fast_dev_run"):
             return
         wanted, tell = self._get(self.config_init, "after_fit"), partial(self.summary.tell, self.trainer)
-        run_after_fit(self.trainer, self.model, self.datamodule, wanted.export, wanted.test, tell)
+        run_after_fit(self.trainer, self.model, self.datamodule, wanted, tell)
 
 
 def _as_list(callbacks: Any) -> list[Any]:

@@ -1,6 +1,7 @@
 """Hugging Face causal language models: build, load, adapt, read the head, export."""
 
 from deft_lightning.models.adapters import adapter_folder
+from deft_lightning.models.base import BASE
 from deft_lightning.models.checkpoint import (
     check_shapes,
     check_state,
@@ -23,6 +24,7 @@ from deft_lightning.models.shard import build_sharded, gathered, is_sharded, lay
 from deft_lightning.models.vocabulary import fit_vocabulary
 
 __all__ = [
+    "BASE",
     "FusedOutput",
     "HeadSeam",
     "LoRA",

@@ -18,9 +18,10 @@ from deft_lightning.annotations import CausalLM, Checkpoint, Record, Settings, S
 from deft_lightning.config_sizes import check_sizes
 from deft_lightning.errors import UserError
 from deft_lightning.hashing import key
+from deft_lightning.models.base import BASE, COPIED, OWNER, check_base, completed, frozen_entries
 from deft_lightning.models.contents import DTYPES, KEY, is_inside, pickled, problem
 from deft_lightning.models.head import base_causal_lm
-from deft_lightning.models.load import ready
+from deft_lightning.models.load import load_pretrained, ready
 from deft_lightning.models.lora import LoRA, add_adapters
 from deft_lightning.models.seal import DIGESTS, Damaged, check_folder, check_sealed, has_end, is_sealed, unbounded
 from deft_lightning.models.shares import METADATA, SHARED, read_weights
@@ -37,14 +38,21 @@ def vocabulary_digest(tokenizer: Tokenizer) -> str:
     return f"{key(*(part for item in items for part in item)):032x}"
 
 
-def check_state(model: CausalLM, state: State) -> None:
+def check_state(model: CausalLM, state: State, about: Settings | None = None) -> None:
     """Refuse weights of another architecture.
+
+    Args:
+        model: To put them into.
+        state: The weights of a checkpoint.
+        about: What it says of itself: of one that names a base, weights of the base may be missing.
 
     Raises:
         UserError: A weight is missing, too many, or of another shape; the message names one.
     """
-    own = {f"model.{name}": tuple(value.shape) for name, value in model.state_dict().items()}
-    check_shapes(own, {name: tuple(value.shape) for name, value in state.items() if name.startswith("model.")})
+    known = frozen_entries(model) if (about or {}).get(BASE) else set()
+    own = {f"{OWNER}{name}": tuple(value.shape) for name, value in model.state_dict().items()}
+    own = {name: shape for name, shape in own.items() if name in state or name.removeprefix(OWNER) not in known}
+    check_shapes(own, {name: tuple(value.shape) for name, value in state.items() if name.startswith(OWNER)})
 
 
 def check_shapes(own: Mapping[str, Shape], theirs: Mapping[str, Shape], prefix: str = "") -> None:
@@ -175,21 +183,27 @@ def is_complete(path: Path) -> bool:
     return path.is_file() and has_end(path)
 
 
-def model_from_checkpoint(checkpoint: Checkpoint) -> tuple[Any, Any | None, list[int]]:
-    """Rebuild model, tokenizer and stop tokens from a checkpoint alone.
+def model_from_checkpoint(checkpoint: Checkpoint, base: str | None = None) -> tuple[Any, Any | None, list[int]]:
+    """Rebuild model, tokenizer and stop tokens from a checkpoint, and from the base that it names and leaves out.
 
     Args:
         checkpoint: As :func:`load_checkpoint` returns it.
+        base: Where the base of its adapters is now; default: where it was in training.
 
     Raises:
-        UserError: Its model cannot be built, or its weights are of another one.
+        UserError: Its model cannot be built, its weights are of another one, or the base is not what it was.
     """
-    about = checkpoint[KEY]
+    about, held = checkpoint[KEY], checkpoint["state_dict"]
     try:
-        model = _network(about, checkpoint["state_dict"])
-        state = {k.removeprefix("model."): v for k, v in checkpoint["state_dict"].items() if k.startswith("model.")}
-        check_state(model, checkpoint["state_dict"])
-        model.load_state_dict(state)
+        if about.get(BASE):
+            base = base or about[BASE]["name"]
+            model = _adapted(about, held, base)
+        else:
+            model = _network(about, held)
+        check_state(model, held, about)
+        check_base(model, about, held, base or "")
+        state = completed(model, about, held)
+        model.load_state_dict({k.removeprefix(OWNER): v for k, v in state.items() if k.startswith(OWNER)})
     except UserError:
         raise
     except Exception as error:  # configs and layers refuse what they do not like with any kind of exception
@@ -213,6 +227,31 @@ def _adapters(about: Settings, state: Record) -> LoRA:
         return lora
     places = [name.removesuffix(f".{A}") for name in state if name.endswith(f".{A}")]
     return replace(lora, target_modules=[place.removeprefix("model.base_model.model.") for place in places])
+
+
+def _adapted(about: Settings, weights: Mapping[str, Any], base: str) -> CausalLM:
+    """Return the base of a checkpoint's adapters with adapters, which are still new."""
+    from transformers import GenerationConfig
+
+    try:
+        model = load_pretrained(base, about["dtype"])
+    except UserError as error:
+        raise UserError(
+            f"--ckpt_path: the checkpoint holds adapters of {base!r}, which cannot be loaded: {error}; if it is"
+            " elsewhere now, name it with --model.pretrained"
+        ) from None
+    # An embedding that got rows is in the checkpoint whole; what says to be larger than the file is not believed.
+    rows, columns = model.get_input_embeddings().weight.shape
+    copied = [value for name, value in weights.items() if COPIED in name and name.endswith(".weight")]
+    wide = max((value.shape[0] for value in copied if _is_matrix(value) and value.shape[1] == columns), default=0)
+    if wide > rows:
+        model.resize_token_embeddings(wide, mean_resizing=False)
+    model.generation_config = GenerationConfig.from_dict(json.loads(about["generation_config"]))
+    return add_adapters(model, _adapters(about, weights))
+
+
+def _is_matrix(value: Any) -> bool:
+    return value.dim() == 2 and value.layout is torch.strided and value.is_contiguous()
 
 
 def _network(about: Settings, weights: Mapping[str, Any]) -> CausalLM:

@@ -72,6 +72,12 @@ def _files(value: object) -> bool:
     return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
 
 
+def _base(value: object) -> bool:
+    if not isinstance(value, dict) or not (_text(value.get("name")) and _files(value.get("weights"))):
+        return False
+    return value["weights"].keys() <= DTYPES.keys()
+
+
 def _tensors(value: object) -> bool:
     if not isinstance(value, Mapping) or not value:
         return False
@@ -88,6 +94,7 @@ OWN: dict[str, tuple[Test, bool]] = {
     "generation_config": (_settings, True),
     "dtype": (lambda value: _text(value) and value in DTYPES, True),
     "lora": (_maybe(_lora), True),
+    "base": (_base, False),
     "tokenizer": (_files, True),
     "vocabulary": (_maybe(_text), False),
     "stop_token_ids": (lambda value: isinstance(value, list) and all(map(_whole, value)), True),

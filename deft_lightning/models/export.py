@@ -15,7 +15,7 @@ from deft_lightning.atomic import whole_folder
 from deft_lightning.errors import UserError
 from deft_lightning.models.generation import savable
 from deft_lightning.models.head import base_causal_lm
-from deft_lightning.models.lora import untie_adapted_head
+from deft_lightning.models.merge import Merge, merge_of, merged
 
 
 def save_hugging_face(
@@ -24,7 +24,7 @@ def save_hugging_face(
     stop_token_ids: Sequence[int],
     output: str | Path,
     *,
-    merge: bool = True,
+    merge: Merge | bool = "float32",
 ) -> Path:
     """Write a Hugging Face folder: weights as safetensors, config, generation config, tokenizer with chat template.
 
@@ -35,7 +35,8 @@ def save_hugging_face(
         tokenizer: Saved beside it; None leaves it out.
         stop_token_ids: Where generation ends.
         output: Folder to create.
-        merge: Merge adapters into the weights; otherwise only the adapters are written. The merge is done on a copy.
+        merge: How adapters are merged, on a copy: in float32 (True), rounded to the dtype of the base, or not at all
+            (False): then only the adapters are written.
 
     Raises:
         UserError: The folder exists and is not empty, or cannot be written; nothing is left of it then.
@@ -43,10 +44,8 @@ def save_hugging_face(
     target = Path(output)
     if os.path.lexists(target) and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target}: exists already; choose another --output")
-    if hasattr(model, "merge_and_unload") and merge:
-        model = copy.deepcopy(model)
-        untie_adapted_head(model)
-        model = model.merge_and_unload()
+    if (way := merge_of(merge)) != "none" and hasattr(model, "merge_and_unload"):
+        model = merged(model, way)
     causal = base_causal_lm(model)
     before = causal.config.use_cache, causal.generation_config
     causal.config.use_cache = True

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,6 +15,8 @@ from deft_lightning.models.head import base_causal_lm
 
 SAMPLED = 1 << 20  # elements of a weight that are looked at, evenly spread: training moves nearly all of them
 MULTIPLIER = 0x1E3779B97F4A7C15  # odd, below 2^62
+# What peft puts into the names of weights.
+WRAPPED = re.compile(r"^base_model\.model\.|(?<=\.)(?:base_layer|original_module)\.")
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -39,6 +43,29 @@ def fingerprint(model: nn.Module) -> str:
         works = any(adapted for _, adapted in parts)
     total = (sums[""] + (sums["lora"] if works else 0)) % (1 << 62)
     return f"{total:016x}"
+
+
+def weights_fingerprint(weights: Mapping[str, Tensor], dtype: torch.dtype) -> str:
+    """Return a number made of the bits of some weights in a dtype, the same however they are sharded.
+
+    If they are sharded, every rank has to call it.
+
+    Args:
+        weights: By name; what peft adds to names is left out.
+        dtype: To which they are rounded first.
+    """
+    total, shared = 0, False
+    for name, weight in weights.items():
+        local, offset, stride = _of_this_rank(weight)
+        shared |= hasattr(weight, "placements")
+        if local.numel():
+            plain = WRAPPED.sub("", name)
+            total += _mixed(local.to(dtype), offset, stride) * (key(plain, tuple(weight.shape), str(dtype)) | 1)
+    if shared:
+        parts: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, total)
+        total = sum(parts)
+    return f"{total % (1 << 62):016x}"
 
 
 def _of_this_rank(weight: Any) -> tuple[Tensor, int, int]:

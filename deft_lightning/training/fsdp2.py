@@ -28,8 +28,9 @@ from deft_lightning._lightning import DataParallelStrategy, unwrapped
 from deft_lightning.annotations import Checkpoint, State
 from deft_lightning.atomic import partial_name, replace_folder, sweep
 from deft_lightning.errors import UserError
-from deft_lightning.models import check_shapes, check_state, load_checkpoint, read_checkpoint
-from deft_lightning.models.contents import problem
+from deft_lightning.models import BASE, check_shapes, check_state, load_checkpoint, read_checkpoint
+from deft_lightning.models.base import OWNER, frozen_entries
+from deft_lightning.models.contents import KEY, problem
 from deft_lightning.models.seal import file_digest, write_digests
 from deft_lightning.models.shares import METADATA, SHARED, WEIGHTS, SharePlanner, ShareReader, innermost, read_metadata
 from deft_lightning.training.checkpoint_io import why_not_saved
@@ -113,10 +114,13 @@ class FSDP2Strategy(DataParallelStrategy):
             return self._load_shares(path)
         checkpoint = self._agreed(lambda: load_checkpoint(path))
         weights, states = checkpoint.pop("state_dict"), checkpoint.get("optimizer_states", [])
-        check_state(self._owner.model, weights)
-        first = self.is_global_zero
-        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=first)
+        about, first = checkpoint[KEY], self.is_global_zero
+        check_state(self._owner.model, weights, about)
+        self._owner.base_weights.check(self._owner.model, weights, about)
+        # Without the base's weights, those that are here stay.
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=first and BASE not in about)
         set_model_state_dict(self._owner, weights if first else {}, options=options)
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=first)
         for optimizer, state in zip(self.optimizers, states, strict=False):
             names = list(self._names(optimizer))
             named: State = {
@@ -150,9 +154,15 @@ class FSDP2Strategy(DataParallelStrategy):
             for name, entry in entries.items()
             if name.startswith(WEIGHTS) and isinstance(entry, TensorStorageMetadata)
         }
+        if BASE in (about := checkpoint[KEY]):
+            held = {name.removeprefix(WEIGHTS) for name in theirs}
+            self._owner.base_weights.check(self._owner.model, dict.fromkeys(held), about)
+            base = {f"{OWNER}{name}" for name in frozen_entries(self._owner.model)} - held
+            weights = {name: value for name, value in weights.items() if name not in base}
+            own = {f"{WEIGHTS}{name}": own[f"{WEIGHTS}{name}"] for name in weights}
         check_shapes(own, theirs, WEIGHTS)
         self._read({"state_dict": weights}, folder)
-        self._owner.load_state_dict(weights)
+        self._owner.load_state_dict(weights, strict=BASE not in about)
         options = StateDictOptions(cpu_offload=True)
         for number, optimizer in enumerate(self.optimizers):
             named = {f"optimizer_{number}": get_optimizer_state_dict(self._owner, optimizer)}

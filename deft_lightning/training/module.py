@@ -19,6 +19,7 @@ from deft_lightning.models import LoRA, check_state, describe, is_sharded
 from deft_lightning.models.contents import KEY
 from deft_lightning.objectives import DEFT, Needs, Objective
 from deft_lightning.ops import Backend
+from deft_lightning.training.base_weights import BaseWeights
 from deft_lightning.training.by_source import by_source
 from deft_lightning.training.context import context_of
 from deft_lightning.training.course import Course
@@ -104,6 +105,7 @@ class SFTModule(LightningModule):
         self.forgetting = forgetting
         self.save_hyperparameters(hyper_parameters({**given, "pretrained": self.pretrained}))
         self.normaliser, self.meters, self.evaluator = StepNormaliser(on_nonfinite), Meters(), Evaluator(generation)
+        self.base_weights = BaseWeights(self.source)
         self.model: Any = None
         self.batch_loss: Any = None
         self.own_tokenizer: Any = None  # of a checkpoint that the module was made of
@@ -308,19 +310,21 @@ class SFTModule(LightningModule):
         self.evaluator.report(test_sets_of(self.prompts), self.log, self.global_rank, self.trainer.world_size)
 
     def on_save_checkpoint(self, checkpoint: Checkpoint) -> None:
-        """Add what `export` needs, so that a checkpoint stands alone, and where the run stands."""
+        """Add what `export` needs, and where the run stands; beside adapters leave out what the base's files have."""
         if not self._about:
             stops = self.prompts.stop_token_ids if self.prompts is not None else []
             self._about = describe(self.model, self.tokenizer, self.lora, stops)
+        checkpoint["state_dict"] = self.base_weights.leave_out(self.model, checkpoint["state_dict"], self._about)
         run = self.course.state_dict(self.objective)
         run |= self.batch_loss.state_dict() | ({"start_model": self.start_model} if self.start_model else {})
         checkpoint[KEY] = {**self._about, **run, **self.normaliser.state_dict()}
 
     def on_load_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Refuse another model or vocabulary than the checkpoint's; go on counting tokens and steps."""
-        if "state_dict" in checkpoint:  # a sharded model has loaded its weights already
-            check_state(self.model, checkpoint["state_dict"])
         about = checkpoint.get(KEY, {})
+        if "state_dict" in checkpoint:  # a sharded model has loaded its weights already
+            check_state(self.model, checkpoint["state_dict"], about)
+            checkpoint["state_dict"] = self.base_weights.put_back(self.model, checkpoint["state_dict"], about)
         check_vocabulary(self.tokenizer, about.get("vocabulary"))
         about = self.course.load_state_dict(self.objective, about)
         self.normaliser.load_state_dict(about)

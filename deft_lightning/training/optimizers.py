@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
+from lightning_utilities.core.rank_zero import rank_zero_info
 from torch.optim import Muon, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
@@ -20,6 +21,7 @@ from deft_lightning.training.optim import CosineWithWarmup
 from deft_lightning.training.rounding import warn_of_rounding
 
 CONSTANT = "--model.scheduler null"
+FOR_WHOLE_MODELS = 5e-5  # the default learning rate
 
 
 def make_optimizer(
@@ -56,6 +58,11 @@ def make_optimizer(
         for group in built.param_groups:
             group["lr"] = rate
     warn_of_rounding(model, built)
+    if hasattr(model, "get_base_model") and (peak := built.param_groups[0]["lr"]) <= FOR_WHOLE_MODELS:
+        rank_zero_info(
+            f"adapters train with the learning rate {peak:g}, which suits whole models; 2e-4 is usual for"
+            " adapters: --model.optimizer.lr 2e-4"
+        )
     if scheduler is None:
         return {"optimizer": built}
     try:

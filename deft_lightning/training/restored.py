@@ -9,7 +9,8 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 
 from deft_lightning.annotations import Settings
 from deft_lightning.errors import UserError
-from deft_lightning.models import load_checkpoint, model_from_checkpoint
+from deft_lightning.models import BASE, load_checkpoint, model_from_checkpoint
+from deft_lightning.models.contents import KEY
 from deft_lightning.training.hyper_parameters import settings_of
 
 Module = TypeVar("Module")
@@ -22,13 +23,14 @@ def restored(cls: type[Module], path: Any, map_location: Any, given: Settings) -
         cls: Class of the module, which takes the arguments of :class:`deft_lightning.SFTModule`.
         path: A checkpoint file, or a folder of shares.
         map_location: Device of the weights; None is the CPU.
-        given: Arguments that win over the checkpoint's.
+        given: Arguments that win over the checkpoint's; `pretrained` is where the base of its adapters is now.
 
     Raises:
         UserError: It cannot be read, or its model cannot be built.
     """
     checkpoint = load_checkpoint(path)
-    model, tokenizer, _ = model_from_checkpoint(checkpoint)
+    base = given.pop("pretrained", None) if BASE in checkpoint[KEY] else None
+    model, tokenizer, _ = model_from_checkpoint(checkpoint, base)
     settings, unknown = settings_of(checkpoint)
     if unknown := [name for name in unknown if name not in given]:
         rank_zero_info(
@@ -39,6 +41,8 @@ def restored(cls: type[Module], path: Any, map_location: Any, given: Settings) -
         raise UserError("load_from_checkpoint: the model is the checkpoint's; leave pretrained and architecture out")
     module: Any = cls(**{**settings, **given, "pretrained": model})
     module.own_tokenizer = tokenizer
+    if BASE in checkpoint[KEY]:  # its own checkpoints leave out the same
+        module.base_weights.files = base or checkpoint[KEY][BASE]["name"]
     module.configure_model()
     module.on_load_checkpoint(checkpoint)
     if map_location is not None:

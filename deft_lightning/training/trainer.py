@@ -11,6 +11,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from deft_lightning.annotations import Checkpoint, JsonObject
 from deft_lightning.callbacks import FirstLastValidation
+from deft_lightning.models.merge import Merge
 from deft_lightning.training import fsdp2, verbs  # noqa: F401 - the first makes --trainer.strategy fsdp2 known
 from deft_lightning.training.checkpoint_io import checkpoint_plugins
 from deft_lightning.training.logs import lasting
@@ -70,7 +71,7 @@ class Trainer(LightningTrainer):
         model: LightningModule | None = None,
         ckpt_path: str | None = None,
         output: str | None = None,
-        merge: bool = True,
+        merge: Merge | bool = "float32",
         datamodule: LightningDataModule | None = None,
     ) -> Path:
         """Write a Hugging Face folder from a checkpoint, or from the model as it is.
@@ -80,7 +81,8 @@ class Trainer(LightningTrainer):
             ckpt_path: Checkpoint file, or `last` for the newest of the newest run under `trainer.default_root_dir`. It
                 holds all that is needed: neither data nor configuration is read.
             output: Folder to create.
-            merge: Merge LoRA adapters into the weights; otherwise only the adapters are written.
+            merge: How adapters are merged into the weights: `float32`, `base` for the dtype of the base, of which the
+                error is told, or `none`: then only the adapters are written. true is float32, false is none.
             datamodule: Gives the tokenizer when no checkpoint is given.
 
         Returns:

@@ -276,6 +276,12 @@ def test_lora_exports_merged_and_adapter_folders(fitted: Path, cli: Cli, tmp_pat
     checkpoint = str(next((tmp_path / "logs").rglob("step=4.ckpt")))
     merged = tmp_path / "logs" / "version_0" / "export"
     assert (merged / "model.safetensors").is_file() and not (merged / "adapter_config.json").exists()
+    settings = json.loads((merged.parent / "adapter" / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == str(base)
+    more = ["--model.lora.r", "2", "--after_fit.test", "false", "--after_fit.merge", "none"]
+    cli("fit", *TINY, "--model.pretrained", str(base), *more)
+    assert {path.name for path in (tmp_path / "logs" / "version_1").iterdir()} >= {"adapter"}
+    assert not (tmp_path / "logs" / "version_1" / "export").exists()
     cli("export", "--ckpt_path", checkpoint, "--output", str(tmp_path / "adapter"), "--merge", "false")
     assert (tmp_path / "adapter" / "adapter_config.json").is_file()
 

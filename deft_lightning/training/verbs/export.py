@@ -12,10 +12,11 @@ from deft_lightning.atomic import check_output
 from deft_lightning.errors import UserError
 from deft_lightning.models import describe, gathered, is_sharded, model_from_checkpoint, save_hugging_face
 from deft_lightning.models.contents import KEY
+from deft_lightning.models.merge import Merge
 
 
 def export(
-    trainer: Any, module: Any, ckpt_path: str | None, output: str | None, merge: bool, datamodule: Any | None
+    trainer: Any, module: Any, ckpt_path: str | None, output: str | None, merge: Merge | bool, datamodule: Any | None
 ) -> Path:
     """Write the folder and return it; arguments as those of :meth:`deft_lightning.Trainer.export`.
 
@@ -26,8 +27,9 @@ def export(
         raise UserError("export: set --output DIR")
     if trainer.is_global_zero and ckpt_path is not None:
         check_output(output, "export: --output")
+    base = getattr(getattr(module, "base_weights", None), "files", None)
     if ckpt_path is not None:
-        network, tokenizer, stops = model_from_checkpoint(trainer.read_checkpoint(ckpt_path))
+        network, tokenizer, stops = model_from_checkpoint(trainer.read_checkpoint(ckpt_path), base)
     elif getattr(module, "model", None) is not None:
         network = whole_model(module, trainer.is_global_zero)
         tokenizer, stops = (datamodule.tokenizer, datamodule.stop_token_ids) if datamodule else (None, [])
@@ -35,6 +37,8 @@ def export(
         raise UserError("export: set --ckpt_path FILE, or last")
     folder = Path(output)
     if trainer.is_global_zero:
+        for config in getattr(network, "peft_config", {}).values():  # a model put together of shares has no name
+            config.base_model_name_or_path = config.base_model_name_or_path or base
         folder = save_hugging_face(network, tokenizer, stops, output, merge=merge)
         rank_zero_info(f"exported: {folder}")
     return folder
