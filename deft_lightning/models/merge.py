@@ -28,7 +28,7 @@ def merge_of(asked: Merge | bool) -> Merge:
     way: Any = {True: "float32", False: "none"}.get(asked, asked) if isinstance(asked, bool) else asked
     if way not in get_args(Merge):
         raise UserError(f"--merge {asked} is none of {', '.join(get_args(Merge))}")
-    return way  # type: ignore[no-any-return]
+    return way
 
 
 @torch.no_grad()
