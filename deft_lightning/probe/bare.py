@@ -13,8 +13,10 @@ from torch import Tensor
 from deft_lightning.annotations import Batch
 from deft_lightning.data.examples import Floats
 from deft_lightning.data.loading.collate import TrainCollator
+from deft_lightning.data.loading.company import Chain, by_member, chains_of, groups_of
 from deft_lightning.data.loading.packing import bounded_batches
-from deft_lightning.data.loading.unprompted import frame_of_split, without_prompt
+from deft_lightning.data.loading.unprompted import frame_of_split
+from deft_lightning.evaluation.generate import positions as positions_of
 from deft_lightning.functional import IGNORE_INDEX
 from deft_lightning.probe.kept import Kept
 from deft_lightning.probe.pace import Pace
@@ -75,7 +77,7 @@ def bare_pass(
     every: bool,
     kept: Kept | None = None,
 ) -> Bare:
-    """Run the model over answers without their prompts, in batches of like length.
+    """Run the model over answers without their prompts, one after another, in batches of like length.
 
     Args:
         module: SFTModule with its model built, not training; gradients are off.
@@ -87,23 +89,20 @@ def bare_pass(
         kept: What a killed probe has read is not read again.
     """
     frame = frame_of_split(data.size(split), partial(data.example, split))
-    rows, whole = {}, set()
-    for at in positions:
-        example = data.example(split, at)
-        bare = without_prompt(example, frame)
-        if bare is None:
-            whole.add(at)
-        if bare is not None or every:
-            rows[at] = bare or example
-    order, collate = list(rows), TrainCollator(data.tokenizer.pad_token_id)
-    values, read = dict[int, Floats](), 0
-    batches = bounded_batches([len(rows[at].input_ids) for at in order], BATCH_TOKENS, 0) if order else []
-    tokens = sum(len(row.input_ids) for row in rows.values())
+    chains, whole = list[Chain](), set[int]()
+    for group in groups_of(positions):
+        some, alone = chains_of(group, partial(data.example, split), frame, positions_of(module.model))
+        whole |= set(alone)
+        chains += [chain for chain in some if every or chain.members[0] not in whole]
+    collate, values, read = TrainCollator(data.tokenizer.pad_token_id), dict[int, Floats](), 0
+    lengths = [len(chain.row.input_ids) for chain in chains]
+    batches = bounded_batches(lengths, BATCH_TOKENS, 0) if chains else []
+    tokens, answers = sum(lengths), sum(len(chain.members) for chain in chains)
     done = (kept or Kept(None)).of("bare", tokens)
-    with Pace("probe: reading the answers without their prompts", len(order), tokens) as pace:
+    with Pace("probe: reading the answers without their prompts", answers, tokens) as pace:
         for places in batches:
-            own = [order[place] for place in places]
-            batch = collate([rows[at] for at in own])
+            own = [chains[place] for place in places]
+            batch = collate([chain.row for chain in own])
             found = done.take(batch)
             if found is None:
                 read_now = answer_log_prob(module, batch, device)
@@ -111,8 +110,8 @@ def bare_pass(
             else:
                 counts = (batch["labels"][:, 1:] != IGNORE_INDEX).sum(1).tolist()
                 read_now = [row.numpy() for row in found["log_prob"].split(counts)]
-            values |= dict(zip(own, read_now, strict=True))
+            values |= by_member(own, read_now)
             read += batch["input_ids"].numel()
-            pace.update(len(own), int(batch["attention_mask"].sum()), found is None)
+            pace.update(sum(len(chain.members) for chain in own), int(batch["attention_mask"].sum()), found is None)
     done.write()
     return Bare(values, frozenset(whole), read)

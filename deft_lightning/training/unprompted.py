@@ -12,15 +12,19 @@ from deft_lightning._version import __version__
 from deft_lightning.data import InstructionDataModule
 from deft_lightning.data.examples import Floats
 from deft_lightning.data.loading.collate import TrainCollator
+from deft_lightning.data.loading.company import Chain, by_member, chains_of, groups_of
 from deft_lightning.data.loading.dataset import PreparedDataset
 from deft_lightning.data.loading.packing import bounded_batches
-from deft_lightning.data.loading.unprompted import Unprompted, frame_of_split, without_prompt
+from deft_lightning.data.loading.unprompted import Unprompted, frame_of_split
 from deft_lightning.data.prepared.cache import cache_root
 from deft_lightning.data.progress import progress
 from deft_lightning.errors import UserError
+from deft_lightning.evaluation.generate import positions
 from deft_lightning.models.fingerprint import fingerprint
 from deft_lightning.probe.bare import BATCH_TOKENS, answer_log_prob
 from deft_lightning.training.distributed import gather, ranks
+
+WINDOW = 64  # groups of answers whose rows are put into batches of like length
 
 
 class UnpromptedPass:
@@ -37,7 +41,7 @@ class UnpromptedPass:
 
     def key(self, split: str, model: str) -> str:
         """Return the name of the result for a split and the fingerprint of a model."""
-        return hashlib.sha256(repr([__version__, self.about, split, model]).encode()).hexdigest()[:16]
+        return hashlib.sha256(repr([__version__, "in company", self.about, split, model]).encode()).hexdigest()[:16]
 
     def attach(self, split: str, rows: PreparedDataset, model: str, pad_id: int, now: bool) -> None:
         """Give rows the chance of their labels; every rank has to call it.
@@ -73,36 +77,36 @@ class UnpromptedPass:
 
     def _compute(self, split: str, rows: PreparedDataset, pad_id: int) -> Unprompted:
         count, world, rank = len(rows.examples), ranks(), self.module.global_rank
-        frame = frame_of_split(count, rows.example)
-        collate, values = TrainCollator(pad_id), dict[int, Floats]()
-        whole = 0
-        own = list(range(rank, count, world)) or [0]  # a rank without examples runs the model with the others
-        lengths = rows.examples.lengths()
-        grouped = bounded_batches([int(lengths[at]) for at in own], BATCH_TOKENS, 0)
-        batches = [[own[place] for place in places] for places in grouped]
-        most = max(gather(len(batches)))
+        frame, collate, values = frame_of_split(count, rows.example), TrainCollator(pad_id), dict[int, Floats]()
+        limit, whole = positions(self.module.model), 0
+        groups = groups_of(range(count))
+        own = groups[rank::world]
+        windows = [own[at : at + WINDOW] for at in range(0, len(own), WINDOW)]
+        spare = groups[:1]  # a rank without examples runs the model with the others
         was_training = self.module.training
         self.module.eval()
         try:
-            with progress(None, f"{split}: answers without their prompts", len(own)) as bar:
-                for step in range(most):  # ranks that share weights run the model together
-                    batch = batches[step] if step < len(batches) else batches[-1]
-                    examples = [rows.example(at) for at in batch]
-                    bare = [without_prompt(example, frame) for example in examples]
-                    if step < len(batches):
-                        whole += sum(part is None for part in bare)
-                    given = [part or example for part, example in zip(bare, examples, strict=True)]
-                    values |= dict(
-                        zip(batch, answer_log_prob(self.module, collate(given), self.module.device), strict=True)
-                    )
-                    bar.update(len(batch) if step < len(batches) else 0)
+            with progress(None, f"{split}: answers without their prompts", sum(len(g.members) for g in own)) as bar:
+                for step in range(max(gather(len(windows)))):
+                    chains = list[Chain]()
+                    for group in windows[step] if step < len(windows) else spare:
+                        some, alone = chains_of(group, rows.example, frame, limit)
+                        chains += some
+                        whole += len(alone) if step < len(windows) else 0
+                    batches = bounded_batches([len(chain.row.input_ids) for chain in chains], BATCH_TOKENS, 0)
+                    for turn in range(max(gather(len(batches)))):  # ranks that share weights run the model together
+                        batch = [chains[place] for place in batches[min(turn, len(batches) - 1)]]
+                        given = collate([chain.row for chain in batch])
+                        values |= by_member(batch, answer_log_prob(self.module, given, self.module.device))
+                        fresh = step < len(windows) and turn < len(batches)
+                        bar.update(sum(len(chain.members) for chain in batch) if fresh else 0)
         finally:
             self.module.train(was_training)
         merged = {at: row for part in gather(values) for at, row in part.items()}
         whole = sum(gather(whole))
         rank_zero_info(
             f"{split}: chance of {count:,} answers without their prompts, of which {frame.before} tokens in front and"
-            f" {frame.after} before each answer stay"
+            f" {frame.after} before each answer stay; the model reads them one after another"
         )
         if whole:
             rank_zero_warn(

@@ -13,6 +13,7 @@ from worlds import bare_trainer, save_tiny_llama, sgd, split_data, sums, weights
 
 from deft_lightning import InstructionDataModule, SFTModule
 from deft_lightning.callbacks import Checkpoint, NoiseEstimate
+from deft_lightning.data.loading import company
 from deft_lightning.data.noise import Noise, ResponseSwap, TokenReplace
 from deft_lightning.errors import UserError
 from deft_lightning.models import LoRA
@@ -44,31 +45,43 @@ def fitted(
     return module
 
 
-def by_hand(world: Path, data: InstructionDataModule, at: int) -> np.ndarray[Any, Any]:
-    """What the model says of the labels of a training row when digits and sign of the question are not there."""
-    model = AutoModelForCausalLM.from_pretrained(world / "model")
-    example = data.splits["train"].examples[at]
-    learnt = example.labels != -100
-    prompt = data.tokenizer.decode(example.input_ids[~learnt].tolist())
-    question = prompt[prompt.index("|>") + 2 : prompt.index("<|end|>")]
+def by_hand(world: Path, data: InstructionDataModule, at: int, company: list[int]) -> np.ndarray[Any, Any]:
+    """What the model says of the labels of a training row after other answers, when no digit of a question is there."""
+    model, train = AutoModelForCausalLM.from_pretrained(world / "model"), data.splits["train"]
+
+    def answer(place: int) -> list[int]:
+        labels = train.examples[place].labels
+        return labels[labels != -100].tolist()  # type: ignore[no-any-return]
+
+    example = train.examples[at]
+    prompt = data.tokenizer.decode(example.input_ids[example.labels == -100].tolist())
+    begin, question, header = prompt.partition(prompt[prompt.index("|>") + 2 : prompt.index("<|end|>")])
     assert "+" in question
-    bare = data.tokenizer(prompt.replace(question, ""), add_special_tokens=False)["input_ids"]
-    ids = torch.tensor([[*bare, *example.labels[learnt].tolist()]])
+    first, head = (data.tokenizer(text, add_special_tokens=False)["input_ids"] for text in (begin, header))
+    context = [*first, *(token for place in company for token in (*head, *answer(place))), *head]
+    ids = torch.tensor([[*context, *answer(at)]])
     with torch.no_grad():
-        log_prob = model(ids).logits[0, len(bare) - 1 : -1].double().log_softmax(-1)
-    return log_prob.gather(-1, ids[0, len(bare) :, None]).squeeze(-1).numpy()
+        log_prob = model(ids).logits[0, len(context) - 1 : -1].double().log_softmax(-1)
+    return log_prob.gather(-1, ids[0, len(context) :, None]).squeeze(-1).numpy()
 
 
-def test_every_label_has_what_the_model_says_without_the_question(world: Path, tmp_path: Path) -> None:
+def test_every_label_has_what_the_model_says_after_other_answers_without_the_question(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(company, "LONGEST", 100)  # all of a group in one row
     data = data_of(world, tmp_path / "cache")
     fitted(world, tmp_path, data, max_steps=1)
     rows = data.splits["train"]
-    for at in (0, 7, len(rows) - 1):
-        example = rows.example(at)
-        assert example.unprompted is not None
-        found = example.unprompted[example.labels != -100]
-        np.testing.assert_allclose(found, by_hand(world, data, at), rtol=0, atol=2e-5)
-        assert not example.unprompted[example.labels == -100].any()
+    groups = company.groups_of(range(len(rows)))
+    assert len(groups) > 1
+    for group in groups:
+        for place, at in enumerate(group.members):
+            example = rows.example(at)
+            assert example.unprompted is not None
+            found = example.unprompted[example.labels != -100]
+            before = [*group.ahead, *group.members[:place]]
+            np.testing.assert_allclose(found, by_hand(world, data, at, before), rtol=0, atol=2e-5)
+            assert not example.unprompted[example.labels == -100].any()
 
 
 @pytest.mark.parametrize("packing", [False, True])

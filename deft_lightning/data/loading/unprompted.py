@@ -35,7 +35,7 @@ class Frame(NamedTuple):
 
 def frame_of(examples: Sequence[Prepared]) -> Frame:
     """Return the frame of the prompts of some examples: as long as nine of ten of them share it, token by token."""
-    prompts = [example.input_ids[: _first(example.labels)] for example in examples]
+    prompts = [example.input_ids[: first_learnt(example.labels)] for example in examples]
     before = _shared([prompt for prompt in prompts if len(prompt)])
     after = _shared([prompt[::-1] for prompt in prompts if len(prompt)])
     return Frame(before, max(after, 1))  # a first token needs one before it
@@ -47,7 +47,8 @@ def frame_of_split(count: int, example: Callable[[int], Prepared]) -> Frame:
     return frame_of([example(count * i // looked) for i in range(looked)])
 
 
-def _first(labels: Ints) -> int:
+def first_learnt(labels: Ints) -> int:
+    """Return the place of the first label that is learnt; their number where none is."""
     learnt = np.flatnonzero(labels != IGNORE_INDEX)
     return int(learnt[0]) if len(learnt) else len(labels)
 
@@ -84,7 +85,7 @@ def without_prompt(example: Prepared, frame: Frame) -> Prepared | None:
     starts = np.flatnonzero(learnt & ~np.concatenate([[False], learnt[:-1]]))
     for start in starts:
         kept[max(start - frame.after, 0) : start] = True
-    kept[: min(frame.before, _first(example.labels))] = True
+    kept[: min(frame.before, first_learnt(example.labels))] = True
     if kept.all() or not learnt.any():
         return None
     labels = example.labels[kept]
