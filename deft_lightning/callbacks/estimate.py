@@ -39,8 +39,8 @@ class NoiseEstimate(TokenMonitor):
 
     Args:
         chance: What a whole answer is compared with: `unigram`, how frequent its tokens are in the training labels,
-            which suits short answers; `unprompted`, what the model says of it without the prompt, one pass over the
-            training rows before training, which real text needs.
+            which suits short answers; `unprompted`, what the model says of it after other answers, without the prompt:
+            one pass over the answers before training, which real text needs.
 
     Raises:
         UserError: Another word.
@@ -56,9 +56,17 @@ class NoiseEstimate(TokenMonitor):
         self.counted, self.warned = 0, False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Ask for the chance of answers, before the model is built."""
-        if is_watched(pl_module) and self.chance == "unprompted":
-            watched(pl_module).watched_needs = Needs(answer_chance="unprompted")
+        """Ask for the chance of answers, before the model is built; say what word frequencies do not see."""
+        if not is_watched(pl_module):
+            return
+        module = watched(pl_module)
+        if self.chance == "unprompted":
+            module.watched_needs = Needs(answer_chance="unprompted")
+        elif stage == "fit" and getattr(module, "pretrained", None) and not _estimates(module):
+            rank_zero_info(
+                "noise/estimated compares answers with word frequencies, which hardly see a wrong answer in the format"
+                " of the others; --noise_estimate.chance unprompted sees it, for one pass over the answers"
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """Return the estimate, for a run that goes on."""
@@ -118,7 +126,7 @@ class NoiseEstimate(TokenMonitor):
         values = {}
         if injects_noise(trainer) and rows[TRUE_ANSWERS].total:
             values = {"noise/true": rows[TRUE_ANSWERS].mean, "noise/true_tokens": rows[TRUE_TOKENS].mean}
-        if "noise/estimated" not in tracked_tags(module.objective):
+        if not _estimates(module):
             module.log("noise/estimated", self.rates[0], prog_bar=True)
             values["noise/estimated_tokens"] = self.rates[1]
         self.write_scalars(trainer, values)
@@ -134,3 +142,8 @@ class NoiseEstimate(TokenMonitor):
             " they are wrong, and --model.objective Contaminated leaves them out, or the model does not know the task"
             " yet. Noise that agrees with itself is not seen (docs/concepts/noise_model.md)"
         )
+
+
+def _estimates(module: WatchedModule) -> bool:
+    """Whether the objective has noise rates itself."""
+    return "noise/estimated" in tracked_tags(module.objective)

@@ -153,6 +153,20 @@ def test_another_chance_is_one_line() -> None:
         NoiseEstimate(chance="luck")  # type: ignore[arg-type]
 
 
+def test_a_pretrained_model_is_told_what_word_frequencies_do_not_see(
+    world: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    said = []
+    for name, objective, chance in (
+        ("plain", NLL(), "unigram"), ("asked", NLL(), "unprompted"), ("own", Contaminated(level="token"), "unigram"),
+    ):  # fmt: skip
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            run(world, tmp_path / name, objective, NoiseEstimate(chance=chance), max_steps=1)  # type: ignore[arg-type]
+        said.append(sum("--noise_estimate.chance unprompted" in record.getMessage() for record in caplog.records))
+    assert said == [1, 0, 0]
+
+
 def test_the_estimate_is_in_the_progress_bar(world: Path, tmp_path: Path) -> None:
     bar = SFTProgressBar()
     module, _ = run(world, tmp_path, NLL(), NoiseEstimate(), bar, max_steps=3)

@@ -18,8 +18,8 @@ from deft_lightning.data.loading.unprompted import Frame, first_learnt, without_
 from deft_lightning.functional import IGNORE_INDEX
 
 MEMBERS = 16  # answers of a group
-AHEAD, AHEAD_TOKENS = 4, 128  # other answers that are read before the first one of a chain, and their tokens, at most
-LONGEST = 256  # tokens of a chain, unless one answer is longer
+AHEAD, AHEAD_TOKENS = 4, 64  # other answers that are read before the first one of a chain, and their tokens, at most
+LONGEST = 384  # tokens of a chain, unless one answer is longer
 
 
 class Group(NamedTuple):

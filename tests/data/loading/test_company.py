@@ -60,7 +60,7 @@ def test_a_row_that_is_full_is_followed_by_one_with_the_latest_answers_in_front(
 def test_of_one_long_answer_the_end_stands_in_front() -> None:
     long = row(list(range(1000, 1600)))
     (chain,), _ = chains_of(Group((0,), (1,)), {0: long, 1: row([50])}.__getitem__, FRAME)
-    assert chain.row.input_ids.tolist() == [1, 2, *range(1600 - 127, 1600), 9, 7, 8, 50, 9]
+    assert chain.row.input_ids.tolist() == [1, 2, *range(1600 - 63, 1600), 9, 7, 8, 50, 9]
     assert (chain.row.labels != -100).sum() == 2
 
 
