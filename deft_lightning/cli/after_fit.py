@@ -11,8 +11,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from lightning_utilities.core.rank_zero import rank_zero_info
+
 from deft_lightning.cli.crash import RUN, explain
-from deft_lightning.models.merge import Merge
+from deft_lightning.models.merge import Merge, stand_alone
 from deft_lightning.training.logs import folder_of
 from deft_lightning.training.trainer import Trainer
 
@@ -59,7 +61,9 @@ def run_after_fit(
     folder, outputs = trainer.log_dir, dict[str, tuple[str, Merge]]()
     if wanted.export and folder is not None:
         adapted = hasattr(module.model, "merge_and_unload")
-        if adapted:
+        if adapted and not stand_alone(module.model):
+            rank_zero_info("no adapter folder: these adapters changed the weights below them when they began")
+        elif adapted:
             outputs["adapter"] = _free(Path(folder), "adapter"), "none"
         if not adapted or wanted.merge != "none":
             outputs["export"] = _free(Path(folder), "export"), wanted.merge

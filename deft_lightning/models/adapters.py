@@ -48,6 +48,11 @@ class AdapterFolder:
             "alpha": asked.alpha in (None, own.alpha),
             "target_modules": asked.target_modules == "all-linear" or _names(asked) == _names(own),
             "embeddings": own.embeddings or not asked.embeddings,
+            "use_rslora": own.use_rslora or not asked.use_rslora,
+            "use_dora": not asked.use_dora,
+            "init_lora_weights": asked.init_lora_weights is True,
+            "modules_to_save": not asked.modules_to_save,
+            "target_parameters": not asked.target_parameters,
         }
         for name, agrees in same.items():
             if not agrees:
@@ -120,7 +125,8 @@ def adapter_folder(name: Any) -> AdapterFolder | None:
         lora = plain_lora(LoraConfig(**given), [])
     except Exception as error:  # safetensors and peft each have their own kinds
         raise UserError(f"{name}: its adapters cannot be read: {reason_of(error)} (--model.pretrained)") from None
-    if lora is None or {shapes[f"{PREFIX}{place}{A}"][0] for place in places} != {lora.r}:
+    beyond = lora is None or lora.use_dora or lora.changes_base or lora.target_parameters
+    if lora is None or beyond or {shapes[f"{PREFIX}{place}{A}"][0] for place in places} != {lora.r}:
         raise UserError(f"{name}: its adapters are no plain LoRA of one rank (--model.pretrained)")
     rows = [shape[0] for key, shape in shapes.items() if ".lora_" not in key] if saved else []
     return AdapterFolder(name, base, replace(lora, embeddings=bool(saved)), max(rows, default=0))

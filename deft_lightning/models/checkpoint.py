@@ -204,6 +204,8 @@ def model_from_checkpoint(checkpoint: Checkpoint, base: str | None = None) -> tu
         check_base(model, about, held, base or "")
         state = completed(model, about, held)
         model.load_state_dict({k.removeprefix(OWNER): v for k, v in state.items() if k.startswith(OWNER)})
+        for config in getattr(model, "peft_config", {}).values():
+            config.init_lora_weights = about["lora"].get("init_lora_weights", True)
     except UserError:
         raise
     except Exception as error:  # configs and layers refuse what they do not like with any kind of exception
@@ -217,14 +219,17 @@ def _adapters(about: Settings, state: Record) -> LoRA:
 
     Matching a pattern may take for ever, and a rank that the weights do not have more memory than there is.
     """
-    lora = LoRA(**about["lora"])
+    lora = replace(LoRA(**about["lora"]), init_lora_weights=True)  # the weights come from the checkpoint
     ranks = {value.shape[0] for name, value in state.items() if name.endswith(f".{A}") and value.dim()}
-    if ranks - {lora.r}:
+    experts = bool(lora.target_parameters)  # all of a layer have their rows in one matrix
+    if any(rank != lora.r and not (experts and rank % lora.r == 0) for rank in ranks):
         raise UserError(f"--ckpt_path: the checkpoint says rank {lora.r} of its adapters, which have {max(ranks)}")
     if not ranks:
         raise UserError("--ckpt_path: the checkpoint names adapters and has no weights of any")
     if not isinstance(lora.target_modules, str) or lora.target_modules == "all-linear":
         return lora
+    if experts:
+        raise UserError("--ckpt_path: the checkpoint's adapters have a pattern for modules beside names of parameters")
     places = [name.removesuffix(f".{A}") for name in state if name.endswith(f".{A}")]
     return replace(lora, target_modules=[place.removeprefix("model.base_model.model.") for place in places])
 

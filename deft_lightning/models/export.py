@@ -15,7 +15,7 @@ from deft_lightning.atomic import whole_folder
 from deft_lightning.errors import UserError
 from deft_lightning.models.generation import savable
 from deft_lightning.models.head import base_causal_lm
-from deft_lightning.models.merge import Merge, merge_of, merged
+from deft_lightning.models.merge import Merge, merge_of, merged, stand_alone
 
 
 def save_hugging_face(
@@ -46,6 +46,11 @@ def save_hugging_face(
         raise UserError(f"{target}: exists already; choose another --output")
     if (way := merge_of(merge)) != "none" and hasattr(model, "merge_and_unload"):
         model = merged(model, way)
+    elif not stand_alone(model):
+        raise UserError(
+            f"{target}: these adapters began by changing the weights below them (--model.lora.init_lora_weights), so"
+            " that they fit no base alone: --merge float32"
+        )
     causal = base_causal_lm(model)
     before = causal.config.use_cache, causal.generation_config
     causal.config.use_cache = True

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from lightning_utilities.core.rank_zero import rank_zero_warn
-from torch import nn
+from torch import get_default_device, nn
 
 from deft_lightning.annotations import CausalLM, Settings
 from deft_lightning.errors import UserError
@@ -16,8 +17,10 @@ from deft_lightning.errors import UserError
 DESCRIBED = {
     "r", "lora_alpha", "lora_dropout", "target_modules", "task_type", "peft_version", "base_model_name_or_path",
     "revision", "auto_mapping", "inference_mode", "init_lora_weights", "ensure_weight_tying",
-    "modules_to_save", "fan_in_fan_out",
+    "modules_to_save", "fan_in_fan_out", "use_rslora", "use_dora", "target_parameters",
 }  # fmt: skip
+# How adapters begin: at zero, or so that the weights below them change.
+INITS = re.compile(r"gaussian|orthogonal|olora|pissa|pissa_niter_\d{1,3}")
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,12 @@ class LoRA:
         dropout: Dropout on the adapter's input, in [0, 1).
         target_modules: Names of the linear modules to adapt; `all-linear` is every one but the head.
         embeddings: Train the embedding and the head too, whole; tokens that are added need it, and switch it on.
+        use_rslora: Scale by ``alpha / sqrt(r)`` (arXiv 2312.03732).
+        use_dora: Train the size of each weight apart from its direction (arXiv 2402.09353); not on a fused head.
+        init_lora_weights: How they begin, as peft says it: true (nothing changes), gaussian, orthogonal, olora, pissa,
+            pissa_niter_16. olora and pissa change the weights below the adapters, so that checkpoints hold all of them.
+        modules_to_save: Names of modules to train whole beside the adapters.
+        target_parameters: Names of weights to adapt that are no linear module, such as a mixture's experts.
     """
 
     r: int = 16
@@ -37,17 +46,37 @@ class LoRA:
     dropout: float = 0.0
     target_modules: str | list[str] = "all-linear"
     embeddings: bool = False
+    use_rslora: bool = False
+    use_dora: bool = False
+    init_lora_weights: bool | str = True
+    modules_to_save: list[str] | None = None
+    target_parameters: list[str] | None = None
 
     def __post_init__(self) -> None:
-        """Refuse ranks and dropouts that mean nothing."""
+        """Refuse ranks and dropouts that mean nothing, and beginnings that need more than the model."""
         if self.r < 1:
             raise UserError(f"--model.lora.r must be at least 1, got {self.r}")
         if not 0.0 <= self.dropout < 1.0:
             raise UserError(f"--model.lora.dropout {self.dropout} is outside [0, 1)")
+        if isinstance(init := self.init_lora_weights, str) and not INITS.fullmatch(init):
+            raise UserError(
+                f"--model.lora.init_lora_weights {init}: use true, false, gaussian, orthogonal, olora, pissa or"
+                " pissa_niter_N; others of peft need data or a config of their own"
+            )
+
+    @property
+    def changes_base(self) -> bool:
+        """Whether the weights below the adapters are others than the base's from the start."""
+        return changes_base(self.init_lora_weights)
 
     def settings(self) -> Settings:
         """Return the fields as plain values, for a checkpoint."""
         return asdict(self)
+
+
+def changes_base(init: object) -> bool:
+    """Whether adapters that begin so change the weights below them."""
+    return isinstance(init, str) and init.startswith(("olora", "pissa"))
 
 
 def add_adapters(model: CausalLM, lora: LoRA) -> CausalLM:
@@ -59,15 +88,22 @@ def add_adapters(model: CausalLM, lora: LoRA) -> CausalLM:
     from peft import LoraConfig, get_peft_model
 
     ends = _ends(model) if lora.embeddings else {}
+    on_meta = get_default_device().type == "meta"  # nothing to decompose
     config = LoraConfig(
         r=lora.r,
         lora_alpha=2 * lora.r if lora.alpha is None else lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=lora.target_modules,
         task_type="CAUSAL_LM",
-        modules_to_save=list(ends) or None,
+        modules_to_save=[*ends, *(lora.modules_to_save or [])] or None,
+        use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
+        init_lora_weights=True if on_meta else lora.init_lora_weights,
+        target_parameters=lora.target_parameters,
         ensure_weight_tying=len({id(layer.weight) for layer in ends.values()}) < len(ends),  # one copy for both
     )
+    _check_names("modules_to_save", lora.modules_to_save, [name for name, _ in model.named_modules()])
+    _check_names("target_parameters", lora.target_parameters, [name for name, _ in model.named_parameters()])
     if not isinstance(lora.target_modules, str):
         there = [f".{name}" for name, _ in model.named_modules()]
         missing = [t for t in lora.target_modules if not any(name.endswith(f".{t}") for name in there)]
@@ -86,7 +122,15 @@ def add_adapters(model: CausalLM, lora: LoRA) -> CausalLM:
             return get_peft_model(model, config)
     except ValueError as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"--model.lora.target_modules {lora.target_modules}: {reason}") from None
+        what = "target_parameters" if lora.target_parameters else "target_modules"
+        raise UserError(f"--model.lora.{what} {getattr(lora, what)}: {reason}") from None
+
+
+def _check_names(option: str, asked: list[str] | None, there: list[str]) -> None:
+    """Refuse a name that is of nothing: peft would leave it out in silence."""
+    missing = [name for name in asked or () if not any(f".{one}".endswith(f".{name}") for one in there)]
+    if missing:
+        raise UserError(f"--model.lora.{option}: nothing in the model is named {', '.join(missing)}")
 
 
 def _ends(model: CausalLM) -> dict[str, nn.Module]:
@@ -98,7 +142,7 @@ def _ends(model: CausalLM) -> dict[str, nn.Module]:
 def lora_of(model: CausalLM) -> LoRA | None:
     """Return the adapters that a model has of its own, None without any, as a checkpoint describes them.
 
-    Those that it cannot describe are None too, with a warning: DoRA, several adapters, ranks by layer.
+    Those that it cannot describe are None too, with a warning: several adapters, ranks by layer.
     """
     from peft import LoraConfig, PeftModel
 
@@ -121,19 +165,24 @@ def plain_lora(config: Any, ends: list[str]) -> LoRA | None:
 
     Args:
         config: Of peft.
-        ends: Names of the model's embedding and head; ``modules_to_save`` is both of them or nothing.
+        ends: Names of the model's embedding and head; both of them in ``modules_to_save`` are ``embeddings``.
     """
     from peft import LoraConfig
 
     modules = config.target_modules if isinstance(config.target_modules, str) else sorted(config.target_modules or ())
     saved = set(config.modules_to_save or ())
     names = [{name for name in saved if f".{end}".endswith(f".{name}")} for end in ends]
-    if saved and not (all(names) and set.union(*names) == saved):
+    both = set.union(*names) if names and all(names) else set()
+    init = config.init_lora_weights
+    if not isinstance(init, bool) and not (isinstance(init, str) and INITS.fullmatch(init)):
         return None
     usual, own = LoraConfig().to_dict(), config.to_dict()
     if any(own[name] != value for name, value in usual.items() if name not in DESCRIBED):
         return None
-    return LoRA(config.r, config.lora_alpha, config.lora_dropout, modules, bool(saved))
+    return LoRA(
+        config.r, config.lora_alpha, config.lora_dropout, modules, bool(both), config.use_rslora, config.use_dora, init,
+        sorted(saved - both) or None, sorted(config.target_parameters or ()) or None,
+    )  # fmt: skip
 
 
 def untie_adapted_head(model: CausalLM) -> None:

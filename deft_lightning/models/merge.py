@@ -13,7 +13,7 @@ from deft_lightning.annotations import CausalLM
 from deft_lightning.errors import UserError
 from deft_lightning.models.fingerprint import WRAPPED
 from deft_lightning.models.head import base_causal_lm
-from deft_lightning.models.lora import untie_adapted_head
+from deft_lightning.models.lora import changes_base, untie_adapted_head
 
 Merge = Literal["float32", "base", "none"]
 MUCH = 0.01  # of the update, above which the loss is a warning
@@ -29,6 +29,12 @@ def merge_of(asked: Merge | bool) -> Merge:
     if way not in get_args(Merge):
         raise UserError(f"--merge {asked} is none of {', '.join(get_args(Merge))}")
     return way
+
+
+def stand_alone(model: CausalLM) -> bool:
+    """Whether the adapters of a model, if it has any, can be laid over their base again."""
+    configs = getattr(model, "peft_config", {}).values()
+    return not any(changes_base(getattr(config, "init_lora_weights", True)) for config in configs)
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from deft_lightning.models.checks import evaluating
 from deft_lightning.models.fingerprint import fingerprint
 from deft_lightning.models.fused import hidden_states
 from deft_lightning.models.head import HeadSeam, find_head
+from deft_lightning.models.merge import stand_alone
 from deft_lightning.models.shard import is_sharded
 from deft_lightning.models.sizes import available_memory, size_of
 from deft_lightning.ops import ReferenceHead
@@ -188,6 +189,11 @@ def _check_adapters(model: CausalLM) -> None:
     if others or not _switches(model):
         what = f"train {others[0]} too" if others else "have no switch"
         raise UserError(f"{ASKED}: the adapters of the model {what}, so that it is no reference with them off")
+    if not stand_alone(model):
+        raise UserError(
+            f"{ASKED}: the adapters of the model began by changing the weights below them, so that it is no reference"
+            " with them off (--model.lora.init_lora_weights)"
+        )
     moved = (bool(_local(w).detach().any()) for name, w in model.named_parameters() if ".lora_B." in name)
     if next(model.parameters()).device.type != "meta" and any(moved):
         rank_zero_info("reference: the adapters have been trained before; it is the model without them")

@@ -35,8 +35,9 @@ class BaseWeights:
             state: All weights of the module.
             about: What the checkpoints of the run say of themselves; gets an entry of the base, once.
         """
+        lora = self._source.lora
         # What was rounded to float16 is not found in files again.
-        if self._source.lora is None or self.files is None or model.dtype == torch.float16:
+        if lora is None or lora.changes_base or self.files is None or model.dtype == torch.float16:
             return state
         names = left_out(model)
         if BASE not in about:

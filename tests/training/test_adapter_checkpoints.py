@@ -10,13 +10,25 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
-from worlds import adam, bare_trainer, constant, same_state, save_tiny_llama, split_data, sums, weights, write_rows
+from transformers import AutoModelForCausalLM, MixtralConfig
+from worlds import (
+    adam,
+    bare_trainer,
+    byte_tokenizer,
+    constant,
+    same_state,
+    save_tiny_llama,
+    split_data,
+    sums,
+    tiny_llama,
+    weights,
+    write_rows,
+)
 
 from deft_lightning import SFTModule, Trainer
 from deft_lightning.callbacks import Checkpoint
 from deft_lightning.errors import UserError
-from deft_lightning.models import LoRA, load_checkpoint, model_from_checkpoint
+from deft_lightning.models import LoRA, add_adapters, load_checkpoint, model_from_checkpoint
 
 pytestmark = pytest.mark.slow
 
@@ -26,7 +38,11 @@ KINDS: dict[str, dict[str, Any]] = {
     "head": {"lora": LoRA(r=2, target_modules=["q_proj", "lm_head"])},
     "embeddings": {"lora": LoRA(r=2, embeddings=True)},
     "tokens": {"lora": LoRA(r=2), "add_tokens": ["<tool>"]},
+    "rslora": {"lora": LoRA(r=4, use_rslora=True, init_lora_weights="gaussian")},
+    "dora": {"lora": LoRA(r=2, use_dora=True)},
+    "norms": {"lora": LoRA(r=2, modules_to_save=["norm"])},
 }
+CHANGING = ["pissa", "pissa_niter_2", "olora"]
 
 
 def module_of(base: str, **options: Any) -> SFTModule:
@@ -69,7 +85,8 @@ def test_it_holds_what_trains_and_resumes_to_the_bit(kind: dict[str, Any], base:
         beside - tied == {name for name in beside if ".original_module." in name}
         and trained <= held["state_dict"].keys()
     )
-    assert bool(beside) == bool(kind.get("add_tokens") or kind["lora"].embeddings)
+    lora = kind["lora"]
+    assert bool(beside) == bool(kind.get("add_tokens") or lora.embeddings or lora.modules_to_save)
     assert held["deft_lightning"]["base"]["name"] == str(Path(base).resolve())
     again, _ = fit(tmp_path / "cut", module_of(base, **kind), 4, path)
     assert same_state(again, whole)
@@ -238,3 +255,80 @@ def test_the_default_rate_of_whole_models_is_told(tmp_path: Path, caplog: pytest
         assert "learning rate" not in caplog.text
         fit(tmp_path, SFTModule(pretrained=base, scheduler=constant, lora=LoRA(r=2)), 1)
     assert f"{line}: --model.optimizer.lr 2e-4" in caplog.text
+
+
+@pytest.mark.parametrize("init", CHANGING)
+def test_adapters_that_change_the_base_are_kept_with_it(init: str, tmp_path: Path) -> None:
+    base = save_tiny_llama(tmp_path / "base", 0.3)
+    kind = {"lora": LoRA(r=2, init_lora_weights=init)}
+    whole, last = fit(tmp_path / "whole", module_of(base, **kind), 4)
+    module, path = fit(tmp_path / "cut", module_of(base, **kind), 2)
+    assert load_checkpoint(path)["state_dict"].keys() == module.state_dict().keys()
+    again, _ = fit(tmp_path / "cut", module_of(base, **kind), 4, path)
+    assert same_state(again, whole)
+    assert same_state(SFTModule.load_from_checkpoint(last).model, whole.model)
+    trainer = bare_trainer(tmp_path)
+    for source in ({"model": whole}, {"ckpt_path": last}):
+        with pytest.raises(UserError, match=r"fit no base alone: --merge float32"):
+            trainer.export(**source, output=str(tmp_path / "adapters"), merge="none")
+    trainer.export(ckpt_path=last, output=str(tmp_path / "merged"))
+    ids = torch.arange(10, 60)[None]
+    with torch.no_grad():
+        one, other = (
+            model.eval()(input_ids=ids).logits
+            for model in (whole.model, AutoModelForCausalLM.from_pretrained(tmp_path / "merged"))
+        )
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    with pytest.raises(UserError, match=r"changing the weights below them.*init_lora_weights"):
+        fit(tmp_path / "anchored", module_of(base, **kind, forgetting=True), 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        ({"init_lora_weights": "eva"}, r"--model\.lora\.init_lora_weights eva: use true"),
+        ({"modules_to_save": ["nrom"]}, r"--model\.lora\.modules_to_save: nothing in the model is named nrom"),
+        ({"target_parameters": ["experts.x"]}, r"--model\.lora\.target_parameters: nothing .* is named experts\.x"),
+    ],
+    ids=str,
+)
+def test_options_that_mean_nothing_are_one_line(options: dict[str, Any], wanted: str) -> None:
+    with pytest.raises(UserError, match=wanted) as caught:
+        add_adapters(tiny_llama(0.3)[0], LoRA(r=2, **options))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_resume_with_other_options_names_the_option(tmp_path: Path) -> None:
+    base = save_tiny_llama(tmp_path / "base", 0.3)
+    _, path = fit(tmp_path, module_of(base, lora=LoRA(r=2)), 1)
+    for name, value in {"use_rslora": True, "use_dora": True, "modules_to_save": ["norm"]}.items():
+        with pytest.raises(UserError, match=rf"--model\.lora\.{name} .* cannot be resumed with another one"):
+            fit(tmp_path, module_of(base, lora=LoRA(r=2, **{name: value})), 2, path)
+
+
+def test_experts_are_adapted_merged_and_resumed(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    tokenizer = byte_tokenizer()
+    config = MixtralConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=3, num_experts_per_tok=2, max_position_embeddings=128,
+        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
+    )  # fmt: skip
+    base = str(tmp_path / "base")
+    for part in (AutoModelForCausalLM.from_config(config), tokenizer):
+        part.save_pretrained(base)
+    kind = {"lora": LoRA(r=2, target_modules=["q_proj"], target_parameters=["mlp.experts.down_proj"])}
+    whole, last = fit(tmp_path / "whole", module_of(base, **kind), 3)
+    names = [name for name, weight in weights(whole.model).items() if "experts" in name and weight.any()]
+    assert any("lora_B" in name for name in names)
+    _, path = fit(tmp_path / "cut", module_of(base, **kind), 2)
+    assert same_state(fit(tmp_path / "cut", module_of(base, **kind), 3, path)[0], whole)
+    assert same_state(SFTModule.load_from_checkpoint(last).model, whole.model)
+    bare_trainer(tmp_path).export(ckpt_path=last, output=str(tmp_path / "merged"))
+    ids = torch.arange(10, 60)[None]
+    with torch.no_grad():
+        one, other = (
+            model.eval()(input_ids=ids).logits
+            for model in (whole.model, AutoModelForCausalLM.from_pretrained(tmp_path / "merged"))
+        )
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)

@@ -170,7 +170,7 @@ def test_a_model_object_with_adapters_of_its_own_comes_back(pretrained: str, sou
 
 
 def test_adapters_that_no_checkpoint_can_describe_are_named(pretrained: str) -> None:
-    config = LoraConfig(r=3, target_modules=["q_proj"], use_dora=True, task_type="CAUSAL_LM")
+    config = LoraConfig(r=3, target_modules=["q_proj"], rank_pattern={"q_proj": 2}, task_type="CAUSAL_LM")
     with pytest.warns(UserWarning, match="no plain LoRA: checkpoints of this run cannot be exported"):
         SFTModule(pretrained=get_peft_model(AutoModelForCausalLM.from_pretrained(pretrained), config))
 

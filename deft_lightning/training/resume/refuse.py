@@ -11,12 +11,16 @@ from lightning.pytorch import Trainer
 
 from deft_lightning.annotations import Checkpoint, Settings
 from deft_lightning.errors import UserError
+from deft_lightning.models import LoRA
 from deft_lightning.models.checkpoint import is_complete
 from deft_lightning.models.contents import KEY
+from deft_lightning.models.lora import changes_base
 from deft_lightning.models.seal import unbounded
 from deft_lightning.models.shares import SHARED
 from deft_lightning.training.protocols import shards
 from deft_lightning.training.resume.settings import class_path, of_optimizer, shown
+
+DEFAULTS = LoRA().settings()
 
 
 def peek(path: str | Path) -> dict[str, Any] | None:
@@ -116,9 +120,11 @@ def _refuse_adapters(path: str | Path, before: Any, lora: Any) -> None:
         raise UserError(f"--model.lora: {path} has {has}, and this run asks for {asked}; {way}")
     if not isinstance(before, dict):
         return
-    for name in ("r", "alpha", "target_modules", "embeddings"):  # dropout is drawn anew in each step
+    for name in now:
         old, new = _scale(before, name), _scale(now, name)
-        if old != new:
+        if name == "init_lora_weights" and not (changes_base(old) or changes_base(new)):
+            continue  # replaced by what is resumed
+        if old != new and name != "dropout":  # drawn anew in each step
             raise UserError(
                 f"--model.lora.{name} {shown(new)}: {path} was trained with {shown(old)}, and cannot be resumed with"
                 " another one"
@@ -126,7 +132,7 @@ def _refuse_adapters(path: str | Path, before: Any, lora: Any) -> None:
 
 
 def _scale(lora: Settings, name: str) -> Any:
-    value = lora.get(name, False if name == "embeddings" else None)
+    value = lora.get(name, DEFAULTS[name])  # earlier checkpoints say less
     return 2 * lora.get("r", 0) if name == "alpha" and value is None else value
 
 
