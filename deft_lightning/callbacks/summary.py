@@ -94,7 +94,8 @@ class RunSummary(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Gather what was done, on every rank."""
         tokens = over_ranks(trainer, pl_module, self.pace.tokens)
-        self._lines = [self._took(trainer, pl_module, tokens), *self._changed(trainer)]
+        audited: list[str] = getattr(getattr(trainer, "datamodule", None), "audited", [])
+        self._lines = [self._took(trainer, pl_module, tokens), *audited, *self._changed(trainer)]
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say it, unless there is more to come."""

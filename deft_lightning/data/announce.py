@@ -43,6 +43,10 @@ def announce(splits: Splits, settings: DataSettings, trainer: Trainer | None) ->
     for line in splits.columns.lines():
         tell = rank_zero_warn if line.startswith("not used") or "(no row has it)" in line else rank_zero_info
         tell(f"{title(settings.source)}: {line}")
+    for line in splits.audited["lines"]:
+        rank_zero_info(line)
+    for line in splits.audited["warnings"]:
+        rank_zero_warn(line)
     for report in splits.reports.values():
         if report.examples:
             rank_zero_info(str(report))

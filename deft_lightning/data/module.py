@@ -76,6 +76,10 @@ class InstructionDataModule(LightningDataModule):
         seed: Seed of the order and of the split.
         objectives: Objective of a source in place of `model.objective`, by name: `--data.objectives.gsm8k NLL`.
         noise: Synthetic label noise.
+        exclude: Audit of the training rows (`probe --audit FILE`): the rows that it names are left out of training.
+        exclude_top: Of `exclude`, the worst rows alone: a share of those that it ranks (5%), or a count (50).
+        weights_from: Audit whose rows train with less weight: by `weight` of a line, else by `right`, the probability
+            that the answer is right.
 
     Raises:
         UserError: On `setup`, for unreadable rows (file, row, field), or when nothing is left to train on.
@@ -117,6 +121,9 @@ class InstructionDataModule(LightningDataModule):
         seed: int = 0,
         objectives: dict[str, Any] | None = None,
         noise: Noise = Noise(),  # noqa: B008 - frozen
+        exclude: str | None = None,
+        exclude_top: int | str | None = None,
+        weights_from: str | None = None,
     ) -> None:
         self.settings = DataSettings.of(**{k: v for k, v in locals().items() if k not in ("self", "__class__")})
         super().__init__()
@@ -229,6 +236,11 @@ class InstructionDataModule(LightningDataModule):
     def reports(self) -> dict[str, Report]:
         """What became of the examples, by split; empty before they are prepared."""
         return {} if self._splits is None else self._splits.reports
+
+    @property
+    def audited(self) -> list[str]:
+        """What audits changed in the training rows, a line each; empty without any, and before they are prepared."""
+        return [] if self._splits is None else self._splits.audited["lines"]
 
     @property
     def longest(self) -> int:

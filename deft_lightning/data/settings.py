@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 from deft_lightning.data.encoding.supervise import SpecialTokens, Supervise, Teaching
 from deft_lightning.data.encoding.thoughts import Reasoning
 from deft_lightning.data.noise import Noise
+from deft_lightning.data.prepared.audit_file import Top
 from deft_lightning.data.prepared.recipe import Recipe
 from deft_lightning.data.records.formats import FIELDS, Format
 from deft_lightning.data.sources.given import Settled, settled
@@ -59,6 +60,9 @@ class DataSettings:
     reasoning: Reasoning = "template"
     supervise_reasoning: bool = True
     special_tokens: SpecialTokens = "text"
+    exclude: str | None = None
+    exclude_top: str | int | None = None
+    weights_from: str | None = None
     objectives: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
@@ -95,6 +99,10 @@ class DataSettings:
                 raise UserError(f"--data.{name} must be {', '.join(known[:-1])} or {known[-1]}, not {value!r}")
         self._check_batches()
         self._check_numbers()
+        if self.exclude_top is not None:
+            Top.read(self.exclude_top)
+            if self.exclude is None:
+                raise UserError("--data.exclude_top is of the rows of an audit; name it with --data.exclude FILE")
         if self.benchmarks and self.test_source is not None:
             raise UserError("--data.test_source and --data.benchmarks exclude each other: leave one of them out")
 
@@ -150,7 +158,7 @@ class DataSettings:
             source, self.format, self.column_map, self.subset, self.split, self.validation_source,
             self.validation_fraction, self.seed, self.on_bad_row, self.tokenizer_size, self.max_length, self.keep,
             self.supervise, self.noise, self.ignore_columns, self.weight_column, self.reasoning,
-            self.supervise_reasoning, self.special_tokens,
+            self.supervise_reasoning, self.special_tokens, self.exclude, self.exclude_top, self.weights_from,
         )  # fmt: skip
 
     def noise_of(self, split: str) -> Noise:

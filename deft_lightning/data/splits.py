@@ -17,6 +17,7 @@ from deft_lightning.data.lazy import Lazy
 from deft_lightning.data.loading.dataset import PreparedDataset
 from deft_lightning.data.loading.packing import pack
 from deft_lightning.data.noise import TokenNoise
+from deft_lightning.data.prepared.build import ALL_COUNTS, COUNTS, NOT_AUDITED
 from deft_lightning.data.prepared.cache import DONE
 from deft_lightning.data.prepared.report import Report
 from deft_lightning.data.prepared.spool import SpooledExamples, Tokens
@@ -45,6 +46,7 @@ class Splits:
         bad_rows: What is wrong with the first of them.
         remarks: What was decided about the sources, a line each.
         columns: What became of the columns.
+        audited: What is said of audits, ``lines`` and ``warnings``.
 
     Raises:
         UserError: The folder holds something else.
@@ -72,7 +74,8 @@ class Splits:
         self.held_out: Lazy[Example] = SpooledExamples(folder / "held_out.arrow")
         words, apart = None, meta["sources"]
         if any(isinstance(op, TokenNoise) for op in self._settings.noise.ops):
-            words = vocabulary(self._tokenizer, self.label_counts)
+            # What noise draws from is the same whatever an audit leaves out.
+            words = vocabulary(self._tokenizer, _counts(folder / ALL_COUNTS))
         for name, counted in meta["reports"].items():
             if name not in SPLITS:
                 raise ValueError(f"{name!r} is no split")
@@ -85,6 +88,7 @@ class Splits:
         self.bad_rows: list[str] = meta["bad_rows"]
         self.remarks: list[str] = meta.get("remarks", [])
         self.columns = ColumnReport.load(meta["columns"])
+        self.audited: dict[str, list[str]] = {name: list(map(str, meta["audited"][name])) for name in NOT_AUDITED}
 
     @property
     def sources(self) -> dict[str, tuple[str, ...]]:
@@ -98,7 +102,7 @@ class Splits:
     @property
     def label_counts(self) -> Ints:
         """How often each token is a label of the training split before token noise, shape ``(V,)``."""
-        return np.asarray(np.load(self.folder / "counts.npy", allow_pickle=False), dtype=np.int64)
+        return _counts(self.folder / COUNTS)
 
     def __getitem__(self, split: str) -> PreparedDataset:
         """Return the rows of a split."""
@@ -196,3 +200,7 @@ class Splits:
         rows = PreparedDataset(train.examples, [[at] for at in positions], noise, train.words, train.sources)
         rows.unprompted = train.unprompted
         return rows
+
+
+def _counts(file: Path) -> Ints:
+    return np.asarray(np.load(file, allow_pickle=False), dtype=np.int64)

@@ -16,12 +16,13 @@ from deft_lightning.data.encoding.tokenizer import build_tokenizer
 from deft_lightning.data.examples import Example, Ints
 from deft_lightning.data.noise import Noise
 from deft_lightning.data.noise.apply import corrupted
+from deft_lightning.data.prepared.audited import apply_audits
 from deft_lightning.data.prepared.cache import DONE
 from deft_lightning.data.prepared.encoder import CHUNK, Encoder, encode_all
 from deft_lightning.data.prepared.findings import Findings
 from deft_lightning.data.prepared.recipe import Recipe, title
 from deft_lightning.data.prepared.report import Report
-from deft_lightning.data.prepared.split import View, split_rows
+from deft_lightning.data.prepared.split import split_rows
 from deft_lightning.data.prepared.spool import ROWS, TOKENS, Writer, row_of
 from deft_lightning.data.progress import progress
 from deft_lightning.data.sources.names import told_apart
@@ -29,6 +30,8 @@ from deft_lightning.data.sources.rows import BadRows
 from deft_lightning.errors import UserError
 
 BAD_ROWS = "bad_rows.tsv"
+COUNTS, ALL_COUNTS = "counts.npy", "all_counts.npy"  # of labels that are trained on, and with those that are left out
+NOT_AUDITED: dict[str, list[str]] = {"lines": [], "warnings": []}
 
 
 def build(recipe: Recipe, tokenizer: Any | None, chat_template: str | None, folder: Path, num_proc: int) -> None:
@@ -47,6 +50,7 @@ def build(recipe: Recipe, tokenizer: Any | None, chat_template: str | None, fold
     found = Findings()
     bad = found.bad
     splits = split_rows(recipe, folder, found)
+    audited = apply_audits(recipe, splits)
     if tokenizer is None:
         train = splits["train"]
         if all(train[at].tokens for at in range(len(train))):
@@ -67,9 +71,15 @@ def build(recipe: Recipe, tokenizer: Any | None, chat_template: str | None, fold
     reports: dict[str, Any] = {}
     for name, (split, noise) in plan.items():
         report = Report(name)
-        counts = _prepare(splits[split], noise, recipe, tokenizer, folder / f"{name}.arrow", report, bad, num_proc)
+        factors = audited.factors if audited is not None and name == "train" else None
+        encoder = Encoder(
+            splits[split], tokenizer, recipe.teaching, recipe.on_bad_row == "skip", recipe.max_length, recipe.keep,
+            factors,
+        )  # fmt: skip
+        counts, left_out = _prepare(encoder, noise, folder / f"{name}.arrow", report, bad, num_proc)
         if name == "train":
-            np.save(folder / "counts.npy", counts)
+            np.save(folder / COUNTS, counts)
+            np.save(folder / ALL_COUNTS, counts + left_out)
         reports[name] = asdict(report)
     with Writer(folder / "held_out.arrow", ROWS) as out:
         for example in splits["validation"]:
@@ -85,17 +95,19 @@ def build(recipe: Recipe, tokenizer: Any | None, chat_template: str | None, fold
     }
     meta = {
         "reports": reports, "skipped": len(bad), "bad_rows": bad.first, "remarks": found.remarks.lines(),
-        "columns": found.columns.state(), "sources": apart,
+        "columns": found.columns.state(), "sources": apart, "audited": audited.state() if audited else NOT_AUDITED,
     }  # fmt: skip
     (folder / DONE).write_text(json.dumps(meta, indent=2), encoding="utf-8")
 
 
 def _prepare(
-    examples: View, noise: Noise, recipe: Recipe, tokenizer: Any, path: Path, report: Report, bad: BadRows, workers: int
-) -> Ints:
+    encoder: Encoder, noise: Noise, path: Path, report: Report, bad: BadRows, workers: int
+) -> tuple[Ints, Ints]:  # fmt: skip
+    """Write the examples of a split; return how often each token is a label there, and in what an audit leaves out."""
+    # What an audit leaves out is corrupted like the others: noise is that of the whole split, whoever stays.
+    examples = encoder.examples
     changed, report.applied = corrupted(examples, noise)
-    encoder = Encoder(examples, tokenizer, recipe.teaching, recipe.on_bad_row == "skip", recipe.max_length, recipe.keep)
-    counts = np.zeros(len(tokenizer), dtype=np.int64)
+    counts, left_out = np.zeros((2, len(encoder.tokenizer)), dtype=np.int64)
     supervised_before, refused = 0, 0
     with Writer(path, TOKENS) as out, progress(None, f"preparing {report.name}", len(examples)) as bar:
         for chunk in encode_all(encoder, changed, workers):
@@ -105,12 +117,13 @@ def _prepare(
             supervised_before += chunk.supervised
             report.merge(chunk.counted)
             counts[chunk.labels[0]] += chunk.labels[1]
+            left_out[chunk.left_out[0]] += chunk.left_out[1]
             if chunk.batch is not None:
                 out.write(pa.ipc.read_record_batch(chunk.batch, TOKENS))
             bar.update(CHUNK)
     if len(examples) and not report.examples:
-        report.explain(len(examples) - refused, supervised_before, recipe.max_length, bad.first)
-    return counts
+        report.explain(len(examples) - refused, supervised_before, encoder.max_length, bad.first)
+    return counts, left_out
 
 
 def _texts(examples: Iterable[Example]) -> Iterator[str]:

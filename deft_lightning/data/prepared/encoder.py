@@ -7,16 +7,17 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import torch
+from numpy.typing import NDArray
 
 from deft_lightning.data.encoding.encode import tokenise
 from deft_lightning.data.encoding.supervise import Teaching
-from deft_lightning.data.examples import Example, Ints, Prepared
+from deft_lightning.data.examples import Example, Ints, Prepared, weight_of
 from deft_lightning.data.lazy import Lazy
 from deft_lightning.data.noise.apply import Changed
 from deft_lightning.data.prepared.report import Report
@@ -38,6 +39,7 @@ class EncodedChunk(NamedTuple):
         labels: Supervised tokens, and how often each occurs.
         refused: What is wrong with the rows that were left out.
         supervised: How many examples had a supervised token before truncation.
+        left_out: As ``labels``, of the examples that an audit leaves out.
     """
 
     batch: pa.Buffer | None
@@ -45,6 +47,7 @@ class EncodedChunk(NamedTuple):
     labels: tuple[Ints, Ints]
     refused: list[UserError]
     supervised: int
+    left_out: tuple[Ints, Ints]
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,7 @@ class Encoder:
         skip: Whether rows that the template refuses are left out.
         max_length: Longest example in tokens.
         keep: Which end of a longer one is kept.
+        factors: Factor on the weight of each example, shape ``(n,)``; 0 leaves it out. None: all count 1.
     """
 
     examples: Lazy[Example]
@@ -66,6 +70,7 @@ class Encoder:
     skip: bool
     max_length: int
     keep: str
+    factors: NDArray[np.float64] | None = None
 
     def __call__(self, start: int, changed: Changed) -> EncodedChunk:
         """Encode the examples from a position, those that noise has changed as they are now."""
@@ -78,18 +83,26 @@ class Encoder:
             notes,
         )  # fmt: skip
         counted.count_notes(notes)
+        own = [1.0] * len(pairs) if self.factors is None else self.factors[places.start : places.stop].tolist()
+        factors = {example.id: factor for (example, _), factor in zip(pairs, own, strict=True)}
+        left_out: list[Ints] = []
         for example in prepared:
+            if (factor := factors[example.id]) == 0:
+                left_out.append(example.truncate(self.max_length, self.keep).labels)
+                continue
+            if factor != 1:
+                with np.errstate(over="ignore", invalid="ignore"):  # what is too large is refused with its example
+                    weight = weight_of(example.labels, example.weight) * np.float32(factor)
+                example = replace(example, weight=weight)
             short = counted.truncate(example, self.max_length, self.keep)
             if counted.add(short):
                 row = row_of_prepared(short, len(example.input_ids), self._cut(example))
                 counted.weighted += len(row[-1]) > 0
                 rows.append(row)
         batch = record_batch(rows, TOKENS).serialize() if rows else None
-        labels = np.concatenate([row[2] for row in rows]) if rows else np.zeros(0, dtype=np.int64)
         supervised = sum(int((example.labels != IGNORE_INDEX).any()) for example in prepared)
-        return EncodedChunk(
-            batch, counted, np.unique(labels[labels != IGNORE_INDEX], return_counts=True), refused, supervised
-        )
+        labels = [row[2] for row in rows]
+        return EncodedChunk(batch, counted, _counted(labels), refused, supervised, _counted(left_out))
 
     def _cut(self, example: Prepared) -> Ints:
         if len(example.input_ids) <= self.max_length:
@@ -97,6 +110,12 @@ class Encoder:
         if self.keep == "end":
             return example.input_ids[: -self.max_length][-SHOWN:]
         return example.input_ids[self.max_length :][:SHOWN]
+
+
+def _counted(labels: list[Ints]) -> tuple[Ints, Ints]:
+    """Return which tokens are labels, and how often each."""
+    every = np.concatenate([np.zeros(0, dtype=np.int64), *labels])
+    return np.unique(every[every != IGNORE_INDEX], return_counts=True)
 
 
 _encoder: Encoder | None = None

@@ -50,11 +50,12 @@ def origins(recipe: Recipe, wanted: Collection[str] | None = None) -> dict[str, 
         found = {}
         for example in rows:
             if wanted is None or example.id in wanted:
-                found[example.id] = Origin(example.where, _text(example.prompt))
+                found[example.id] = Origin(example.where, prompt_text(example.prompt))
     return found
 
 
-def _text(prompt: Sequence[Message]) -> str:
+def prompt_text(prompt: Sequence[Message]) -> str:
+    """Return a prompt as one text: a single turn as it is, several as a line a turn with its role."""
     if len(prompt) == 1:
         return str(prompt[0]["content"])
     return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)

@@ -47,6 +47,9 @@ class Recipe:
     reasoning: Reasoning = "template"
     supervise_reasoning: bool = True
     special_tokens: SpecialTokens = "text"
+    exclude: str | None = None
+    exclude_top: str | int | None = None
+    weights_from: str | None = None
 
     @property
     def teaching(self) -> Teaching:

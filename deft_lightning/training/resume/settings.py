@@ -31,6 +31,7 @@ LETTERS = 80  # of a value in a line
 NOT_DATA = {
     "num_workers", "num_proc", "cache", "cache_dir", "test_source", "benchmarks", "benchmark_instruction",
     "eval_batch_size", "tokenizer", "tokenizer_size", "chat_template", "source", "validation_source", "noise",
+    "exclude", "weights_from",
 }  # fmt: skip
 NOT_MODEL = {
     "self", "optimizer", "scheduler", "lora", "generation", "compile", "gradient_checkpointing", "head_backend",
@@ -104,6 +105,9 @@ def _data(data: Any) -> Settings:
     for name in ("source", "validation_source"):
         if (source := getattr(data, name, None)) is not None:
             values[f"data.{name}"] = [[weight, content(one)] for one, weight in weights(source).items()]
+    for name in ("exclude", "weights_from"):
+        audit = getattr(getattr(data, "settings", None), name, None)
+        values[f"data.{name}"] = None if audit is None else content(audit)
     noise = getattr(data, "noise", None)
     if is_dataclass(noise):
         values |= {f"data.noise.{field.name}": plain(getattr(noise, field.name)) for field in fields(noise)}
@@ -174,9 +178,9 @@ def differences(before: Settings, now: Settings) -> list[str]:
     for name in now:
         if name not in before or name in TOLD_APART | NOT_COMPARED or before[name] == now[name]:
             continue
-        if name in ("data.source", "data.validation_source"):
+        if name in ("data.source", "data.validation_source", "data.exclude", "data.weights_from"):
             counts = before.get("examples"), now.get("examples")
-            known = name == "data.source" and None not in counts
+            known = name in ("data.source", "data.exclude") and None not in counts
             sizes = f" ({shown(counts[0])} -> {shown(counts[1])} training examples)" if known else ""
             lines.append(f"{name}: other content than the checkpoint was trained on{sizes}")
         elif name == "data.chat_template":

@@ -30,7 +30,7 @@ def preview(trainer: Any, module: Any, datamodule: Any | None, output: str, spli
     samples = datamodule.samples(split, examples)
     if not samples:
         raise UserError(f"preview: there are no {split} examples (--split, --data.validation_fraction)")
-    reports = [str(report) for report in datamodule.reports.values()]
+    reports = [*datamodule.audited, *(str(report) for report in datamodule.reports.values())]
     path = Path(output)
     with whole_file(path) as partial:
         partial.write_text(page(f"{title(datamodule.source)}: {split}", samples, reports), encoding="utf-8")
