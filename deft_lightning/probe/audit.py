@@ -70,6 +70,7 @@ class Suspect:
         operations: Codes of the noise operations that corrupted it.
         marked: What a column of the data says of it; None where nothing does.
         noisy: Whether it is known to be noisy, by injected noise or that column; None where nothing is known.
+        right: Probability that its answer is right, by the noise model; None where that claims no estimate.
     """
 
     at: int
@@ -82,6 +83,7 @@ class Suspect:
     operations: frozenset[int] = field(default_factory=frozenset)
     marked: bool | None = None
     noisy: bool | None = None
+    right: float | None = None
 
     @property
     def score(self) -> float:
@@ -174,6 +176,7 @@ def describe(
 
     Returns:
         ``rank``, ``id``, ``file``, ``row`` (from 1), ``score``, ``scores`` (every score by name), ``nll``, ``tokens``;
+        ``right``: probability that the answer is right by the noise model, None where that claims no estimate;
         ``noisy``: true or false where that is known, else None; ``noise``: the operations that hit it, None without
         injected noise; ``spans``: runs of suspicious tokens in the order of the text, each with ``start`` and ``end``
         (exclusive, tokens of the example), the ``text`` that is learnt there and its largest ``excess`` in nats;
@@ -198,7 +201,7 @@ def describe(
     return {
         "rank": rank, "id": suspect.id, "file": origin.file if origin else None, "row": origin.row if origin else None,
         "score": suspect.score, "scores": dict(suspect.scores), "nll": suspect.nll, "tokens": suspect.tokens,
-        "noisy": suspect.noisy,
+        "right": suspect.right, "noisy": suspect.noisy,
         "noise": [operations[code - 1] for code in sorted(suspect.operations)] if noise_known else None,
         "spans": spans, "prompt": origin.prompt if origin else None,
         "answer": tokenizer.decode([label for label in labels if label != IGNORE_INDEX]),

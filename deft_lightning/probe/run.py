@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -128,7 +130,8 @@ def probe_data(
         by_row = sorted(suspects, key=lambda suspect: suspect.at)
         report["truth"] = truth_record(truth, scored.scores, [suspect.noisy for suspect in by_row])
     if evidence is not None:
-        _estimate(report, evidence, suspects, operations, bare, read)
+        right = _estimate(report, evidence, suspects, operations, bare, read)
+        suspects = [replace(suspect, right=right.get(suspect.at)) for suspect in suspects]
     report["suspicious"] = list(records(data, suspects[:SHOWN]))
     return report, suspects, sampler.sample(operations)
 
@@ -136,8 +139,12 @@ def probe_data(
 def _estimate(
     report: JsonObject, evidence: EvidenceTally, suspects: Sequence[Suspect], operations: Sequence[str],
     bare: Bare | None, read: int,
-) -> None:  # fmt: skip
-    """Add the estimated noise rate, what was measured for a recommendation, and that."""
+) -> dict[int, float]:  # fmt: skip
+    """Add the estimated noise rate, what was measured for a recommendation, and that.
+
+    Returns:
+        By position in the split, the probability that an answer is right; empty where no estimate is claimed.
+    """
     answers = evidence.answers()
     estimate = noise_rate(answers)
     noise, found = rate_record(answers, estimate), measured(answers, estimate)
@@ -165,6 +172,7 @@ def _estimate(
     looked_at = ("gain_token", "gain_positive", "sure", "sure_right")
     facts = Facts(noise["answers"], noise["tokens"], *(found[name] for name in looked_at))
     report |= {"noise_estimate": noise, "measured": found, "recommendation": recommend(facts)._asdict()}
+    return dict(zip(answers.position.tolist(), estimate.right.tolist(), strict=True)) if noise["reliable"] else {}
 
 
 def _told(estimate: Estimate, noisy: NDArray[np.bool_], clean: NDArray[np.bool_]) -> float | None:
@@ -227,6 +235,7 @@ def write(
         rank_zero_info(f"probe: no figure: {error}")
     if audit is not None:
         write_lines(audit, records(data, suspects))
-        rank_zero_info(f"probe: {len(suspects)} examples ranked in {audit.resolve()}")
+        rank_zero_info(f"probe: {len(suspects)} examples ranked in {audit.resolve()}; to train without the worst:")
+        rank_zero_info(f"  fit --data.exclude {shlex.quote(str(audit))} --data.exclude_top 5%")
     remove(output / FOLDER)
     rank_zero_info(f"probe: {output.resolve()}")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 import warnings
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from deft_lightning.annotations import JsonObject
 from deft_lightning.callbacks import EntropyMonitor, FirstLastValidation, GateMonitor, NoiseEstimate, NoiseMonitor
 from deft_lightning.data import InstructionDataModule, known_noise
 from deft_lightning.data.noise import Noise
+from deft_lightning.data.prepared.audit_file import Top
 from deft_lightning.errors import UserError
 from deft_lightning.evaluation import Generation
 from deft_lightning.figures import read_run
@@ -26,7 +29,7 @@ from deft_lightning.objectives import NLL
 from deft_lightning.study.files import complete_folder, digest, write_json
 from deft_lightning.study.plan import Cell
 from deft_lightning.study.regime import Base
-from deft_lightning.study.tasks import base_rows, rows_apart, rows_of
+from deft_lightning.study.tasks import Task, base_rows, rows_apart, rows_of
 from deft_lightning.training.module import SFTModule
 from deft_lightning.training.trainer import Trainer
 
@@ -119,7 +122,7 @@ def run_cell(cell: Cell, root: Path) -> JsonObject:
     seed_everything(cell.seed, verbose=False)
     task = rows_of(cell, root)
     model = start_from(cell, root)
-    data = _data(cell, root, task.train, task.validation, cell.setting.batch_size, cell.seed, cell.noise, model)
+    data = _own_data(cell, root, task, model)
     module = _module(cell, cell.objective, cell.rate, model)
     folder = root / "runs" / cell.folder
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
@@ -133,7 +136,7 @@ def run_cell(cell: Cell, root: Path) -> JsonObject:
     result: JsonObject = {
         "version": __version__, "id": cell.id, "objective": repr(cell.objective),
         "noise": cell.noise, "rate": cell.rate, "seed": cell.seed, "steps": cell.setting.steps,
-        cell.split: scores | _forgetting(cell, root, module, model),
+        cell.split: scores | _forgetting(cell, root, module, model) | _left_out(cell, root),
     }  # fmt: skip
     for logger in trainer.loggers:
         logger.finalize("success")
@@ -149,8 +152,37 @@ def start(cell: Cell, root: Path) -> tuple[SFTModule, InstructionDataModule, Tra
     seed_everything(cell.seed, verbose=False)
     task = rows_of(cell, root)
     model = start_from(cell, root)
-    data = _data(cell, root, task.train, task.validation, cell.setting.batch_size, cell.seed, cell.noise, model)
+    data = _own_data(cell, root, task, model)
     return _module(cell, cell.objective, cell.rate, model), data, _trainer(1, root, None)
+
+
+def audit_file(cell: Cell, root: Path) -> Path | None:
+    """Return where the audit is by which a cell leaves out training rows; None where it trains on all of them."""
+    if cell.setting.exclude_top is None:
+        return None
+    # Whatever is trained on the rows, and however many of them are left out, they are audited once.
+    setting = replace(cell.setting, exclude_top=None)
+    whole = replace(cell, setting=setting, objective=NLL(), rate=setting.rate, head="fused")
+    return root / "audits" / whole.id / "audit.jsonl"
+
+
+def _left_out(cell: Cell, root: Path) -> dict[str, float]:
+    """Return the share of the training rows that a cell leaves out, and the share of noise among these."""
+    audit, top = audit_file(cell, root), cell.setting.exclude_top
+    if audit is None or top is None:
+        return {}
+    noisy = [json.loads(line)["noisy"] for line in audit.read_text(encoding="utf-8").splitlines()]
+    count = Top.read(top).of(len(noisy), audit.name)
+    hit = {"left_out/noisy": sum(noisy[:count]) / count} if None not in noisy else {}
+    return {"left_out/share": count / len(noisy), **hit}
+
+
+def _own_data(cell: Cell, root: Path, task: Task, model: str | None) -> InstructionDataModule:
+    setting, audit = cell.setting, audit_file(cell, root)
+    return _data(
+        cell, root, task.train, task.validation, setting.batch_size, cell.seed, cell.noise, model,
+        exclude=None if audit is None else str(audit),
+    )  # fmt: skip
 
 
 def _data(
@@ -163,6 +195,7 @@ def _data(
     noise: float,
     model: str | None,
     op: str | None = None,
+    exclude: str | None = None,
 ) -> InstructionDataModule:
     return InstructionDataModule(
         str(train), format="prompt_completion", validation_source=str(validation), batch_size=batch_size,
@@ -170,6 +203,7 @@ def _data(
         max_length=cell.setting.max_length, tokenizer=model, tokenizer_size=cell.setting.tokenizer_size,
         chat_template=None if model else TEMPLATE, cache_dir=str(root / "cache"), seed=seed,
         noise=Noise(ops=[known_noise()[op or cell.setting.op](rate=noise)] if noise else [], seed=seed),  # type: ignore[call-arg]
+        exclude=exclude, exclude_top=cell.setting.exclude_top if exclude else None,
     )  # fmt: skip
 
 

@@ -134,6 +134,11 @@ class Study:
         for name, regime in self.regimes.items():
             if regime.lora is not None and (regime.base or regime.pretrained or self.pretrained) is None:
                 raise UserError(f"study: regime {name}: lora adapts a model that is there; name pretrained or a base")
+            if regime.exclude_top is not None and (regime.base or regime.pretrained or self.pretrained) is None:
+                raise UserError(
+                    f"study: regime {name}: exclude_top asks the model that a cell starts from, and random weights know"
+                    " nothing; name pretrained or a base"
+                )
         names = [repr(objective) for objective in self.everything]
         for objective in self.everything:
             cls = type(objective)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from deft_lightning.data import known_noise
+from deft_lightning.data.prepared.audit_file import Top
 from deft_lightning.errors import UserError, did_you_mean
 from deft_lightning.models.lora import LoRA
 
@@ -61,6 +62,8 @@ class Regime:
         looks: Validations in a run, evenly spaced, the last at its end.
         forgetting: Rows of another kind, as for `--data.source`: how far predictions on them are after training from
             those before, a KL divergence in nats a token. Costs a second forward pass in each validation.
+        exclude_top: The model that a cell starts from audits its training rows, and the worst are left out before it is
+            trained: a share such as 10%, or a count; default: none.
     """
 
     source: str
@@ -83,6 +86,7 @@ class Regime:
     max_characters: int | None = None
     looks: int = 4
     forgetting: str | None = None
+    exclude_top: int | str | None = None
 
     def __post_init__(self) -> None:
         """Refuse numbers that mean nothing."""
@@ -98,6 +102,11 @@ class Regime:
         check_positive("regime", **{name: limit for name, limit in limits.items() if limit is not None})
         for rate in self.rates:
             check_positive("regime", rates=rate)
+        if self.exclude_top is not None:
+            try:
+                Top.read(self.exclude_top)
+            except UserError as error:
+                raise UserError(str(error).replace("--data.", "regime: ")) from None
         if not self.noise:
             raise UserError("regime: noise must hold at least one rate; 0 is none")
         for rate in self.noise:

@@ -168,6 +168,7 @@ ENDS = {
     "val/nll": "val NLL", "gate/clean": "gate, clean", "gate/noisy": "gate, noisy", "noise/memorised": "memorised",
     "noise/recovered": "recovered", "noise/gradient_share": "gradient of noise", "gate/locked": "locked",
     "gate/mean": "gate", "prob/mean": "p", "noise/estimated": "noise, estimated", "forgetting/kl": "forgetting, KL",
+    "left_out/share": "left out", "left_out/noisy": "noise among them",
 }  # fmt: skip
 LAST = 3  # logged steps that make an end
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from deft_lightning.annotations import JsonObject
-from deft_lightning.study import advice, tasks
+from deft_lightning.study import advice, audits, tasks
 from deft_lightning.study import cells as work
 from deft_lightning.study.draw import draw
 from deft_lightning.study.files import write_json, write_text
@@ -24,7 +24,8 @@ def run_study(study: Study, root: Path, workers: int) -> JsonObject:
     Args:
         study: The grid.
         root: Where everything goes: `cells` (a JSON file for each finished run), `runs` (TensorBoard), `bases`
-            (models that regimes start from), `report.json`, `report.md`, and figures.
+            (models that regimes start from), `audits` (of rows of which the worst are left out), `report.json`,
+            `report.md`, and figures.
         workers: Processes.
 
     Returns:
@@ -35,16 +36,20 @@ def run_study(study: Study, root: Path, workers: int) -> JsonObject:
         for write in (tasks.rows_of, tasks.base_rows, tasks.rows_apart):  # before several processes want them
             write(cell, root)
     with Pool(workers, root) as pool:
-        bases, starts = dict[Path, Cell](), dict[Path, Cell]()
+        bases, starts, audited = dict[Path, Cell](), dict[Path, Cell](), dict[Path, Cell]()
         for cell in (*study.shared(), *study.tuning()):
             if (folder := work.base_folder(cell, root)) is not None:
                 bases.setdefault(folder, cell)
             if (file := work.start_file(cell, root)) is not None:
                 starts.setdefault(file, cell)
+            if (file := work.audit_file(cell, root)) is not None:
+                audited.setdefault(file, cell)
         missing = [cell for folder, cell in bases.items() if not (folder / "base.json").exists()]
         pool.run("bases", work.train_base, missing, lambda cell: cell.setting.base.steps if cell.setting.base else 0)
         unscored = [cell for file, cell in starts.items() if not file.exists()]
         pool.run("before training", work.score_start, unscored, lambda _: 0)
+        unread = [cell for file, cell in audited.items() if not file.exists()]
+        pool.run("auditing", audits.audit, unread, lambda _: 0)
         _run(pool, "shared rate", study.shared(), root)
         _run(pool, "second rounding", study.rounded(), root)
         probed = advice.asked(study)

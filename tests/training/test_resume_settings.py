@@ -130,6 +130,35 @@ def test_other_rows_under_the_same_name_are_said_and_so_is_the_seed(world: Path,
     ]
 
 
+def audit(path: Path, source: str, *rows: int) -> str:
+    """Write an audit that names rows of multiples by their place."""
+    return write_rows(path, ({"file": source, "row": row, "prompt": str(row - 1), "weight": 0.5} for row in rows))
+
+
+@pytest.mark.slow
+def test_another_audit_is_said_and_the_same_one_elsewhere_is_not(world: Path, tmp_path: Path, said: Log) -> None:
+    source = str(world / "rows.jsonl")
+    two, same, four = (
+        audit(tmp_path / f"{name}.jsonl", source, *rows)
+        for name, rows in (("two", (1, 2)), ("same", (1, 2)), ("four", (1, 2, 3, 4)))
+    )
+    fit(tmp_path / "first", source, 3, data={"exclude": two})
+    (mine,) = (tmp_path / "first").rglob("step=3.ckpt")
+    other = "other content than the checkpoint was trained on"
+    cases: list[tuple[Path, dict[str, Any], list[str]]] = [
+        (mine, {"exclude": same}, []),
+        (mine, {"exclude": four}, [f"data.exclude: {other} (14 -> 12 training examples)"]),
+        (mine, {}, [f"data.exclude: {other} (14 -> 16 training examples)"]),
+        (mine, {"exclude": two, "exclude_top": 1}, ["data.exclude_top: None -> 1"]),
+        (mine, {"exclude": two, "weights_from": four}, [f"data.weights_from: {other}"]),
+        (saved(world), {"exclude": two}, [f"data.exclude: {other} (16 -> 14 training examples)"]),
+    ]
+    for number, (checkpoint, data, lines) in enumerate(cases):
+        before = len(said())
+        fit(tmp_path / str(number), source, 6, checkpoint, data=data)
+        assert said()[before:] == [*lines, PLANNED], data
+
+
 def test_what_is_asked_of_the_optimizer_wins_over_its_state(world: Path, tmp_path: Path, said: Log) -> None:
     def other(groups: Any) -> torch.optim.Optimizer:
         return adam(groups, lr=2e-3, weight_decay=0.3, betas=(0.8, 0.9))

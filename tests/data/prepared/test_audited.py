@@ -202,7 +202,8 @@ def test_an_id_of_the_rows_own_is_not_enough(change: dict[str, str], problem: st
     ("recorded", "row", "same"),
     [("4<|im_end|>", "4", True), ("4</s>", "4", True), (" 4 \n", "4", True), ("14</s>", "4", False),
      ("4</s>", "42", False), ("4.5</s>", "4", False), ("a long answer that was cu", "a long answer that was cut", True),
-     ("cut", "cut off", False), ("<<5-3=2>>2</s>", "<<5-3=2>>2", True), ("[4]</s>", "[4]", True), ("[4]", "4", False), ("[4]", "[5]", False),
+     ("cut", "cut off", False), ("<<5-3=2>>2</s>", "<<5-3=2>>2", True), ("[4]</s>", "[4]", True),
+     ("[4]", "4", False), ("[4]", "[5]", False),
      ("4<\uff5cend\u2581of\u2581sentence\uff5c>", "4", True), ("", "4", False)],
 )  # fmt: skip
 def test_answers_are_compared_but_for_what_a_template_adds(recorded: str, row: str, same: bool, tmp_path: Path) -> None:
