@@ -45,11 +45,11 @@ TOP_OF_DATA = {"__init__", "announce", "benchmarks", "module", "preview", "split
 FILE, CLASS = 300, 200  # lines
 # Larger ones, each with the reason.
 LARGE_FILES = {
-    "data.module": "27 options of the command line: their signature and docstring are a third",
+    "data.module": "37 options of the command line: their signature and docstring are a third",
     "training.module": "17 options likewise, and every hook of Lightning",
 }
 LARGE_CLASSES = {
-    "data.module.InstructionDataModule": "26 options of the command line: signature and docstring are half",
+    "data.module.InstructionDataModule": "37 options of the command line: signature and docstring are half",
     "training.module.SFTModule": "16 options likewise, and every hook of Lightning, each a line or a few to a part",
 }
 
