@@ -107,7 +107,7 @@ def _matched(
     for line, record in read_audit(Path(name).expanduser(), name, option, weighted=weighted):
         found, problem = rows.find(record)
         if problem:
-            missing.append(f"{line.where} ({_named(record)}): {problem}")
+            missing.append(" ".join(visible(f"{line.where} ({_named(record)}): {problem}").split()))
         lines.append(line)
         places.append(found)
     if len(missing) == len(lines):
@@ -118,7 +118,7 @@ def _matched(
     if missing:
         audited.warnings.append(
             f"{visible(name)}: {len(missing):,} of its {len(lines):,} rows {'is' if len(missing) == 1 else 'are'} not"
-            f" among the training rows; the first: {visible(missing[0])}"
+            f" among the training rows; the first: {missing[0]}"
         )
     return lines, rows.with_copies(places)
 
