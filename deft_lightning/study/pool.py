@@ -53,6 +53,7 @@ class Pool:
         """
         todo = list(cells)
         self._bar.total = (self._bar.total or 0) + sum(map(steps, todo))
+        self._bar.set_postfix_str(f"{len(todo)} runs left", refresh=False)
         self._bar.set_description(f"study: {stage}")
         running = {self._pool.submit(work, cell, self.root): cell for cell in todo}
         try:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -91,50 +91,42 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_study_killed_at_any_moment_ends_with_the_same_table(whole: Path, tmp_path: Path) -> None:
-    assert (whole / "bars.png").stat().st_size > 5000
-    killed = tmp_path / "killed"
-    for wanted in (0, 4):  # in the base, among the runs; tests/kill_verbs.py kills at any moment
-        process = start(killed)
-        deadline = time.monotonic() + 200
-        while time.monotonic() < deadline and process.poll() is None:
-            started = list((killed / "runs").glob("*")) if wanted else list((killed / "data").glob("*"))
-            if started and len(list((killed / "cells").glob("*.json"))) >= wanted:
-                break
-            time.sleep(0.05)
-        children = workers_of(process.pid)
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-        process.communicate()
-        assert gone(children)  # workers of a study that is gone go too
-    done = {path: path.stat().st_mtime_ns for path in (killed / "cells").glob("*.json")}
-    assert len(done) >= 4
-    finish(start(killed))
-    assert values(killed / "report.json") == values(whole / "report.json")
-    assert (killed / "report.md").read_bytes() == (whole / "report.md").read_bytes()
-    assert all(path.stat().st_mtime_ns == when for path, when in done.items())  # nothing was run twice
-    assert not [path for path in killed.rglob(".*") if path.suffix not in (".lock", "")]
-
-
-@pytest.mark.parametrize("times", [1, 2])
-def test_ctrl_c_ends_a_study_and_its_processes(times: int, whole: Path, tmp_path: Path) -> None:
-    """A terminal sends it to all processes of the group, and an impatient user twice."""
-    for part in ("data", "cache", "bases"):  # so that it begins with its runs, of which there are enough
-        shutil.copytree(whole / part, tmp_path / "out" / part)
-    process = start(tmp_path / "out", "--objectives", "[NLL, DEFT, Likelihood, EAFT, DFT, Cayley, Focal]")
+def interrupted(folder: Path, ready: Callable[[], bool], signals: list[int]) -> str:
+    """Start a study, send signals once it is as far as wanted, and return what it said; its processes are gone."""
+    process = start(folder)
     deadline = time.monotonic() + 200
-    while time.monotonic() < deadline and not list((tmp_path / "out" / "cells").glob("*.json")):
-        assert process.poll() is None
+    while not ready():
+        assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
     children = workers_of(process.pid)
-    for _ in range(times):
-        os.killpg(process.pid, signal.SIGINT)
+    for number in signals:
+        # A terminal sends Ctrl-C to all processes of the group.
+        (os.kill if number == signal.SIGKILL else os.killpg)(process.pid, number)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err[-2000:]
-    assert "stopped; the finished runs are kept" in err.splitlines()[-1] and "Traceback" not in err
-    assert len(children) >= 2 and gone(children)
-    for path in (tmp_path / "out" / "cells").glob("*.json"):
-        assert json.loads(path.read_text())["test"]
+    assert process.returncode == (-signal.SIGKILL if signal.SIGKILL in signals else 130), err[-2000:]
+    assert len(children) >= 2 and gone(children)  # workers of a study that is gone go too
+    return err
+
+
+def test_a_study_that_is_stopped_at_any_moment_ends_with_the_same_table(whole: Path, tmp_path: Path) -> None:
+    """Killed in its base; then one Ctrl-C among its runs, and that of an impatient user twice."""
+    assert (whole / "bars.png").stat().st_size > 5000
+    folder = tmp_path / "stopped"
+
+    def cells() -> list[Path]:
+        return list((folder / "cells").glob("*.json"))
+
+    interrupted(folder, lambda: any((folder / "data").glob("*")), [signal.SIGKILL])
+    for wanted, presses in ((1, 1), (4, 2)):
+        err = interrupted(folder, lambda wanted=wanted: len(cells()) >= wanted, [signal.SIGINT] * presses)
+        assert "stopped; the finished runs are kept" in err.splitlines()[-1] and "Traceback" not in err
+    done = {path: path.stat().st_mtime_ns for path in cells()}
+    assert len(done) >= 4 and all(json.loads(path.read_text())["test"] for path in done)
+    finish(start(folder))
+    assert values(folder / "report.json") == values(whole / "report.json")
+    assert (folder / "report.md").read_bytes() == (whole / "report.md").read_bytes()
+    assert all(path.stat().st_mtime_ns == when for path, when in done.items())  # nothing was run twice
+    assert not [path for path in folder.rglob(".*") if path.suffix not in (".lock", "")]
 
 
 @pytest.mark.parametrize(
