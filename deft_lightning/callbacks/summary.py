@@ -144,10 +144,11 @@ class RunSummary(Callback):
         lines = []
         if self.first is None or self.last is None or self.best is None:
             lines.append("val/nll: there was no validation (--data.validation_fraction, --data.validation_source)")
+        elif self.first == self.last == self.best:
+            lines.append(f"val/nll: {_shown(self.last)}, the only validation")
         else:
-            before = "before training" if self.first.step == 0 else f"at step {self.first.step:,}"
             best = "the best" if self.best.nll == self.last.nll else f"best {_shown(self.best)}"
-            lines.append(f"val/nll: {self.first.nll:.3f} {before}, {_shown(self.last)}, {best}")
+            lines.append(f"val/nll: {_shown(self.first)}, {_shown(self.last)}, {best}")
         values = {tag: trainer.callback_metrics[tag] for tag in SHARES if tag in trainer.callback_metrics}
         if values:
             lines.append("last logged step: " + ", ".join(f"{tag} {float(v):.3f}" for tag, v in values.items()))

@@ -65,8 +65,11 @@ class Suspect:
         scores: By name, the one that ranks first.
         nll: Mean negative log-likelihood of its supervised tokens; None without any.
         tokens: How many are supervised.
-        places: Positions of its suspicious tokens.
-        excess: How far the conflict of each is above that of the file's tokens of its kind, in nats.
+        places: Positions of its suspicious tokens in the example.
+        learnt: The same among its supervised tokens.
+        excess: How far ``-log p`` of each is above that of the file's tokens of its kind, in nats.
+        part: The largest part of the score.
+        number: Position of its last number in the example, and of the token after it; None without one.
         operations: Codes of the noise operations that corrupted it.
         marked: What a column of the data says of it; None where nothing does.
         noisy: Whether it is known to be noisy, by injected noise or that column; None where nothing is known.
@@ -79,7 +82,10 @@ class Suspect:
     nll: float | None
     tokens: int
     places: NDArray[np.int64]
+    learnt: NDArray[np.int64]
     excess: NDArray[np.float64]
+    part: str
+    number: tuple[int, int] | None
     operations: frozenset[int] = field(default_factory=frozenset)
     marked: bool | None = None
     noisy: bool | None = None
@@ -136,19 +142,22 @@ class AuditTally:
             collision.astype(np.float64), bare.astype(np.float64), number, last,
         )  # fmt: skip
         scored = score_rows(tokens)
-        ends = np.cumsum(counts)
+        ends, parts_of_scores = np.cumsum(counts), scored.largest
         result = []
         for row, i in enumerate(order):
             at, id, operations = self._rows[i]
             own = slice(ends[row] - counts[row], ends[row])
             bad = scored.excess[own] >= SUSPICIOUS
+            digits = places[own][last[own] & number[own]]
             known = None if truth is None else truth.get(id)
             noisy = known if not noise_known else bool(operations) or bool(known)
             result.append(
                 Suspect(
                     at, id, {name: float(values[row]) for name, values in scored.scores.items()},
                     -float(log_prob[own].mean()) if counts[row] else None, int(counts[row]),
-                    places[own][bad].astype(np.int64), scored.excess[own][bad], operations, known, noisy,
+                    places[own][bad].astype(np.int64), np.flatnonzero(bad), scored.excess[own][bad],
+                    parts_of_scores[row], (int(digits[0]), int(digits[-1]) + 1) if len(digits) else None, operations,
+                    known, noisy,
                 )
             )  # fmt: skip
         return sorted(result, key=lambda suspect: (-suspect.score, suspect.at)), scored
@@ -178,7 +187,9 @@ def describe(
         ``rank``, ``id``, ``file``, ``row`` (from 1), ``score``, ``scores`` (every score by name), ``nll``, ``tokens``;
         ``right``: probability that the answer is right by the noise model, None where that claims no estimate;
         ``noisy``: true or false where that is known, else None; ``noise``: the operations that hit it, None without
-        injected noise; ``spans``: runs of suspicious tokens in the order of the text, each with ``start`` and ``end``
+        injected noise; ``part``: the largest part of the score; ``place``: what gives the row away, ``start``, ``end``
+        and ``text``: its last number where ``part`` is ``answer``, the span of the largest excess where it is ``odd``,
+        None where that is nowhere in particular; ``spans``: runs of suspicious tokens in the order of the text, each with ``start`` and ``end``
         (exclusive, tokens of the example), the ``text`` that is learnt there and its largest ``excess`` in nats;
         ``prompt`` and ``answer``, the supervised part as it is learnt.
     """
@@ -198,12 +209,19 @@ def describe(
         }
         for run in sorted(worst)
     ]  # fmt: skip
+    place: JsonObject | None = None
+    if suspect.part == "answer" and suspect.number is not None:
+        start, end = suspect.number
+        place = {"start": start, "end": end, "text": _written(tokenizer, example, start, end)}
+    elif suspect.part == "odd" and spans:
+        span = max(spans, key=lambda span: float(span["excess"]))
+        place = {name: span[name] for name in ("start", "end", "text")}
     return {
         "rank": rank, "id": suspect.id, "file": origin.file if origin else None, "row": origin.row if origin else None,
         "score": suspect.score, "scores": dict(suspect.scores), "nll": suspect.nll, "tokens": suspect.tokens,
         "right": suspect.right, "noisy": suspect.noisy,
         "noise": [operations[code - 1] for code in sorted(suspect.operations)] if noise_known else None,
-        "spans": spans, "prompt": origin.prompt if origin else None,
+        "part": suspect.part, "place": place, "spans": spans, "prompt": origin.prompt if origin else None,
         "answer": tokenizer.decode([label for label in labels if label != IGNORE_INDEX]),
     }  # fmt: skip
 

@@ -78,14 +78,14 @@ def table(report: Record) -> str:
         lines += [
             "",
             "most suspicious examples",
-            "(score in nats; what is learnt where the model objects most)",
+            "(score in nats, its largest part, and what is learnt where that speaks)",
         ]
     for record in report["suspicious"]:
-        worst = max(record["spans"], key=lambda span: span["excess"] or 0.0, default=None)
-        shown = "" if worst is None else f": {_short(worst['text'], 24)!r} at {worst['start']}"
+        place = record["place"]
+        shown = "" if place is None else f": {_short(place['text'], 24)!r} at {place['start']}"
         known = "" if record["noisy"] is None else " [noisy]" if record["noisy"] else " [clean]"
         row = "" if record["row"] is None else f" (row {record['row']})"
-        lines += [f"{record['rank']}. {_short(record['id'], 60)}{row}{known} {_number(record['score'])}{shown}"]
+        lines += [f"{record['rank']}. {_short(record['id'], 60)}{row}{known} {_number(record['score'])}, {record['part']}{shown}"]
         lines += [f"   {_short(record['answer'], 74)}"]
     if "recommendation" in report:
         lines += ["", *_filled("objective: " + report["recommendation"]["text"] + ".")]

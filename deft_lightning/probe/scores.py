@@ -11,10 +11,14 @@ Numbers = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Flags = NDArray[np.bool_]
 
+PARTS = ("odd", "answer", "elsewhere")  # of the audit's score
 SUSPICIOUS = 2.302585  # ln 10: a token is ten times less probable than what is usual
 PRIOR = 3.0  # tokens that a mean over few begins with
-TAIL = (0.8, 0.98)  # quantiles of the file's tokens between which their tail is measured
-TAIL_OF_NUMBERS = (0.9, 0.99)  # the same of numbers, most of which can be copied
+SHARED = 0.05  # share of the rows that have a text which is then the file's habit
+# Quantiles of the file's tokens between which their tail is measured. The second is where wrong tokens may begin: one
+# in twenty of all, one in ten of numbers, of which short answers have few.
+TAIL = (0.8, 0.95)
+TAIL_OF_NUMBERS = (0.7, 0.9)
 RIGHT = 0.25  # quantile of the rows that is taken for an answer that belongs to its prompt
 
 
@@ -69,7 +73,7 @@ class Scored(NamedTuple):
     Attributes:
         tokens: What was scored.
         scores: By name, shape ``(n,)`` each; larger is more suspicious. The first ranks the audit.
-        excess: How far the conflict of each token is above what is usual for its text in this file, in nats, shape
+        excess: How far ``-log p`` of each token is above what is usual for its text in this file, in nats, shape
             ``(N,)``.
     """
 
@@ -77,19 +81,26 @@ class Scored(NamedTuple):
     scores: dict[str, Numbers]
     excess: Numbers
 
+    @property
+    def largest(self) -> list[str]:
+        """The part of each row's score that is the largest, one of :data:`PARTS`; the first of equals."""
+        weights = [self.scores["odd"], self.scores["answer"], _of_half(self.scores["elsewhere"])]
+        return [PARTS[i] for i in np.argmax(weights, axis=0)]
+
 
 def score_rows(tokens: Tokens) -> Scored:
     """Score every row, and every token.
 
-    ``audit``: ``log(e^odd + e^answer + e^elsewhere)``, all in nats. ``odd``: :func:`rarest` of the tokens' conflict
-    above :func:`usual`. ``answer``: the same of the last number of the row, among the numbers of the file.
-    ``elsewhere``: :func:`elsewhere`. ``conflict``: root mean square of the conflict. ``nll``: mean NLL. ``length``:
-    tokens. The last three are what a score has to beat.
+    ``audit``: the sum of three kinds of evidence in nats, ``odd + answer + log((1 + e^elsewhere) / 2)``. ``odd``:
+    :func:`rarest` of the tokens' ``-log p`` above :func:`usual`. ``answer``: the same of the conflict of the last
+    number of the row, among the numbers of the file. ``elsewhere``: :func:`elsewhere`; a row that fits its prompt
+    has at most ``log 2`` from it, so that a long one does not hide its wrong tokens. ``conflict``: root mean square
+    of the conflict. ``nll``: mean NLL. ``length``: tokens. The last three are what a score has to beat.
 
-    Chosen on 40 solutions of GSM8K and 50 rows of SVAMP, half of them corrupted; see ``docs/probe.md``.
+    Chosen by measurement among the candidates that ``docs/probe.md`` lists.
     """
     conflict, counts = tokens.conflict, np.maximum(tokens.counts, 1)
-    excess = conflict - usual(tokens)
+    excess = -tokens.log_prob - usual(tokens, -tokens.log_prob)
     every = np.ones(len(conflict), bool)
     among_numbers = np.zeros(len(conflict))
     among_numbers[tokens.number] = rarity(conflict[tokens.number], *TAIL_OF_NUMBERS)
@@ -97,24 +108,44 @@ def score_rows(tokens: Tokens) -> Scored:
     answer = rarest(tokens, among_numbers, tokens.last & tokens.number)
     belongs = elsewhere(tokens)
     scores = {
-        "audit": np.logaddexp(np.logaddexp(odd, answer), belongs), "odd": odd, "answer": answer, "elsewhere": belongs,
-        "conflict": np.sqrt(tokens.summed(conflict**2) / counts), "nll": tokens.summed(-tokens.log_prob) / counts,
-        "length": tokens.counts.astype(np.float64),
+        "audit": odd + answer + _of_half(belongs), "odd": odd, "answer": answer,
+        "elsewhere": belongs, "conflict": np.sqrt(tokens.summed(conflict**2) / counts),
+        "nll": tokens.summed(-tokens.log_prob) / counts, "length": tokens.counts.astype(np.float64),
     }  # fmt: skip
     return Scored(tokens, scores, excess)
 
 
-def usual(tokens: Tokens) -> Numbers:
-    """Return the mean conflict of the same text behind the same token elsewhere in the file, shape ``(N,)``.
+def _of_half(evidence: Numbers) -> Numbers:
+    """Return the evidence that a row is one of a half of all to which some evidence applies."""
+    half: Numbers = np.logaddexp(0, evidence) - np.log(2)
+    return half
 
-    A format that a model does not write is surprising in every row; this takes it out. Of few such tokens the mean is
-    drawn towards that of the same text anywhere, and this towards the whole file's. No token is part of its own mean.
+
+def usual(tokens: Tokens, values: Numbers) -> Numbers:
+    """Return what the rows of a file have in common: the value that its habits give each token, shape ``(N,)``.
+
+    A format that a model does not write is surprising in every row; this takes it out. It is the mean value of the same
+    text behind the same token elsewhere in the file. Of few such tokens the mean is drawn towards that of the same text
+    anywhere, and this towards the whole file's. No token is part of its own mean. Text that fewer than
+    :data:`SHARED` of the rows have is no habit and has the file's mean: short answers that share nothing are compared
+    as they are.
+
+    Args:
+        tokens: Of all rows.
+        values: Of each, such as ``-log p``.
     """
-    conflict = tokens.conflict
-    mean = np.full(len(conflict), conflict.mean() if len(conflict) else 0.0)
-    of_text = _others(tokens.target, conflict, mean)
+    mean = np.full(len(values), values.mean() if len(values) else 0.0)
+    of_text = _others(tokens.target, values, mean)
     pairs = (tokens.before + 1) * (int(tokens.target.max(initial=0)) + 1) + tokens.target
-    return _others(pairs, conflict, of_text)
+    return np.where(shares(tokens) >= SHARED, _others(pairs, values, of_text), mean)
+
+
+def shares(tokens: Tokens) -> Numbers:
+    """Return the share of the rows that have the text of each token, shape ``(N,)``."""
+    texts, place = np.unique(tokens.target, return_inverse=True)
+    rows = np.bincount(np.unique(place * len(tokens.counts) + tokens.row) // max(len(tokens.counts), 1))
+    share: Numbers = rows[place] / max(int((tokens.counts > 0).sum()), 1) if len(texts) else np.zeros(0)
+    return share
 
 
 def _others(kind: Ints, values: Numbers, prior: Numbers) -> Numbers:
@@ -130,7 +161,9 @@ def rarity(values: Numbers, body: float, room: float) -> Numbers:
 
     Where half of the rows are noisy the largest values are not rare, and yet not what the others are like. So the share
     is counted up to one quantile alone; above it the tail is taken for an exponential one, whose scale comes from what
-    is below another.
+    is below another, where wrong tokens hardly are. A scale that held them would make light of all of them. Values beyond the second
+    count as if they ended there: the scale is a quarter to a third too small, so that one rare token outweighs what is
+    a little odd about others. An unbiased scale ranked worse.
 
     Args:
         values: Shape ``(N,)``.

@@ -133,6 +133,12 @@ def scored(rows: Sequence[Any], text: Callable[[int], str]) -> tuple[Tokens, lis
     return tokens, [noisy for noisy, _ in rows]
 
 
+def keep_tokens(path: Path, tokens: Tokens, noisy: Sequence[bool]) -> None:
+    """Write the tokens of a file, and which of its rows are noisy: scores are compared without reading it again."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.savez_compressed(path, noisy=np.array(noisy), **tokens._asdict())
+
+
 def main(args: Sequence[str] | None = None) -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -142,6 +148,7 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--first", type=int, default=0, help="rows to leave out in front")
     parser.add_argument("--style", default="gsm8k", help="where AnswerCorrupt looks for the answer")
     parser.add_argument("--output", help="JSON to write")
+    parser.add_argument("--keep", help="folder for the tokens, which bench_audit_candidates.py reads")
     options = parser.parse_args(args)
     torch.set_num_threads(1)
     lines = Path(options.source).read_text(encoding="utf-8").splitlines()[options.first : options.first + options.rows]
@@ -149,6 +156,8 @@ def main(args: Sequence[str] | None = None) -> None:
     result = {}
     for name, rows in read(options.model, data, lambda row: print(f"{row} rows", file=sys.stderr)).items():
         tokens, noisy = scored(rows, lambda token: str(data["clean"].tokenizer.decode([token])))
+        if options.keep:
+            keep_tokens(Path(options.keep) / f"{Path(options.source).stem} {name}.npz", tokens, noisy)
         record = result[name] = truth_record(None, score_rows(tokens).scores, noisy)
         print(f"{name}: {record['noisy']} of {record['known']} rows noisy; {record['first']}")
         for score, row in record["scores"].items():

@@ -296,6 +296,17 @@ def test_the_best_is_named_where_it_is_not_the_last() -> None:
     assert (other.first, other.best) == (Point(0, 2.0), Point(10, 1.0))
 
 
+@pytest.mark.parametrize(("step", "where"), [(0, "before training"), (1200, "at step 1,200")])
+def test_a_single_validation_is_named_once(step: int, where: str) -> None:
+    summary = RunSummary()
+    trainer = SimpleNamespace(callback_metrics={"val/nll": torch.tensor(2.0)}, global_step=step)
+    summary._note(trainer)  # type: ignore[arg-type]
+    assert summary._changed(trainer)[0] == f"val/nll: 2.000 {where}, the only validation"  # type: ignore[arg-type]
+    trainer.global_step = step + 10
+    summary._note(trainer)  # type: ignore[arg-type] # the same number again is another validation
+    assert f"val/nll: 2.000 {where}, 2.000 at step" in summary._changed(trainer)[0]  # type: ignore[arg-type]
+
+
 def test_without_a_validation_it_says_how_to_have_one(
     source: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -139,6 +139,7 @@ class World(NamedTuple):
     report: dict[str, Any]
     data: InstructionDataModule
     models: list[Dense]
+    audit: list[dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
@@ -156,11 +157,12 @@ def world(pretrained: str, tmp_path_factory: pytest.TempPathFactory) -> World:
     trainer = Trainer(accelerator="cpu", devices=1, logger=False, default_root_dir=str(root))
     page = root / "gate.html"
     module = SFTModule(DEFT(), pretrained=pretrained, **options)  # type: ignore[arg-type]
-    report = trainer.probe(module, data, page=str(page), compare="last")
+    report = trainer.probe(module, data, page=str(page), compare="last", audit=str(root / "audit.jsonl"))
+    audit = [json.loads(line) for line in (root / "audit.jsonl").read_text().splitlines()]
     meta, numbers = numbers_of(page)
     positions = [row[1] for row in meta["rows"]]
     models = [AutoModelForCausalLM.from_pretrained(pretrained), trained.model]
-    return World(page, meta, numbers, report, data, [dense(model, data, positions) for model in models])
+    return World(page, meta, numbers, report, data, [dense(model, data, positions) for model in models], audit)
 
 
 def column_codes(world: World, place: dict[str, Any]) -> np.ndarray[Any, Any]:
@@ -214,6 +216,29 @@ def test_page_holds_what_a_dense_softmax_says(world: World) -> None:
     assert truth.noise.any() and (truth.p < 1e-3).any() and (learnt > 0.9).any() and (learnt < 0.1).any()
 
 
+def suspicious(world: World) -> Tensor:
+    """Which tokens the audit names, in the order of the page."""
+    spans = {record["id"]: record["spans"] for record in world.audit}
+    marks = []
+    for row in world.meta["rows"]:
+        learnt = np.flatnonzero(world.data.example("train", row[1]).labels >= 0)
+        marks += [any(span["start"] <= place < span["end"] for span in spans[row[0]]) for place in learnt[learnt > 0]]
+    return torch.tensor(marks)
+
+
+@pytest.mark.slow
+def test_page_marks_the_tokens_that_the_audit_names(world: World) -> None:
+    """They are odd for the file, which a token of high conflict need not be."""
+    named = suspicious(world)
+    first, second = (
+        torch.from_numpy(column(world, model["columns"]["flags"]) & 4 > 0) for model in world.meta["models"]
+    )
+    assert named.any() and torch.equal(first, named)
+    assert second.any() and not torch.equal(second, first)  # what is odd for the other model
+    truth = world.models[0]
+    assert not torch.equal(named, (truth.collision / truth.p).log() >= 2.302585)
+
+
 @pytest.mark.slow
 def test_page_holds_the_rows_in_the_order_of_the_audit(world: World) -> None:
     rows = world.meta["rows"]
@@ -222,6 +247,7 @@ def test_page_holds_the_rows_in_the_order_of_the_audit(world: World) -> None:
     where = {f"r{i}": f"{'one' if i < 4 else 'two'}.jsonl, row {i % 4 + 1}" for i in range(len(ROWS))}
     assert {row[0]: row[10] for row in rows} == where
     assert world.meta["sources"] == ["one", "two"] and world.meta["operations"] == ["TokenReplace"]
+    assert [(row[0], row[3]) for row in rows] == [(record["id"], record["score"]) for record in world.audit]
     assert [row[0] for row in rows[:5]] == [record["id"] for record in world.report["suspicious"]]
     for row in rows:
         example = world.data.example("train", row[1])
@@ -463,7 +489,7 @@ def test_filters_and_search_leave_the_rows_they_say(opened: Browser, world: Worl
                         " s.dispatchEvent(new Event('change')); })()")  # fmt: skip
 
     for key, wanted in (("locked", where(locked)), ("shut", where(shut)), ("noisy", where(truth.noise > 0)),
-                        ("suspicious", where((truth.collision / truth.p).log() >= 2.302585))):  # fmt: skip
+                        ("suspicious", where(suspicious(world)))):  # fmt: skip
         choose("filter", key)
         assert visible_rows(opened, world) == wanted, key
         assert 0 < len(wanted)

@@ -544,6 +544,11 @@ def test_audit_ranks_wrong_answers_first_and_points_at_them(
         right, found = str(math.prod(map(int, line["id"].split("x")))), wrong[line["id"]]
         changed = next(i for i in range(len(found)) if right[i : i + 1] != found[i])
         assert worst["text"].startswith(found[changed]), line
+        if line["part"] == "answer":  # what is printed is the number, whichever of its digits is odd
+            assert line["place"]["text"].strip() == found, line
+        else:
+            assert line["place"] == {name: worst[name] for name in ("start", "end", "text")}, line
+    assert "answer" in [line["part"] for line in lines[:3]]
     assert not any(line["spans"] for line in lines[3:])
     report = json.loads((tmp_path / "out" / "probe.json").read_text())
     truth = report["truth"]
@@ -560,6 +565,9 @@ def test_audit_ranks_wrong_answers_first_and_points_at_them(
     printed = capsys.readouterr().out
     assert "strong prior" in printed and "truth (bad): 3 of 16 rows noisy" in printed
     assert all(name in printed for name in wrong)
+    first = lines[0]
+    where = f": {first['place']['text']!r} at {first['place']['start']}"
+    assert f"[noisy] {first['score']:.4g}, {first['part']}{where}\n" in printed
     assert "bad: AUROC of the evidence 1.00" in printed
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from worlds import write_rows
+from worlds import constant, write_rows
 
 from deft_lightning import InstructionDataModule, SFTModule, Trainer
 from deft_lightning.probe import kept, pace
@@ -49,16 +49,32 @@ def probe(root: Path, pretrained: str, source: str) -> dict[str, Any]:
     return trainer.probe(SFTModule(pretrained=pretrained), data, output=str(root / "out"))
 
 
+def trained(root: Path, pretrained: str, source: str) -> str:
+    """A checkpoint of two steps."""
+    options = {"optimizer": lambda groups: torch.optim.AdamW(groups, lr=0.01), "scheduler": constant}
+    trainer = Trainer(
+        accelerator="cpu", devices=1, max_steps=2, logger=False, default_root_dir=str(root), monitors=False,
+        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
+    )  # fmt: skip
+    data = InstructionDataModule(source, validation_fraction=0.0, batch_size=2, tokenizer=pretrained)
+    trainer.fit(SFTModule(pretrained=pretrained, **options), data)  # type: ignore[arg-type]
+    trainer.save_checkpoint(root / "trained.ckpt")
+    return str(root / "trained.ckpt")
+
+
 @pytest.mark.slow
-def test_a_killed_probe_goes_on_and_says_the_same(pretrained: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("compare", [False, True], ids=["one model", "two models"])
+def test_a_killed_probe_goes_on_and_says_the_same(compare: bool, pretrained: str, tmp_path: Path) -> None:
     source = write_rows(tmp_path / "rows.jsonl", rows(400))
+    second = ["--compare", trained(tmp_path, pretrained, source)] if compare else []
 
     def started(root: Path) -> tuple[subprocess.Popen[str], Path]:
         """Start in a process of its own, which knows no objectives but the package's."""
         command = [
             sys.executable, "-m", "deft_lightning", "probe", "--model.pretrained", pretrained, "--data.source", source,
             "--data.validation_fraction", "0", "--data.batch_size", "2", "--trainer.accelerator", "cpu",
-            "--trainer.default_root_dir", str(root), "--output", str(root / "out"),
+            "--trainer.default_root_dir", str(root), "--output", str(root / "out"), "--page", str(root / "gate.html"),
+            *second,
         ]  # fmt: skip
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         out = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -68,17 +84,20 @@ def test_a_killed_probe_goes_on_and_says_the_same(pretrained: str, tmp_path: Pat
     text, _ = undisturbed.communicate(timeout=300)
     assert undisturbed.returncode == 0 and "goes on" not in text, text[-2000:]
     process, output = started(tmp_path / "killed")
-    while len(list((output / FOLDER).glob("prompted-*.npz"))) < 3 and process.poll() is None:
+    kept = output / FOLDER / ("compared/" + FOLDER if compare else "")  # the second model's, once the first is through
+    while len(list(kept.glob("prompted-*.npz"))) < 3 and process.poll() is None:
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert process.returncode == -signal.SIGKILL, "it was over before it could be killed"
-    assert not (output / "probe.json").exists()
-    assert any(path.name.startswith("bare-") for path in (output / FOLDER).glob("*.npz"))
+    assert not (output / "probe.json").exists() and not (tmp_path / "killed" / "gate.html").exists()
+    assert any(path.name.startswith("bare-") for path in kept.glob("*.npz"))
     again, _ = started(tmp_path / "killed")
     text, _ = again.communicate(timeout=300)
-    assert again.returncode == 0 and "goes on where a killed one was" in text, text[-2000:]
+    # Each model has two passes; those of the first one are through, and are not computed again.
+    assert again.returncode == 0 and text.count("goes on where a killed one was") == (4 if compare else 2), text[-2000:]
     assert json.loads((output / "probe.json").read_text()) == json.loads((alone / "probe.json").read_text())
+    assert (tmp_path / "killed" / "gate.html").read_bytes() == (tmp_path / "alone" / "gate.html").read_bytes()
     assert not (output / FOLDER).exists()
 
 

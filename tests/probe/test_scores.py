@@ -9,7 +9,7 @@ import pytest
 
 from deft_lightning.metrics import exact_auroc
 from deft_lightning.probe.knowledge import new_numbers
-from deft_lightning.probe.scores import TAIL, Tokens, last_numbers, rarest, rarity, score_rows
+from deft_lightning.probe.scores import SHARED, TAIL, Tokens, last_numbers, rarest, rarity, score_rows, shares, usual
 from deft_lightning.probe.truth import auroc_interval, truth_record, truth_text
 
 FORMAT, WORDS = 0, 20  # a token of every row that the model never expects; how many others there are
@@ -63,10 +63,60 @@ def test_an_answer_that_its_prompt_does_not_help_belongs_elsewhere() -> None:
     assert apart(found, swapped) == 1.0 and (found[swapped] > 0).all() and (found[~swapped] < 0).all()
     # The ratio of the two densities, with the mean of right answers from the file: sqrt(40) standard deviations.
     assert found[swapped].mean() == pytest.approx(40 / 2, rel=0.3)
-    assert score.scores["audit"][swapped] == pytest.approx(found[swapped], abs=0.1)
+    assert score.largest == ["elsewhere" if row < 10 else "odd" for row in range(30)]
+    parts = score.scores["odd"] + score.scores["answer"] + np.log((1 + np.exp(found)) / 2)
+    assert score.scores["audit"] == pytest.approx(parts)
+    assert apart(score.scores["audit"], swapped) == 1.0
     nobody = score_rows(tokens_of(rows, (-1.0 + abs(gain)).tolist())).scores  # a prompt that helps no answer
     assert (nobody["elsewhere"] == 0).all()
     assert (score_rows(tokens_of(rows)).scores["elsewhere"] == 0).all()  # no prompt
+
+
+def test_a_few_wrong_tokens_in_a_row_outweigh_what_is_odd_about_answers_and_prompts() -> None:
+    """Half of the rows have 5 % of wrong tokens; answers and prompts tell nothing, and are odd by chance."""
+    generator = np.random.default_rng(1)
+    rows, bare, noisy = [], list[float](), np.arange(80) % 2 == 1
+    for wrong in noisy:
+        length = int(generator.integers(60, 160))
+        surprise = generator.exponential(0.8, length)
+        if wrong:
+            surprise[generator.random(length) < 0.05] += 8.0
+        rows.append([(int(t), -float(v)) for t, v in zip(generator.integers(1, WORDS, length), surprise, strict=True)])
+        bare += (-surprise - generator.normal(0.1, 1.0, length)).tolist()
+    tokens = tokens_of(rows, bare)
+    last = np.zeros(len(bare), bool)
+    for end in np.cumsum(tokens.counts):
+        last[end - 3 : end] = True
+    scores = score_rows(tokens._replace(number=last | (tokens.target < 4), last=last)).scores
+    assert apart(scores["audit"], noisy) > 0.975 > apart(scores["nll"], noisy)
+    assert apart(scores["answer"], noisy) < 0.6 and apart(scores["elsewhere"], noisy) < 0.6
+
+
+def test_short_answers_that_share_nothing_are_ranked_as_well_as_by_nll() -> None:
+    """Letters of which none is a habit of the file: a mean over the same letter elsewhere would only add noise."""
+    generator = np.random.default_rng(0)
+    rows, noisy = [], generator.random(400) < 0.2
+    for wrong in noisy:
+        length = int(generator.integers(3, 8))
+        surprise = generator.exponential(0.02, length)
+        unsure = int(generator.integers(length))
+        surprise[unsure] += generator.exponential(2.0) + 1.0 if wrong else generator.exponential(0.3)
+        rows.append([(int(t), -float(v)) for t, v in zip(generator.integers(0, 400, length), surprise, strict=True)])
+    scores = score_rows(tokens_of(rows)).scores
+    assert apart(scores["audit"], noisy) >= apart(scores["nll"], noisy) > 0.9
+
+
+def test_what_rows_share_is_text_that_enough_of_them_have() -> None:
+    rows = [[(0, -5.0), (1 + row, -1.0)] for row in range(30)] + [[(50, -4.0), (50, -8.0)], []]
+    tokens = tokens_of(rows)
+    share = shares(tokens)
+    assert share[0] == pytest.approx(30 / 31) and share[1] == share[-1] == pytest.approx(1 / 31) and 1 / 31 < SHARED
+    habit = usual(tokens, -tokens.log_prob)
+    mean = -tokens.log_prob.mean()
+    assert habit[1::2] == pytest.approx(mean) and habit[-2:] == pytest.approx(mean)
+    # Of others behind no token, of others anywhere, and three tokens of the file.
+    of_text = (29 * 5 + 3 * mean) / 32
+    assert habit[:60:2] == pytest.approx((29 * 5 + 3 * of_text) / 32)
 
 
 def test_the_last_number_is_judged_among_numbers() -> None:
@@ -89,6 +139,8 @@ def test_the_last_number_is_judged_among_numbers() -> None:
     tokens = flat._replace(counts=np.array(counts), number=number, last=last)
     scores = score_rows(tokens).scores
     assert apart(scores["answer"], np.array(noisy)) > 0.99 and apart(scores["audit"], np.array(noisy)) > 0.95
+    wrong = [part for part, is_noisy in zip(score_rows(tokens).largest, noisy, strict=True) if is_noisy]
+    assert wrong.count("answer") > 35
     assert apart(scores["odd"], np.array(noisy)) < 0.8 and apart(scores["conflict"], np.array(noisy)) < 0.8
 
 
@@ -115,12 +167,14 @@ def test_oddness_is_the_evidence_of_the_largest_tokens_for_their_number() -> Non
 
 
 def test_rarity_is_that_of_the_tokens_that_are_right() -> None:
-    generator = np.random.default_rng(0)
+    generator, (body, room) = np.random.default_rng(0), TAIL
     right = generator.exponential(2.0, 20000)
     values = np.concatenate([right, np.full(150, 40.0)])  # of wrong ones there may be many alike
+    low, ended = -2.0 * math.log(1 - body), (room - body) / (1 - body)
     for value in (1.0, 4.0, 10.0):
         found = float(rarity(np.append(values, value), *TAIL)[-1])
-        assert found == pytest.approx(value / 2.0, rel=0.15, abs=0.05)
+        beyond = max(value - low, 0.0)  # where the tail is loud: all that is beyond counts as its end
+        assert found == pytest.approx((value - beyond) / 2.0 + beyond / (2.0 * ended), rel=0.1, abs=0.05)
     assert rarity(np.zeros(5), *TAIL).tolist() == [0.0] * 5 and len(rarity(np.zeros(0), *TAIL)) == 0
 
 

@@ -17,7 +17,6 @@ from deft_lightning.probe.page.codes import LEVELS, NATS, SHUT_CODE, planes
 from deft_lightning.probe.page.document import document
 from deft_lightning.probe.page.numbers import Look, Numbers
 from deft_lightning.probe.page.texts import TextOfTokens
-from deft_lightning.probe.scores import SUSPICIOUS
 from deft_lightning.terminal import visible
 
 ROWS = 2000  # of a page at most
@@ -91,7 +90,7 @@ def _page(
         "sources": [visible(name) for name in sources], "operations": [visible(name) for name in operations],
         "words": [visible(texts.piece(token)) for token in numbers.words], "version": report["version"],
         "levels": [float(f"{level:.6g}") for level in LEVELS], "shut": SHUT_CODE, "nats": NATS,
-        "suspicious": SUSPICIOUS, "data": visible(str(report["data"])),
+        "data": visible(str(report["data"])),
     }  # fmt: skip
     packed = json.dumps(finite(meta), ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
     return document(f"Gates of {meta['data']}", {"meta": packed, "numbers": numbers.content()})

@@ -15,7 +15,7 @@ from deft_lightning.objectives import Contaminated, NoiseRates
 from deft_lightning.probe.audit import Suspect
 from deft_lightning.probe.page.codes import NATS, Bytes, planes, shares, whole
 from deft_lightning.probe.page.posterior import contaminated_gate
-from deft_lightning.probe.page.spool import GATE, RIGHT, TokenSpool
+from deft_lightning.probe.page.spool import GATE, RIGHT, SUSPECT, TokenSpool
 from deft_lightning.terminal import visible
 
 OF_DATA = ("noise", "weight", "chance")  # the same whatever the model
@@ -78,6 +78,8 @@ class Numbers:
     def model(self, look: Look) -> JsonObject:
         """Add the columns of a model, and return its name and where they are, the chosen objective first."""
         report, columns = look.report, look.spool.read(self.positions)
+        flags = next(column for column in columns if column.name == "flags")
+        columns[flags] = self._with_suspicious(look, columns[flags])
         named = {column.name: codes for column, codes in columns.items()}
         gates = {column.name.removeprefix(GATE): codes for column, codes in columns.items() if column.name[:5] == GATE}
         chosen, about = next(row["name"] for row in report["objectives"] if row["chosen"]), look.spool.legends
@@ -106,6 +108,14 @@ class Numbers:
                 for name in sorted(gates, key=lambda name: (name != chosen, name))
             ],
         }  # fmt: skip
+
+    def _with_suspicious(self, look: Look, flags: Bytes) -> Bytes:
+        """Return flags with a bit for the tokens that the audit finds suspicious: its score has seen the whole file."""
+        flags, by_position, start = flags.copy(), {suspect.at: suspect for suspect in look.suspects}, 0
+        for at, count in zip(self.positions, look.spool.tokens(self.positions), strict=True):
+            flags[0, start + by_position[at].learnt] |= SUSPECT
+            start += count
+        return flags
 
     def _said(self, arg_max: NDArray[np.int64], other: NDArray[np.bool_]) -> Bytes:
         """Return the numbers of first choices where they are another token than the label, 0 elsewhere."""

@@ -20,7 +20,7 @@ from deft_lightning.probe.reading import Read
 from deft_lightning.probe.tally import candidates
 
 GATE = "gate:"  # begins the name of a column with the gate of an objective
-RIGHT, SURE = 1, 2  # bits of the column `flags`
+RIGHT, SURE, SUSPECT = 1, 2, 4  # bits of the column `flags`; the last is known once the whole file is
 
 
 class Column(NamedTuple):

@@ -10,7 +10,7 @@ function value(i, one = view()) {
 }
 const isShut = (i, one = views[state.gate]) => (one.of[side()] || one.of[0]).codes[i] < meta.shut;
 const isLocked = i => (models[side()].columns.flags.codes[i] & 3) === 2 && isShut(i);
-const isSuspicious = i => models[side()].columns.conflict.value(i) >= meta.suspicious;
+const isSuspicious = i => (models[side()].columns.flags.codes[i] & 4) > 0;
 function levelOf(i) {
   const one = view(), v = value(i);
   if (changing()) {
