@@ -189,8 +189,9 @@ def describe(
         ``noisy``: true or false where that is known, else None; ``noise``: the operations that hit it, None without
         injected noise; ``part``: the largest part of the score; ``place``: what gives the row away, ``start``, ``end``
         and ``text``: its last number where ``part`` is ``answer``, the span of the largest excess where it is ``odd``,
-        None where that is nowhere in particular; ``spans``: runs of suspicious tokens in the order of the text, each with ``start`` and ``end``
-        (exclusive, tokens of the example), the ``text`` that is learnt there and its largest ``excess`` in nats;
+        None where that is nowhere in particular; ``spans``: runs of suspicious tokens in the order of the text, each
+        with ``start`` and ``end`` (exclusive, tokens of the example), the ``text`` that is learnt there and its largest
+        ``excess`` in nats;
         ``prompt`` and ``answer``, the supervised part as it is learnt.
     """
     labels = example.labels.tolist()

@@ -107,6 +107,6 @@ def knowledge_text(record: JsonObject) -> list[str]:
         share = record["numbers_expected"]
         lines.append(
             f"numbers: the model expects {share:.0%} of the {record['numbers']} numbers that a row has not said before"
-            + ("" if share >= EXPECTED else ": it knows too little to judge rows by their numbers")
+            + ("" if share >= EXPECTED else ": it knows too little to judge rows by their numbers; solutions that go wrong on the way pass")
         )
     return lines

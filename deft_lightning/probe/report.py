@@ -85,7 +85,8 @@ def table(report: Record) -> str:
         shown = "" if place is None else f": {_short(place['text'], 24)!r} at {place['start']}"
         known = "" if record["noisy"] is None else " [noisy]" if record["noisy"] else " [clean]"
         row = "" if record["row"] is None else f" (row {record['row']})"
-        lines += [f"{record['rank']}. {_short(record['id'], 60)}{row}{known} {_number(record['score'])}, {record['part']}{shown}"]
+        score = f"{_number(record['score'])}, {record['part']}"
+        lines += [f"{record['rank']}. {_short(record['id'], 60)}{row}{known} {score}{shown}"]
         lines += [f"   {_short(record['answer'], 74)}"]
     if "recommendation" in report:
         lines += ["", *_filled("objective: " + report["recommendation"]["text"] + ".")]

@@ -161,9 +161,9 @@ def rarity(values: Numbers, body: float, room: float) -> Numbers:
 
     Where half of the rows are noisy the largest values are not rare, and yet not what the others are like. So the share
     is counted up to one quantile alone; above it the tail is taken for an exponential one, whose scale comes from what
-    is below another, where wrong tokens hardly are. A scale that held them would make light of all of them. Values beyond the second
-    count as if they ended there: the scale is a quarter to a third too small, so that one rare token outweighs what is
-    a little odd about others. An unbiased scale ranked worse.
+    is below another, where wrong tokens hardly are. A scale that held them would make light of all of them. Values
+    beyond the second count as if they ended there: the scale is a quarter to a third too small, so that one rare token
+    outweighs what is a little odd about others. An unbiased scale ranked worse.
 
     Args:
         values: Shape ``(N,)``.

@@ -3,9 +3,9 @@
     python tests/benchmarks/bench_audit_rows.py --model DIR --source gsm8k_test.jsonl --rows 100 --keep tokens
     python tests/benchmarks/bench_audit_candidates.py tokens/*.npz [--output FILE.json]
 
-Prints the AUROC over rows of every candidate on every file: ways to measure a token, what is taken off as usual, ways to
-pool the tokens of a row, quantiles between which the tail is measured, evidence of the prompt, and ways to join the three
-kinds of evidence.
+Prints the AUROC over rows of every candidate on every file: ways to measure a token, what is taken off as usual, ways
+to pool the tokens of a row, quantiles between which the tail is measured, evidence of the prompt, and ways to join the
+three kinds of evidence.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ def of_text(tokens: Tokens, values: Numbers) -> Numbers:
 
 
 MEASURES: dict[str, Score] = {"conflict": lambda t: t.conflict, "-log p": lambda t: -t.log_prob}
+
+
 def after_text(tokens: Tokens, values: Numbers) -> Numbers:
     """Mean of the same text behind the same text elsewhere, however few rows have it."""
     pairs = (tokens.before + 1) * (int(tokens.target.max(initial=0)) + 1) + tokens.target
@@ -125,6 +127,15 @@ def of_numbers(tokens: Tokens, values: Numbers, tail: tuple[float, float]) -> Nu
     return rarest(tokens, nats, tokens.last & tokens.number)
 
 
+def unbiased(values: Numbers, body: float, room: float) -> Numbers:
+    """As the package's rarity, with the most likely scale of an exponential tail that is cut at the second quantile."""
+    nats = rarity(values, body, room)
+    low, high = np.quantile(values, (body, room))
+    ended = int(((values > low) & (values <= high)).sum()) / max(int((values > low).sum()), 1)
+    floor = -np.log(1 - body)
+    return np.where(values > low, floor + (nats - floor) * ended, nats)
+
+
 def candidates(tokens: Tokens) -> dict[str, Numbers]:
     """Every candidate, by name."""
     own = score_rows(tokens).scores
@@ -147,6 +158,13 @@ def candidates(tokens: Tokens) -> dict[str, Numbers]:
             ways = joined(odd, of_numbers(tokens, tokens.conflict, numbers), belongs)
             for way, score in ways.items():
                 found[f"joined: {way}; odd {tail}, numbers {numbers}"] = score
+    numbers = np.zeros(len(excess))
+    if tokens.number.any():
+        numbers[tokens.number] = unbiased(tokens.conflict[tokens.number], *scores.TAIL_OF_NUMBERS)
+    number = rarest(tokens, numbers, tokens.last & tokens.number)
+    found["joined: sum, half; unbiased tails"] = (
+        simes(tokens, unbiased(excess, *scores.TAIL)) + number + of_half(belongs)
+    )
     for less, without in USUAL.items():
         odd = simes(tokens, rarity(without(tokens, -tokens.log_prob), *scores.TAIL))
         way = odd + own["answer"] + of_half(belongs)
@@ -181,7 +199,10 @@ def main(args: Sequence[str] | None = None) -> None:
         values = list(row.values())
         print(f"{name:75} " + " ".join(f"{value:.3f}" for value in values), f"  mean {np.mean(values):.3f}")
     if options.output:
-        Path(options.output).write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+        files = json.dumps([path.stem for path in options.files])
+        rows = ",\n".join(f" {json.dumps(n)}: {[round(v, 4) for v in row.values()]}" for n, row in table.items())
+        content = f'{{"files": {files},\n"candidates": {{\n{rows}\n}}}}\n'
+        Path(options.output).write_text(content, encoding="utf-8")
 
 
 if __name__ == "__main__":

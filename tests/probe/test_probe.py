@@ -37,7 +37,7 @@ from deft_lightning.objectives import (
     known_objectives,
 )
 from deft_lightning.probe import conflict, example_score
-from deft_lightning.probe.audit import AuditTally, write_lines
+from deft_lightning.probe.audit import AuditTally, Suspect, describe, write_lines
 from deft_lightning.probe.figure import drawing
 from deft_lightning.probe.reading import Read
 from deft_lightning.probe.sample import Sampler, mixed
@@ -548,7 +548,6 @@ def test_audit_ranks_wrong_answers_first_and_points_at_them(
             assert line["place"]["text"].strip() == found, line
         else:
             assert line["place"] == {name: worst[name] for name in ("start", "end", "text")}, line
-    assert "answer" in [line["part"] for line in lines[:3]]
     assert not any(line["spans"] for line in lines[3:])
     report = json.loads((tmp_path / "out" / "probe.json").read_text())
     truth = report["truth"]
@@ -569,6 +568,32 @@ def test_audit_ranks_wrong_answers_first_and_points_at_them(
     where = f": {first['place']['text']!r} at {first['place']['start']}"
     assert f"[noisy] {first['score']:.4g}, {first['part']}{where}\n" in printed
     assert "bad: AUROC of the evidence 1.00" in printed
+
+
+def test_the_place_of_a_line_is_that_of_the_part_that_speaks(pretrained: str, tmp_path: Path) -> None:
+    source = write_rows(tmp_path / "rows.jsonl", [{"question": "how many cats?", "answer": "red cats, 1,234 of 56"}])
+    data = InstructionDataModule(source, validation_fraction=0.0, tokenizer=pretrained)
+    data.prepare_data()
+    data.setup()
+    example = data.example("train", 0)
+    learnt = np.flatnonzero(example.labels >= 0)
+    texts = [data.tokenizer.decode([label]).strip() for label in example.labels[learnt].tolist()]
+    last = [at for at, text in zip(learnt.tolist(), texts, strict=True) if text.isdecimal()][-1]
+    first = last
+    while data.tokenizer.decode(example.labels[first - 1 : last + 1].tolist()).strip() in ("56", " 56"):
+        first -= 1
+    odd = np.array([learnt[0], learnt[2]])
+    for part, number, wanted in (("answer", (first, last + 1), "56"), ("odd", (first, last + 1), None),
+                                 ("elsewhere", (first, last + 1), "")):  # fmt: skip
+        suspect = Suspect(
+            0, "r", {"audit": 3.0}, 1.0, len(learnt), odd, np.array([0, 2]), np.array([3.0, 7.0]), part, number
+        )
+        line = describe(suspect, 1, example, data.tokenizer, [], False, None)
+        assert line["part"] == part and [span["excess"] for span in line["spans"]] == [3.0, 7.0]
+        if wanted:
+            assert line["place"]["text"].strip() == wanted and (line["place"]["start"], line["place"]["end"]) == number
+        else:
+            assert line["place"] == (None if wanted == "" else {k: line["spans"][1][k] for k in ("start", "end", "text")})
 
 
 @pytest.mark.slow
