@@ -105,8 +105,10 @@ def knowledge_text(record: JsonObject) -> list[str]:
         )
     if record["numbers"] >= ENOUGH:
         share = record["numbers_expected"]
-        lines.append(
+        about = (
             f"numbers: the model expects {share:.0%} of the {record['numbers']} numbers that a row has not said before"
-            + ("" if share >= EXPECTED else ": it knows too little to judge rows by their numbers; solutions that go wrong on the way pass")
         )
+        if share < EXPECTED:
+            about += ": it knows too little to judge rows by their numbers; solutions that go wrong on the way pass"
+        lines.append(about)
     return lines

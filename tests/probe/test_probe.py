@@ -583,17 +583,20 @@ def test_the_place_of_a_line_is_that_of_the_part_that_speaks(pretrained: str, tm
     while data.tokenizer.decode(example.labels[first - 1 : last + 1].tolist()).strip() in ("56", " 56"):
         first -= 1
     odd = np.array([learnt[0], learnt[2]])
-    for part, number, wanted in (("answer", (first, last + 1), "56"), ("odd", (first, last + 1), None),
-                                 ("elsewhere", (first, last + 1), "")):  # fmt: skip
+    for part in ("answer", "odd", "elsewhere"):
+        found = np.array([3.0, 7.0])
         suspect = Suspect(
-            0, "r", {"audit": 3.0}, 1.0, len(learnt), odd, np.array([0, 2]), np.array([3.0, 7.0]), part, number
+            0, "r", {"audit": 3.0}, 1.0, len(learnt), odd, np.array([0, 2]), found, part, (first, last + 1)
         )
         line = describe(suspect, 1, example, data.tokenizer, [], False, None)
-        assert line["part"] == part and [span["excess"] for span in line["spans"]] == [3.0, 7.0]
-        if wanted:
-            assert line["place"]["text"].strip() == wanted and (line["place"]["start"], line["place"]["end"]) == number
+        place, spans = line["place"], line["spans"]
+        assert line["part"] == part and [span["excess"] for span in spans] == [3.0, 7.0]
+        if part == "answer":
+            assert place["text"].strip() == "56" and (place["start"], place["end"]) == (first, last + 1)
+        elif part == "odd":
+            assert place == {name: spans[1][name] for name in ("start", "end", "text")}
         else:
-            assert line["place"] == (None if wanted == "" else {k: line["spans"][1][k] for k in ("start", "end", "text")})
+            assert place is None  # the whole answer is meant
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from deft_lightning.metrics import exact_auroc
-from deft_lightning.probe.knowledge import new_numbers
+from deft_lightning.probe.knowledge import ENOUGH, knowledge_text, new_numbers
 from deft_lightning.probe.scores import SHARED, TAIL, Tokens, last_numbers, rarest, rarity, score_rows, shares, usual
 from deft_lightning.probe.truth import auroc_interval, truth_record, truth_text
 
@@ -219,3 +219,10 @@ def test_only_numbers_that_are_new_tell_what_a_model_knows() -> None:
     # 15 is half expected, 12 is in the prompt, 7 is expected.
     expected = [False] * 6 + [True, False, True, False, True, True]
     assert new_numbers(texts, learnt, expected) == [False, True]
+
+
+@pytest.mark.parametrize(("count", "share", "said"), [(ENOUGH, 0.33, True), (ENOUGH, 0.66, False), (3, 0.1, None)])
+def test_a_model_that_does_not_expect_new_numbers_knows_too_little(count: int, share: float, said: bool | None) -> None:
+    lines = knowledge_text({"format": [], "format_share": 0.0, "numbers": count, "numbers_expected": share})
+    assert len(lines) == (said is not None)
+    assert all(("it knows too little to judge rows by their numbers" in line) == said for line in lines)
