@@ -210,19 +210,19 @@ def describe(
         }
         for run in sorted(worst)
     ]  # fmt: skip
-    place: JsonObject | None = None
+    where: JsonObject | None = None
     if suspect.part == "answer" and suspect.number is not None:
         start, end = suspect.number
-        place = {"start": start, "end": end, "text": _written(tokenizer, example, start, end)}
+        where = {"start": start, "end": end, "text": _written(tokenizer, example, start, end)}
     elif suspect.part == "odd" and spans:
         span = max(spans, key=lambda span: float(span["excess"]))
-        place = {name: span[name] for name in ("start", "end", "text")}
+        where = {name: span[name] for name in ("start", "end", "text")}
     return {
         "rank": rank, "id": suspect.id, "file": origin.file if origin else None, "row": origin.row if origin else None,
         "score": suspect.score, "scores": dict(suspect.scores), "nll": suspect.nll, "tokens": suspect.tokens,
         "right": suspect.right, "noisy": suspect.noisy,
         "noise": [operations[code - 1] for code in sorted(suspect.operations)] if noise_known else None,
-        "part": suspect.part, "place": place, "spans": spans, "prompt": origin.prompt if origin else None,
+        "part": suspect.part, "place": where, "spans": spans, "prompt": origin.prompt if origin else None,
         "answer": tokenizer.decode([label for label in labels if label != IGNORE_INDEX]),
     }  # fmt: skip
 
