@@ -19,6 +19,7 @@ SHARED = 0.05  # share of the rows that have a text which is then the file's hab
 # in twenty of all, one in ten of numbers, of which short answers have few.
 TAIL = (0.8, 0.95)
 TAIL_OF_NUMBERS = (0.7, 0.9)
+LEAST = 0.25  # nats: scale of a tail at least, where a model knows a file by heart
 RIGHT = 0.25  # quantile of the rows that is taken for an answer that belongs to its prompt
 
 
@@ -174,9 +175,7 @@ def rarity(values: Numbers, body: float, room: float) -> Numbers:
         return values
     counted = -np.log(1 - np.searchsorted(np.sort(values), values, side="left") / len(values))
     low, high = np.quantile(values, (body, room))
-    scale = float((np.clip(values, low, high) - low).sum() / max(int((values > low).sum()), 1))
-    if scale <= 0:
-        return counted
+    scale = max(float((np.clip(values, low, high) - low).sum() / max(int((values > low).sum()), 1)), LEAST)
     return np.where(values > low, (values - low) / scale - np.log(1 - body), counted)
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from deft_lightning.metrics import exact_auroc
 from deft_lightning.probe.knowledge import ENOUGH, knowledge_text, new_numbers
-from deft_lightning.probe.scores import SHARED, TAIL, Tokens, last_numbers, rarest, rarity, score_rows, shares, usual
+from deft_lightning.probe.scores import LEAST, SHARED, TAIL, Tokens, last_numbers, rarest, rarity, score_rows, shares, usual
 from deft_lightning.probe.truth import auroc_interval, truth_record, truth_text
 
 FORMAT, WORDS = 0, 20  # a token of every row that the model never expects; how many others there are
@@ -175,6 +175,8 @@ def test_rarity_is_that_of_the_tokens_that_are_right() -> None:
         found = float(rarity(np.append(values, value), *TAIL)[-1])
         beyond = max(value - low, 0.0)  # where the tail is loud: all that is beyond counts as its end
         assert found == pytest.approx((value - beyond) / 2.0 + beyond / (2.0 * ended), rel=0.1, abs=0.05)
+    by_heart = np.append(np.full(99, 1e-6), 9.0)  # what a model has learnt by heart: nine nats are not thousands
+    assert rarity(by_heart, *TAIL)[-1] == pytest.approx(9.0 / LEAST - math.log(1 - body), rel=1e-3)
     assert rarity(np.zeros(5), *TAIL).tolist() == [0.0] * 5 and len(rarity(np.zeros(0), *TAIL)) == 0
 
 
