@@ -9,7 +9,18 @@ import pytest
 
 from deft_lightning.metrics import exact_auroc
 from deft_lightning.probe.knowledge import ENOUGH, knowledge_text, new_numbers
-from deft_lightning.probe.scores import LEAST, SHARED, TAIL, Tokens, last_numbers, rarest, rarity, score_rows, shares, usual
+from deft_lightning.probe.scores import (
+    LEAST,
+    SHARED,
+    TAIL,
+    Tokens,
+    last_numbers,
+    rarest,
+    rarity,
+    score_rows,
+    shares,
+    usual,
+)
 from deft_lightning.probe.truth import auroc_interval, truth_record, truth_text
 
 FORMAT, WORDS = 0, 20  # a token of every row that the model never expects; how many others there are
