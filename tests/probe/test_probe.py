@@ -565,7 +565,7 @@ def test_audit_ranks_wrong_answers_first_and_points_at_them(
     assert "strong prior" in printed and "truth (bad): 3 of 16 rows noisy" in printed
     assert all(name in printed for name in wrong)
     first = lines[0]
-    where = f": {first['place']['text']!r} at {first['place']['start']}"
+    where = f": {first['place']['text'].strip()!r} at {first['place']['start']}"
     assert f"[noisy] {first['score']:.4g}, {first['part']}{where}\n" in printed
     assert "bad: AUROC of the evidence 1.00" in printed
 
