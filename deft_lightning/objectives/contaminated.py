@@ -56,7 +56,8 @@ class Contaminated(Objective):
         w = sigmoid(sum_t log(a_t / b_t) - logit(e1))
         loss = -log((1 - e1) prod_t a_t + e1 prod_t b_t)          gate_t = w (1 - e2) p_t / a_t
 
-    with ``q`` the chance of answers; where it is that of tokens, ``b = u``.
+    with ``q`` the chance of answers; where it is that of tokens, ``b = u``. Of any other ``q`` the evidence of a token
+    is weighted by ``1 - q``: ``b`` is ``a^q`` times the above to the power of ``1 - q``, see :func:`open_to_choice`.
     The loss is a likelihood in nats, shared out to the tokens of an answer: each has ``-w log a - (1 - w) log b``, and
     an even part of what the verdict on the answer costs. Rates of 0 are NLL. After
     each optimizer step they move towards the mean posterior of its tokens (EM): ``e1`` to the mean of ``1 - w`` over
@@ -173,6 +174,8 @@ class Contaminated(Objective):
             # Single tokens may be noise in either kind of answer: else each that nobody expects, of which real text has
             # many, would speak for the answer.
             noise = torch.logaddexp(noise + math.log1p(-rate), chance + math.log(rate))
+        if stats.answer_chance is not None:
+            noise = open_to_choice(noise, mixture.detach(), stats.answer_chance.detach())
         place = answers_of(stats.example)
         total = torch.zeros_like(log_prob).index_add_(0, place, mixture.detach() - noise)
         size = torch.zeros_like(log_prob).index_add_(0, place, torch.ones_like(token))
@@ -226,6 +229,20 @@ def _divergence(log_odds: Tensor, rate: float) -> Tensor:
     of_right = logsigmoid(log_odds) - math.log1p(-rate)
     of_wrong = logsigmoid(-log_odds) - math.log(rate)
     return (right * of_right + wrong * of_wrong).clamp_min(0)
+
+
+def open_to_choice(noise: Tensor, mixture: Tensor, answer_chance: Tensor) -> Tensor:
+    """Return ``log b`` with each token's evidence ``log a - log b`` weighted by ``1 - q``, its room for choice.
+
+    What other answers say at such a place anyway is format. A model that does not write it yet finds it improbable in
+    right answers as well, so that it is no evidence against them.
+
+    Args:
+        noise: ``log b`` in nats, shape ``(N,)``.
+        mixture: ``log a`` in nats, shape ``(N,)``.
+        answer_chance: ``log q`` in nats, shape ``(N,)``.
+    """
+    return torch.lerp(noise, mixture, answer_chance.exp())
 
 
 def answers_of(example: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 from deft_lightning.functional import TokenStats
 from deft_lightning.metrics import PackedHistogram, binned_auroc
 from deft_lightning.objectives import Contaminated, NoiseRates
+from deft_lightning.objectives.contaminated import open_to_choice
 from deft_lightning.objectives.noise_rates import HIGHEST, LOWEST, logit
 from deft_lightning.probe.bare import Bare
 from deft_lightning.probe.tally import FINE, squashed
@@ -100,6 +101,11 @@ class EvidenceTally:
         def summed(values: Tensor) -> Numbers:
             return torch.zeros(len(keep), dtype=torch.float64).index_add_(0, row, values.double()).numpy()
 
+        def room(noise: Tensor, mixture: Tensor, q: Tensor) -> Tensor:
+            return (
+                noise if bare is None else open_to_choice(noise, mixture, q)
+            )  # as in the objective with and without q
+
         # Answers without a prompt to leave out have word frequencies alone.
         alone = [None if bare is None else bare.of(at) for at in positions]
         counts = summed(torch.ones_like(log_prob))
@@ -115,10 +121,17 @@ class EvidenceTally:
             # What the model says without the prompt has wrong tokens as well: else each token that neither knows would
             # speak for the answer. Of word frequencies the mixture is what they are.
             mixed = torch.logaddexp(asked + math.log1p(-rate), chance + math.log(rate))
-            evidence.append(summed(posterior.evidence / posterior.size) - np.maximum(summed(mixed - chance), 0.0))
+            by_mixed, by_chance = (
+                summed(posterior.mixture - room(noise, posterior.mixture, q))
+                for noise, q in ((mixed, asked), (chance, chance))
+            )
+            evidence.append(np.where(summed(mixed - chance) > 0, by_mixed, by_chance))
             kept.append(summed(posterior.token))
         lift = summed(asked - chance)
-        gain = summed(log_prob - chance) - np.maximum(lift, 0.0)
+        gain = np.where(
+            lift > 0,
+            *(summed(log_prob - room(noise, log_prob, noise)) for noise in (asked, chance)),
+        )
         sure = stats.collision >= SURE
         self._parts.append(
             Answers(

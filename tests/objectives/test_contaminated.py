@@ -55,9 +55,11 @@ def likelihood(log_prob: Tensor, stats: TokenStats, e1: float, e2: float) -> Ten
     """Minus the log-likelihood of all answers, as it is published; plain products."""
     assert stats.chance is not None
     u = stats.chance.exp()
-    # Single tokens may be noise in either kind of answer.
-    v = u if stats.answer_chance is None else (1 - e2) * stats.answer_chance.exp() + e2 * u
-    a = (1 - e2) * log_prob.exp() + e2 * u
+    v, a = u, (1 - e2) * log_prob.exp() + e2 * u
+    if stats.answer_chance is not None:
+        q = stats.answer_chance.exp()
+        # Single tokens may be noise in either kind of answer; what chance is sure of is hardly evidence.
+        v = a.detach() ** q * ((1 - e2) * q + e2 * u) ** (1 - q)
     return torch.stack([-torch.log((1 - e1) * a[at].prod() + e1 * v[at].prod()) for at in answers(stats)]).sum()
 
 
@@ -83,6 +85,19 @@ def test_loss_and_gate_are_those_of_the_published_likelihood(e1: float, e2: floa
     torch.testing.assert_close(there(stats).sum(), wanted.detach(), rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(there.gate(stats), -slope, rtol=1e-9, atol=1e-12)
     assert (there(stats) >= 0).all()
+
+
+def test_a_token_of_which_chance_is_sure_is_no_evidence() -> None:
+    """A format that the model does not write yet: right answers are no noise because of it."""
+    log_prob, example = torch.tensor([1e-4, 1e-4, 0.9]).log(), torch.zeros(3, dtype=torch.long)
+    ones = torch.ones(3)
+    stats = TokenStats(
+        log_prob, ones, 0 * ones, ones.bool(), chance=torch.tensor([1e-3, 1e-3, 1e-3]).log(),
+        answer_chance=torch.tensor([0.999, 0.999, 0.01]).log(), example=example,
+    )  # fmt: skip
+    assert rated(0.5, 0.01).posterior(stats).answer.min() > 0.9
+    wrong = stats._replace(log_prob=torch.tensor([0.999, 0.999, 1e-6]).log())
+    assert rated(0.5, 0.01).posterior(wrong).answer.max() < 0.1
 
 
 def joint(stats: TokenStats, at: Tensor, e1: float, e2: float) -> tuple[float, list[float]]:

@@ -125,12 +125,14 @@ def test_the_better_of_two_chances_counts_for_an_answer() -> None:
     plain, asked = draws.answers(), draws.answers(bare=bare)
     even = (np.arange(len(plain)) % 2 == 0) & (np.arange(len(plain)) != 2)
     assert (asked.asked == even).all() and not plain.asked.any()
-    lift = np.where(even, np.log(2) * draws.counts, 0)
-    assert plain.gain - asked.gain == pytest.approx(lift, abs=1e-5)
-    # Both have wrong tokens from the unigram: (1 - e) 2u + e u is u (2 - e).
-    rates = 1 / (1 + np.exp(-GRID))
-    mixed = np.where(even, np.log(2 - rates)[:, None] * draws.counts, 0)
-    assert plain.evidence - asked.evidence == pytest.approx(mixed, abs=1e-5)
+    log_p, row = draws.stats.log_prob.numpy(), draws.row.numpy()
+    chance = np.concatenate([part + np.log(2) * one for part, one in zip(parts, even, strict=True)])
+    choice = 1 - np.exp(chance)  # what chance is sure of is hardly evidence
+    assert asked.gain == pytest.approx(np.bincount(row, choice * (log_p - chance)), abs=1e-5)
+    for place, rate in enumerate(1 / (1 + np.exp(-GRID))):
+        # Both have wrong tokens from the unigram.
+        model, noise = ((1 - rate) * np.exp(values) + rate * np.exp(known) for values in (log_p, chance))
+        assert asked.evidence[place] == pytest.approx(np.bincount(row, choice * np.log(model / noise)), abs=1e-5)
     assert asked.kept == pytest.approx(plain.kept)
 
 
