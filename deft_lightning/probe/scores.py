@@ -207,12 +207,13 @@ def rarest(tokens: Tokens, nats: Numbers, among: Flags) -> Numbers:
 def elsewhere(tokens: Tokens) -> Numbers:
     """Return the evidence that each answer belongs to another prompt, in nats, shape ``(n,)``; 0 without a prompt.
 
-    ``t = sum log q / p`` over the standard deviation of such a sum is about normal with mean 0 where an answer has
-    nothing to do with its prompt, and with the mean of the file's right answers where it has: the evidence is the
+    ``t = sum (1 - q) log q / p`` over the standard deviation of such a sum is about normal with mean 0 where an answer
+    has nothing to do with its prompt, and with the mean of the file's right answers where it has: the evidence is the
     logarithm of the ratio of these densities. The mean of right answers is a low quartile of all, so that up to two
     thirds of the rows may be swapped; where the prompt helps nobody it is 0, and so is the evidence.
     """
-    lift = tokens.bare - tokens.log_prob
+    # What other answers say at such a place anyway is format: it tells nothing of the prompt.
+    lift = (1 - np.exp(np.minimum(tokens.bare, 0.0))) * (tokens.bare - tokens.log_prob)
     total = tokens.summed(lift)
     asked = np.isfinite(total) & (tokens.counts > 0)
     result = np.zeros(len(total))

@@ -67,9 +67,9 @@ def test_one_wrong_token_counts_in_a_row_of_any_length_and_format_does_not() -> 
 def test_an_answer_that_its_prompt_does_not_help_belongs_elsewhere() -> None:
     generator, sizes = np.random.default_rng(0), [40] * 30
     gain = np.concatenate([generator.normal(0.0 if row < 10 else 1.0, 1.0, 40) for row in range(30)])
-    rows = [[(1, -1.0)] * 40 for _ in sizes]
+    rows = [[(1, -6.0)] * 40 for _ in sizes]
     swapped = np.arange(30) < 10
-    score = score_rows(tokens_of(rows, (-1.0 - gain).tolist()))
+    score = score_rows(tokens_of(rows, (-6.0 - gain).tolist()))
     found = score.scores["elsewhere"]
     assert apart(found, swapped) == 1.0 and (found[swapped] > 0).all() and (found[~swapped] < 0).all()
     # The ratio of the two densities, with the mean of right answers from the file: sqrt(40) standard deviations.
@@ -78,7 +78,7 @@ def test_an_answer_that_its_prompt_does_not_help_belongs_elsewhere() -> None:
     parts = score.scores["odd"] + score.scores["answer"] + np.log((1 + np.exp(found)) / 2)
     assert score.scores["audit"] == pytest.approx(parts)
     assert apart(score.scores["audit"], swapped) == 1.0
-    nobody = score_rows(tokens_of(rows, (-1.0 + abs(gain)).tolist())).scores  # a prompt that helps no answer
+    nobody = score_rows(tokens_of(rows, (-6.0 + abs(gain)).tolist())).scores  # a prompt that helps no answer
     assert (nobody["elsewhere"] == 0).all()
     assert (score_rows(tokens_of(rows)).scores["elsewhere"] == 0).all()  # no prompt
 
