@@ -4,7 +4,7 @@
 
 Half of the rows are corrupted, once by each of three operations: a wrong final answer, another row's answer, five
 percent of the labels replaced. The statistics are those of the two passes of ``probe``, in float32. Rows that follow
-each other share a prompt, which is read once: that makes the benchmark twice as fast as three probes. Scores are the
+each other share a prompt, which is read once. Scores are the
 package's own.
 """
 
@@ -29,14 +29,15 @@ from torch import Tensor
 
 from deft_lightning import InstructionDataModule
 from deft_lightning.data.examples import Prepared
-from deft_lightning.data.loading.unprompted import frame_of_split, without_prompt
+from deft_lightning.data.loading.company import by_member, chains_of, groups_of
+from deft_lightning.data.loading.unprompted import Frame, frame_of_split
 from deft_lightning.data.noise import AnswerCorrupt, Noise, NoiseOp, ResponseSwap, TokenReplace
 from deft_lightning.functional import token_stats
 from deft_lightning.hashing import uniform
 from deft_lightning.probe.scores import Tokens, last_numbers, score_rows
 from deft_lightning.probe.truth import truth_record
 
-FIELDS = ("target", "correct", "log_prob", "collision", "bare")
+FIELDS = ("target", "correct", "log_prob", "collision")  # of a row with its prompt
 
 
 class Reader:
@@ -81,7 +82,8 @@ def modules(source: Any, tokenizer: str, style: str) -> dict[str, InstructionDat
     """Return the rows clean, and corrupted by each operation wherever it can be."""
     answer: Any = AnswerCorrupt(rate=1.0, style=style)
     operations: dict[str, list[NoiseOp]] = {
-        "clean": [], "AnswerCorrupt": [answer], "ResponseSwap": [ResponseSwap(rate=1.0)],
+        # Swapped among half of the rows: no answer stands in the file twice, once right and once wrong.
+        "clean": [], "AnswerCorrupt": [answer], "ResponseSwap": [ResponseSwap(rate=0.5)],
         "TokenReplace 5 %": [TokenReplace(rate=0.05)],
     }  # fmt: skip
     made = {}
@@ -99,33 +101,44 @@ def read(model: str, data: dict[str, InstructionDataModule], say: Callable[[int]
     from transformers import AutoModelForCausalLM
 
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-    with_prompt, without = Reader(loaded), Reader(loaded)
-    clean = data["clean"]
+    reader, clean = Reader(loaded), data["clean"]
     count = clean.size("train")
-    frame = frame_of_split(count, partial(clean.example, "train"))
-    rows: dict[str, list[Any]] = {name: [] for name in data if name != "clean"}
+    rows: dict[str, list[tuple[bool, Prepared, dict[str, Any]]]] = {name: [] for name in data if name != "clean"}
 
     def tokens(row: Prepared) -> dict[str, Any]:
-        bare = without_prompt(row, frame)
-        chance = np.full(int((row.labels[1:] != -100).sum()), np.nan) if bare is None else without.stats(bare)[2]
-        return dict(zip(FIELDS, (*with_prompt.stats(row), chance), strict=True))
+        return dict(zip(FIELDS, reader.stats(row), strict=True))
 
     for at in range(count):
-        own = clean.example("train", at)
-        noisy = {name: data[name].example("train", at) for name in rows} if uniform("half", own.id) < 0.5 else {}
-        kept = tokens(own) if len(noisy) < len(rows) or not noisy else None
+        own, half = clean.example("train", at), uniform("half", clean.example("train", at).id) < 0.5
+        kept = tokens(own)
         for name in rows:
-            if name in noisy and (noisy[name].noise_code > 0).any():
-                rows[name].append((True, tokens(replace(noisy[name], weight=None))))
-            elif name not in noisy:
-                rows[name].append((False, kept))
+            row = replace(data[name].example("train", at), weight=None)
+            picked = half or name == "ResponseSwap"
+            if picked and (row.noise_code > 0).any():
+                rows[name].append((True, row, tokens(row)))
+            elif not half or name == "ResponseSwap":
+                rows[name].append((False, own, dict(kept)))
         say(at + 1)
-    return rows
+    frame = frame_of_split(count, partial(clean.example, "train"))
+    for of_operation in rows.values():
+        for at, chance in in_company([row for _, row, _ in of_operation], frame, reader).items():
+            of_operation[at][2]["bare"] = chance
+    return {name: [(noisy, values) for noisy, _, values in of_operation] for name, of_operation in rows.items()}
+
+
+def in_company(rows: Sequence[Prepared], frame: Frame, reader: Reader) -> dict[int, Any]:
+    """Return ``log q`` of the labels of each row, after other answers and without its prompt."""
+    values: dict[int, Any] = {}
+    for group in groups_of(range(len(rows))):
+        chains, whole = chains_of(group, rows.__getitem__, frame)
+        values |= by_member(chains, [reader.stats(chain.row)[2] for chain in chains])
+        values |= {at: np.full_like(values[at], np.nan) for at in whole}
+    return values
 
 
 def scored(rows: Sequence[Any], text: Callable[[int], str]) -> tuple[Tokens, list[bool]]:
     """Return rows as the scores want them."""
-    arrays = {field: np.concatenate([row[field] for _, row in rows]) for field in FIELDS}
+    arrays = {field: np.concatenate([row[field] for _, row in rows]) for field in (*FIELDS, "bare")}
     counts = np.array([len(row["target"]) for _, row in rows])
     numbers = {field: arrays[field].astype(np.float64) for field in ("log_prob", "collision", "bare")}
     number, last = last_numbers(counts, [text(int(token)) for token in arrays["target"]])
