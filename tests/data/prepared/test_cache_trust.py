@@ -143,11 +143,13 @@ class Marks:
 
 
 def pickled_counts(folder: Path, marker: Path) -> None:
-    np.save(folder / "counts.npy", np.array([Marks(marker)], dtype=object), allow_pickle=True)
+    for name in ("counts.npy", "all_counts.npy"):
+        np.save(folder / name, np.array([Marks(marker)], dtype=object), allow_pickle=True)
 
 
 def plain_pickle(folder: Path, marker: Path) -> None:
-    (folder / "counts.npy").write_bytes(pickle.dumps(Marks(marker)))
+    for name in ("counts.npy", "all_counts.npy"):
+        (folder / name).write_bytes(pickle.dumps(Marks(marker)))
 
 
 def extension_type(folder: Path, marker: Path) -> None:
