@@ -11,17 +11,13 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from deft_lightning._version import __version__
 from deft_lightning.data import InstructionDataModule
 from deft_lightning.data.examples import Floats
-from deft_lightning.data.loading.collate import TrainCollator
-from deft_lightning.data.loading.company import Chain, by_member, chains_of, groups_of
 from deft_lightning.data.loading.dataset import PreparedDataset
-from deft_lightning.data.loading.packing import bounded_batches
-from deft_lightning.data.loading.unprompted import Unprompted, frame_of_split
+from deft_lightning.data.loading.unprompted import Unprompted
 from deft_lightning.data.prepared.cache import cache_root
 from deft_lightning.data.progress import progress
 from deft_lightning.errors import UserError
-from deft_lightning.evaluation.generate import positions
 from deft_lightning.models.fingerprint import fingerprint
-from deft_lightning.probe.bare import BATCH_TOKENS, answer_log_prob
+from deft_lightning.probe.bare import AnswerReader
 from deft_lightning.training.distributed import gather, ranks
 
 WINDOW = 64  # groups of answers whose rows are put into batches of like length
@@ -41,7 +37,7 @@ class UnpromptedPass:
 
     def key(self, split: str, model: str) -> str:
         """Return the name of the result for a split and the fingerprint of a model."""
-        return hashlib.sha256(repr([__version__, "in company", self.about, split, model]).encode()).hexdigest()[:16]
+        return hashlib.sha256(repr([__version__, "better read", self.about, split, model]).encode()).hexdigest()[:16]
 
     def attach(self, split: str, rows: PreparedDataset, model: str, pad_id: int, now: bool) -> None:
         """Give rows the chance of their labels; every rank has to call it.
@@ -77,36 +73,33 @@ class UnpromptedPass:
 
     def _compute(self, split: str, rows: PreparedDataset, pad_id: int) -> Unprompted:
         count, world, rank = len(rows.examples), ranks(), self.module.global_rank
-        frame, collate, values = frame_of_split(count, rows.example), TrainCollator(pad_id), dict[int, Floats]()
-        limit, whole = positions(self.module.model), 0
-        groups = groups_of(range(count))
-        own = groups[rank::world]
-        windows = [own[at : at + WINDOW] for at in range(0, len(own), WINDOW)]
-        spare = groups[:1]  # a rank without examples runs the model with the others
+        reader = AnswerReader(self.module, (count, rows.example), pad_id, self.module.device)
+        values, whole = dict[int, Floats](), 0
         was_training = self.module.training
         self.module.eval()
         try:
+            groups = reader.groups(range(count))
+            own = groups[rank::world]
+            windows = [own[at : at + WINDOW] for at in range(0, len(own), WINDOW)]
             with progress(None, f"{split}: answers without their prompts", sum(len(g.members) for g in own)) as bar:
-                for step in range(max(gather(len(windows)))):
-                    chains = list[Chain]()
-                    for group in windows[step] if step < len(windows) else spare:
-                        some, alone = chains_of(group, rows.example, frame, limit)
-                        chains += some
-                        whole += len(alone) if step < len(windows) else 0
-                    batches = bounded_batches([len(chain.row.input_ids) for chain in chains], BATCH_TOKENS, 0)
-                    for turn in range(max(gather(len(batches)))):  # ranks that share weights run the model together
-                        batch = [chains[place] for place in batches[min(turn, len(batches) - 1)]]
-                        given = collate([chain.row for chain in batch])
-                        values |= by_member(batch, answer_log_prob(self.module, given, self.module.device))
-                        fresh = step < len(windows) and turn < len(batches)
-                        bar.update(sum(len(chain.members) for chain in batch) if fresh else 0)
+                for step in range(max(gather(len(windows)))):  # ranks that share weights run the model together
+                    fresh = step < len(windows)  # a rank without examples reads the first ones again
+                    chains, without = reader.chains(windows[step] if fresh else groups[:1])
+                    whole += len(without) if fresh else 0
+                    batches = reader.batches(chains)
+                    for turn in range(max(gather(len(batches)))):
+                        batch = batches[min(turn, len(batches) - 1)]
+                        values |= reader.read(batch)
+                        new = fresh and turn < len(batches)
+                        bar.update(sum(len(chain.members) for chain in batch) if new else 0)
         finally:
             self.module.train(was_training)
         merged = {at: row for part in gather(values) for at, row in part.items()}
         whole = sum(gather(whole))
+        way = "one after another" if any(len(group.members) > 1 for group in groups) else "each alone"
         rank_zero_info(
-            f"{split}: chance of {count:,} answers without their prompts, of which {frame.before} tokens in front and"
-            f" {frame.after} before each answer stay; the model reads them one after another"
+            f"{split}: chance of {count:,} answers without their prompts, read {way}; {reader.frame.before} tokens in"
+            f" front and {reader.frame.after} before each answer stay"
         )
         if whole:
             rank_zero_warn(

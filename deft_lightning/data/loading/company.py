@@ -2,7 +2,8 @@
 
 What a model says of an answer that stands alone is mostly surprise at the format: which words answers begin with, how
 long they are, what they are about. Any prompt of the file takes that surprise away, also from an answer that belongs to
-another prompt. After a few other answers there is none, and what a prompt adds is what it asks.
+another prompt. After a few other answers there is none, and what a prompt adds is what it asks. A model that has seen
+single rows alone makes nothing of others in front: it reads each answer alone (:func:`better_read`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from deft_lightning.functional import IGNORE_INDEX
 MEMBERS = 16  # answers of a group
 AHEAD, AHEAD_TOKENS = 4, 64  # other answers that are read before the first one of a chain, and their tokens, at most
 LONGEST = 384  # tokens of a chain, unless one answer is longer
+TRIED = 2  # groups that are read both ways
 
 
 class Group(NamedTuple):
@@ -126,6 +128,22 @@ def chains_of(
     for at, row in ((at, example(at)) for at in whole):
         chains.append(Chain(row, (at,), (int((row.labels[1:] != IGNORE_INDEX).sum()),)))
     return chains, whole
+
+
+def better_read(groups: list[Group], log_prob: Callable[[Sequence[Group]], float]) -> list[Group]:
+    """Return groups as the model reads them better: as they are, or each answer alone.
+
+    Args:
+        groups: As :func:`groups_of` returns them; the first :data:`TRIED` are read both ways.
+        log_prob: Returns ``sum log q`` of the labels of all members, in nats.
+    """
+    tried = groups[:TRIED]
+    return apart(groups) if log_prob(apart(tried)) > log_prob(tried) else groups
+
+
+def apart(groups: Sequence[Group]) -> list[Group]:
+    """Return the same examples in the same order, each a group of its own with nothing ahead of it."""
+    return [Group((), (at,)) for group in groups for at in group.members]
 
 
 def by_member(chains: Sequence[Chain], rows: Sequence[Floats]) -> dict[int, Floats]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 
 from deft_lightning.data.examples import Prepared
 from deft_lightning.data.loading import company
-from deft_lightning.data.loading.company import Group, by_member, chains_of, groups_of
+from deft_lightning.data.loading.company import Group, better_read, by_member, chains_of, groups_of
 from deft_lightning.data.loading.unprompted import Frame
 
 SYSTEM, HEADER, END = [1, 2], [7, 8], 9
@@ -35,6 +37,20 @@ def test_every_example_is_judged_once_and_never_ahead_of_itself(count: int) -> N
     assert groups_of(positions) == groups
     if count == 200:
         assert groups[0].members != tuple(positions[:16]), "neighbours in a file may be of one kind"
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_model_reads_answers_in_the_way_that_it_finds_more_probable(alone: bool) -> None:
+    groups, asked = groups_of(range(100)), list[int]()
+
+    def log_prob(some: Sequence[Group]) -> float:
+        asked.extend(at for group in some for at in group.members)
+        return -1.0 if (len(some[0].members) == 1) is alone else -2.0
+
+    read = better_read(groups, log_prob)
+    assert [at for group in read for at in group.members] == [at for group in groups for at in group.members]
+    assert all(group == Group((), group.members) and len(group.members) == 1 for group in read) is alone
+    assert (read == groups) is not alone and len(asked) == 2 * 32, "a few groups are tried, both ways"
 
 
 def test_a_row_is_the_frame_once_and_each_answer_with_its_header() -> None:
