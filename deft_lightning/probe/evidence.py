@@ -14,7 +14,6 @@ from torch import Tensor
 from deft_lightning.functional import TokenStats
 from deft_lightning.metrics import PackedHistogram, binned_auroc
 from deft_lightning.objectives import Contaminated, NoiseRates
-from deft_lightning.objectives.contaminated import open_to_choice
 from deft_lightning.objectives.noise_rates import HIGHEST, LOWEST, logit
 from deft_lightning.probe.bare import Bare
 from deft_lightning.probe.tally import FINE, squashed
@@ -101,37 +100,26 @@ class EvidenceTally:
         def summed(values: Tensor) -> Numbers:
             return torch.zeros(len(keep), dtype=torch.float64).index_add_(0, row, values.double()).numpy()
 
-        def room(noise: Tensor, mixture: Tensor, q: Tensor) -> Tensor:
-            return (
-                noise if bare is None else open_to_choice(noise, mixture, q)
-            )  # as in the objective with and without q
-
         # Answers without a prompt to leave out have word frequencies alone.
         alone = [None if bare is None else bare.of(at) for at in positions]
         counts = summed(torch.ones_like(log_prob))
         there = counts > 0
         rows = zip(alone, chance.split(counts.astype(int).tolist()), strict=True)
         asked = torch.cat([own if values is None else torch.from_numpy(values).double() for values, own in rows])
-        plain = TokenStats(log_prob, stats.collision, stats.entropy, stats.correct, chance=chance, example=row)
-        evidence, kept = [], []
-        model = Contaminated()
-        for odds in GRID.tolist():
-            rate = 1 / (1 + math.exp(-odds))
-            posterior = model.with_(rates=NoiseRates(0.5, rate)).posterior(plain)
-            # What the model says without the prompt has wrong tokens as well: else each token that neither knows would
-            # speak for the answer. Of word frequencies the mixture is what they are.
-            mixed = torch.logaddexp(asked + math.log1p(-rate), chance + math.log(rate))
-            by_mixed, by_chance = (
-                summed(posterior.mixture - room(noise, posterior.mixture, q))
-                for noise, q in ((mixed, asked), (chance, chance))
-            )
-            evidence.append(np.where(summed(mixed - chance) > 0, by_mixed, by_chance))
-            kept.append(summed(posterior.token))
         lift = summed(asked - chance)
-        gain = np.where(
-            lift > 0,
-            *(summed(log_prob - room(noise, log_prob, noise)) for noise in (asked, chance)),
+        # As for the objective: of two explanations by chance the better one counts, for all tokens of an answer.
+        better = None if bare is None else torch.where(torch.from_numpy(lift > 0)[row], asked, chance)
+        known = TokenStats(
+            log_prob, stats.collision, stats.entropy, stats.correct, chance=chance, answer_chance=better, example=row
         )
+
+        def judged(rate: float) -> tuple[Numbers, Numbers]:
+            """Return the evidence of the answers, and how many of their tokens are right, at a noise rate of tokens."""
+            posterior = Contaminated().with_(rates=NoiseRates(0.5, rate)).posterior(known)
+            return summed(posterior.evidence / posterior.size), summed(posterior.token)
+
+        evidence, kept = zip(*(judged(1 / (1 + math.exp(-odds))) for odds in GRID.tolist()), strict=True)
+        gain, _ = judged(0.0)
         sure = stats.collision >= SURE
         self._parts.append(
             Answers(

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from deft_lightning import InstructionDataModule
 from deft_lightning.data.examples import Prepared
-from deft_lightning.data.loading.company import by_member, chains_of, groups_of
+from deft_lightning.data.loading.company import Group, better_read, by_member, chains_of, groups_of
 from deft_lightning.data.loading.unprompted import Frame, frame_of_split
 from deft_lightning.data.noise import AnswerCorrupt, Noise, NoiseOp, ResponseSwap, TokenReplace
 from deft_lightning.functional import token_stats
@@ -129,10 +129,17 @@ def read(model: str, data: dict[str, InstructionDataModule], say: Callable[[int]
 def in_company(rows: Sequence[Prepared], frame: Frame, reader: Reader) -> dict[int, Any]:
     """Return ``log q`` of the labels of each row, after other answers and without its prompt."""
     values: dict[int, Any] = {}
-    for group in groups_of(range(len(rows))):
-        chains, whole = chains_of(group, rows.__getitem__, frame)
-        values |= by_member(chains, [reader.stats(chain.row)[2] for chain in chains])
-        values |= {at: np.full_like(values[at], np.nan) for at in whole}
+
+    def read(groups: Sequence[Group]) -> float:
+        total = 0.0
+        for group in groups:
+            chains, whole = chains_of(group, rows.__getitem__, frame)
+            found = by_member(chains, [reader.stats(chain.row)[2] for chain in chains])
+            values.update({at: np.full_like(row, np.nan) if at in whole else row for at, row in found.items()})
+            total += sum(float(row.sum()) for row in found.values())
+        return total
+
+    read(better_read(groups_of(range(len(rows))), read))
     return values
 
 

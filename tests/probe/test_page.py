@@ -85,9 +85,10 @@ def test_gate_of_contaminated_is_the_posterior_by_hand() -> None:
     p, u, q = log_prob.exp(), chance.exp(), asked.exp()
     for answer in range(3):
         own = example == answer
-        a, b, mixed = 0.9 * p[own] + 0.1 * u[own], u[own], 0.9 * q[own] + 0.1 * u[own]
-        noise = max(float(b.log().sum()), float(mixed.log().sum()))
-        odds = float(a.log().sum()) - noise - math.log(0.3 / 0.7)
+        a, best = 0.9 * p[own] + 0.1 * u[own], q[own] if q[own].prod() > u[own].prod() else u[own]
+        # What chance is sure of is hardly evidence.
+        evidence = ((1 - best) * (a / (0.9 * best + 0.1 * u[own])).log()).sum()
+        odds = float(evidence) - math.log(0.3 / 0.7)
         expected = 0.9 * p[own] / a / (1 + math.exp(-odds))
         torch.testing.assert_close(gate[own], expected)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,7 +27,7 @@ def contaminated_gate(
     Returns:
         Shape ``(N,)``, in ``[0, 1]``.
     """
-    gain = torch.zeros_like(log_prob).index_add_(0, example, _mixed(unprompted, chance, rates.tokens) - chance)
+    gain = torch.zeros_like(log_prob).index_add_(0, example, unprompted - chance)
     stats = TokenStats(
         log_prob, collision=torch.ones_like(log_prob), entropy=torch.zeros_like(log_prob),
         correct=torch.ones_like(example, dtype=torch.bool), chance=chance,
@@ -36,7 +35,3 @@ def contaminated_gate(
     )  # fmt: skip
     model = Contaminated(chance="unigram", answer_chance="unprompted")
     return model.with_(rates=rates).gate(stats)
-
-
-def _mixed(unprompted: Tensor, chance: Tensor, rate: float) -> Tensor:
-    return torch.logaddexp(unprompted + float(np.log1p(-rate)), chance + float(np.log(rate)))
