@@ -480,7 +480,7 @@ def test_two_weights_for_one_row_are_refused(rows: str, whole: InstructionDataMo
         ("audit.jsonl", b'{"id": "a", "rank": "first"}\n', "field 'rank': expected a whole number from 1"),
         ("audit.jsonl", b"[" * 100_000, "is"), ("audit.csv", b"id,prompt\n,q\n", "is no row of an audit"),
         ("audit.txt", b'{"id": "a"}\n', "unknown file type '.txt'"),
-        ("audit.jsonl.gz", gzip.compress(b'{"id": "a", "weight": 1}\n')[:-6], "cut short or damaged"),
+        ("audit.jsonl.gz", gzip.compress(b'{"id": "a", "weight": 1}\n', mtime=0)[:-6], "cut short or damaged"),
     ],
 )  # fmt: skip
 def test_a_file_that_is_no_audit_gets_one_line(
