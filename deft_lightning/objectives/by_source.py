@@ -41,6 +41,16 @@ class TrackedSources(NamedTuple):
         picked = dict(self.owner.split(stats))
         return torch.cat([tracked.sums(stats.select(picked[name])) for name, tracked in self.parts.items()])
 
+    @property
+    def sampled(self) -> bool:
+        """Whether one of them wants a sample before the first step."""
+        return any(tracked.sampled for tracked in self.parts.values())
+
+    def begin(self, stats: TokenStats) -> tuple[float, ...]:
+        """Return what each begins with, one after another."""
+        picked = dict(self.owner.split(stats))
+        return tuple(v for name, part in self.parts.items() for v in part.begin(stats.select(picked[name])))
+
     def fold(self, memory: Sequence[float], sums: Sequence[float]) -> tuple[float, ...]:
         """Return the memories after a step with these sums, one after another."""
         folded: list[float] = []

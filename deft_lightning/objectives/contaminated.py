@@ -17,7 +17,7 @@ from torch.nn.functional import logsigmoid
 from deft_lightning.errors import UserError
 from deft_lightning.functional import TokenStats
 from deft_lightning.objectives.base import Objective
-from deft_lightning.objectives.noise_rates import NoiseRates, TrackedRates, logit
+from deft_lightning.objectives.noise_rates import LOWEST, TELLING, NoiseRates, TrackedRates, logit, rate_by_em
 from deft_lightning.objectives.run_state import Needs, RunState
 
 TokenChance = Literal["unigram", "marginal", "least", "unprompted"]
@@ -65,7 +65,8 @@ class Contaminated(Objective):
     ``noise/estimated`` and ``noise/estimated_tokens`` log them. Source: Huber (1964); as a gate over tokens, this
     package.
 
-    Called outright, without a run, the rates are `start`.
+    Before the first step ``e1`` is estimated on a sample of the training answers, unless the model finds fewer than one
+    in ten of them better than chance: then, and outside a run, the rates begin at 0.01.
 
     Args:
         level: `token` judges tokens alone (``w = 1``), `answer` whole answers alone (``e2 = 0``), `both` does both.
@@ -74,7 +75,7 @@ class Contaminated(Objective):
             of the answer without its prompt before training.
         answer_chance: ``u`` of the sum over an answer. `best` is of `least` and `unprompted` the one that explains the
             answer better; null is that of tokens.
-        start: Rates of the first step, in ``[0, 1)``.
+        start: Rates of the first step, in ``[0, 1)``, in place of the estimate.
         decay: What a rate keeps of itself in a step, in ``[0, 1)``.
         opening: Share of the optimizer steps, from the first, in which the gate is at least a tenth of the collision
             probability: a model that is sure of another rule is freed by it.
@@ -87,7 +88,7 @@ class Contaminated(Objective):
     level: Level = "both"
     chance: TokenChance = "least"
     answer_chance: AnswerChance | None = "best"
-    start: float = 0.01
+    start: float | None = None
     decay: float = 0.9
     opening: float = 0.0
     rates: NoiseRates = field(default=NoiseRates(0.0, 0.0), init=False)
@@ -100,15 +101,19 @@ class Contaminated(Objective):
             word = getattr(self, name)
             if word not in words and not (name == "answer_chance" and word is None):
                 raise UserError(f"Contaminated: {name} must be one of {', '.join(words)}, not {word!r}")
-        for name, share in (("start", self.start), ("decay", self.decay)):
+        for name, share in (("start", self._start), ("decay", self.decay)):
             if not 0.0 <= share < 1.0:
                 raise UserError(f"Contaminated: {name} {share} is outside [0, 1)")
         if not 0.0 <= self.opening <= 1.0:
             raise UserError(f"Contaminated: opening {self.opening} is outside [0, 1]")
         object.__setattr__(self, "rates", self._started())
 
+    @property
+    def _start(self) -> float:
+        return LOWEST if self.start is None else self.start
+
     def _started(self) -> NoiseRates:
-        return NoiseRates(0.0 if self.level == "token" else self.start, 0.0 if self.level == "answer" else self.start)
+        return NoiseRates(0.0 if self.level == "token" else self._start, 0.0 if self.level == "answer" else self._start)
 
     @property
     def needs(self) -> Needs:
@@ -129,7 +134,7 @@ class Contaminated(Objective):
     @property
     def tracks(self) -> TrackedRates:
         """Its noise rates."""
-        return TrackedRates(self, self.decay, self._started())
+        return TrackedRates(self, self.decay, self._started(), self.start is None and self.level != "token")
 
     def at(self, state: RunState) -> Objective:
         """Return it with the rates of this point of the run."""
@@ -144,6 +149,23 @@ class Contaminated(Objective):
         """
         rates = self.tracks.fold(self.rates, self.noise_sums(stats).tolist())
         return self.with_(rates=NoiseRates(*rates))
+
+    @torch.no_grad()
+    def rates_on(self, stats: TokenStats) -> NoiseRates:
+        """Return the rates to begin with: that of answers by EM on a sample, that of tokens as it is.
+
+        Where the estimate is above 0.9 the model tells nothing of the answers, and their rate stays too.
+
+        Args:
+            stats: Statistics of the sample with chance and answers, of the model before training.
+        """
+        found = self.posterior(stats.detach())
+        weight = torch.ones_like(found.size) if stats.weight is None else stats.weight
+        each = (weight / found.size).double()
+        if not float(each.sum()) > 0:
+            return self.rates
+        rate = rate_by_em(found.evidence.double(), each, LOWEST)
+        return self.rates._replace(answers=rate) if rate <= TELLING else self.rates
 
     def posterior(self, stats: TokenStats) -> Posterior:
         """Return what the noise model makes of tokens; differentiable in ``log p`` through the mixture alone.

@@ -6,12 +6,17 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from deft_lightning.functional import TokenStats
 from deft_lightning.objectives.run_state import RunState
 
 LOWEST, HIGHEST = 0.01, 0.95  # rates that EM may reach: at 0 and at 1 it would stay for ever
+TELLING = (
+    0.9  # an estimate above: fewer than one answer in ten looks right to the model, which so tells nothing of them
+)
+STEPS, SETTLED = 1000, 1e-5  # EM on a sample ends where the rate does not move any more
 
 
 class NoiseRates(NamedTuple):
@@ -32,6 +37,9 @@ class NoiseModel(Protocol):
     def noise_sums(self, stats: TokenStats) -> Tensor:
         """Return posterior sums, shape ``(4,)``."""
 
+    def rates_on(self, stats: TokenStats) -> NoiseRates:
+        """Return the rates by EM on a sample of answers."""
+
 
 class TrackedRates(NamedTuple):
     """What a run adds up for an objective with noise rates: one step of EM for each optimizer step.
@@ -39,12 +47,14 @@ class TrackedRates(NamedTuple):
     Attributes:
         objective: As it is in force.
         decay: What the old rate keeps of itself in a step, in ``[0, 1)``.
-        start: Rates of the first step.
+        start: Rates of the first step, where no sample says better.
+        sampled: Whether a sample of answers is read before the first step.
     """
 
     objective: NoiseModel
     decay: float
     start: NoiseRates
+    sampled: bool = False
 
     @property
     def sizes(self) -> tuple[int, int]:
@@ -54,6 +64,10 @@ class TrackedRates(NamedTuple):
     def sums(self, stats: TokenStats) -> Tensor:
         """Return posterior sums of the tokens of a micro-batch, shape ``(4,)``, float64: noise and all, by level."""
         return self.objective.noise_sums(stats)
+
+    def begin(self, stats: TokenStats) -> tuple[float, ...]:
+        """Return the memory of a run whose training answers are like these."""
+        return tuple(self.objective.rates_on(stats)) if self.sampled else tuple(self.start)
 
     def fold(self, memory: Sequence[float], sums: Sequence[float]) -> tuple[float, ...]:
         """Return the rates after a step whose sums over all ranks are known."""
@@ -73,6 +87,22 @@ class TrackedRates(NamedTuple):
     def logged(self, state: RunState) -> dict[str, float]:
         """Return the rates."""
         return dict(zip(("noise/estimated", "noise/estimated_tokens"), state.rates, strict=True))
+
+
+def rate_by_em(evidence: Tensor, weight: Tensor, start: float) -> float:
+    """Return the noise rate of answers at which EM stays; its likelihood has one maximum.
+
+    Args:
+        evidence: How much better the model explains each answer than chance does, in nats, shape ``(n,)``.
+        weight: What each counts, shape ``(n,)``, with a sum above 0.
+        start: Rate to begin with.
+    """
+    rate = start
+    for _ in range(STEPS):
+        before, rate = rate, bounded(float((torch.sigmoid(logit(rate) - evidence) * weight).sum() / weight.sum()))
+        if abs(rate - before) < SETTLED:
+            break
+    return rate
 
 
 def logit(rate: float) -> float:

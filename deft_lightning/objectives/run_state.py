@@ -45,6 +45,13 @@ class Tracked(Protocol):
     def sizes(self) -> tuple[int, int]:
         """How many numbers the sums are, and the memory after a first step."""
 
+    @property
+    def sampled(self) -> bool:
+        """Whether a sample of the training data is read before the first step, for :meth:`begin`."""
+
+    def begin(self, stats: TokenStats) -> tuple[float, ...]:
+        """Return the memory to begin with, from the tokens of a sample before the first step."""
+
     def sums(self, stats: TokenStats) -> Tensor:
         """Return what is added up of the tokens of a micro-batch: shape ``(k,)``, float64."""
 
@@ -80,9 +87,18 @@ class TrackedGate(NamedTuple):
     decay: float
 
     @property
+    def sampled(self) -> bool:
+        """It begins with nothing."""
+        return False
+
+    @property
     def sizes(self) -> tuple[int, int]:
         """Numbers in the sums and in the memory."""
         return 2, 2
+
+    def begin(self, stats: TokenStats) -> tuple[float, ...]:
+        """Return the memory before the first step."""
+        return 0.0, 0.0
 
     def sums(self, stats: TokenStats) -> Tensor:
         """Return the sum of the gates, each times its weight, and of the weights."""

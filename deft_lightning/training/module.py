@@ -24,6 +24,7 @@ from deft_lightning.training.by_source import by_source
 from deft_lightning.training.context import context_of
 from deft_lightning.training.course import Course
 from deft_lightning.training.distributed import ranks
+from deft_lightning.training.first_rates import begin_rates
 from deft_lightning.training.hyper_parameters import hyper_parameters
 from deft_lightning.training.loss import NoObjective, facts_of
 from deft_lightning.training.meters import Meters
@@ -210,6 +211,9 @@ class SFTModule(LightningModule):
         self.meters.to(self.device)
         self.normaliser.forget()
         self.settle_chance()
+        if not self.normaliser.memory and not self.tokens_seen:
+            self.normaliser.memory = begin_rates(self, self.current_objective.tracks)
+            self.course.begin(self.objective, True, self.normaliser.memory)
         self.course.plan(self.trainer, self.objective)
 
     def settle_chance(self) -> None:

@@ -15,7 +15,7 @@ from worlds import random_context
 
 from deft_lightning.errors import UserError
 from deft_lightning.functional import TokenContext, TokenStats, token_loss, token_stats
-from deft_lightning.objectives import NLL, BySource, Contaminated, NoiseRates, Rescaled, RunState
+from deft_lightning.objectives import DEFT, NLL, BySource, Contaminated, NoiseRates, Rescaled, RunState
 
 quick = settings(deadline=None, max_examples=30, derandomize=True)
 levels = pytest.mark.parametrize("level", ["both", "token", "answer"])
@@ -258,6 +258,46 @@ def test_a_step_of_em_is_the_mean_posterior_that_enters_with_its_share() -> None
     noise = (found.answer * (1 - found.token)).sum() / found.answer.sum()
     wanted = NoiseRates(0.75 * 0.3 + 0.25 * float(wrong), 0.75 * 0.2 + 0.25 * float(noise))
     assert there.updated(stats).rates == pytest.approx(wanted, rel=1e-12)
+
+
+@pytest.mark.parametrize("e1", [0.05, 0.3, 0.6, 0.8])
+def test_a_sample_before_the_first_step_gives_the_rate_that_answers_were_drawn_with(e1: float) -> None:
+    stats, there = world(e1, 0.01, seed=int(100 * e1) + 1), Contaminated()
+    assert there.tracks.sampled and there.rates == (0.01, 0.01)
+    memory = there.tracks.begin(stats)
+    assert memory[0] == pytest.approx(e1, abs=0.03) and memory[1] == 0.01, "the rate of tokens waits for training"
+    assert there.at(there.tracks.told(memory, 1.0)).rates == memory
+
+
+def test_a_sample_of_which_the_model_knows_nothing_gives_no_rate() -> None:
+    """Fewer than one answer in ten looks right: it may be all noise, or a model that has yet to learn the task."""
+    stats = world(0.97, 0.01, seed=3)
+    assert Contaminated().tracks.begin(stats) == (0.01, 0.01)
+    nothing = stats.select(torch.zeros(0, dtype=torch.long))
+    assert Contaminated().tracks.begin(nothing) == (0.01, 0.01)
+
+
+def test_a_rate_that_is_given_is_the_first_and_tokens_alone_ask_for_no_sample() -> None:
+    stats = world(0.5, 0.01, seed=4)
+    given, tokens = Contaminated(start=0.2), Contaminated(level="token")
+    assert not given.tracks.sampled and given.tracks.begin(stats) == (0.2, 0.2)
+    assert not tokens.tracks.sampled and tokens.tracks.begin(stats) == (0.0, 0.01)
+
+
+def test_sources_begin_with_rates_of_their_own() -> None:
+    noisy, clean = world(0.6, 0.01, seed=5, count=1500), world(0.05, 0.01, seed=6, count=1500)
+    assert clean.example is not None
+    clean = clean._replace(example=clean.example + 1500)
+    stats = TokenStats(*(None if one[0] is None else torch.cat(one) for one in zip(noisy, clean, strict=True)))  # type: ignore[arg-type]
+    stats = stats._replace(source=torch.arange(2).repeat_interleave(9000) - 1)
+    own = {"clean": Contaminated(), "given": Contaminated(start=0.2), "scaled": Rescaled(base=DEFT())}
+    objective = BySource(base=Contaminated(), own=own)
+    assert objective.tracks is not None and objective.tracks.sampled
+    memory = objective.tracks.begin(stats)
+    assert len(memory) == objective.tracks.sizes[1]
+    assert memory[0] == pytest.approx(0.6, abs=0.04) and memory[2] == pytest.approx(0.05, abs=0.03)
+    assert memory[4:] == (0.2, 0.2, 0.0, 0.0)
+    assert objective.tracks.told(memory, 1.0).mean_gate == 1.0, "a mean gate begins at 1"
 
 
 @pytest.mark.parametrize(("log_prob", "chance", "end"), [(0.0, -30.0, 0.01), (-30.0, -0.01, 0.95)])

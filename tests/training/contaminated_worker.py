@@ -21,8 +21,8 @@ from deft_lightning.objectives import Contaminated, Objective
 NOISE = Noise(ops=[ResponseSwap(rate=0.5)])
 NOISY: Objective = Contaminated(chance="least", answer_chance="unigram", decay=0.5, start=0.3)
 
-# The default chances, one of them what the model says of an answer without its prompt.
-BEST: Objective = Contaminated(decay=0.5, start=0.3)
+# The default chances, one of them what the model says of an answer without its prompt, and the rate of a sample.
+BEST: Objective = Contaminated(decay=0.5)
 
 
 def train(

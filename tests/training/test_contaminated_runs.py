@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from contaminated_worker import BEST, NOISY, found, train
@@ -12,6 +14,7 @@ from lightning.pytorch import Callback
 from start_ranks import run_ranks
 from test_module import loader
 from worlds import (
+    adam,
     bare_trainer,
     constant,
     largest_difference,
@@ -24,8 +27,9 @@ from worlds import (
 
 from deft_lightning import SFTModule
 from deft_lightning.callbacks import Checkpoint
+from deft_lightning.data.noise import Noise, ResponseSwap
 from deft_lightning.errors import UserError
-from deft_lightning.objectives import Contaminated, Objective
+from deft_lightning.objectives import NLL, Contaminated, Objective
 
 pytestmark = pytest.mark.slow
 
@@ -141,6 +145,47 @@ def test_a_step_that_is_left_out_leaves_rates_and_mean_prediction_alone(world: P
     assert at[0] == before[0] != after[0]
     assert torch.equal(at[1], before[1]) and not torch.equal(after[1], at[1])
     assert all(0.01 <= rate <= 0.95 for rate in after[0])
+
+
+def test_a_run_begins_with_the_rate_of_its_sample_and_one_that_goes_on_keeps_its_own(
+    world: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A model that knows the names, of which half are swapped."""
+
+    class Rates(Callback):
+        def __init__(self, stop: int = 100) -> None:
+            self.seen, self.stop = list[Any](), stop
+
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+            self.seen.append(pl_module.current_objective.rates)
+
+        def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+            trainer.should_stop = trainer.global_step >= self.stop
+
+    train(world, objective=Contaminated(level="token"), max_epochs=1)
+    assert "before the first step" not in caplog.text
+    data = {"noise": Noise(ops=[ResponseSwap(rate=0.5, exact=True)])}
+    save_tiny_llama(tmp_path / "young" / "pretrained", 0.6, num_hidden_layers=2)
+    letters = np.random.default_rng(0).choice(list("abcdefghijklmnop"), (32, 6)).tolist()
+    for folder in (tmp_path, tmp_path / "young"):
+        names = [{"question": f"{i:02d}?", "answer": "".join(row)} for i, row in enumerate(letters)]
+        write_rows(folder / "rows.jsonl", names)
+    teach: dict[str, Any] = {"max_epochs": 200, "model": {"optimizer": partial(adam, lr=3e-3)}}
+    taught = train(tmp_path / "young", {"noise": Noise()}, objective=NLL(), **teach)
+    taught.trainer.export(taught, output=str(tmp_path / "pretrained"), datamodule=taught.trainer.datamodule)
+    counted = Contaminated(decay=0.5, answer_chance="unigram")
+    first, second = Rates(stop=2), Rates()
+    saved = Checkpoint(dirpath=str(tmp_path / "kept"))
+    train(tmp_path, data, saved, first, objective=counted)
+    told = caplog.text
+    caplog.clear()
+    assert 0.3 < first.seen[0].answers < 0.7 and first.seen[0].tokens == 0.01
+    assert f"noise/estimated before the first step, on 32 answers: {first.seen[0].answers:.2f}" in told
+    after = train(tmp_path, data, second, objective=counted, ckpt_path=str(tmp_path / "kept" / "last.ckpt"))
+    assert "before the first step" not in caplog.text
+    assert second.seen[0] != first.seen[0] and len(second.seen) == 6
+    whole = train(tmp_path, data, objective=counted)
+    assert same_state(whole.model, after.model) and whole.normaliser.memory == after.normaliser.memory
 
 
 def test_rates_are_logged(world: Path) -> None:
