@@ -12,9 +12,10 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from deft_lightning.atomic import whole_file
 from deft_lightning.cli.config_files import MODE, bounded
+from deft_lightning.cli.help import WHOLE, short_help
 from deft_lightning.cli.messages import one_line
 from deft_lightning.cli.shipped import resolved
-from deft_lightning.cli.verbs import PROGRAM
+from deft_lightning.cli.verbs import PROGRAM, VERBS
 from deft_lightning.data import known_noise
 from deft_lightning.errors import UserError
 from deft_lightning.evaluation import BENCHMARKS
@@ -36,7 +37,13 @@ def _choices() -> str:
 
 
 class DeftParser(LightningArgumentParser):
-    """A parser whose errors are one line that names the option and what comes close."""
+    """A parser whose errors are one line that names the option and what comes close.
+
+    Attributes:
+        whole: Whether the help is to be Lightning's, with every word of each option.
+    """
+
+    whole = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs.setdefault("allow_abbrev", False)  # an abbreviation that is unique today is ambiguous tomorrow
@@ -47,9 +54,13 @@ class DeftParser(LightningArgumentParser):
 
     def parse_args(self, args: Any = None, *rest: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
         """Parse a command line; files that it names are bounded, and no key in them is lost."""
+        given = resolved(sys.argv[1:] if args is None else args)
+        if self.prog == PROGRAM:  # that of a verb is called with the rest
+            DeftParser.whole = WHOLE in given
+        given = ["--help" if word == WHOLE else word for word in given]
         try:
             with bounded():
-                namespace = super().parse_args(resolved(sys.argv[1:] if args is None else args), *rest, **kwargs)
+                namespace = super().parse_args(given, *rest, **kwargs)
         except ImportError as error:  # of what opens an address such as s3://
             raise UserError(f"{error} (named by an option or a configuration)") from None
         for group in self.groups or {}:
@@ -63,7 +74,11 @@ class DeftParser(LightningArgumentParser):
             super().save(cfg, str(partial), *args, **kwargs)
 
     def format_help(self, *args: Any, **kwargs: Any) -> str:
-        """Return the help without the backspace by which jsonargparse joins `--print_config` and its flags."""
+        """Return the help of a verb, short unless the whole was asked for."""
+        verb = VERBS.get(self.prog.split()[-1])
+        if verb is not None and not DeftParser.whole:
+            return short_help(self, f"{verb.help}.", _choices())
+        # Without the backspace by which jsonargparse joins `--print_config` and its flags.
         return super().format_help(*args, **kwargs).replace(" \b", "")
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:

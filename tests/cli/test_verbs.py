@@ -41,7 +41,7 @@ def test_the_table_has_ten_verbs_with_a_home_and_a_line_each() -> None:
 @pytest.mark.slow
 def test_the_help_of_a_verb_has_no_control_characters() -> None:
     """One that is printed is shown escaped: a backspace of the parser's was."""
-    done = started("export", "--help")
+    done = started("export", "--help=all")
     assert "--print_config[=flags]" in done.stdout and "\\x" not in done.stdout and "\b" not in done.stdout
 
 

@@ -151,7 +151,7 @@ def test_the_help_and_a_wrong_share_are_one_line(
     with pytest.raises(SystemExit):
         main()
     text = " ".join(capsys.readouterr().out.split())
-    assert re.search(r"--data.exclude EXCLUDE Audit of the training rows", text)
+    assert re.search(r"--data.exclude Audit of the training rows", text)
     assert "a share of those that it ranks (5%), or a count (50)" in text
     source = write_rows(tmp_path / "rows.jsonl", table())
     for given in ("5 percent", "0.05"):
