@@ -17,10 +17,9 @@ from deft_lightning.functional import TokenStats
 from deft_lightning.metrics import Histogram, PackedHistogram
 from deft_lightning.objectives import Contaminated, Needs, NoiseRates
 from deft_lightning.objectives.contaminated import answers_of
-from deft_lightning.objectives.noise_rates import LOWEST, bounded
+from deft_lightning.objectives.noise_rates import LATEST, LOWEST, bounded
 
 ANSWERS, TOKENS, TRUE_ANSWERS, TRUE_TOKENS = range(4)  # rows
-LATEST = 0.1  # what a report counts at least; the first ones count alike
 STABLE, SPREAD = 5, 0.05  # reports within which the estimate has moved by less than this
 ALARM = 1 / 3
 

@@ -6,28 +6,12 @@ from collections import deque
 from statistics import fmean
 
 from lightning_utilities.core.rank_zero import rank_zero_warn
-from torch import Tensor
 
-from deft_lightning.functional import TokenStats
-
-CONCENTRATED = 0.5  # collision probability from which a prediction is sure: one token has at least half of it
-SHUT = 0.1 * (
-    1 - 1e-5
-)  # gate below which a token trains less than a tenth of what it would under NLL, but for rounding
+from deft_lightning.objectives.locked import CONCENTRATED, SHUT, locked
 
 WINDOW = 10  # logged steps that are looked back on
 SHARE = 0.1  # of locked tokens, below which nothing is said: among labels of any kind some are odd
 MOVE = 0.01  # less than this, from one half of the window to the other, is no move
-
-
-def locked(stats: TokenStats, gate: Tensor) -> Tensor:
-    """Return which tokens the model is sure and wrong about while their gate is nearly shut (bool, ``(N,)``).
-
-    Args:
-        stats: Statistics of N tokens.
-        gate: Their gates, of the objective in force.
-    """
-    return (stats.collision >= CONCENTRATED) & ~stats.correct & (gate < SHUT)
 
 
 class LockWatch:
@@ -71,3 +55,6 @@ class LockWatch:
         (share, prob), (share_late, prob_late) = (map(fmean, zip(*part, strict=True)) for part in (early, late))
         least = min(share for share, _ in self.seen)
         return least >= SHARE and share_late > share - MOVE and prob_late < prob + MOVE
+
+
+__all__ = ["CONCENTRATED", "SHUT", "LockWatch", "locked"]

@@ -17,6 +17,7 @@ TELLING = (
     0.9  # an estimate above: fewer than one answer in ten looks right to the model, which so tells nothing of them
 )
 STEPS, SETTLED = 1000, 1e-5  # EM on a sample ends where the rate does not move any more
+LATEST = 0.1  # what a step of those that are looked at counts at least in a watched rate; the first ones count alike
 
 
 class NoiseRates(NamedTuple):
