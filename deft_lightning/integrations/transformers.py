@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -10,56 +9,48 @@ import torch
 from torch import Tensor
 
 from deft_lightning.errors import UserError
-from deft_lightning.functional import IGNORE_INDEX, token_loss
+from deft_lightning.functional import IGNORE_INDEX
+from deft_lightning.integrations.loss import ObjectiveLoss
 from deft_lightning.objectives import Objective
 
+BESIDE_LABELS = ("token_weight", "source")  # of a batch: what the loss gets and the model does not
 
-def compute_loss_func(objective: Objective) -> Callable[..., Tensor]:
+
+def compute_loss_func(objective: Objective, label_counts: Tensor | None = None) -> ObjectiveLoss:
     """Return a ``compute_loss_func`` for ``transformers.Trainer``.
 
     The trainer passes ``num_items_in_batch``, the label tokens of the whole optimizer step, so the mean is exact over
-    accumulation. Logits are dense here; the fused head belongs to :class:`deft_lightning.SFTModule`.
+    accumulation and devices. Logits are dense here; the fused head belongs to :class:`deft_lightning.SFTModule`.
+
+    An objective that changes as training goes on (`Schedule`, `Rescaled`, `Contaminated`) needs a
+    :class:`~deft_lightning.integrations.GateCallback` among the trainer's callbacks, which tells it the step.
 
     Args:
-        objective: Any token objective that does not depend on the course of training.
+        objective: Any token objective that needs neither a reference model nor the chance of answers without their
+            prompts.
+        label_counts: How often each token is a label of the training data, shape ``(n,)``, for objectives that compare
+            with word frequencies; None to have the callback count when training begins, which a stream does not allow.
 
     Returns:
-        ``f(outputs, labels, num_items_in_batch=None, token_weight=None) -> scalar``: the summed loss divided by
-        ``num_items_in_batch``, or by the supervised tokens of the batch when it is None. ``labels`` of shape ``(B, T)``
-        are shifted here, and so is ``token_weight`` of the same shape, the factor on each token's loss: with it the
-        divisor is to be the sum of the weights, and is that of the batch when it is None. The trainer itself does not
-        pass it on; :class:`TokenWeights` makes it.
+        ``f(outputs, labels, num_items_in_batch=None, token_weight=None, source=None) -> scalar``: the summed loss
+        divided by ``num_items_in_batch``, or by the supervised tokens of the batch when it is None. ``labels`` of shape
+        ``(B, T)`` are shifted here, and so is ``token_weight`` of the same shape, the factor on each token's loss: with
+        it the divisor is to be the sum of the weights, and is that of the batch when it is None. The trainer itself
+        passes on neither that nor the ``source`` that `BySource` looks at; :class:`TokenWeights` makes it.
 
     Raises:
-        UserError: The objective has to be told how far the run is, or compares with a reference model: this trainer
-            does neither.
+        UserError: The objective compares with a reference model, or with answers without their prompts: this trainer
+            has neither.
     """
-    if objective.scheduled or objective.tracks is not None:
-        raise UserError(f"compute_loss_func: {objective!r} depends on the course of training: train with SFTModule")
-    if objective.needs.reference:
-        raise UserError(f"compute_loss_func: {objective!r} needs a reference model, which only SFTModule runs")
-
-    def loss(
-        outputs: Any,
-        labels: Tensor,
-        num_items_in_batch: Tensor | int | None = None,
-        token_weight: Tensor | None = None,
-    ) -> Tensor:
-        logits = outputs["logits"] if isinstance(outputs, dict) else outputs.logits
-        targets = labels[:, 1:].to(logits.device)
-        shifted = None if token_weight is None else token_weight[:, 1:].to(logits.device)
-        total = token_loss(logits[:, :-1], targets, objective, token_weight=shifted).sum()
-        count = num_items_in_batch if num_items_in_batch is not None else _counted(labels, token_weight)
-        return total / torch.where(torch.as_tensor(count) > 0, count, 1)
-
-    return loss
+    return ObjectiveLoss(objective, label_counts)
 
 
 class TokenWeights:
-    """Before ``transformers.Trainer`` among the bases of a trainer: batches may have ``token_weight``.
+    """Before ``transformers.Trainer`` among the bases of a trainer: batches may have ``token_weight`` and ``source``.
 
-    The loss of :func:`compute_loss_func` gets it, and a step is divided by the sum of its weights over accumulation and
-    devices. ``TrainingArguments(label_names=["labels", "token_weight"])`` keeps the column in the batches.
+    The loss of :func:`compute_loss_func` gets them, and a step is divided by the sum of its weights over accumulation
+    and devices. ``TrainingArguments(label_names=["labels", "token_weight"])`` keeps the column in the batches.
+    ``source`` is a row's place among ``objective.sources``, for `BySource`.
 
     Example:
         >>> from transformers import Trainer
@@ -67,11 +58,11 @@ class TokenWeights:
     """
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Compute the loss with the weights of the batch."""
+        """Compute the loss with the weights and sources of the batch."""
         this: Any = self
         inputs = dict(inputs)
-        weight, plain = inputs.pop("token_weight", None), this.compute_loss_func
-        this.compute_loss_func = plain if weight is None else partial(plain, token_weight=weight)
+        beside, plain = {name: inputs.pop(name) for name in BESIDE_LABELS if name in inputs}, this.compute_loss_func
+        this.compute_loss_func = partial(plain, **beside) if beside else plain
         try:
             return super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[misc]
         finally:

@@ -1,0 +1,153 @@
+"""The loss of another trainer: an objective over the logits that the model gave."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deft_lightning.errors import UserError
+from deft_lightning.functional import IGNORE_INDEX, token_stats, weighted_loss
+from deft_lightning.integrations.run import CALLBACK, ObjectiveRun
+from deft_lightning.objectives import Objective
+
+
+class ObjectiveLoss:
+    """What :func:`compute_loss_func` returns: the mean of an objective over the label tokens of an optimizer step.
+
+    Args:
+        objective: Any objective that this trainer can give what it looks at.
+        label_counts: How often each token is a label of the training data, shape ``(n,)``; None to have them counted.
+
+    Attributes:
+        run: Where the run stands.
+
+    Raises:
+        UserError: The objective looks at something that this trainer does not give.
+    """
+
+    def __init__(self, objective: Objective, label_counts: Tensor | None = None) -> None:
+        if not isinstance(objective, Objective):
+            raise UserError(f"compute_loss_func: {objective!r} is no objective; give one, such as DEFT()")
+        needs = objective.needs
+        if needs.reference:
+            raise UserError(f"compute_loss_func: {objective!r} needs a reference model, which only SFTModule runs")
+        if {"unprompted", "best"} & {needs.chance, needs.answer_chance}:
+            raise UserError(
+                f"compute_loss_func: {objective!r} compares with what the model says of answers without their prompts,"
+                " which only SFTModule finds out; here give Contaminated(answer_chance='least')"
+            )
+        self.run = ObjectiveRun(objective, None if label_counts is None else torch.as_tensor(label_counts))
+        self._checked = False
+
+    @property
+    def objective(self) -> Objective:
+        """The one that trains."""
+        return self.run.objective
+
+    def __call__(
+        self,
+        outputs: Any,
+        labels: Tensor | None,
+        num_items_in_batch: Tensor | int | None = None,
+        token_weight: Tensor | None = None,
+        source: Tensor | None = None,
+    ) -> Tensor:
+        """Return the sum of the objective over the label tokens, divided by those of the optimizer step.
+
+        Args:
+            outputs: Of the model, with ``logits`` of shape ``(B, T, V)``.
+            labels: Shape ``(B, T)``, shifted here; -100 where nothing is learnt.
+            num_items_in_batch: Label tokens of the step on all ranks, a scalar; None divides by those of the batch.
+            token_weight: Shape ``(B, T)``, the factor on each token's loss.
+            source: Shape ``(B,)`` or ``(B, T)``: place of a row's or a token's source in ``objective.sources``, -1 for
+                none of them.
+
+        Raises:
+            UserError: Logits and labels do not fit, or the objective lacks what it looks at.
+        """
+        logits, labels, divisor = self._fitting(_field(outputs, "logits"), labels, num_items_in_batch)
+        current = self.run.current
+        targets = labels[:, 1:]
+        keep = targets != IGNORE_INDEX
+        context = self.run.context(self._batch(labels, token_weight), logits.shape[-1])
+        if current.sources:
+            context = context._replace(source=self._sources(source, labels))
+        picked = logits[:, :-1][keep]
+        stats = token_stats(picked, targets[keep], topk=current.topk).within(context.select(keep))
+        total = weighted_loss(current, stats).sum()
+        own = torch.tensor(len(picked), device=total.device) if stats.weight is None else stats.weight.sum()
+        if torch.is_grad_enabled():
+            self.run.add(stats.detach(), picked, divisor)
+            if (aux := _field(outputs, "aux_loss")) is not None:
+                total = total + self._router_factor() * own * aux
+        else:
+            self.run.add_evaluated(stats)
+        count = own if divisor is None else divisor
+        return total / torch.where(count > 0, count, 1)
+
+    def _fitting(
+        self, logits: Tensor | None, labels: Tensor | None, count: Tensor | int | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return logits, labels and divisor on one device, or say what does not fit."""
+        if labels is None or logits is None:
+            raise UserError(f"compute_loss_func: the batch has no {'labels' if labels is None else 'logits'}")
+        if logits.shape[:-1] != labels.shape:
+            raise UserError(
+                f"compute_loss_func: logits of shape {tuple(logits.shape[:-1])} do not fit labels of shape"
+                f" {tuple(labels.shape)}; virtual tokens (prompt tuning) and parts of a row are not supported"
+            )
+        divisor = None if count is None else torch.as_tensor(count, device=logits.device)
+        if divisor is not None and divisor.ndim:
+            raise UserError("compute_loss_func: start one process a device (torchrun), not one for all of them")
+        return logits, labels.to(logits.device), divisor
+
+    def _batch(self, labels: Tensor, token_weight: Tensor | None) -> dict[str, Any]:
+        batch = {"labels": labels, "segment": segments(labels, self.run.position_ids)}
+        return batch if token_weight is None else {**batch, "token_weight": token_weight.to(labels.device)}
+
+    def _sources(self, source: Tensor | None, labels: Tensor) -> Tensor:
+        """Return the source of each label from 1 on, shape ``(B, T - 1)``."""
+        known = self.objective.sources
+        if source is None:
+            raise UserError(
+                f"compute_loss_func: {self.objective!r} needs the source of each row: put TokenWeights before Trainer"
+                f" among the bases, and a column `source` into the rows, the place in {', '.join(known)} (-1: neither)"
+            )
+        source = source.to(labels.device)
+        if source.shape not in (labels.shape, labels.shape[:1]):
+            raise UserError("compute_loss_func: want a source for each row, or for each label")
+        if not self._checked and not bool(((source >= -1) & (source < len(known))).all()):
+            raise UserError(f"compute_loss_func: source is -1 or a place in {', '.join(known)}, from 0")
+        self._checked = True
+        whole = source if source.shape == labels.shape else source.unsqueeze(1).expand_as(labels)
+        return whole[:, 1:]
+
+    def _router_factor(self) -> float:
+        if self.run.router_factor is None:
+            raise UserError(f"compute_loss_func: a mixture of experts has a loss of its router: add {CALLBACK}")
+        return self.run.router_factor
+
+
+def segments(labels: Tensor, position_ids: Tensor | None) -> Tensor:
+    """Return the example of each token, shape ``(B, T)``, numbered over the batch.
+
+    Args:
+        labels: Shape ``(B, T)``.
+        position_ids: Shape ``(B, T)`` or ``(1, T)``: an example begins where they do not go on; None where each row is
+            one.
+    """
+    starts = torch.zeros_like(labels, dtype=torch.bool)
+    starts[:, 0] = True
+    if position_ids is not None:
+        if position_ids.ndim != 2:
+            raise UserError(
+                f"compute_loss_func: position_ids of shape {tuple(position_ids.shape)} tell no examples apart"
+            )
+        starts[:, 1:] |= (position_ids.diff(dim=1) != 1).to(labels.device)
+    return starts.flatten().cumsum(0).view_as(labels) - 1
+
+
+def _field(outputs: Any, name: str) -> Any:
+    return outputs.get(name) if isinstance(outputs, dict) else getattr(outputs, name, None)
