@@ -6,7 +6,7 @@ GateCallback loads on first use: it is a class of transformers, the losses need 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from deft_lightning.integrations.transformers import TokenWeights, compute_loss_func
+from deft_lightning.integrations.transformers import OneForward, TokenWeights, compute_loss_func
 
 if TYPE_CHECKING:
     from deft_lightning.integrations.callback import GateCallback
@@ -18,4 +18,4 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module 'deft_lightning.integrations' has no attribute {name!r}")
 
 
-__all__ = ["GateCallback", "TokenWeights", "compute_loss_func"]
+__all__ = ["GateCallback", "OneForward", "TokenWeights", "compute_loss_func"]

@@ -72,9 +72,10 @@ class GateCallback(TrainerCallback, ExportableState):
         run = self._meet(args)
         self._refuse(args, run)
         name, tell = type(self).__name__, state.is_world_process_zero
-        # A run that goes on from a checkpoint without this callback would fail at its next save.
-        kept = state.stateful_callbacks.setdefault(name, self.state())
+        kept = state.stateful_callbacks.get(name)
         saved = kept["attributes"].get("saved", {}) if isinstance(kept, dict) and state.global_step else {}
+        # A run that goes on from a checkpoint without this callback would fail at its next save.
+        state.stateful_callbacks.setdefault(name, self.state())
         self.watched, self._unchecked = self._watch(args, run, tell), True
         run.begin()
         if state.global_step:
@@ -184,7 +185,8 @@ class GateCallback(TrainerCallback, ExportableState):
         if run.objective.needs.example and not _whole_rows(args):
             raise UserError(
                 f"GateCallback: {run.objective!r} judges whole answers, which packing_strategy="
-                f"{args.packing_strategy!r} cuts into pieces; use packing_strategy={WHOLE_ROWS!r}, or Contaminated(level='token')"
+                f"{args.packing_strategy!r} cuts into pieces; use packing_strategy={WHOLE_ROWS!r}, or"
+                " Contaminated(level='token')"
             )
 
     def _watch(self, args: Any, run: ObjectiveRun, tell: bool) -> WatchedNoise | None:

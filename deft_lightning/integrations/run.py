@@ -108,7 +108,7 @@ class ObjectiveRun:
             unigram = None if counts is None else unigram_log_prob(counts, vocabulary)
             self._context = ContextSource(self.objective, unigram, vocabulary)
             if self._mean is not None:
-                self._context.load_state_dict({"marginal": self._mean})
+                self._context.load_state_dict({"marginal": self._mean.tolist()})
         return self._context(batch)
 
     def add(self, stats: TokenStats, logits: Tensor, divisor: Tensor | None) -> None:

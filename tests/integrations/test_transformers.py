@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 from deft_lightning.errors import UserError
 from deft_lightning.functional import token_loss
 from deft_lightning.integrations import TokenWeights, compute_loss_func
-from deft_lightning.objectives import DEFT, NLL, Floored, KLAnchor, Likelihood, Objective, Rescaled, Schedule
+from deft_lightning.objectives import DEFT, NLL, Contaminated, KLAnchor, Likelihood, Objective
 
 
 def tiny_model() -> Any:
@@ -95,15 +95,15 @@ def test_one_step_of_a_trainer_with_weights_is_the_weighted_mean(
     assert trainer.compute_loss_func is func
 
 
-@pytest.mark.parametrize("objective", [Schedule(), Rescaled(), Floored(decay="linear"), Floored(Schedule())], ids=repr)
-def test_an_objective_that_has_to_be_told_about_the_run_is_refused(objective: Objective) -> None:
-    """It would silently be what it ends as, from the first step on."""
-    with pytest.raises(UserError, match="depends on the course of training: train with SFTModule") as refused:
-        compute_loss_func(objective)
-    assert repr(objective) in str(refused.value) and "\n" not in str(refused.value)
-
-
 def test_an_objective_that_compares_with_a_reference_is_refused() -> None:
     with pytest.raises(UserError, match=r"^compute_loss_func: KLAnchor\(.*needs a reference model"):
         compute_loss_func(KLAnchor())
     assert callable(compute_loss_func(KLAnchor(weight=0.0)))
+
+
+@pytest.mark.parametrize("objective", [Contaminated(), Contaminated(chance="unprompted")], ids=repr)
+def test_an_objective_that_compares_with_bare_answers_is_refused(objective: Objective) -> None:
+    with pytest.raises(
+        UserError, match=r"answers without their prompts.*here give Contaminated\(answer_chance='least'\)"
+    ):
+        compute_loss_func(objective)
