@@ -17,7 +17,6 @@ from deft_lightning.integrations.counting import label_counts
 from deft_lightning.integrations.figures import SIZE, WatchedNoise, gate_figures, gate_sums
 from deft_lightning.integrations.loss import ObjectiveLoss
 from deft_lightning.integrations.run import ObjectiveRun, summed
-from deft_lightning.objectives import NoiseRates
 
 WHOLE_ROWS = "bfd"  # the way to pack that keeps each row together
 
@@ -56,7 +55,7 @@ class GateCallback(TrainerCallback, ExportableState):
         """Return what a checkpoint keeps, in JSON's types."""
         saved = {} if self._run is None else self._run.state_dict()
         if self.watched is not None:
-            saved["noise"] = [*self.watched.rates, self.watched.counted]
+            saved["noise"] = self.watched.state()
         return {"args": {"noise": self.noise}, "attributes": {"saved": saved}}
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -72,8 +71,7 @@ class GateCallback(TrainerCallback, ExportableState):
         run = self._meet(args)
         self._refuse(args, run)
         name, tell = type(self).__name__, state.is_world_process_zero
-        kept = state.stateful_callbacks.get(name)
-        saved = kept["attributes"].get("saved", {}) if isinstance(kept, dict) and state.global_step else {}
+        saved = _saved(state.stateful_callbacks.get(name)) if state.global_step else {}
         # A run that goes on from a checkpoint without this callback would fail at its next save.
         state.stateful_callbacks.setdefault(name, self.state())
         self.watched, self._unchecked = self._watch(args, run, tell), True
@@ -83,8 +81,7 @@ class GateCallback(TrainerCallback, ExportableState):
             if anew and tell:
                 warnings.warn(f"GateCallback: {anew}; what {run.objective!r} keeps begins anew", stacklevel=2)
             if self.watched is not None and "noise" in saved:
-                answers, tokens, counted = saved["noise"]
-                self.watched.rates, self.watched.counted = NoiseRates(float(answers), float(tokens)), int(counted)
+                self.watched.load(saved["noise"])
         if not run.counts_given and (run.counts_labels or self.watched is not None):
             self._count(run, kwargs["train_dataloader"], args.device, tell)
 
@@ -122,15 +119,16 @@ class GateCallback(TrainerCallback, ExportableState):
         more: dict[str, float] = {}
         if "loss" in logs:
             more = self._figures(run, args.device)
-        elif prefix := next((key[: -len("_loss")] for key in logs if key.endswith("_loss")), None):
-            # Every rank is here alike; the summary at the end of training has a loss too.
-            if prefix != "train":
-                nll, tokens = summed(_or_zeros(run.evaluated, 2, args.device)).tolist()
-                more = {f"{prefix}_nll": nll / tokens} if tokens else {}
-                run.evaluated = None
+        elif (prefix := _prefix(logs)) not in (None, "train"):  # the summary at the end of training has a loss too
+            more = _evaluated(run, f"{prefix}_nll", args.device)
         logs.update(more)
         if state.log_history:
             state.log_history[-1].update(more)  # which has a copy of the logs already
+
+    def on_predict(self, args: Any, state: Any, control: Any, metrics: dict[str, Any], **kwargs: Any) -> None:
+        """Add the NLL to the metrics of a prediction."""
+        if self._run is not None and (prefix := _prefix(metrics)) is not None:
+            metrics.update(_evaluated(self._run, f"{prefix}_nll", args.device))
 
     def _figures(self, run: ObjectiveRun, device: torch.device) -> dict[str, float]:
         """Return what is logged of a step, by tag; one all-reduce, which every rank has to make."""
@@ -160,6 +158,8 @@ class GateCallback(TrainerCallback, ExportableState):
                 " compute_loss_func=compute_loss_func(DEFT()) and callbacks=[GateCallback()]"
             )
         callbacks, self._run = trainer.callback_handler.callbacks, loss.run
+        if sum(isinstance(one, GateCallback) for one in callbacks) > 1:
+            raise UserError("GateCallback: the trainer has two; each would end every step: leave one out")
         callbacks.insert(0, callbacks.pop(callbacks.index(self)))
         loss.run.attached = True
         if self._hooked is not trainer.model:
@@ -168,11 +168,7 @@ class GateCallback(TrainerCallback, ExportableState):
             run.router_factor = (
                 None if config is None else getattr(config.get_text_config(), "router_aux_loss_coef", None)
             )
-
-            def note(module: Any, given: Any, named: dict[str, Any]) -> None:
-                run.position_ids = named.get("position_ids")
-
-            trainer.model.register_forward_pre_hook(note, with_kwargs=True)
+            trainer.model.register_forward_pre_hook(run.note_positions, with_kwargs=True)
         parallel = getattr(trainer.accelerator, "parallelism_config", None)
         if parallel is not None and (parallel.cp_enabled or parallel.sp_enabled or parallel.tp_enabled):
             raise UserError("GateCallback: context, sequence and tensor parallel are not supported; use data parallel")
@@ -220,6 +216,25 @@ def _whole_rows(args: Any) -> bool:
     """Whether every row that a model sees holds whole examples; plain trainers do not pack."""
     packing = getattr(args, "packing", False) or getattr(args, "eval_packing", False)
     return not packing or args.packing_strategy == WHOLE_ROWS
+
+
+def _saved(kept: Any) -> dict[str, Any]:
+    """Return what `state` gave, of what a trainer keeps for a callback; nothing where it keeps something else."""
+    attributes = kept.get("attributes") if isinstance(kept, dict) else None
+    saved = attributes.get("saved") if isinstance(attributes, dict) else None
+    return saved if isinstance(saved, dict) else {}
+
+
+def _prefix(metrics: dict[str, Any]) -> str | None:
+    """Return `eval` of metrics with an `eval_loss`; every rank has the same metrics."""
+    return next((name.removesuffix("_loss") for name in metrics if name.endswith("_loss")), None)
+
+
+def _evaluated(run: ObjectiveRun, tag: str, device: torch.device) -> dict[str, float]:
+    """Return the NLL of the evaluation that ends here, over all ranks; every rank has to call it."""
+    nll, tokens = summed(_or_zeros(run.evaluated, 2, device)).tolist()
+    run.evaluated = None
+    return {tag: nll / tokens} if tokens else {}
 
 
 def _weight(stats: Any) -> Tensor:

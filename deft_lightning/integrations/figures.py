@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from deft_lightning.errors import UserError
 from deft_lightning.functional import TokenStats
 from deft_lightning.objectives import Contaminated, NoiseRates, Objective
 from deft_lightning.objectives.locked import locked
-from deft_lightning.objectives.noise_rates import LATEST, LOWEST, TrackedRates
+from deft_lightning.objectives.noise_rates import LATEST, LOWEST, TrackedRates, bounded
 
 SIZE = 7  # of what is added up of gates
 
@@ -76,3 +78,20 @@ class WatchedNoise:
         tracked = TrackedRates(Contaminated(), 1 - latest, self.rates)
         self.rates = NoiseRates(*tracked.fold(self.rates, sums))
         return {"noise/estimated": self.rates.answers, "noise/estimated_tokens": self.rates.tokens}
+
+    def state(self) -> list[float]:
+        """Return what a checkpoint keeps."""
+        return [*self.rates, self.counted]
+
+    def load(self, state: Any) -> None:
+        """Go on from a checkpoint.
+
+        Raises:
+            UserError: It says something that cannot be used.
+        """
+        try:
+            answers, tokens, counted = state
+            self.rates = NoiseRates(bounded(float(answers)), bounded(float(tokens)))
+            self.counted = int(counted)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"GateCallback: its state in trainer_state.json cannot be used ({error})") from None

@@ -130,6 +130,10 @@ class ObjectiveRun:
         if (tracked := self.current.tracks) is not None:
             self._sums = _added(self._sums, tracked.sums(stats))
 
+    def note_positions(self, module: Any, given: Any, named: Mapping[str, Any]) -> None:
+        """Take note of the positions that the model is given, before its forward pass: a hook of the model."""
+        self.position_ids = named.get("position_ids")
+
     def add_evaluated(self, stats: TokenStats) -> None:
         """Take note of a batch of an evaluation."""
         self.evaluated = _added(self.evaluated, nll_sums(stats))

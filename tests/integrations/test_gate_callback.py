@@ -211,3 +211,39 @@ def test_outputs_that_do_not_fit_are_one_line() -> None:
         loss({"logits": logits}, torch.randint(0, 11, (2, 7)), num_items_in_batch=torch.tensor([[12.0], [12.0]]))
     with pytest.raises(UserError, match="is no objective"):
         compute_loss_func(DEFT)  # type: ignore[arg-type]
+
+
+def test_watching_changes_nothing(tmp_path: Path) -> None:
+    """Neither the order of the rows nor dropout, though labels are counted and gates computed."""
+
+    def weights(callback: Any) -> list[Tensor]:
+        trainer = Trainer(
+            tiny_model(attention_dropout=0.3), arguments(tmp_path, 2, 2), train_dataset=token_rows(),
+            data_collator=collate, compute_loss_func=compute_loss_func(DEFT()), callbacks=callback,
+        )  # fmt: skip
+        trainer.train()
+        return [weight.detach() for weight in trainer.model.parameters()]
+
+    for one, other in zip(weights([GateCallback()]), weights([]), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_prediction_has_its_nll_and_leaves_the_next_evaluation_alone(tmp_path: Path) -> None:
+    trainer = trained(tmp_path, compute_loss_func(DEFT()), GateCallback())
+    before = trainer.evaluate()["eval_nll"]
+    assert trainer.predict(token_rows()[3:]).metrics["test_nll"] != pytest.approx(before, rel=1e-3)
+    assert trainer.evaluate()["eval_nll"] == before
+
+
+def test_two_callbacks_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="GateCallback: the trainer has two"):
+        Trainer(
+            tiny_model(), arguments(tmp_path, 8, 1), train_dataset=token_rows(), data_collator=collate,
+            compute_loss_func=compute_loss_func(DEFT()), callbacks=[GateCallback(), GateCallback(noise=False)],
+        )  # fmt: skip
+
+
+def test_a_watched_model_can_still_be_pickled(tmp_path: Path) -> None:
+    trainer = trained(tmp_path, compute_loss_func(DEFT()), GateCallback())
+    torch.save(trainer.model, tmp_path / "model.pt")
+    assert torch.load(tmp_path / "model.pt", weights_only=False).config.vocab_size == 31
