@@ -13,10 +13,13 @@ from transformers.trainer_callback import ExportableState
 
 from deft_lightning.errors import UserError
 from deft_lightning.integrations.calling import calling_trainer
-from deft_lightning.integrations.counting import label_counts
+from deft_lightning.integrations.counting import has_places, label_counts
 from deft_lightning.integrations.figures import SIZE, WatchedNoise, gate_figures, gate_sums
 from deft_lightning.integrations.loss import ObjectiveLoss
 from deft_lightning.integrations.run import ObjectiveRun, summed
+from deft_lightning.integrations.sample import sample_stats
+from deft_lightning.objectives import Tracked
+from deft_lightning.objectives.noise_rates import LOWEST
 
 WHOLE_ROWS = "bfd"  # the way to pack that keeps each row together
 
@@ -35,7 +38,8 @@ class GateCallback(TrainerCallback, ExportableState):
 
     `noise/estimated` is the share of answers that chance explains better than the model does, as the noise model of
     `Contaminated` sees it, and `noise/estimated_tokens` that of single tokens in the others. Under `Contaminated` they
-    are its own rates, otherwise word frequencies stand for chance: labels are counted when training begins.
+    are its own rates, which begin with what a sample of the training answers says; otherwise word frequencies stand for
+    chance: labels are counted when training begins.
 
     Nothing is computed for the log on steps that are not logged.
 
@@ -84,6 +88,10 @@ class GateCallback(TrainerCallback, ExportableState):
                 self.watched.load(saved["noise"])
         if not run.counts_given and (run.counts_labels or self.watched is not None):
             self._count(run, kwargs["train_dataloader"], args.device, tell)
+        run.advance(state.global_step, state.max_steps)
+        tracked = run.current.tracks
+        if not state.global_step and tracked is not None and tracked.sampled:
+            self._sample(run, tracked, args, tell, **kwargs)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Tell the objective how far the run is."""
@@ -157,7 +165,7 @@ class GateCallback(TrainerCallback, ExportableState):
                 "GateCallback: the trainer's loss is not from compute_loss_func: give both,"
                 " compute_loss_func=compute_loss_func(DEFT()) and callbacks=[GateCallback()]"
             )
-        callbacks, self._run = trainer.callback_handler.callbacks, loss.run
+        callbacks, self._run, self._loss = trainer.callback_handler.callbacks, loss.run, loss
         if sum(isinstance(one, GateCallback) for one in callbacks) > 1:
             raise UserError("GateCallback: the trainer has two; each would end every step: leave one out")
         callbacks.insert(0, callbacks.pop(callbacks.index(self)))
@@ -210,6 +218,16 @@ class GateCallback(TrainerCallback, ExportableState):
             self.watched = None
             if tell:
                 warnings.warn(f"noise/estimated is not logged: {error}; {how}", stacklevel=2)
+
+    def _sample(self, run: ObjectiveRun, tracked: Tracked, args: Any, tell: bool, **given: Any) -> None:
+        """Begin with what a sample of the training answers says, where one can be had."""
+        loader = given["train_dataloader"]
+        if has_places(loader.dataset):
+            size = args.per_device_train_batch_size
+            stats = sample_stats(self._loss, given["model"], loader, size, args.device)
+            run.memory = () if stats is None else tracked.begin(stats)
+        elif tell:
+            warnings.warn(f"noise rates begin at {LOWEST}: a stream has no sample of its answers", stacklevel=2)
 
 
 def _whole_rows(args: Any) -> bool:

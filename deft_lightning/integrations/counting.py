@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -32,16 +33,14 @@ def label_counts(loader: Any, device: torch.device) -> Tensor:
         UserError: The dataset is a stream, batches have no labels, or nothing is learnt.
     """
     rows, collate = loader.dataset, loader.collate_fn
-    if not hasattr(rows, "__len__") or not hasattr(rows, "__getitem__"):
+    if not has_places(rows):
         raise UserError("a stream has no labels that could be counted before training")
     world, rank = (dist.get_world_size(), dist.get_rank()) if _together() else (1, 0)
     own = range(rank, len(rows), world)
     counts = torch.zeros(1, dtype=torch.int64)
     with torch.random.fork_rng(devices=[]):
         for start in range(0, len(own), ROWS):
-            places = list(own[start : start + ROWS])
-            some = rows.__getitems__(places) if hasattr(rows, "__getitems__") else [rows[place] for place in places]
-            batch = collate(some)
+            batch = collate(rows_at(rows, own[start : start + ROWS]))
             if "labels" not in batch:
                 raise UserError("batches of the training data have no labels")
             labels = batch["labels"][:, 1:]
@@ -53,6 +52,19 @@ def label_counts(loader: Any, device: torch.device) -> Tensor:
     if not counts.sum():
         raise UserError("no token of the training data is learnt: every label is -100")
     return counts
+
+
+def has_places(rows: Any) -> bool:
+    """Whether rows of a dataset can be asked for by their place; a stream has none."""
+    return hasattr(rows, "__len__") and hasattr(rows, "__getitem__")
+
+
+def rows_at(rows: Any, places: Sequence[int]) -> list[Any]:
+    """Return rows of a dataset, at once where it can."""
+    found: list[Any] = (
+        rows.__getitems__(list(places)) if hasattr(rows, "__getitems__") else [rows[place] for place in places]
+    )
+    return found
 
 
 def _together() -> bool:

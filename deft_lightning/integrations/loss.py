@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from deft_lightning.errors import UserError
-from deft_lightning.functional import IGNORE_INDEX, token_stats, weighted_loss
+from deft_lightning.functional import IGNORE_INDEX, TokenStats, token_stats, weighted_loss
 from deft_lightning.integrations.run import CALLBACK, ObjectiveRun
 from deft_lightning.objectives import Objective
 
@@ -67,16 +67,11 @@ class ObjectiveLoss:
         Raises:
             UserError: Logits and labels do not fit, or the objective lacks what it looks at.
         """
-        logits, labels, divisor = self._fitting(_field(outputs, "logits"), labels, num_items_in_batch)
-        current = self.run.current
-        targets = labels[:, 1:]
-        keep = targets != IGNORE_INDEX
-        context = self.run.context(self._batch(labels, token_weight), logits.shape[-1])
-        if current.sources:
-            context = context._replace(source=self._sources(source, labels))
-        picked = logits[:, :-1][keep]
-        stats = token_stats(picked, targets[keep], topk=current.topk).within(context.select(keep))
-        total = weighted_loss(current, stats).sum()
+        stats, picked = self.measured(outputs, labels, token_weight, source)
+        divisor = None if num_items_in_batch is None else torch.as_tensor(num_items_in_batch, device=picked.device)
+        if divisor is not None and divisor.ndim:
+            raise UserError("compute_loss_func: start one process a device (torchrun), not one for all of them")
+        total = weighted_loss(self.run.current, stats).sum()
         own = torch.tensor(len(picked), device=total.device) if stats.weight is None else stats.weight.sum()
         if torch.is_grad_enabled():
             self.run.add(stats.detach(), picked, divisor)
@@ -87,10 +82,14 @@ class ObjectiveLoss:
         count = own if divisor is None else divisor
         return total / torch.where(count > 0, count, 1)
 
-    def _fitting(
-        self, logits: Tensor | None, labels: Tensor | None, count: Tensor | int | None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return logits, labels and divisor on one device, or say what does not fit."""
+    def measured(
+        self, outputs: Any, labels: Tensor | None, token_weight: Tensor | None = None, source: Tensor | None = None
+    ) -> tuple[TokenStats, Tensor]:
+        """Return the statistics of the N label tokens of a batch, as the objective looks at them, and their logits.
+
+        The arguments are those of the call.
+        """
+        logits = _field(outputs, "logits")
         if labels is None or logits is None:
             raise UserError(f"compute_loss_func: the batch has no {'labels' if labels is None else 'logits'}")
         if logits.shape[:-1] != labels.shape:
@@ -98,10 +97,14 @@ class ObjectiveLoss:
                 f"compute_loss_func: logits of shape {tuple(logits.shape[:-1])} do not fit labels of shape"
                 f" {tuple(labels.shape)}; virtual tokens (prompt tuning) and parts of a row are not supported"
             )
-        divisor = None if count is None else torch.as_tensor(count, device=logits.device)
-        if divisor is not None and divisor.ndim:
-            raise UserError("compute_loss_func: start one process a device (torchrun), not one for all of them")
-        return logits, labels.to(logits.device), divisor
+        labels, current = labels.to(logits.device), self.run.current
+        targets = labels[:, 1:]
+        keep = targets != IGNORE_INDEX
+        context = self.run.context(self._batch(labels, token_weight), logits.shape[-1])
+        if current.sources:
+            context = context._replace(source=self._sources(source, labels))
+        picked = logits[:, :-1][keep]
+        return token_stats(picked, targets[keep], topk=current.topk).within(context.select(keep)), picked
 
     def _batch(self, labels: Tensor, token_weight: Tensor | None) -> dict[str, Any]:
         batch = {"labels": labels, "segment": segments(labels, self.run.position_ids)}

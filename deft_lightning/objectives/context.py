@@ -13,7 +13,7 @@ from torch import Tensor
 
 from deft_lightning.annotations import Batch
 from deft_lightning.errors import UserError
-from deft_lightning.functional import IGNORE_INDEX, TokenContext
+from deft_lightning.functional import IGNORE_INDEX, TokenContext, TokenStats
 from deft_lightning.objectives.base import Objective
 from deft_lightning.objectives.run_state import Needs
 
@@ -242,4 +242,19 @@ class ContextSource:
         return table[batch["source"]][segment]
 
 
-__all__ = ["NOTHING", "ContextSource", "Marginal", "unigram_log_prob"]
+def joined(parts: Sequence[TokenStats]) -> TokenStats:
+    """Return the statistics of all tokens, one after another, and no number for two answers."""
+    first, parts = 0, list(parts)
+    for at, part in enumerate(parts):
+        if part.example is not None and len(part.example):
+            parts[at] = part._replace(example=part.example + first)
+            first += int(part.example.max()) + 1
+
+    def field(name: str) -> Tensor | None:
+        values = [getattr(part, name) for part in parts]
+        return None if values[0] is None else torch.cat(values)
+
+    return TokenStats(**{name: field(name) for name in TokenStats._fields})  # type: ignore[arg-type]
+
+
+__all__ = ["NOTHING", "ContextSource", "Marginal", "joined", "unigram_log_prob"]

@@ -18,6 +18,7 @@ from deft_lightning.data.loading.collate import TrainCollator
 from deft_lightning.data.loading.dataset import PreparedDataset
 from deft_lightning.data.loading.packing import bounded_batches
 from deft_lightning.functional import TokenStats
+from deft_lightning.objectives.context import joined
 from deft_lightning.objectives.run_state import Tracked
 from deft_lightning.training.distributed import gather, ranks
 
@@ -44,7 +45,7 @@ def begin_rates(module: Any, tracked: Tracked | None) -> tuple[float, ...]:
         rank_zero_info("noise rates begin at 0.01: a sample before the first step needs InstructionDataModule")
         return ()
     parts = gather(_read(module, module.prompts.splits["train"]))
-    memory = tracked.begin(_joined([stats for part in parts for stats in part]))
+    memory = tracked.begin(joined([stats for part in parts for stats in part]))
     for tag, rate in tracked.logged(tracked.told(memory, 0.0)).items():
         if tag.endswith("/estimated"):
             rank_zero_info(f"{tag} before the first step, on {_size(module):,} answers: {rate:.2f}")
@@ -81,18 +82,3 @@ def _read(module: Any, rows: PreparedDataset) -> list[TokenStats]:
     finally:
         module.train(was_training)
     return found
-
-
-def _joined(parts: list[TokenStats]) -> TokenStats:
-    """Return the statistics of all tokens, one after another, and no number for two answers."""
-    first = 0
-    for at, part in enumerate(parts):
-        if part.example is not None and len(part.example):
-            parts[at] = part._replace(example=part.example + first)
-            first += int(part.example.max()) + 1
-
-    def field(name: str) -> Tensor | None:
-        values = [getattr(part, name) for part in parts]
-        return None if values[0] is None else torch.cat(values)
-
-    return TokenStats(**{name: field(name) for name in TokenStats._fields})  # type: ignore[arg-type]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,3 +74,16 @@ class NoiseModel:
     @staticmethod
     def moved(rate: float, mean: float) -> float:
         return min(max(0.9 * rate + 0.1 * mean, 0.01), 0.95)
+
+
+def first_rate(model: Any, rows: list[dict[str, list[int]]]) -> float:
+    """Return the noise rate of answers at which EM stays before the first step, from word frequencies."""
+    tokens = Tokens(model, rows)
+    u = unigram(rows).exp()[tokens.targets]
+    ratio = tokens.per_row((0.99 * tokens.prob + 0.01 * u).log() - u.log()).exp()
+    low, high = 0.01, 0.95
+    for _ in range(60):  # mean posterior minus rate falls through 0 where EM stays
+        rate = (low + high) / 2
+        noise = rate / (rate + (1 - rate) * ratio)
+        low, high = (rate, high) if float(noise.mean()) > rate else (low, rate)
+    return low

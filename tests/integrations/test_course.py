@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from gates_by_hand import GateOf, NoiseModel, deft, first_nll, floored, rescaled
+from gates_by_hand import GateOf, NoiseModel, deft, first_nll, first_rate, floored, rescaled
 from torch import Tensor
 from transformers import Trainer
-from whole_batches import STEPS, arguments, by_hand, collate, same, tiny_model, token_rows, trained
+from whole_batches import STEPS, arguments, by_hand, collate, same, tiny_model, token_rows, trained, wrong_rows
 
 from deft_lightning.errors import UserError
 from deft_lightning.integrations import GateCallback, TokenWeights, compute_loss_func
@@ -204,3 +204,16 @@ def test_objectives_of_sources_follow_the_run_too(tmp_path: Path) -> None:
     same(trainer.model, weights)
     with pytest.raises(UserError, match=r"needs the source of each row: put TokenWeights before Trainer .*trusted"):
         trained(tmp_path, compute_loss_func(objective), GateCallback())
+
+
+@pytest.mark.parametrize("batch", [2, 8])
+def test_noise_rates_begin_with_a_sample_of_the_answers(batch: int, tmp_path: Path) -> None:
+    """A model that knows the right answers meets three wrong ones of eight."""
+    model = trained(tmp_path, compute_loss_func(NLL()), None, max_steps=40).model
+    rate = first_rate(model, wrong_rows())
+    assert 0.2 < rate < 0.6
+    options: dict[str, Any] = {"model": model, "rows": wrong_rows(), "max_steps": 1, "batch": batch}
+    objective = Contaminated(chance="unigram", answer_chance=None)
+    trainer = trained(tmp_path, compute_loss_func(objective), GateCallback(), **options)
+    assert trainer.state.log_history[0]["noise/estimated"] == pytest.approx(rate, abs=1e-3)
+    assert trainer.model.training

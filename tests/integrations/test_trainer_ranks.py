@@ -9,9 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from gates_by_hand import GateOf, NoiseModel, deft, rescaled
+from gates_by_hand import GateOf, NoiseModel, deft, first_rate, rescaled
 from start_ranks import run_ranks
-from whole_batches import STEPS, by_hand, collate, tiny_model, token_rows
+from whole_batches import STEPS, by_hand, collate, tiny_model, token_rows, trained, wrong_rows
+
+from deft_lightning.integrations import compute_loss_func
+from deft_lightning.objectives import NLL
 
 pytestmark = pytest.mark.slow
 NOISE = "Contaminated(answer_chance=least, start=0.2)"
@@ -30,6 +33,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
     cases = {name: (objective, batch, accumulate) for name, (objective, batch, accumulate, _) in CASES.items()}
     (folder / "cases.json").write_text(json.dumps(cases))
+    learnt = trained(folder / "learnt", compute_loss_func(NLL()), None, max_steps=40).model
+    torch.save(learnt.state_dict(), folder / "learnt.pt")
     run_ranks(Path(__file__).parent / "trainer_worker.py", folder)
     return folder
 
@@ -73,3 +78,11 @@ def test_an_evaluation_adds_up_over_ranks(root: Path) -> None:
     assert [entry["eval_nll"] for entry in found["log"] if "eval_loss" in entry][-1] == pytest.approx(
         float(nll), rel=1e-5
     )
+
+
+def test_the_sample_before_the_first_step_is_of_both_ranks(root: Path) -> None:
+    model = tiny_model()
+    model.load_state_dict(torch.load(root / "learnt.pt", weights_only=True))
+    rate = first_rate(model, wrong_rows())
+    assert 0.2 < rate < 0.6
+    assert result(root, "sampled")["log"][0]["noise/estimated"] == pytest.approx(rate, abs=1e-3)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch.distributed import destroy_process_group
-from whole_batches import trained
+from whole_batches import tiny_model, trained, wrong_rows
 
 from deft_lightning.integrations import GateCallback, compute_loss_func
 from deft_lightning.objectives.parse import parse_objective
@@ -33,6 +33,10 @@ def main(root: Path) -> None:
     objective = "Contaminated(answer_chance=least, start=0.2)"
     run(root, "whole", objective, **options)
     run(root, "cut", objective, **options, resume=str(root / "whole" / "checkpoint-3"))
+    learnt = tiny_model()
+    learnt.load_state_dict(torch.load(root / "learnt.pt", weights_only=True))
+    sampled = "Contaminated(chance=unigram, answer_chance=None)"
+    run(root, "sampled", sampled, batch=2, model=learnt, rows=wrong_rows(), max_steps=1)
     run(root, "evaluated", "DEFT", batch=4, eval_strategy="epoch", per_device_eval_batch_size=1)
 
 

@@ -35,6 +35,15 @@ def token_rows() -> list[dict[str, list[int]]]:
     return rows
 
 
+def wrong_rows() -> list[dict[str, list[int]]]:
+    """Return the same rows, three of them with other answers."""
+    generator, rows = torch.Generator().manual_seed(2), token_rows()
+    for row, (asked, answered) in list(zip(rows, SHAPES, strict=True))[::3]:
+        ids = row["input_ids"][:asked] + torch.randint(1, VOCABULARY, (answered,), generator=generator).tolist()
+        row |= {"input_ids": ids, "labels": [-100] * asked + ids[asked:]}
+    return rows
+
+
 def collate(rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
     """Pad on the right, as long as the longest of all rows."""
     longest = max(map(sum, SHAPES))
@@ -61,9 +70,10 @@ def arguments(folder: Path, batch: int, accumulate: int, **options: Any) -> Trai
 
 def trained(folder: Path, loss: Any, callback: Any, batch: int = 8, accumulate: int = 1, **options: Any) -> Trainer:
     """Train the tiny model with transformers' own trainer."""
-    resume = options.pop("resume", None)
+    resume, model, rows = (options.pop(name, None) for name in ("resume", "model", "rows"))
     trainer = Trainer(
-        tiny_model(), arguments(folder, batch, accumulate, **options), train_dataset=token_rows(),
+        model or tiny_model(), arguments(folder, batch, accumulate, **options),
+        train_dataset=rows or token_rows(),
         eval_dataset=token_rows()[:3], data_collator=collate, compute_loss_func=loss,
         callbacks=[] if callback is None else [callback],
     )  # fmt: skip
@@ -74,8 +84,8 @@ def trained(folder: Path, loss: Any, callback: Any, batch: int = 8, accumulate: 
 class Tokens:
     """The learnt tokens of all rows under a model, in float64, by plain softmax."""
 
-    def __init__(self, model: Any) -> None:
-        batch = collate(token_rows())
+    def __init__(self, model: Any, rows: list[dict[str, list[int]]] | None = None) -> None:
+        batch = collate(rows or token_rows())
         self.keep = batch["labels"][:, 1:] != -100
         self.targets = batch["labels"][:, 1:][self.keep]
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1][self.keep]
@@ -116,9 +126,9 @@ def by_hand(
     return [weight.detach() for weight in model.parameters()], figures
 
 
-def unigram() -> Tensor:
+def unigram(rows: list[dict[str, list[int]]] | None = None) -> Tensor:
     """Return ``log u`` of every token, of how frequent it is among labels; one percent of u is uniform."""
-    labels = [label for row in token_rows() for label in row["labels"][1:] if label != -100]
+    labels = [label for row in rows or token_rows() for label in row["labels"][1:] if label != -100]
     share = np.bincount(labels, minlength=VOCABULARY) / len(labels)
     return torch.from_numpy(0.99 * share + 0.01 / VOCABULARY).log()
 
