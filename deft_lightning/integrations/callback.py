@@ -73,7 +73,7 @@ class GateCallback(TrainerCallback, ExportableState):
             UserError: The trainer's loss is another one, or an option of the trainer goes against it.
         """
         run = self._meet(args)
-        self._refuse(args, run)
+        _refuse(args, run)
         name, tell = type(self).__name__, state.is_world_process_zero
         saved = _saved(state.stateful_callbacks.get(name)) if state.global_step else {}
         # A run that goes on from a checkpoint without this callback would fail at its next save.
@@ -182,17 +182,6 @@ class GateCallback(TrainerCallback, ExportableState):
             raise UserError("GateCallback: context, sequence and tensor parallel are not supported; use data parallel")
         return loss.run
 
-    def _refuse(self, args: Any, run: ObjectiveRun) -> None:
-        """Refuse options of the trainer with which the objective would not be what trains."""
-        if args.label_smoothing_factor:
-            raise UserError("GateCallback: label_smoothing_factor does nothing beside compute_loss_func; leave it at 0")
-        if run.objective.needs.example and not _whole_rows(args):
-            raise UserError(
-                f"GateCallback: {run.objective!r} judges whole answers, which packing_strategy="
-                f"{args.packing_strategy!r} cuts into pieces; use packing_strategy={WHOLE_ROWS!r}, or"
-                " Contaminated(level='token')"
-            )
-
     def _watch(self, args: Any, run: ObjectiveRun, tell: bool) -> WatchedNoise | None:
         if not self.noise or "noise/estimated" in run.tags():
             return None
@@ -228,6 +217,18 @@ class GateCallback(TrainerCallback, ExportableState):
             run.memory = () if stats is None else tracked.begin(stats)
         elif tell:
             warnings.warn(f"noise rates begin at {LOWEST}: a stream has no sample of its answers", stacklevel=2)
+
+
+def _refuse(args: Any, run: ObjectiveRun) -> None:
+    """Refuse options of the trainer with which the objective would not be what trains."""
+    if args.label_smoothing_factor:
+        raise UserError("GateCallback: label_smoothing_factor does nothing beside compute_loss_func; leave it at 0")
+    if run.objective.needs.example and not _whole_rows(args):
+        raise UserError(
+            f"GateCallback: {run.objective!r} judges whole answers, which packing_strategy="
+            f"{args.packing_strategy!r} cuts into pieces; use packing_strategy={WHOLE_ROWS!r}, or"
+            " Contaminated(level='token')"
+        )
 
 
 def _whole_rows(args: Any) -> bool:
