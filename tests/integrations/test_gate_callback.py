@@ -190,7 +190,7 @@ def test_a_stream_is_not_counted_but_its_counts_can_be_given(tmp_path: Path) -> 
 
     with pytest.warns(UserWarning, match="noise/estimated is not logged: a stream has no labels that could be counted"):
         assert "noise/estimated" not in run(compute_loss_func(DEFT())).state.log_history[0]
-    objective = Contaminated(chance="unigram", answer_chance=None)
+    objective = Contaminated(chance="unigram", answer_chance=None, start=0.1)
     with pytest.raises(UserError, match=r"compares with word frequencies: a stream.*label_counts"):
         run(compute_loss_func(objective))
     labels = torch.tensor([label for row in token_rows() for label in row["labels"][1:] if label != -100])
@@ -198,6 +198,10 @@ def test_a_stream_is_not_counted_but_its_counts_can_be_given(tmp_path: Path) -> 
     counted = trained(tmp_path, compute_loss_func(objective), GateCallback())
     for one, other in zip(streamed.model.parameters(), counted.model.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+    sampled = Contaminated(chance="unigram", answer_chance=None)
+    with pytest.warns(UserWarning, match=r"noise rates begin at 0.01: a stream has no sample of its answers"):
+        entry = run(compute_loss_func(sampled, label_counts=torch.bincount(labels))).state.log_history[0]
+    assert entry["noise/estimated"] == 0.01
 
 
 def test_outputs_that_do_not_fit_are_one_line() -> None:
