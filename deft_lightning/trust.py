@@ -29,7 +29,7 @@ def read_settings(name: str, file: str) -> Settings:
     Raises:
         UserError: It is not JSON, not an object, or too large.
     """
-    path, option = _find(name, file), OPTIONS.get(file, "--model.pretrained")
+    path, option = find_file(name, file), OPTIONS.get(file, "--model.pretrained")
     if path is None:
         return {}
     try:
@@ -46,7 +46,8 @@ def read_settings(name: str, file: str) -> Settings:
     return settings
 
 
-def _find(name: str, file: str) -> Path | None:
+def find_file(name: str, file: str) -> Path | None:
+    """Return a file of a folder, or of a hub id from the hub's cache or the hub; None if it is not there."""
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder / file if (folder / file).is_file() else None
@@ -80,7 +81,7 @@ def check_model(name: str, trust: bool, attention: str | None = None) -> Setting
     if code and not known and not trust:
         _refuse(name, f"model type {kind!r} is code of its own", code, "--model.pretrained")
     check_code(settings, f"{name}: config.json: ", trust, attention)
-    if _find(name, "adapter_config.json") is not None:
+    if find_file(name, "adapter_config.json") is not None:
         base = read_settings(name, "adapter_config.json").get("base_model_name_or_path")
         raise UserError(
             f"{name}: holds low-rank adapters (adapter_config.json, of {base!r}); they would be laid over the model"

@@ -6,69 +6,40 @@ import shlex
 import sys
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelSummary
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from lightning_utilities.core.rank_zero import rank_zero_info
 
 from deft_lightning.callbacks.pace import Pace, clock_time, gibibytes, over_ranks, peak_memory, steps_of
+from deft_lightning.callbacks.record import Point, RunRecord
 from deft_lightning.terminal import visible
 
 SHARES = ("noise/estimated", "gate/locked")
 
 
-class Point(NamedTuple):
-    """A validation.
-
-    Attributes:
-        step: Optimizer steps before it.
-        nll: What it found.
-    """
-
-    step: int
-    nll: float
-
-
-class RunSummary(Callback):
+class RunSummary(RunRecord):
     """Says at the end of a fit what it took, what it changed, and where its files lie; on rank 0, to standard output.
-
-    The first and the best validation are part of the checkpoint, so that a resumed run compares with the beginning.
 
     Attributes:
         deferred: Whether somebody else calls :meth:`tell` once more is known, such as where the export lies.
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self.deferred = False
         self.pace = Pace()
-        self.first: Point | None = None
-        self.last: Point | None = None
-        self.best: Point | None = None
         self._begun, self._lines = 0.0, list[str]()
         self._supervised = 0  # tokens before this fit
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the first and the best validation."""
-        return {name: None if (point := getattr(self, name)) is None else list(point) for name in ("first", "best")}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from them."""
-        for name, point in state_dict.items():
-            setattr(self, name, None if point is None else Point(int(point[0]), float(point[1])))
-
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Begin a run; a checkpoint is read after this."""
+        super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            self.first = self.last = self.best = None
             self.pace, self._begun, self._lines = Pace(), time.perf_counter(), []
-
-    def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take note of the validation before training; a check of a few batches is none."""
-        if trainer.num_sanity_val_steps == float("inf"):
-            self._note(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock of training."""
@@ -88,11 +59,11 @@ class RunSummary(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take note of a validation."""
         self.pace.validated()
-        if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self._note(trainer)
+        super().on_validation_end(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Gather what was done, on every rank."""
+        super().on_train_end(trainer, pl_module)
         tokens = over_ranks(trainer, pl_module, self.pace.tokens)
         audited: list[str] = getattr(getattr(trainer, "datamodule", None), "audited", [])
         self._lines = [self._took(trainer, pl_module, tokens), *audited, *self._changed(trainer)]
@@ -116,14 +87,6 @@ class RunSummary(Callback):
         if trainer.is_global_zero:
             sys.stdout.write("".join(f"{visible(line)}\n" for line in lines))
             sys.stdout.flush()
-
-    def _note(self, trainer: Trainer) -> None:
-        if (value := trainer.callback_metrics.get("val/nll")) is None:
-            return
-        self.last = Point(trainer.global_step, float(value))
-        self.first = self.first or self.last
-        if self.best is None or self.last.nll < self.best.nll:
-            self.best = self.last
 
     def _took(self, trainer: Trainer, module: LightningModule, tokens: float) -> str:
         pace, total = self.pace, steps_of(trainer)

@@ -78,6 +78,11 @@ def _base(value: object) -> bool:
     return value["weights"].keys() <= DTYPES.keys()
 
 
+def _facts(value: object) -> bool:
+    """What a card says: texts, numbers, and lists of them by name; looked at again where it is written."""
+    return isinstance(value, dict) and all(isinstance(part, dict | list | str) for part in value.values())
+
+
 def _tensors(value: object) -> bool:
     if not isinstance(value, Mapping) or not value:
         return False
@@ -105,6 +110,7 @@ OWN: dict[str, tuple[Test, bool]] = {
     "start_model": (_text, False),
     "marginal": (_numbers, False),
     "began_from": (_text, False),
+    "card": (_maybe(_facts), False),
     "gates": (lambda value: _numbers(value) and 2 <= len(value) <= MOST, False),
 }
 # What Lightning reads.

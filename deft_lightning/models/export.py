@@ -13,6 +13,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from deft_lightning.annotations import CausalLM, Tokenizer
 from deft_lightning.atomic import whole_folder
 from deft_lightning.errors import UserError
+from deft_lightning.models.card import FILE, CardFacts, write_card
 from deft_lightning.models.generation import savable
 from deft_lightning.models.head import base_causal_lm
 from deft_lightning.models.merge import Merge, merge_of, merged, stand_alone
@@ -25,6 +26,8 @@ def save_hugging_face(
     output: str | Path,
     *,
     merge: Merge | bool = "float32",
+    card: CardFacts | None = None,
+    name: str | None = None,
 ) -> Path:
     """Write a Hugging Face folder: weights as safetensors, config, generation config, tokenizer with chat template.
 
@@ -37,6 +40,8 @@ def save_hugging_face(
         output: Folder to create.
         merge: How adapters are merged, on a copy: in float32 (True), rounded to the dtype of the base, or not at all
             (False): then only the adapters are written.
+        card: What its README.md says; None writes none.
+        name: Hub id that the card names.
 
     Raises:
         UserError: The folder exists and is not empty, or cannot be written; nothing is left of it then.
@@ -58,12 +63,15 @@ def save_hugging_face(
     try:
         with whole_folder(target) as partial:
             # What is trained whole is saved as that; peft would add an embedding of another size twice more.
-            saved = model is not causal and getattr(model.active_peft_config, "modules_to_save", None)
-            model.save_pretrained(partial, **({"save_embedding_layers": False} if saved else {}))
+            whole = model is not causal and getattr(model.active_peft_config, "modules_to_save", None)
+            model.save_pretrained(partial, **({"save_embedding_layers": False} if whole else {}))
             if model is not causal:
                 causal.generation_config.save_pretrained(partial)
             if tokenizer is not None:
                 tokenizer.save_pretrained(partial)
+            (partial / FILE).unlink(missing_ok=True)  # peft's own, with places on this machine in it
+            if card is not None:
+                write_card(partial, card, name)
             partial.chmod(0o755)  # some writers make their files private, a model folder is not
             for path in partial.rglob("*"):
                 path.chmod(0o755 if path.is_dir() else 0o644)

@@ -21,6 +21,7 @@ from deft_lightning.objectives import DEFT, Needs, Objective
 from deft_lightning.ops import Backend
 from deft_lightning.training.base_weights import BaseWeights
 from deft_lightning.training.by_source import by_source
+from deft_lightning.training.card_facts import CARD, facts_of_run
 from deft_lightning.training.context import context_of
 from deft_lightning.training.course import Course
 from deft_lightning.training.distributed import ranks
@@ -110,6 +111,7 @@ class SFTModule(LightningModule):
         self.model: Any = None
         self.batch_loss: Any = None
         self.own_tokenizer: Any = None  # of a checkpoint that the module was made of
+        self.card_facts: Any = None  # likewise
         self.lr: float | None = None  # set by Lightning's lr_find: the peak in place of the optimizer's own
         self.stop_asked = self.stop_agreed = False
         self.watched_needs = Needs()  # of callbacks
@@ -321,7 +323,8 @@ class SFTModule(LightningModule):
         checkpoint["state_dict"] = self.base_weights.leave_out(self.model, checkpoint["state_dict"], self._about)
         run = self.course.state_dict(self.objective)
         run |= self.batch_loss.state_dict() | ({"start_model": self.start_model} if self.start_model else {})
-        checkpoint[KEY] = {**self._about, **run, **self.normaliser.state_dict()}
+        card = {CARD: facts_of_run(self).plain()}
+        checkpoint[KEY] = {**self._about, **run, **self.normaliser.state_dict(), **card}
 
     def on_load_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Refuse another model or vocabulary than the checkpoint's; go on counting tokens and steps."""

@@ -11,6 +11,7 @@ from deft_lightning.annotations import Settings
 from deft_lightning.errors import UserError
 from deft_lightning.models import BASE, load_checkpoint, model_from_checkpoint
 from deft_lightning.models.contents import KEY
+from deft_lightning.training.card_facts import facts_of_checkpoint
 from deft_lightning.training.hyper_parameters import settings_of
 
 Module = TypeVar("Module")
@@ -40,7 +41,7 @@ def restored(cls: type[Module], path: Any, map_location: Any, given: Settings) -
     if "pretrained" in given or "architecture" in given:
         raise UserError("load_from_checkpoint: the model is the checkpoint's; leave pretrained and architecture out")
     module: Any = cls(**{**settings, **given, "pretrained": model})
-    module.own_tokenizer = tokenizer
+    module.own_tokenizer, module.card_facts = tokenizer, facts_of_checkpoint(checkpoint, base)
     if BASE in checkpoint[KEY]:  # its own checkpoints leave out the same
         module.base_weights.files = base or checkpoint[KEY][BASE]["name"]
     module.configure_model()

@@ -13,6 +13,7 @@ from deft_lightning.errors import UserError
 from deft_lightning.models import describe, gathered, is_sharded, model_from_checkpoint, save_hugging_face
 from deft_lightning.models.contents import KEY
 from deft_lightning.models.merge import Merge
+from deft_lightning.training.card_facts import facts_of_checkpoint, facts_of_run
 
 
 def export(
@@ -29,17 +30,20 @@ def export(
         check_output(output, "export: --output")
     base = getattr(getattr(module, "base_weights", None), "files", None)
     if ckpt_path is not None:
-        network, tokenizer, stops = model_from_checkpoint(trainer.read_checkpoint(ckpt_path), base)
+        checkpoint = trainer.read_checkpoint(ckpt_path)
+        network, tokenizer, stops = model_from_checkpoint(checkpoint, base)
+        facts = facts_of_checkpoint(checkpoint, base)
     elif getattr(module, "model", None) is not None:
         network = whole_model(module, trainer.is_global_zero)
         tokenizer, stops = (datamodule.tokenizer, datamodule.stop_token_ids) if datamodule else (None, [])
+        facts = facts_of_run(module)
     else:
         raise UserError("export: set --ckpt_path FILE, or last")
     folder = Path(output)
     if trainer.is_global_zero:
         for config in getattr(network, "peft_config", {}).values():  # a model put together of shares has no name
             config.base_model_name_or_path = config.base_model_name_or_path or base
-        folder = save_hugging_face(network, tokenizer, stops, output, merge=merge)
+        folder = save_hugging_face(network, tokenizer, stops, output, merge=merge, card=facts)
         rank_zero_info(f"exported: {folder}")
     return folder
 
