@@ -87,6 +87,8 @@ def test_a_checkpoint_is_exported_as_before(saved: Path, name: str, monkeypatch:
     checkpoint = f"{name}/version_0/checkpoints/step=6.ckpt"
     command(saved, monkeypatch, "export", "--ckpt_path", checkpoint, "--output", f"out/{name}")
     assert difference(saved / "out" / name / "model.safetensors", saved / name / "step6.safetensors") < 1e-7
+    card = (saved / "out" / name / "README.md").read_text(encoding="utf-8")  # it holds less than one of today
+    assert "| optimizer steps | `6` |" in card and ("`Cayley()`" if name == "lora" else "`DEFT()`") in card
 
 
 @pytest.mark.parametrize("name", RUNS)

@@ -249,7 +249,7 @@ def _metadata(facts: CardFacts, saved: Saved, title: str) -> str:
     ]  # fmt: skip
     for tag, value in facts.tests.items():
         head, _, figure = tag.rpartition("/")
-        if not tag.endswith(("_se", "truncated")):
+        if not tag.endswith(("_se", "/truncated", "/examples")):
             kind = _plain(head.removeprefix("test/") or "held out")
             results.append(
                 EvalResult(
