@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import itertools
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lightning_utilities.core.rank_zero import rank_zero_info
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 
 from deft_lightning.cli.crash import RUN, explain
+from deft_lightning.errors import UserError
+from deft_lightning.models.card import write_card
+from deft_lightning.models.hub import check_push, push
 from deft_lightning.models.merge import Merge, stand_alone
+from deft_lightning.training.card_facts import facts_of_run
 from deft_lightning.training.logs import folder_of
 from deft_lightning.training.trainer import Trainer
 
 PROGRAM = "python -m deft_lightning"
+Outputs = dict[str, tuple[str, Merge]]  # what is written: folder, and how adapters are merged
 
 
 @dataclass(frozen=True)
@@ -30,11 +35,34 @@ class AfterFit:
         export: Write a Hugging Face folder, `export` in the run's log folder; of adapters they alone too, `adapter`.
         merge: How adapters are merged in `export`: `float32`, `base` for the dtype of the base, of which the error is
             told, or `none`, which leaves `export` out.
+        push_to_hub: Repository of the hub, ORG/NAME, to upload `export` to, or `adapter` where it alone is written.
+            Name and token are checked before training.
+        private: Whether a repository that is made for it is private.
+
+    Raises:
+        UserError: A push without an export.
     """
 
     test: bool = False
     export: bool = True
     merge: Merge = "float32"
+    push_to_hub: str | None = None
+    private: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be pushed."""
+        if self.push_to_hub is not None and not self.export:
+            raise UserError(f"--after_fit.push_to_hub {self.push_to_hub}: nothing is exported (--after_fit.export)")
+
+    @rank_zero_only
+    def check(self) -> None:
+        """Refuse a push that would fail, while nothing has been computed for it; on rank zero alone.
+
+        Raises:
+            UserError: As for :func:`~deft_lightning.models.hub.check_push`.
+        """
+        if self.push_to_hub is not None:
+            check_push(self.push_to_hub, self.private, "--after_fit.push_to_hub")
 
 
 def run_after_fit(
@@ -58,7 +86,7 @@ def run_after_fit(
     """
     actions: list[tuple[str, Callable[[], Any]]] = []
     failed: dict[str, Exception] = {}
-    folder, outputs = trainer.log_dir, dict[str, tuple[str, Merge]]()
+    folder, outputs = trainer.log_dir, Outputs()
     if wanted.export and folder is not None:
         adapted = hasattr(module.model, "merge_and_unload")
         if adapted and not stand_alone(module.model):
@@ -78,6 +106,10 @@ def run_after_fit(
     if wanted.test:
         quiet = bool(datamodule.benchmarks)
         actions.append(("test", partial(trainer.test, module, datamodule=datamodule, verbose=not quiet)))
+        actions.append(("model card", partial(_cards, trainer, module, outputs, failed)))
+    pushed = _pushed(wanted, outputs)
+    if pushed is not None:
+        actions.append(("push", partial(_push, trainer, module, wanted, pushed, outputs, failed)))
     for name, action in actions:
         try:
             action()
@@ -85,8 +117,35 @@ def run_after_fit(
             failed[name] = error
     if failed:
         kept = newest(trainer) or _rescued(trainer, folder)
-        RUN.saved = partial(_repeat, failed, kept, folder, outputs)
+        again = _commands(failed, kept, folder, outputs, wanted)
+        RUN.saved = partial(_repeat, failed, kept, again)
         raise next(iter(failed.values()))
+
+
+def _cards(trainer: Trainer, module: Any, outputs: Outputs, failed: Mapping[str, Exception]) -> None:
+    """Add what the test has found to the cards of what is written already."""
+    for name, (output, _) in outputs.items():
+        if not {name, "test"} & failed.keys() and trainer.is_global_zero:
+            write_card(output, facts_of_run(module))
+
+
+def _pushed(wanted: AfterFit, outputs: Outputs) -> str | None:
+    """Return which of the folders is pushed: the merged model, or the adapters where they alone are written."""
+    if wanted.push_to_hub is None:
+        return None
+    if not outputs:
+        rank_zero_warn(f"--after_fit.push_to_hub {wanted.push_to_hub}: nothing is written that could be pushed")
+    return next(reversed(outputs), None)
+
+
+def _push(
+    trainer: Trainer, module: Any, wanted: AfterFit, name: str, outputs: Outputs, failed: Mapping[str, Exception]
+) -> None:
+    """Push what was exported; nothing where that failed, which is told anyway."""
+    if name in failed or not trainer.is_global_zero or wanted.push_to_hub is None:
+        return
+    write_card(outputs[name][0], facts_of_run(module), wanted.push_to_hub)
+    push(outputs[name][0], wanted.push_to_hub, wanted.private)
 
 
 def _free(folder: Path, name: str) -> str:
@@ -95,22 +154,29 @@ def _free(folder: Path, name: str) -> str:
     return str(next(path for one in names if not (path := folder / one).exists()))
 
 
-def _repeat(
-    failed: dict[str, Exception], kept: Path | None, folder: str | None, outputs: dict[str, tuple[str, Merge]]
-) -> str:
+def _repeat(failed: Mapping[str, Exception], kept: Path | None, commands: str) -> str:
     """Return what a user can do about it."""
     first, *others = failed
     also = "".join(f"; {name}: {explain(failed[name]) or repr(failed[name])}" for name in others)
     if kept is None:
         return f"; {first} failed after training was complete{also}, and no checkpoint was asked for"
+    return f"; {first} failed{also}, training is complete and saved in {kept}{commands}"
+
+
+def _commands(
+    failed: Mapping[str, Exception], kept: Path | None, folder: str | None, outputs: Outputs, wanted: AfterFit
+) -> str:
+    """Return the commands that repeat what has failed; the error of a push has its own."""
     config = Path(folder or ".") / "config.yaml"
     options = f"--config {shlex.quote(str(config))}" if config.is_file() else "with the options of this run,"
     commands = {"test": f"{PROGRAM} test {options} --ckpt_path {shlex.quote(str(kept))}"}
     for name, (output, merge) in outputs.items():
         way = "" if merge == "float32" else f" --merge {merge}"
+        if wanted.push_to_hub is not None and name == next(reversed(outputs)):
+            way += f" --push_to_hub {wanted.push_to_hub}{'' if wanted.private else ' --private false'}"
         commands[name] = f"{PROGRAM} export --ckpt_path {shlex.quote(str(kept))} --output {shlex.quote(output)}{way}"
-    again = "; ".join(commands[name] for name in failed)
-    return f"; {first} failed{also}, training is complete and saved in {kept}: repeat it with {again}"
+    again = "; ".join(commands[name] for name in failed if name in commands)
+    return f": repeat it with {again}" if again else ""
 
 
 def newest(trainer: Trainer) -> Path | None:

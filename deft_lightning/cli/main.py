@@ -150,6 +150,7 @@ class DeftCLI(LightningCLI):
             raise made_in_vain(error) from None
         if self.subcommand == "fit":
             check_optimizer(self.model.optimizer_callable)
+            self._get(self.config_init, "after_fit").check()
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """Leave out the callbacks that the trainer's switches turn off; Lightning would refuse them."""

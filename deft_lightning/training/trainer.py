@@ -73,6 +73,8 @@ class Trainer(LightningTrainer):
         output: str | None = None,
         merge: Merge | bool = "float32",
         datamodule: LightningDataModule | None = None,
+        push_to_hub: str | None = None,
+        private: bool = True,
     ) -> Path:
         """Write a Hugging Face folder from a checkpoint, or from the model as it is.
 
@@ -84,11 +86,13 @@ class Trainer(LightningTrainer):
             merge: How adapters are merged into the weights: `float32`, `base` for the dtype of the base, of which the
                 error is told, or `none`: then only the adapters are written. true is float32, false is none.
             datamodule: Gives the tokenizer when no checkpoint is given.
+            push_to_hub: Repository of the hub, ORG/NAME, to upload the folder to; the folder stays.
+            private: Whether a repository that is made for it is private.
 
         Returns:
             The folder.
         """
-        return verbs.export(self, model, ckpt_path, output, merge, datamodule)
+        return verbs.export(self, model, ckpt_path, output, merge, datamodule, push_to_hub, private)
 
     def preview(
         self,

@@ -12,22 +12,26 @@ from deft_lightning.atomic import check_output
 from deft_lightning.errors import UserError
 from deft_lightning.models import describe, gathered, is_sharded, model_from_checkpoint, save_hugging_face
 from deft_lightning.models.contents import KEY
+from deft_lightning.models.hub import check_push, push
 from deft_lightning.models.merge import Merge
 from deft_lightning.training.card_facts import facts_of_checkpoint, facts_of_run
 
 
 def export(
-    trainer: Any, module: Any, ckpt_path: str | None, output: str | None, merge: Merge | bool, datamodule: Any | None
-) -> Path:
+    trainer: Any, module: Any, ckpt_path: str | None, output: str | None, merge: Merge | bool, datamodule: Any | None,
+    push_to_hub: str | None = None, private: bool = True,
+) -> Path:  # fmt: skip
     """Write the folder and return it; arguments as those of :meth:`deft_lightning.Trainer.export`.
 
     Raises:
-        UserError: Neither a checkpoint nor a model, no folder, or one that cannot be written.
+        UserError: Neither a checkpoint nor a model, no folder, or one that cannot be written; or it cannot be pushed.
     """
     if output is None:
         raise UserError("export: set --output DIR")
     if trainer.is_global_zero and ckpt_path is not None:
         check_output(output, "export: --output")
+    if trainer.is_global_zero and push_to_hub is not None:
+        check_push(push_to_hub, private, "--push_to_hub")
     base = getattr(getattr(module, "base_weights", None), "files", None)
     if ckpt_path is not None:
         checkpoint = trainer.read_checkpoint(ckpt_path)
@@ -43,8 +47,10 @@ def export(
     if trainer.is_global_zero:
         for config in getattr(network, "peft_config", {}).values():  # a model put together of shares has no name
             config.base_model_name_or_path = config.base_model_name_or_path or base
-        folder = save_hugging_face(network, tokenizer, stops, output, merge=merge, card=facts)
+        folder = save_hugging_face(network, tokenizer, stops, output, merge=merge, card=facts, name=push_to_hub)
         rank_zero_info(f"exported: {folder}")
+        if push_to_hub is not None:
+            push(folder, push_to_hub, private)
     return folder
 
 
