@@ -91,7 +91,7 @@ def test_what_the_hub_would_refuse_is_refused_before_anything_is_written(
     name, more, wanted = REFUSED[case]
     hub.repos["lab/open"] = False
     status, told, line = command(hub, tmp_path, *export(checkpoint, tmp_path / "out", "--push_to_hub", name), **more)
-    assert status == 2 and wanted in line and f"--push_to_hub {name}"[:14] in line, told
+    assert status == 2 and wanted in line and "--push_to_hub" in line, told
     assert not (tmp_path / "out").exists() and hub.repos == {"lab/open": False} and TOKEN not in told
 
 
