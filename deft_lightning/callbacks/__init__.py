@@ -12,6 +12,7 @@ from deft_lightning.callbacks.noise import NoiseMonitor
 from deft_lightning.callbacks.predictions import PredictionWriter
 from deft_lightning.callbacks.progress import SFTProgressBar
 from deft_lightning.callbacks.ranks import RankWatch
+from deft_lightning.callbacks.record import RunRecord
 from deft_lightning.callbacks.stop import GracefulStop
 from deft_lightning.callbacks.summary import ModelLine, RunSummary
 
@@ -28,6 +29,7 @@ __all__ = [
     "NoiseMonitor",
     "PredictionWriter",
     "RankWatch",
+    "RunRecord",
     "RunSummary",
     "SFTProgressBar",
     "TokenMonitor",

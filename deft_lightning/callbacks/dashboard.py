@@ -13,6 +13,7 @@ from deft_lightning.annotations import Batch
 from deft_lightning.callbacks.drawings import gate_curve
 from deft_lightning.callbacks.marked import marked
 from deft_lightning.callbacks.monitor import add_figure, has_matplotlib, writers
+from deft_lightning.callbacks.sinks import sinks
 from deft_lightning.callbacks.watched import (
     WatchedModule,
     injects_noise,
@@ -30,7 +31,7 @@ Charts = dict[str, dict[str, list[Any]]]
 
 
 class Dashboard(Callback):
-    """Arranges what the monitors log, for TensorBoard loggers alone; other loggers are left as they are.
+    """Arranges what the monitors log, for loggers that take figures and texts; the layout is for TensorBoard alone.
 
     When `fit` starts: the layout of the Custom Scalars page and, with matplotlib, `objective/gate`, the curve of the
     gate against p; the curve again before each validation by which a schedule has moved on. After each validation:
@@ -85,8 +86,7 @@ class Dashboard(Callback):
     def _draw(self, trainer: Trainer, objective: Objective) -> None:
         self.drawn = objective
         if self.curve and has_matplotlib():
-            for writer in writers(trainer):
-                add_figure(writer, "objective/gate", gate_curve(objective), logged_step(trainer))
+            add_figure(trainer, "objective/gate", lambda: gate_curve(objective))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
@@ -118,10 +118,11 @@ class Dashboard(Callback):
     def _write(self, trainer: Trainer, module: WatchedModule, stats: TokenStats, batch: Batch, name: str) -> None:
         if (tokenizer := module.tokenizer) is None:
             return
-        for writer in writers(trainer):
+        if taking := [sink for sink in sinks(trainer) if "texts" in sink.kinds]:
             gate = module.current_objective.gate(stats)
             text = marked(tokenizer, batch, gate, self.examples, self.tokens)
-            writer.add_text(name, text, global_step=logged_step(trainer))
+            for sink in taking:
+                sink.text(name, text, logged_step(trainer))
 
 
 def chart_layout(noise: bool, focus: bool, scale: bool) -> Charts:

@@ -12,6 +12,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from deft_lightning._lightning import is_accumulating, is_logging_step, log_now, logged_step
+from deft_lightning.callbacks.sinks import sinks
 from deft_lightning.callbacks.watched import WatchedModule, is_watched, watched
 from deft_lightning.errors import UserError
 from deft_lightning.functional import TokenStats
@@ -120,31 +121,34 @@ class TokenMonitor(Callback):
         self.write_scalars(trainer, values)
 
     def write_histogram(self, trainer: Trainer, tag: str, row: Histogram) -> None:
-        """Write one histogram to every TensorBoard logger; on rank zero alone."""
+        """Write one histogram to every logger that takes some; on rank zero alone."""
         if not row.total:
             return
-        for writer in writers(trainer):
-            writer.add_histogram_raw(tag, global_step=logged_step(trainer), **row.raw())
+        for sink in sinks(trainer):
+            sink.histogram(tag, row, logged_step(trainer))
 
     def write_figure(self, trainer: Trainer, tag: str, draw: Callable[[], Any]) -> None:
-        """Draw a figure for TensorBoard on the first, second, fourth, eighth ... report; on rank zero alone.
+        """Draw a figure for loggers that take some on the first, second, fourth, eighth ... report; on rank zero alone.
 
         A figure takes longer than a small step: so spaced their cost vanishes as the run goes on, and all phases of
         training are still seen.
         """
         if self.reports & (self.reports - 1) or not has_matplotlib():
             return
-        for writer in writers(trainer):
-            add_figure(writer, tag, draw(), logged_step(trainer))
+        add_figure(trainer, tag, draw)
 
 
-def add_figure(writer: Any, tag: str, figure: Any, step: int) -> None:
-    """Write a figure as an image, without pyplot, which ``SummaryWriter.add_figure`` imports."""
+def add_figure(trainer: Trainer, tag: str, draw: Callable[[], Any]) -> None:
+    """Draw a figure as an image for the loggers that take some, without pyplot; on rank zero alone."""
+    if not (taking := [sink for sink in sinks(trainer) if "figures" in sink.kinds]):
+        return
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    canvas = FigureCanvasAgg(figure)
+    canvas = FigureCanvasAgg(draw())
     canvas.draw()
-    writer.add_image(tag, np.asarray(canvas.buffer_rgba())[..., :3], step, dataformats="HWC")
+    pixels = np.ascontiguousarray(np.asarray(canvas.buffer_rgba())[..., :3])
+    for sink in taking:
+        sink.figure(tag, pixels, logged_step(trainer))
     # Figure and canvas are a cycle: until it is collected, the pixels would add to the peak of the steps that follow.
     del canvas.renderer
 

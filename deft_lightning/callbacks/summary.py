@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelSummary
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from lightning_utilities.core.rank_zero import rank_zero_info
 
 from deft_lightning.callbacks.pace import Pace, clock_time, gibibytes, over_ranks, peak_memory, steps_of
 from deft_lightning.callbacks.record import Point, RunRecord
+from deft_lightning.callbacks.sinks import sinks
 from deft_lightning.terminal import visible
 
 SHARES = ("noise/estimated", "gate/locked")
@@ -137,13 +135,7 @@ def _places(trainer: Trainer) -> list[str]:
 
 def _looked_at(trainer: Trainer) -> list[str]:
     """Return how to look at what was logged."""
-    lines = []
-    for logger in trainer.loggers:
-        if isinstance(logger, TensorBoardLogger):
-            lines.append(f"look at it: tensorboard --logdir {shlex.quote(str(logger.log_dir))}")
-        elif isinstance(logger, CSVLogger):
-            lines.append(f"look at it: {Path(logger.log_dir) / 'metrics.csv'}")
-    return lines
+    return [f"look at it: {look}" for sink in sinks(trainer) if (look := sink.look)]
 
 
 class ModelLine(ModelSummary):

@@ -24,29 +24,30 @@ class LastingLogger(Logger):
 
     def log_metrics(self, metrics: Any, step: int | None = None) -> None:
         """Write scalars."""
-        self._attempt(super().log_metrics, metrics, step)  # type: ignore[safe-super]
+        self.attempt(super().log_metrics, metrics, step)  # type: ignore[safe-super]
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
         """Write what was asked for."""
-        self._attempt(super().log_hyperparams, *args, **kwargs)  # type: ignore[safe-super]
+        self.attempt(super().log_hyperparams, *args, **kwargs)  # type: ignore[safe-super]
 
     def log_graph(self, *args: Any, **kwargs: Any) -> None:
         """Draw the model."""
-        self._attempt(super().log_graph, *args, **kwargs)
+        self.attempt(super().log_graph, *args, **kwargs)
 
     def after_save_checkpoint(self, checkpoint_callback: Any) -> None:
         """Look at a checkpoint, or send it away."""
-        self._attempt(super().after_save_checkpoint, checkpoint_callback)
+        self.attempt(super().after_save_checkpoint, checkpoint_callback)
 
     def save(self) -> None:
         """Write what has been put aside."""
-        self._attempt(super().save)
+        self.attempt(super().save)
 
     def finalize(self, status: str) -> None:
         """Write the rest, and close."""
-        self._attempt(super().finalize, status)
+        self.attempt(super().finalize, status)
 
-    def _attempt(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def attempt(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call what writes, unless the log is given up."""
         if self._given_up:
             return None
         try:
@@ -70,7 +71,7 @@ class LastingTensorBoard(LastingLogger):
     @property
     def experiment(self) -> Any:
         """The writer; what cannot be written is given up here too."""
-        return LastingWriter(super().experiment, self._attempt)  # type: ignore[misc]
+        return LastingWriter(super().experiment, self.attempt)  # type: ignore[misc]
 
 
 class LastingWriter:

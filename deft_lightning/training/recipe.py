@@ -21,9 +21,11 @@ from deft_lightning.callbacks import (
     NoiseEstimate,
     NoiseMonitor,
     RankWatch,
+    RunRecord,
     RunSummary,
     SFTProgressBar,
 )
+from deft_lightning.training.logged_settings import LoggedSettings
 
 TRAINER_DEFAULTS: Settings = {
     "gradient_clip_val": 1.0,
@@ -31,7 +33,7 @@ TRAINER_DEFAULTS: Settings = {
     "default_root_dir": "logs",
 }
 MONITORS = (GateMonitor, EntropyMonitor, NoiseMonitor, NoiseEstimate, Dashboard)
-WATCHES = (GracefulStop, RankWatch, MetricCheck, FirstLastValidation)
+WATCHES = (GracefulStop, RankWatch, MetricCheck, FirstLastValidation, LoggedSettings)
 # Kinds of which a run has one at most: whoever brings another kind of it has chosen.
 KINDS: dict[type[Callback], type[Callback]] = {
     Checkpoint: ModelCheckpoint, SFTProgressBar: ProgressBar, ModelLine: ModelSummary,
@@ -73,6 +75,8 @@ def with_callbacks(options: Settings, monitors: bool) -> list[Callback]:
     wanted: list[type[Callback]] = [*(MONITORS if monitors else ()), *WATCHES]
     if options.get("enable_progress_bar") is not False:
         wanted[:0] = [SFTProgressBar, RunSummary]
+    else:
+        wanted.append(RunRecord)  # which the summary is, too
     if options.get("enable_model_summary") is not False:
         wanted.append(ModelLine)
     if options.get("enable_checkpointing") is not False:
