@@ -164,7 +164,7 @@ def test_tensorboards_hparams_page_compares_runs_by_what_they_led_to(ran: Ran) -
     assert figures["val/nll"] == pytest.approx(ran.nll[-1]) and figures["val/nll"] != pytest.approx(ran.nll[0])
     assert 0 < figures["noise/estimated"] <= 1 and status == api_pb2.STATUS_SUCCESS
     (folder,) = (ran.root / "tb").rglob("hparams.yaml")
-    check_settings(yaml.unsafe_load(folder.read_text()))
+    check_settings(yaml.safe_load(folder.read_text()))
     # No figure of its own is written for the page: the first `val/nll` is that before training.
     assert [point.value for point in read_events(folder.parent).Scalars("val/nll")] == pytest.approx(ran.nll)
     assert f"look at it: tensorboard --logdir {folder.parent}" in ran.told
@@ -186,7 +186,7 @@ def test_csv(ran: Ran) -> None:
     (table,) = (ran.root / "csv").rglob("metrics.csv")
     rows = list(csv.DictReader(table.open()))
     assert [float(row["val/nll"]) for row in rows if row["val/nll"]] == pytest.approx(ran.nll)
-    check_settings(yaml.unsafe_load((table.parent / "hparams.yaml").read_text()))
+    check_settings(yaml.safe_load((table.parent / "hparams.yaml").read_text()))
     assert "CSVLogger takes no histograms or figures or texts: they are left out of it (--trainer.logger)" in ran.told
     assert f"look at it: {table}" in ran.told
 

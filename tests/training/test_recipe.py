@@ -195,7 +195,10 @@ def test_every_logger_gets_the_resolved_settings(pretrained: str, source: str, h
     for folder in ("tb", "csv"):
         (file,) = (here / folder).rglob("hparams.yaml")
         written = yaml.safe_load(file.read_text())
+        others = {name: written.pop(name) for name in ("data", "trainer", "seed_everything")}
         assert written == json.loads(json.dumps(dict(module.hparams)))
+        assert others["data"]["batch_size"] == 4 and others["data"]["source"] == source
+        assert others["trainer"]["max_steps"] == 1
     assert written["objective"] == "Tsallis(q=0.3)" and written["pretrained"] == pretrained
     assert written["optimizer"]["class"] == "torch.optim.adamw.AdamW" and written["optimizer"]["lr"] == 5e-5
     assert written["scheduler"]["warmup"] == 0.1
