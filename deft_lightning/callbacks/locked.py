@@ -45,7 +45,7 @@ class LockWatch:
             f" {fmean(share for share, _ in self.seen):.0%} of the labels, {legend} has all but shut the gate on them,"
             " and prob/mean does not rise: either these labels are wrong and are rightly shut out, or training holds"
             " itself on a plateau. If val/nll and val/token_accuracy do not get better either it is a plateau: open the"
-            " gate first with --model.objective Schedule (docs/monitors.md)"
+            " gate first with --model.objective Schedule (docs/guides/monitors.md)"
         )
 
     def stuck(self) -> bool:

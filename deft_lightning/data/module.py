@@ -52,7 +52,8 @@ class InstructionDataModule(LightningDataModule):
         validation_fraction: Share held out of `source` by a hash of each example, in [0, 1); duplicates stay together.
         test_source: Rows for `test` and `predict`; default: the validation rows.
         benchmarks: Benchmarks for `test` and `predict` in their place: names, or where the rows of each are, for
-            example `--data.benchmarks '{math500: math500.jsonl, gsm8k: gsm8k.jsonl}'`. docs/evaluation.md lists them.
+            example `--data.benchmarks '{math500: math500.jsonl, gsm8k: gsm8k.jsonl}'`;
+            docs/guides/evaluation.md lists them.
         benchmark_instruction: Stands behind the questions of benchmarks in place of their own; empty for none.
         on_bad_row: Stop at a row that cannot be used, or skip it; skipped rows are counted and the first is shown.
         tokenizer: Hub id or folder; default: the one of `model.pretrained`, else one built from the training rows.

@@ -98,7 +98,7 @@ def score_rows(tokens: Tokens) -> Scored:
     has at most ``log 2`` from it, so that a long one does not hide its wrong tokens. ``conflict``: root mean square
     of the conflict. ``nll``: mean NLL. ``length``: tokens. The last three are what a score has to beat.
 
-    Chosen by measurement among the candidates that ``docs/probe.md`` lists.
+    Chosen by measurement among the candidates that ``docs/guides/probe.md`` lists.
     """
     conflict, counts = tokens.conflict, np.maximum(tokens.counts, 1)
     excess = -tokens.log_prob - usual(tokens, -tokens.log_prob)

@@ -1,6 +1,6 @@
 """What an anchor costs: CPU time of a training step, forward and backward, against the same step without one.
 
-    python tests/benchmarks/bench_anchor.py [--pairs 15] [--tokens 512] [--output docs/bench_anchor.json]
+    python tests/benchmarks/bench_anchor.py [--pairs 15] [--tokens 512] [--output docs/evidence/data/bench_anchor.json]
 
 A pair is a step of either in turn, so that a machine whose speed drifts treats them alike; ratios are of pairs, and the
 median is told. A random Llama of 4 layers of 256 and a vocabulary of 32,000; every token is supervised.

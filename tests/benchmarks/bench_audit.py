@@ -1,6 +1,6 @@
 """How well the audit finds noise: token scores and example scores against injected errors.
 
-    python tests/benchmarks/bench_audit.py --model DIR [--output docs/bench_audit.json]
+    python tests/benchmarks/bench_audit.py --model DIR [--output docs/evidence/data/bench_audit.json]
 
 The text is what the model itself writes: stories sampled at two temperatures, cut at the end of a sentence into prompt
 and response, so that the model knows the text as well as a model can. Noise is this package's own, the pass is that of

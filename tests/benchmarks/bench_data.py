@@ -1,7 +1,7 @@
 """Preparation of instruction data: time against `datasets.map` with the same tokenizer, cache, memory, packing.
 
     python tests/benchmarks/bench_data.py --source gsm8k_train.jsonl --tokenizer FOLDER [--rounds 5]
-        [--memory_mb 250 500 1000] [--output docs/bench_data.json]
+        [--memory_mb 250 500 1000] [--output docs/evidence/data/bench_data.json]
 
 `datasets.map` is given the same texts, the chat template already applied, and does nothing but tokenise them; its time
 is that of `map` alone. Preparation reads the file, normalises, renders, tokenises, masks, truncates and writes. Memory

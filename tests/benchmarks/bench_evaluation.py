@@ -1,6 +1,7 @@
 """What grading and seeded sampling cost, how often a batch changes a completion, and how far the grader is right.
 
-    python tests/benchmarks/bench_evaluation.py --data DIR --model DIR [--output docs/bench_evaluation.json]
+    python tests/benchmarks/bench_evaluation.py --data DIR --model DIR
+        [--output docs/evidence/data/bench_evaluation.json]
 
 DIR holds gsm8k_test.jsonl, svamp_test.jsonl and math500_test.jsonl; the model is any small causal language model.
 """

@@ -1,6 +1,6 @@
 """One optimizer step is one optimizer step: every way to run it against a full batch in float64.
 
-    python tests/benchmarks/bench_gradients.py [--output docs/gradients.json]
+    python tests/benchmarks/bench_gradients.py [--output docs/evidence/data/gradients.json]
 
 The same 12 examples, from 1 to 9 supervised tokens each, in one optimizer step: at once, in micro-batches (the last
 window is short), on one process and on two ranks over gloo, padded or packed, through the fused head or the dense one,

@@ -1,7 +1,8 @@
 """Time and memory of the head, forward and backward: the products alone, dense formulas, this package, its peers.
 
     python tests/benchmarks/bench_head.py [--dtype bfloat16] [--tokens 2048] [--rounds 5] [--device cuda]
-        [--memory_tokens 512 1024 2048 4096] [--output docs/bench_head.json] [--figure docs/bench_head.png]
+        [--memory_tokens 512 1024 2048 4096] [--output docs/evidence/data/bench_head.json]
+        [--figure docs/evidence/figures/bench_head.png]
 
 Every measurement is a process of its own. A round runs all variants in turn, so that a machine whose speed drifts
 treats them alike; ratios are to the products of the same round, and medians over rounds. Time is CPU time on the CPU

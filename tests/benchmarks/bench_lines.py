@@ -1,6 +1,6 @@
 """What the lines of a log and the summary cost: time of ten steps with them and without.
 
-    python tests/benchmarks/bench_lines.py [--windows 24] [--width 128] [--output docs/bench_lines.json]
+    python tests/benchmarks/bench_lines.py [--windows 24] [--width 128] [--output docs/evidence/data/bench_lines.json]
 
 One run of the quickstart's shape, whose line and summary callbacks act in every second window of ten steps, the default
 logging interval: a line each. Each window is compared with the one before it, so that a machine whose speed drifts

@@ -1,6 +1,6 @@
 """What gate/locked shows of a plateau, of wrong labels and of neither, and what frees a plateau.
 
-    python tests/benchmarks/bench_locked.py [--steps 150] [--output docs/bench_locked.json]
+    python tests/benchmarks/bench_locked.py [--steps 150] [--output docs/evidence/data/bench_locked.json]
 
 Sums of two digits, by a Llama of 0.1M parameters. Two models to start from are trained with NLL: one gives the right
 sums, one says 07 to everything. Each is then trained on with other rows and objectives. Told are means over the last

@@ -1,6 +1,7 @@
 """What the monitors cost: time of ten steps with them and without, and peak memory, with a large vocabulary.
 
-    python tests/benchmarks/bench_monitors.py [--windows 24] [--rounds 3] [--output docs/bench_monitors.json]
+    python tests/benchmarks/bench_monitors.py [--windows 24] [--rounds 3]
+        [--output docs/evidence/data/bench_monitors.json]
 
 Time: one run, whose monitors look at every second window of ten steps, the default logging interval. Each window is
 compared with the one before it, so that a machine whose speed drifts treats both alike; the median of the ratios is

@@ -1,6 +1,7 @@
 """Time to the first step of the quickstart, and its tokens per second against a bare PyTorch loop.
 
-    python tests/benchmarks/bench_quickstart.py [--rounds 5] [--steps 150] [--output docs/bench_quickstart.json]
+    python tests/benchmarks/bench_quickstart.py [--rounds 5] [--steps 150]
+        [--output docs/evidence/data/bench_quickstart.json]
 
 Each figure comes from whole processes, run in turn (package, bare loop, package, ...), so that a machine whose speed
 drifts treats both alike. The bare loop has the same architecture, batches, optimizer and clipping, and transformers'

@@ -1,6 +1,7 @@
 """A training step of a 0.5B-shaped Qwen2 with random weights under a memory limit: fused head against dense head.
 
-    python tests/benchmarks/bench_step_memory.py [--tokens 4096] [--limit_gb 8] [--output docs/bench_step_memory.json]
+    python tests/benchmarks/bench_step_memory.py [--tokens 4096] [--limit_gb 8]
+        [--output docs/evidence/data/bench_step_memory.json]
 
 Each head runs in a process of its own, first without a limit, which gives its peak, then under the limit (Linux:
 RLIMIT_DATA, private memory). A step is forward, backward and AdamW in bfloat16, with gradient checkpointing.

@@ -1,6 +1,7 @@
 """How well the audit finds real wrong answers: those that a model has given and a rule has marked.
 
-    python tests/benchmarks/bench_wrong_answers.py [--other DIR] [--output docs/bench_wrong_answers.json]
+    python tests/benchmarks/bench_wrong_answers.py [--other DIR]
+        [--output docs/evidence/data/bench_wrong_answers.json]
 
 A small model learns a task for a short while. It answers fresh prompts with samples at temperature 1, and a rule marks
 the wrong ones: rows of a file with a column `wrong`. ``probe --audit --truth wrong`` then ranks the file with (a) a

@@ -1,6 +1,6 @@
 """Pictures of the page of a probe for the docs, and the page itself: some true and some false answers, one model.
 
-    python tests/benchmarks/page_screens.py --model DIR --output docs
+    python tests/benchmarks/page_screens.py --model DIR --output docs/evidence/figures
 
 Writes ``page.png`` (a desktop, light), ``page_dark.png`` and ``page_phone.png`` into the folder. It takes Chromium; the
 docs show SmolLM2-135M-Instruct. The rows are below; every third answer or so is wrong, and nobody tells the model.

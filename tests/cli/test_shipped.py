@@ -100,7 +100,10 @@ def test_a_class_that_a_shipped_configuration_names_is_seen(monkeypatch: pytest.
     assert take_classes(["fit", "--config", "deft:quickstart"])[1] == {"model_class": "my_package.MyModule"}
 
 
-@pytest.mark.parametrize("page", ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))])
+PAGES = ["README.md", *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs").rglob("*.md")))]
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_names_in_the_documentation_exist(page: str) -> None:
     named = re.findall(r"--config deft:([\w./-]+)", (ROOT / page).read_text(encoding="utf-8"))
     assert set(named) <= set(shipped.names())

@@ -133,7 +133,7 @@ def test_the_readme_has_the_table() -> None:
     assert used <= set(VERBS)
 
 
-@pytest.mark.parametrize("page", sorted((ROOT / "docs").rglob("*.md")), ids=lambda path: path.name)
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").rglob("*.md")), ids=lambda path: str(path.relative_to(ROOT)))
 def test_pages_use_verbs_that_there_are(page: Path) -> None:
     used = set(re.findall(r"python -m deft_lightning (\w+)", page.read_text(encoding="utf-8")))
     assert used <= set(VERBS)

@@ -57,7 +57,7 @@ def _lay(below: dict[str, Any], above: dict[str, Any]) -> None:
 
 
 def pairs_table() -> str:
-    """Return the table of docs/paper.md."""
+    """Return the table of docs/evidence/paper.md."""
     lines = ["| model | " + " | ".join(TASKS) + " |", "| --- " * (1 + len(TASKS)) + "|"]
     for model in MODELS:
         cells = []

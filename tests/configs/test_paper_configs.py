@@ -316,7 +316,7 @@ def test_figfont_rows_are_those_of_the_authors_script(model: str) -> None:
 
 
 def write_tests(root: Path) -> dict[str, str]:
-    """Rows for every benchmark, two each, as the commands of docs/paper.md take them."""
+    """Rows for every benchmark, two each, as the commands of docs/evidence/paper.md take them."""
     found = {}
     for name in RECIPES["math"].benchmarks:
         rows = [{"problem": f"{name}: {i} + 1 = ?", "answer": str(i + 1)} for i in range(2)]
@@ -343,7 +343,7 @@ def test_the_exported_model_is_tested_and_its_predictions_score_the_same(
 ) -> None:  # fmt: skip
     wanted, rows = RECIPES[parts(name)[0]].benchmarks, write_tests(root)
     export, output = found[name][0]["export"], tmp_path / "predictions.jsonl"
-    # As docs/paper.md has it, on one process and with a few tokens.
+    # As docs/evidence/paper.md has it, on one process and with a few tokens.
     scoring = [
         "--model.pretrained", export, "--model.dtype", "bfloat16", "--trainer.precision", "32-true",
         "--trainer.strategy", "auto", "--model.generation.max_new_tokens", "3",
@@ -439,7 +439,7 @@ def test_a_row_of_the_table_comes_out_by_hand() -> None:
 def test_the_page_has_the_tables_of_the_script_and_names_every_pair() -> None:
     from paper_cost import TASKS, models_table, runs_table
 
-    page = (ROOT / "docs" / "paper.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "evidence" / "paper.md").read_text(encoding="utf-8")
     assert models_table() in page and runs_table(TASKS, 0.4) in page
     for task, found in TASKS.items():
         assert f"| {task} | {found.rows:,} | {found.tokens:g} | {found.learnt:g} | {found.padding:g} |" in page

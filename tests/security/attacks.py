@@ -1,6 +1,6 @@
 """Files of strangers that would run code, write elsewhere, or never end; and what becomes of each.
 
-    python tests/security/attacks.py          prints the table of docs/security.md
+    python tests/security/attacks.py          prints the table of docs/guides/security.md
     python tests/security/attacks.py --write  writes it there
 
 Each attack makes its files in a folder of its own and names the command lines that would open them. A payload only
@@ -39,7 +39,7 @@ from worlds import save_tiny_llama  # noqa: E402
 
 from deft_lightning.__main__ import main  # noqa: E402
 
-DOCS = ROOT / "docs" / "security.md"
+DOCS = ROOT / "docs" / "guides" / "security.md"
 BEGIN, END = "<!-- made by tests/security/attacks.py -->\n", "<!-- end -->\n"
 RESUMED = ("fit", "validate", "test", "predict", "probe")
 
@@ -453,7 +453,7 @@ def outcome(name: str, verb: str) -> Outcome:
 
 
 def table() -> str:
-    """Return the table of docs/security.md."""
+    """Return the table of docs/guides/security.md."""
     lines = ["| what a stranger did | through | what happens |", "|---|---|---|"]
     for name, attack in ATTACKS.items():
         found = outcome(name, attack.verbs[-1])

@@ -136,8 +136,8 @@ def test_the_table_of_the_documentation_is_what_happens() -> None:
         cells = [reason(outcome(tokenizer, messages)) for messages in SHAPES.values()]
         lines.append(f"| `{name}` | {' | '.join(cells)} |")
     table = "\n".join(lines)
-    page = (Path(__file__).parents[3] / "docs" / "data.md").read_text(encoding="utf-8")
-    assert table in page, f"docs/data.md does not hold this table:\n{table}"
+    page = (Path(__file__).parents[3] / "docs" / "guides" / "chat_templates.md").read_text(encoding="utf-8")
+    assert table in page, f"docs/guides/chat_templates.md does not hold this table:\n{table}"
 
 
 @needs_trl

@@ -40,7 +40,7 @@ def turns(*pairs: tuple[str, Any], **last: Any) -> list[dict[str, Any]]:
 
 ASKED = (("user", "2 + 2?"), ("assistant", "4"))
 QA = {"question": "2 + 2?", "answer": "4"}
-# A row, and what its columns and keys become: the outcome is a column of the table in docs/data.md.
+# A row, and what its columns and keys become: the outcome is a column of the table in docs/guides/data.md.
 USED: dict[str, tuple[dict[str, Any], str]] = {
     "`system`, `system_prompt`, `system_message`": ({**QA, "system_prompt": "Be brief."}, "the system turn"),
     "`reasoning`, `reasoning_content`, `thinking` beside an answer": (
@@ -263,8 +263,8 @@ def test_what_is_noted_of_rows_is_said_by_a_run(
 
 
 def test_every_outcome_is_in_the_table_of_the_documentation() -> None:
-    page = (Path(__file__).parents[3] / "docs" / "data.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[3] / "docs" / "guides" / "data.md").read_text(encoding="utf-8")
     rows = [f"| {name} | {becomes} |" for name, (_, becomes) in USED.items()]
     rows += [f"| {name} | refused |" for name in REFUSED] + [f"| {name} | named with a count |" for name in NAMED]
     missing = [line for line in rows if line not in page]
-    assert not missing, "docs/data.md lacks:\n" + "\n".join(missing)
+    assert not missing, "docs/guides/data.md lacks:\n" + "\n".join(missing)

@@ -298,7 +298,7 @@ def test_the_columns_name_weights_and_reasoning_of_turns(key: str) -> None:
 
 # --- the table -------------------------------------------------------------------------------------------------------
 
-# As docs/data.md has them: a row, what becomes of it, and words of the line that says so.
+# As docs/guides/data.md has them: a row, what becomes of it, and words of the line that says so.
 OUTCOMES: dict[str, tuple[dict[str, Any], str, str]] = {
     "`conversations` or `messages` as a list of plain texts (LIMA)": (
         {"conversations": ["a", "b"]}, "turns of user and assistant, the user first", "plain texts",
@@ -340,7 +340,7 @@ def test_every_shape_of_the_table_has_its_outcome(record: dict[str, Any], says: 
 
 
 def test_every_shape_is_in_the_table_of_the_documentation() -> None:
-    page = (Path(__file__).parents[3] / "docs" / "data.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[3] / "docs" / "guides" / "data.md").read_text(encoding="utf-8")
     missing = [f"| {shape} | {outcome} |" for shape, (_, outcome, _) in OUTCOMES.items()]
     missing = [line for line in missing if line not in page]
-    assert not missing, "docs/data.md lacks:\n" + "\n".join(missing)
+    assert not missing, "docs/guides/data.md lacks:\n" + "\n".join(missing)
