@@ -2,6 +2,7 @@
 
 ``contributing.md`` and ``changelog.md`` show CONTRIBUTING.md and CHANGELOG.md, with links as they are from ``docs/``. A
 link to a file of the package or the tests becomes a link into the repository if ``repo_url`` is set, and else its text.
+Short pieces of code stay on one line: an option is hard to read with its dashes on the line before.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 INCLUDED = {"contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
 LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(([^)#\s:]+)(#[^)\s]*)?\)")
+SHORT = re.compile(r"<code>(?=[^<]{1,30}</code>)")
 FENCE = re.compile(r"(^```.*?^```$)", re.MULTILINE | re.DOTALL)
 
 
@@ -45,3 +47,8 @@ def _link(link: re.Match[str], place: str, page: str, repository: str | None) ->
     if repository:
         return f"[{text}]({repository.rstrip('/')}/blob/main/{target}{anchor})"
     return text if "`" in text else f"`{text}`"
+
+
+def on_page_content(html: str, /, **kwargs: Any) -> str:
+    """Return a page whose short pieces of code are marked."""
+    return SHORT.sub('<code class="short">', html)

@@ -4,8 +4,8 @@
     python tests/benchmarks/paper_cost.py --measure math-qwen2.5-7b [--tokenizer DIR] [--source ROWS]
 
 The first prints the tables of docs/evidence/paper.md from the published shapes of the models and from what is assumed
-of the rows: tokens of one, those that are learnt, and how many times as many are computed because a micro-batch is padded
-to its longest row. The second counts these three on the rows themselves.
+of the rows: tokens of one, those that are learnt, and how many times as many are computed because a micro-batch is
+padded to its longest row. The second counts these three on the rows themselves.
 """
 
 from __future__ import annotations
