@@ -2,7 +2,8 @@
 
 ``contributing.md`` and ``changelog.md`` show CONTRIBUTING.md and CHANGELOG.md, with links as they are from ``docs/``. A
 link to a file of the package or the tests becomes a link into the repository if ``repo_url`` is set, and else its text.
-Short pieces of code stay on one line: an option is hard to read with its dashes on the line before.
+Short pieces of code stay on one line: an option is hard to read with its dashes on the line before. A figure leads to
+itself, so that a phone can enlarge it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,18 @@ ROOT = Path(__file__).resolve().parents[1]
 INCLUDED = {"contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
 LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(([^)#\s:]+)(#[^)\s]*)?\)")
 SHORT = re.compile(r"<code>(?=[^<]{1,30}</code>)")
+FIGURE = re.compile(r'<img [^>]*src="([^"]+)"[^>]*/?>')
+OPTIONAL = {"guides/trl.md": ("Guides", "In TRL's trainer")}  # pages that have a place once they are written
 FENCE = re.compile(r"(^```.*?^```$)", re.MULTILINE | re.DOTALL)
+
+
+def on_config(config: Any) -> Any:
+    """Give optional pages that are there a place at the end of their section."""
+    sections = {name: pages for section in config.nav for name, pages in section.items()}
+    for page, (section, title) in OPTIONAL.items():
+        if (ROOT / "docs" / page).is_file():
+            sections[section].append({title: page})
+    return config
 
 
 def on_page_markdown(markdown: str, /, *, page: Any, config: Any, files: Any) -> str:
@@ -50,5 +62,6 @@ def _link(link: re.Match[str], place: str, page: str, repository: str | None) ->
 
 
 def on_page_content(html: str, /, **kwargs: Any) -> str:
-    """Return a page whose short pieces of code are marked."""
-    return SHORT.sub('<code class="short">', html)
+    """Return a page whose short pieces of code are marked and whose figures are links."""
+    html = SHORT.sub('<code class="short">', html)
+    return FIGURE.sub(lambda figure: f'<a href="{figure[1]}">{figure[0]}</a>', html)
