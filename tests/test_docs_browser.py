@@ -17,10 +17,7 @@ from worlds import ROOT
 
 pytestmark = pytest.mark.slow
 CONTRAST = (ROOT / "tests" / "contrast.js").read_text(encoding="utf-8")
-PAGES = [
-    "index.html", "quickstart.html", "guides/data.html", "guides/monitors.html", "guides/coming_from.html",
-    "concepts/gate.html", "evidence/noise_study.html", "api/objectives.html", "contributing.html",
-]  # fmt: skip
+PAGES = ["index.html", "guides/monitors.html", "guides/coming_from.html", "api/objectives.html", "contributing.html"]
 STATE = """JSON.stringify({
   ready: document.readyState,
   at: location.pathname,
