@@ -1,4 +1,4 @@
-"""docs/trl.md tells the truth: its code runs, as it is but for the model and its device, and its names are logged."""
+"""docs/guides/trl.md tells the truth: its code runs, as it is but for the model and its device, and its names are logged."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from worlds import ROOT, save_tiny_llama
 from deft_lightning.objectives import known_objectives
 
 pytestmark = pytest.mark.slow
-PAGE = (ROOT / "docs" / "trl.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "guides" / "trl.md").read_text(encoding="utf-8")
 MODEL = "Qwen/Qwen2.5-0.5B"
 
 
@@ -31,7 +31,7 @@ def test_the_code_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     scope: dict[str, Any] = {"__name__": "page"}
     model, logged = save_tiny_llama(tmp_path / "model", spread=0.3), set[str]()
     for block in blocks:
-        exec(compile(on_cpu(block).replace(MODEL, model), "docs/trl.md", "exec"), scope)
+        exec(compile(on_cpu(block).replace(MODEL, model), "docs/guides/trl.md", "exec"), scope)
         logged |= {name for entry in scope["trainer"].state.log_history for name in entry}
     named = set(re.findall(r"`([\w/]+)`", "".join(line.split("|")[1] for line in PAGE.splitlines() if "|" in line)))
     tags = {name for name in named if "/" in name or name.endswith("nll")} - {"objective/scale"}
