@@ -10,13 +10,14 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from deft_lightning.callbacks.drawings import occupancy
-from deft_lightning.callbacks.locked import LockWatch, locked
+from deft_lightning.callbacks.locked import LockWatch
 from deft_lightning.callbacks.monitor import TokenMonitor
 from deft_lightning.callbacks.watched import WatchedModule, is_watched, watched
 from deft_lightning.errors import UserError
 from deft_lightning.functional import TokenStats
 from deft_lightning.metrics import Histogram, PackedHistogram
 from deft_lightning.objectives import Objective
+from deft_lightning.objectives.locked import locked
 
 BANDS = 10  # of alpha, in the occupancy
 FIXED = 6  # rows before those of other objectives

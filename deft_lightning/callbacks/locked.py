@@ -7,8 +7,6 @@ from statistics import fmean
 
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
-from deft_lightning.objectives.locked import CONCENTRATED, SHUT, locked
-
 WINDOW = 10  # logged steps that are looked back on
 SHARE = 0.1  # of locked tokens, below which nothing is said: among labels of any kind some are odd
 MOVE = 0.01  # less than this, from one half of the window to the other, is no move
@@ -55,6 +53,3 @@ class LockWatch:
         (share, prob), (share_late, prob_late) = (map(fmean, zip(*part, strict=True)) for part in (early, late))
         least = min(share for share, _ in self.seen)
         return least >= SHARE and share_late > share - MOVE and prob_late < prob + MOVE
-
-
-__all__ = ["CONCENTRATED", "SHUT", "LockWatch", "locked"]

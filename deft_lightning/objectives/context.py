@@ -255,6 +255,3 @@ def joined(parts: Sequence[TokenStats]) -> TokenStats:
         return None if values[0] is None else torch.cat(values)
 
     return TokenStats(**{name: field(name) for name in TokenStats._fields})  # type: ignore[arg-type]
-
-
-__all__ = ["NOTHING", "ContextSource", "Marginal", "joined", "unigram_log_prob"]

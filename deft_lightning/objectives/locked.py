@@ -20,6 +20,3 @@ def locked(stats: TokenStats, gate: Tensor) -> Tensor:
         gate: Their gates, of the objective in force.
     """
     return (stats.collision >= CONCENTRATED) & ~stats.correct & (gate < SHUT)
-
-
-__all__ = ["CONCENTRATED", "SHUT", "locked"]

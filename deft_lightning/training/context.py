@@ -22,6 +22,3 @@ def context_of(objective: Objective, model: CausalLM, prompts: PromptSource | No
     counts = getattr(prompts, "label_counts", None)
     unigram = None if counts is None or not counts.sum() else unigram_log_prob(counts, size)
     return ContextSource(objective, unigram, size, watched)
-
-
-__all__ = ["ContextSource", "context_of", "unigram_log_prob"]

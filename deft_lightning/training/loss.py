@@ -22,7 +22,7 @@ from deft_lightning.models import (
     fused_forward,
 )
 from deft_lightning.objectives import Needs, Objective
-from deft_lightning.training.context import ContextSource
+from deft_lightning.objectives.context import ContextSource
 
 
 class NoObjective(NamedTuple):

@@ -22,7 +22,7 @@ import torch
 
 from deft_lightning import SFTModule
 from deft_lightning.objectives import NLL, Contaminated, Objective
-from deft_lightning.training.context import ContextSource, unigram_log_prob
+from deft_lightning.objectives.context import ContextSource, unigram_log_prob
 
 SHAPES: dict[str, dict[str, Any]] = {
     "small": {"vocab_size": 32_000, "hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4,

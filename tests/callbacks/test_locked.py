@@ -12,9 +12,10 @@ import torch
 from test_monitors import Columns, watch
 
 from deft_lightning.callbacks import GateMonitor
-from deft_lightning.callbacks.locked import LockWatch, locked
+from deft_lightning.callbacks.locked import LockWatch
 from deft_lightning.functional import token_stats
 from deft_lightning.objectives import DEFT, NLL, Floored, Likelihood, Objective, Rescaled, RunState
+from deft_lightning.objectives.locked import locked
 
 # --- which tokens ---------------------------------------------------------------------------------------------------
 

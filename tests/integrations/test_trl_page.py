@@ -1,4 +1,4 @@
-"""docs/guides/trl.md tells the truth: its code runs, as it is but for the model and its device, and its names are logged."""
+"""docs/guides/trl.md is true: its code runs, as it is but for the model and its device, and its names are logged."""
 
 from __future__ import annotations
 

@@ -22,10 +22,10 @@ from transformers import AutoModelForCausalLM
 from worlds import constant, conversation, write_rows
 
 from deft_lightning import InstructionDataModule, SFTModule, Trainer
-from deft_lightning.callbacks.locked import SHUT
 from deft_lightning.data.noise import Noise, TokenReplace
 from deft_lightning.errors import UserError
 from deft_lightning.objectives import DEFT, Contaminated, NoiseRates
+from deft_lightning.objectives.locked import SHUT
 from deft_lightning.probe.page import build
 from deft_lightning.probe.page.build import chosen_ranks
 from deft_lightning.probe.page.codes import LEVELS, SHUT_CODE, nats, planes, shares, whole

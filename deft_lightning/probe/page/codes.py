@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from deft_lightning.callbacks.locked import SHUT
+from deft_lightning.objectives.locked import SHUT
 
 Bytes = NDArray[np.uint8]
 

@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from deft_lightning.callbacks.locked import CONCENTRATED
 from deft_lightning.functional import TokenStats
+from deft_lightning.objectives.locked import CONCENTRATED
 from deft_lightning.probe.audit import conflict
 from deft_lightning.probe.page.codes import WIDTH, Bytes, nats, planes, shares
 from deft_lightning.probe.reading import Read
