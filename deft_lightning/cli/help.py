@@ -14,15 +14,23 @@ from docstring_parser import parse
 from jsonargparse import Namespace
 
 WHOLE = "--help=all"
-ORDER = ("", "data", "model", "trainer", "checkpoint", "validation", "after_fit", "predictions")  # others come behind
+ORDER = ("", "data", "model", "trainer", "checkpoint", "validation", "after_fit")  # others come behind
+SHOWN = (
+    "progress_bar",
+    "gate_monitor",
+    "entropy_monitor",
+    "noise_monitor",
+    "noise_estimate",
+    "dashboard",
+    "predictions",
+)
 WIDTH = 120  # of a line, at most
-PLACE = 39  # where the text of an option begins
+PLACE = 40  # where the text of an option begins
 
 # Of Lightning's fifty options those that a run of ours wants; its own texts are a paragraph each.
 TRAINER = {
     "max_steps": "Optimizer steps; -1 leaves the end to max_epochs",
     "max_epochs": "Epochs; without max_steps the default is 1",
-    "max_time": "Longest time, DD:HH:MM:SS",
     "accumulate_grad_batches": "Micro-batches of an optimizer step",
     "gradient_clip_val": "Largest norm of the gradient",
     "precision": "32-true, bf16-mixed, 16-mixed, bf16-true, 64-true",
@@ -34,7 +42,6 @@ TRAINER = {
     "log_every_n_steps": "Optimizer steps between logged ones",
     "default_root_dir": "Runs go to version_N in this folder",
     "logger": "TensorBoard by default; others by class path, false for none",
-    "deterministic": "Refuse operations whose results vary",
 }
 
 # Options of every verb, whose texts are Lightning's.
@@ -86,16 +93,19 @@ def short_help(parser: Any, about: str, choices: str) -> str:
 
 
 def _group(option: str) -> str:
-    """Return the group that an option is of, `data` of `--data.source`; nothing for those of the verb itself."""
+    """Return the group that an option is of, `data` of `--data.source`; nothing for those of the verb itself.
+
+    What is shown and logged is one group.
+    """
     first, dot, _ = option.removeprefix("--").partition(".")
-    return first if dot else ""
+    return "shown" if first in SHOWN else first if dot else ""
 
 
 def _heading(name: str, parser: Any) -> str:
     if not name:
         return "Of the verb:"
-    if name == "trainer":
-        return "Lightning's Trainer:"
+    if name in ("trainer", "shown"):
+        return "Lightning's Trainer:" if name == "trainer" else "What a run shows and logs:"
     group = (parser.groups or {}).get(name)
     return f"{(getattr(group, 'title', None) or name).rstrip('.:')}:"
 

@@ -208,7 +208,7 @@ STOP = ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor"]
         ([*STOP, "val/los"], ["monitor (EarlyStopping) val/los: no such metric. Did you mean val/loss", "train/nll"]),
         (["--checkpoint.monitor", "nll"], ["--checkpoint.monitor nll: no such metric. Did you mean val/nll"]),
         ([*STOP, "val/nll", "--data.validation_fraction", "0"], ["val/nll: there is no validation", "--data."]),
-        (["--trainer.logger", "MLFlowLogger"], ["error: --trainer.logger: Requirement 'mlflow"]),
+        (["--trainer.logger", "CometLogger"], ["error: --trainer.logger: Requirement 'comet"]),
         (["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.save_top_k", "-3"],
          ["error: --trainer.callbacks: Invalid value for save_top_k=-3"]),
         (["--checkpoint.save_top_k", "-3"], ["error: --checkpoint: Invalid value for save_top_k=-3"]),

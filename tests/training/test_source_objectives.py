@@ -215,7 +215,7 @@ def test_the_command_line_reads_it(how: str, world: Path, tmp_path: Path, monkey
 
 
 def test_the_help_has_it(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("sys.argv", ["deft_lightning", "fit", "--help"])
+    monkeypatch.setattr("sys.argv", ["deft_lightning", "fit", "--help=all"])
     with pytest.raises(SystemExit):
         main()
     assert "--data.objectives" in (found := capsys.readouterr().out)
