@@ -20,6 +20,7 @@ from deft_lightning.integrations.run import ObjectiveRun, summed
 from deft_lightning.integrations.sample import sample_stats
 from deft_lightning.objectives import Tracked
 from deft_lightning.objectives.noise_rates import LOWEST
+from deft_lightning.objectives.run_state import Begun
 
 WHOLE_ROWS = "bfd"  # the way to pack that keeps each row together
 
@@ -214,7 +215,11 @@ class GateCallback(TrainerCallback, ExportableState):
         if has_places(loader.dataset):
             size = args.per_device_train_batch_size
             stats = sample_stats(self._loss, given["model"], loader, size, args.device)
-            run.memory = () if stats is None else tracked.begin(stats)
+            begun = Begun((), {}) if stats is None else tracked.begin(stats)
+            run.memory = begun.memory
+            for tag, sample in begun.found.items():
+                if sample.rate is None and tell:
+                    warnings.warn(sample.line(tag), stacklevel=2)
         elif tell:
             warnings.warn(f"noise rates begin at {LOWEST}: a stream has no sample of its answers", stacklevel=2)
 

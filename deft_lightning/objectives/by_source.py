@@ -13,7 +13,7 @@ from deft_lightning.errors import UserError
 from deft_lightning.functional import TokenStats
 from deft_lightning.objectives.base import DeformedLog, Objective
 from deft_lightning.objectives.deformed import DEFT
-from deft_lightning.objectives.run_state import RunState, Tracked
+from deft_lightning.objectives.run_state import Begun, RunState, Tracked
 
 
 class TrackedSources(NamedTuple):
@@ -46,10 +46,12 @@ class TrackedSources(NamedTuple):
         """Whether one of them wants a sample before the first step."""
         return any(tracked.sampled for tracked in self.parts.values())
 
-    def begin(self, stats: TokenStats) -> tuple[float, ...]:
+    def begin(self, stats: TokenStats) -> Begun:
         """Return what each begins with, one after another."""
         picked = dict(self.owner.split(stats))
-        return tuple(v for name, part in self.parts.items() for v in part.begin(stats.select(picked[name])))
+        begun = {name: part.begin(stats.select(picked[name])) for name, part in self.parts.items()}
+        found = {_tag(name, tag): sample for name, one in begun.items() for tag, sample in one.found.items()}
+        return Begun(tuple(value for one in begun.values() for value in one.memory), found)
 
     def fold(self, memory: Sequence[float], sums: Sequence[float]) -> tuple[float, ...]:
         """Return the memories after a step with these sums, one after another."""
@@ -75,10 +77,7 @@ class TrackedSources(NamedTuple):
         values: dict[str, float] = {}
         states = dict(self.owner.states(state))
         for name, tracked in self.parts.items():
-            source = name.removeprefix("own.")
-            for tag, value in tracked.logged(states[name]).items():
-                place, _, what = tag.partition("/")
-                values[tag if name == "base" else f"{place}/{source}/{what}"] = value
+            values |= {_tag(name, tag): value for tag, value in tracked.logged(states[name]).items()}
         return values
 
     def _own(self, memory: Sequence[float]) -> list[Sequence[float]]:
@@ -88,6 +87,12 @@ class TrackedSources(NamedTuple):
             return [()] * len(sizes)
         ends = [sum(sizes[: at + 1]) for at in range(len(sizes))]
         return [memory[end - size : end] for size, end in zip(sizes, ends, strict=True)]
+
+
+def _tag(part: str, tag: str) -> str:
+    """Return a tag with the name of the source in its middle; that of the common objective is as it is."""
+    place, _, what = tag.partition("/")
+    return tag if part == "base" else f"{place}/{part.removeprefix('own.')}/{what}"
 
 
 @dataclass(frozen=True, repr=False)

@@ -18,7 +18,7 @@ from deft_lightning.errors import UserError
 from deft_lightning.functional import TokenStats
 from deft_lightning.objectives.base import Objective
 from deft_lightning.objectives.noise_rates import LOWEST, TELLING, NoiseRates, TrackedRates, logit, rate_by_em
-from deft_lightning.objectives.run_state import Needs, RunState
+from deft_lightning.objectives.run_state import Needs, RunState, Sampled
 
 TokenChance = Literal["unigram", "marginal", "least", "unprompted"]
 AnswerChance = Literal["unigram", "marginal", "least", "unprompted", "best"]
@@ -151,10 +151,8 @@ class Contaminated(Objective):
         return self.with_(rates=NoiseRates(*rates))
 
     @torch.no_grad()
-    def rates_on(self, stats: TokenStats) -> NoiseRates:
-        """Return the rates to begin with: that of answers by EM on a sample, that of tokens as it is.
-
-        Where the estimate is above 0.9 the model tells nothing of the answers, and their rate stays too.
+    def rate_on(self, stats: TokenStats) -> Sampled:
+        """Return the noise rate of answers by EM on a sample; above 0.9 the model tells nothing of them.
 
         Args:
             stats: Statistics of the sample with chance and answers, of the model before training.
@@ -162,10 +160,11 @@ class Contaminated(Objective):
         found = self.posterior(stats.detach())
         weight = torch.ones_like(found.size) if stats.weight is None else stats.weight
         each = (weight / found.size).double()
+        answers = round(float((1 / found.size.double()).sum()))
         if not float(each.sum()) > 0:
-            return self.rates
+            return Sampled(answers, None)
         rate = rate_by_em(found.evidence.double(), each, LOWEST)
-        return self.rates._replace(answers=rate) if rate <= TELLING else self.rates
+        return Sampled(answers, rate if rate <= TELLING else None)
 
     def posterior(self, stats: TokenStats) -> Posterior:
         """Return what the noise model makes of tokens; differentiable in ``log p`` through the mixture alone.

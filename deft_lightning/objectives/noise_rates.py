@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from deft_lightning.functional import TokenStats
-from deft_lightning.objectives.run_state import RunState
+from deft_lightning.objectives.run_state import Begun, RunState, Sampled
 
 LOWEST, HIGHEST = 0.01, 0.95  # rates that EM may reach: at 0 and at 1 it would stay for ever
 TELLING = (
     0.9  # an estimate above: fewer than one answer in ten looks right to the model, which so tells nothing of them
 )
+ESTIMATED = "noise/estimated"  # tag of the rate of answers
 STEPS, SETTLED = 1000, 1e-5  # EM on a sample ends where the rate does not move any more
 LATEST = 0.1  # what a step of those that are looked at counts at least in a watched rate; the first ones count alike
 
@@ -38,8 +39,8 @@ class NoiseModel(Protocol):
     def noise_sums(self, stats: TokenStats) -> Tensor:
         """Return posterior sums, shape ``(4,)``."""
 
-    def rates_on(self, stats: TokenStats) -> NoiseRates:
-        """Return the rates by EM on a sample of answers."""
+    def rate_on(self, stats: TokenStats) -> Sampled:
+        """Return the rate of answers by EM on a sample of them."""
 
 
 class TrackedRates(NamedTuple):
@@ -66,9 +67,13 @@ class TrackedRates(NamedTuple):
         """Return posterior sums of the tokens of a micro-batch, shape ``(4,)``, float64: noise and all, by level."""
         return self.objective.noise_sums(stats)
 
-    def begin(self, stats: TokenStats) -> tuple[float, ...]:
-        """Return the memory of a run whose training answers are like these."""
-        return tuple(self.objective.rates_on(stats)) if self.sampled else tuple(self.start)
+    def begin(self, stats: TokenStats) -> Begun:
+        """Return the rates of a run whose training answers are like these: that of tokens as it is."""
+        if not self.sampled:
+            return Begun(tuple(self.start), {})
+        found = self.objective.rate_on(stats)
+        rates = self.start if found.rate is None else self.start._replace(answers=found.rate)
+        return Begun(tuple(rates), {ESTIMATED: found})
 
     def fold(self, memory: Sequence[float], sums: Sequence[float]) -> tuple[float, ...]:
         """Return the rates after a step whose sums over all ranks are known."""
@@ -87,7 +92,7 @@ class TrackedRates(NamedTuple):
 
     def logged(self, state: RunState) -> dict[str, float]:
         """Return the rates."""
-        return dict(zip(("noise/estimated", "noise/estimated_tokens"), state.rates, strict=True))
+        return dict(zip((ESTIMATED, f"{ESTIMATED}_tokens"), state.rates, strict=True))
 
 
 def rate_by_em(evidence: Tensor, weight: Tensor, start: float) -> float:

@@ -35,6 +35,37 @@ class RunState(NamedTuple):
         return 1 / max(self.mean_gate, SMALLEST_GATE)
 
 
+class Sampled(NamedTuple):
+    """What a sample before the first step says of a noise rate.
+
+    Attributes:
+        answers: How many there were.
+        rate: In ``[0, 1]``; None where the model finds too few of them better than chance to tell.
+    """
+
+    answers: int
+    rate: float | None
+
+    def line(self, tag: str) -> str:
+        """Return what is told of it, by the tag under which the rate is logged."""
+        where = f"{tag} before the first step, on {self.answers:,} answers"
+        if self.rate is not None:
+            return f"{where}: {self.rate:.2f}"
+        return f"{where}: no estimate, the model finds too few of them better than chance; it begins at 0.01"
+
+
+class Begun(NamedTuple):
+    """What a run begins with.
+
+    Attributes:
+        memory: As :meth:`Tracked.fold` returns it.
+        found: What a sample said, by the tags of the rates that it was asked for.
+    """
+
+    memory: tuple[float, ...]
+    found: dict[str, Sampled]
+
+
 class Tracked(Protocol):
     """What a run adds up over the tokens of every optimizer step, and what it makes of it for the next.
 
@@ -49,8 +80,8 @@ class Tracked(Protocol):
     def sampled(self) -> bool:
         """Whether a sample of the training data is read before the first step, for :meth:`begin`."""
 
-    def begin(self, stats: TokenStats) -> tuple[float, ...]:
-        """Return the memory to begin with, from the tokens of a sample before the first step."""
+    def begin(self, stats: TokenStats) -> Begun:
+        """Return what to begin with, from the tokens of a sample before the first step."""
 
     def sums(self, stats: TokenStats) -> Tensor:
         """Return what is added up of the tokens of a micro-batch: shape ``(k,)``, float64."""
@@ -96,9 +127,9 @@ class TrackedGate(NamedTuple):
         """Numbers in the sums and in the memory."""
         return 2, 2
 
-    def begin(self, stats: TokenStats) -> tuple[float, ...]:
+    def begin(self, stats: TokenStats) -> Begun:
         """Return the memory before the first step."""
-        return 0.0, 0.0
+        return Begun((0.0, 0.0), {})
 
     def sums(self, stats: TokenStats) -> Tensor:
         """Return the sum of the gates, each times its weight, and of the weights."""

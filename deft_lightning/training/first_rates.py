@@ -45,15 +45,10 @@ def begin_rates(module: Any, tracked: Tracked | None) -> tuple[float, ...]:
         rank_zero_info("noise rates begin at 0.01: a sample before the first step needs InstructionDataModule")
         return ()
     parts = gather(_read(module, module.prompts.splits["train"]))
-    memory = tracked.begin(joined([stats for part in parts for stats in part]))
-    for tag, rate in tracked.logged(tracked.told(memory, 0.0)).items():
-        if tag.endswith("/estimated"):
-            rank_zero_info(f"{tag} before the first step, on {_size(module):,} answers: {rate:.2f}")
-    return memory
-
-
-def _size(module: Any) -> int:
-    return min(ANSWERS, len(module.prompts.splits["train"].examples))
+    begun = tracked.begin(joined([stats for part in parts for stats in part]))
+    for tag, sample in begun.found.items():
+        rank_zero_info(sample.line(tag))
+    return begun.memory
 
 
 def _read(module: Any, rows: PreparedDataset) -> list[TokenStats]:

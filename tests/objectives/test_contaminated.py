@@ -264,7 +264,8 @@ def test_a_step_of_em_is_the_mean_posterior_that_enters_with_its_share() -> None
 def test_a_sample_before_the_first_step_gives_the_rate_that_answers_were_drawn_with(e1: float) -> None:
     stats, there = world(e1, 0.01, seed=int(100 * e1) + 1), Contaminated()
     assert there.tracks.sampled and there.rates == (0.01, 0.01)
-    memory = there.tracks.begin(stats)
+    memory, found = there.tracks.begin(stats)
+    assert found["noise/estimated"] == (3000, memory[0])
     assert memory[0] == pytest.approx(e1, abs=0.03) and memory[1] == 0.01, "the rate of tokens waits for training"
     assert there.at(there.tracks.told(memory, 1.0)).rates == memory
 
@@ -272,16 +273,18 @@ def test_a_sample_before_the_first_step_gives_the_rate_that_answers_were_drawn_w
 def test_a_sample_of_which_the_model_knows_nothing_gives_no_rate() -> None:
     """Fewer than one answer in ten looks right: it may be all noise, or a model that has yet to learn the task."""
     stats = world(0.97, 0.01, seed=3)
-    assert Contaminated().tracks.begin(stats) == (0.01, 0.01)
+    memory, found = Contaminated().tracks.begin(stats)
+    assert memory == (0.01, 0.01) and found["noise/estimated"] == (3000, None)
+    assert "no estimate" in found["noise/estimated"].line("noise/estimated")
     nothing = stats.select(torch.zeros(0, dtype=torch.long))
-    assert Contaminated().tracks.begin(nothing) == (0.01, 0.01)
+    assert Contaminated().tracks.begin(nothing) == ((0.01, 0.01), {"noise/estimated": (0, None)})
 
 
 def test_a_rate_that_is_given_is_the_first_and_tokens_alone_ask_for_no_sample() -> None:
     stats = world(0.5, 0.01, seed=4)
     given, tokens = Contaminated(start=0.2), Contaminated(level="token")
-    assert not given.tracks.sampled and given.tracks.begin(stats) == (0.2, 0.2)
-    assert not tokens.tracks.sampled and tokens.tracks.begin(stats) == (0.0, 0.01)
+    assert not given.tracks.sampled and given.tracks.begin(stats) == ((0.2, 0.2), {})
+    assert not tokens.tracks.sampled and tokens.tracks.begin(stats) == ((0.0, 0.01), {})
 
 
 def test_sources_begin_with_rates_of_their_own() -> None:
@@ -293,7 +296,8 @@ def test_sources_begin_with_rates_of_their_own() -> None:
     own = {"clean": Contaminated(), "given": Contaminated(start=0.2), "scaled": Rescaled(base=DEFT())}
     objective = BySource(base=Contaminated(), own=own)
     assert objective.tracks is not None and objective.tracks.sampled
-    memory = objective.tracks.begin(stats)
+    memory, found = objective.tracks.begin(stats)
+    assert found == {"noise/estimated": (1500, memory[0]), "noise/clean/estimated": (1500, memory[2])}
     assert len(memory) == objective.tracks.sizes[1]
     assert memory[0] == pytest.approx(0.6, abs=0.04) and memory[2] == pytest.approx(0.05, abs=0.03)
     assert memory[4:] == (0.2, 0.2, 0.0, 0.0)

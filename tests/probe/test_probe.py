@@ -553,7 +553,7 @@ def test_audit_ranks_wrong_answers_first_and_points_at_them(
     truth = report["truth"]
     assert (truth["field"], truth["known"], truth["noisy"], truth["auroc"]) == ("bad", 16, 3, 1.0)
     # Of whole answers: one digit is a matter of tokens. On some machines one of 39 pairs is the wrong way round.
-    assert truth["auroc_evidence"] >= 1 - 1.5 / 39
+    assert truth["auroc_evidence"] in (pytest.approx(1 - 1 / 39), 1.0)
     assert list(truth["scores"]) == ["audit", "odd", "answer", "elsewhere", "conflict", "nll", "length"]
     assert truth["first"] == {"3": 1.0} and truth["base"] == 3 / 16
     estimate = report["noise_estimate"]
