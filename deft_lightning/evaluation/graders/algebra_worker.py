@@ -90,7 +90,8 @@ def main() -> None:
     for line in sys.stdin:
         calls, seconds, *question = json.loads(line)
         try:
-            reply, short = ["gave_up", "time"], calls / FASTEST
+            reply: list[Any] = ["gave_up", "time"]
+            short = calls / FASTEST
             if short >= UNCOUNTED:
                 reply = _forked(question, short)
             if reply == ["gave_up", "time"]:
