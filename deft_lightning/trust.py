@@ -13,6 +13,7 @@ from typing import Any
 
 from deft_lightning.annotations import Record, Settings
 from deft_lightning.errors import UserError, did_you_mean
+from deft_lightning.shipped_models import model_path
 
 REMEDY = "--model.trust_remote_code true"
 LARGEST = 64 << 20  # bytes of a config; those of real models have some kB
@@ -48,7 +49,7 @@ def read_settings(name: str, file: str) -> Settings:
 
 def find_file(name: str, file: str) -> Path | None:
     """Return a file of a folder, or of a hub id from the hub's cache or the hub; None if it is not there."""
-    folder = Path(name).expanduser()
+    folder = model_path(name)
     if folder.is_dir():
         return folder / file if (folder / file).is_file() else None
     from transformers.utils import cached_file
@@ -181,7 +182,7 @@ def weight_files(name: str, named: object = None) -> list[Path]:
         name: Folder or hub id.
         named: File or index that the config names in place of the usual ones.
     """
-    folder = Path(name).expanduser()
+    folder = model_path(name)
     names = [named] if isinstance(named, str) else list(WEIGHTS)
     first = next((file for file in names if inside(file) and (folder / file).is_file()), None)
     if first is None:
@@ -192,7 +193,7 @@ def weight_files(name: str, named: object = None) -> list[Path]:
 
 
 def _check_index(name: str, named: object) -> None:
-    folder = Path(name).expanduser()
+    folder = model_path(name)
     if not folder.is_dir():
         return  # the hub's own names are held to their repository by its client
     if named is not None and not (isinstance(named, str) and inside(named)):

@@ -34,7 +34,7 @@ FLOORS = [
 ]
 GROUND = {
     "_lightning", "_version", "annotations", "answers", "atomic", "config_sizes", "errors", "functional", "hashing",
-    "ranks", "registry", "terminal", "tokens", "trust",
+    "ranks", "registry", "shipped_models", "terminal", "tokens", "trust",
 }  # fmt: skip
 # Names that users and saved configs have for what lies in rooms.
 ADDRESSES = {"__init__", "__main__", "module", "optim", "strategy", "trainer"}

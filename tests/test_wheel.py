@@ -24,8 +24,7 @@ pytestmark = [
 
 SHORT = [
     "--trainer.max_steps", "2", "--trainer.val_check_interval", "2", "--trainer.limit_val_batches", "1",
-    "--trainer.limit_test_batches", "1", "--data.batch_size", "4", "--model.architecture.hidden_size", "32",
-    "--model.architecture.num_hidden_layers", "1",
+    "--trainer.limit_test_batches", "1", "--data.batch_size", "4",
 ]  # fmt: skip
 Installed = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -72,6 +71,8 @@ def test_it_has_every_configuration_once_and_nothing_beside_the_package(wheel: P
     assert {name for name in inside if name.endswith(".yaml")} == {
         str(path.relative_to(ROOT)) for path in (ROOT / "configs").rglob("*.yaml")
     }
+    models = {path.relative_to(ROOT).as_posix() for path in (ROOT / "deft_lightning" / "pretrained").rglob("*.*")}
+    assert models and models <= set(names)
     assert len(names) == len(set(names)) and not any("__pycache__" in name for name in names)
     assert {name.split("/")[0].split("-")[0] for name in names} == {"deft_lightning"}
 
@@ -91,6 +92,8 @@ def test_the_readmes_first_command_runs_in_an_empty_folder(installed: Installed)
     command = re.findall(r"`python -m deft_lightning (fit --config deft:quickstart)`", readme)[0]
     done = installed("python", "-m", "deft_lightning", *command.split(), *SHORT)
     assert done.returncode == 0, done.stderr[-2000:]
+    assert "test/exact_match: 1.000 before training" in done.stdout
+    assert "fit --config deft:quickstart" in done.stdout and "--model.objective NLL" in done.stdout
     listing = "import os; print(os.listdir('.'), sorted(os.listdir('logs/version_0')))"
     seen = installed("python", "-c", listing).stdout
     assert seen.startswith("['logs'] ") and all(name in seen for name in ("checkpoints", "export", "config.yaml"))

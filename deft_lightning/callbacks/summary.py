@@ -12,11 +12,11 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from lightning_utilities.core.rank_zero import rank_zero_info
 
 from deft_lightning.callbacks.pace import Pace, clock_time, gibibytes, over_ranks, peak_memory, steps_of
-from deft_lightning.callbacks.record import Point, RunRecord
+from deft_lightning.callbacks.record import ESTIMATED, Point, RunRecord
 from deft_lightning.callbacks.sinks import sinks
 from deft_lightning.terminal import visible
 
-SHARES = ("noise/estimated", "gate/locked")
+SHARES = (ESTIMATED, "gate/locked")
 
 
 class RunSummary(RunRecord):
@@ -112,8 +112,17 @@ class RunSummary(RunRecord):
             lines.append(f"val/nll: {_shown(self.first)}, {_shown(self.last)}, {best}")
         values = {tag: trainer.callback_metrics[tag] for tag in SHARES if tag in trainer.callback_metrics}
         if values:
-            lines.append("last logged step: " + ", ".join(f"{tag} {float(v):.3f}" for tag, v in values.items()))
+            about = {ESTIMATED: _injected(trainer)}
+            told = (f"{tag} {float(value):.3f}{about.get(tag, '')}" for tag, value in values.items())
+            lines.append("last logged step: " + ", ".join(told))
         return lines
+
+
+def _injected(trainer: Trainer) -> str:
+    """Return what share of the training answers was corrupted on purpose, beside an estimate that does not know it."""
+    report = getattr(getattr(trainer, "datamodule", None), "reports", {}).get("train")
+    noisy, rows = getattr(report, "noisy_examples", 0), getattr(report, "examples", 0)
+    return f" (injected: {noisy / rows:.3f} of the answers)" if noisy and rows else ""
 
 
 def _shown(point: Point) -> str:

@@ -32,6 +32,7 @@ class AfterFit:
 
     Args:
         test: Generate for the held-out examples and report exact match, or run the benchmarks that the data names.
+        compare: With `test`, test before training too, and say at the end what changed and how to train with NLL.
         export: Write a Hugging Face folder, `export` in the run's log folder; of adapters they alone too, `adapter`.
         merge: How adapters are merged in `export`: `float32`, `base` for the dtype of the base, of which the error is
             told, or `none`, which leaves `export` out.
@@ -44,6 +45,7 @@ class AfterFit:
     """
 
     test: bool = False
+    compare: bool = False
     export: bool = True
     merge: Merge = "float32"
     push_to_hub: str | None = None

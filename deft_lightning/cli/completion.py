@@ -6,9 +6,10 @@ from argparse import ArgumentParser
 from collections.abc import Sequence
 from importlib import import_module
 
-from deft_lightning.cli.shipped import PREFIX, names
+from deft_lightning.cli.shipped import names
 from deft_lightning.cli.verbs import VERBS
 from deft_lightning.errors import UserError
+from deft_lightning.shipped_models import PREFIX
 
 # Words are options if they begin with a dash; everything else is a file, by `-o default`, but behind --config also the
 # name of a configuration of the package. bash takes a colon and an equals sign for words of their own, zsh does not.

@@ -29,6 +29,7 @@ from deft_lightning.callbacks import (
     SFTProgressBar,
 )
 from deft_lightning.cli.after_fit import AfterFit, log_folder, run_after_fit, saved
+from deft_lightning.cli.compared import tell_change, tested
 from deft_lightning.cli.crash import RUN, mistakes
 from deft_lightning.cli.parser import DeftParser
 from deft_lightning.cli.subclasses import class_path, find_class, take_classes
@@ -73,6 +74,8 @@ class DeftCLI(LightningCLI):
     ) -> None:  # fmt: skip
         words = sys.argv[1:] if args is None else args
         self._given, asked = take_classes(words) if isinstance(words, list) else ([], {})
+        self._words = words if isinstance(words, list) else None
+        self.tested: dict[str, float] = {}  # before training
         # The parsers of the other verbs would take a second to build; behind options the verb is not known yet.
         self._asked = self._given[0] if self._given and self._given[0] in self.subcommands() else None
         self._classes = {
@@ -220,6 +223,13 @@ class DeftCLI(LightningCLI):
                 raise user_error from None
             raise
 
+    def before_fit(self) -> None:
+        """Test before training, where the run is to say what it changed; one that is resumed began elsewhere."""
+        config = self.config_init[self.subcommand]
+        wanted, fresh = config.after_fit, config.ckpt_path is None and not config.trainer.fast_dev_run
+        if wanted.test and wanted.compare and fresh:
+            self.tested = tested(self.trainer, self.model, self.datamodule)
+
     def after_fit(self) -> None:
         """Test and export what was trained, unless training was cut short; sum the run up."""
         if self.stop.stopped:
@@ -230,6 +240,8 @@ class DeftCLI(LightningCLI):
             return
         wanted, tell = self._get(self.config_init, "after_fit"), partial(self.summary.tell, self.trainer)
         run_after_fit(self.trainer, self.model, self.datamodule, wanted, tell)
+        if self.tested:
+            tell_change(self.trainer, self.model, self.tested, self._words)
 
 
 def _as_list(callbacks: Any) -> list[Any]:

@@ -7,8 +7,8 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from deft_lightning.errors import UserError
+from deft_lightning.shipped_models import PREFIX
 
-PREFIX = "deft:"
 OPTIONS = ("--config", "-c")
 PACKAGE = Path(__file__).resolve().parents[1]
 

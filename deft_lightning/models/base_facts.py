@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 from lightning_utilities.core.rank_zero import rank_zero_info
 
+from deft_lightning.shipped_models import model_path
 from deft_lightning.trust import find_file
 
 LARGEST = 1 << 20  # bytes of a card that is read
@@ -28,7 +28,7 @@ def about_base(name: str) -> dict[str, str]:
         `name`, and where it is known `hub_id`, `license`, `license_name`, `license_link`, `its_base`; without a licence
         in the card, `license_file` names the file of one.
     """
-    folder = Path(name).expanduser()
+    folder = model_path(name)
     local = folder.is_dir()
     cached = next((match for part in folder.absolute().parts if (match := CACHED.fullmatch(part))), None)
     hub_id = f"{cached[1]}/{cached[2]}" if local and cached else None if local else name

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -18,6 +17,7 @@ from deft_lightning.models.contents import DTYPES
 from deft_lightning.models.shard import layers_of
 from deft_lightning.models.sizes import check_memory
 from deft_lightning.models.weights import check_loaded, damaged, renaming, without_report
+from deft_lightning.shipped_models import model_path
 from deft_lightning.trust import check_attention, check_model, check_tokenizer, weight_files
 
 Dtype = Literal["float32", "bfloat16"]
@@ -34,7 +34,7 @@ def check_pretrained(name: str, trust: bool = False, attention: str | None = Non
     Raises:
         UserError: The path does not exist, is no model, or wants to run code.
     """
-    path = Path(name).expanduser()
+    path = model_path(name)
     if path.is_dir():
         if not (path / "config.json").is_file():
             if (path / "adapter_config.json").is_file():

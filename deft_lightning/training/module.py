@@ -52,7 +52,8 @@ class SFTModule(LightningModule):
 
     Args:
         objective: Token objective; a name of this package's, or the class path of your own.
-        pretrained: Hub id or folder of a causal language model; wins over `architecture`.
+        pretrained: Hub id or folder of a causal language model, or `deft:speller`, the quickstart's; wins over
+            `architecture`.
         architecture: `model_type` and options of a transformers config, for random weights.
         optimizer: Called with parameter groups; biases and norms are exempt from weight decay.
         scheduler: Called with the optimizer; stepped each optimizer step. `null` is a constant rate.

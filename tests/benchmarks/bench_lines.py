@@ -2,9 +2,10 @@
 
     python tests/benchmarks/bench_lines.py [--windows 24] [--width 128] [--output docs/evidence/data/bench_lines.json]
 
-One run of the quickstart's shape, whose line and summary callbacks act in every second window of ten steps, the default
-logging interval: a line each. Each window is compared with the one before it, so that a machine whose speed drifts
-treats both alike; beside the median of these ratios stands the share of a window that is spent inside the callbacks.
+One run of the shape of configs/from_scratch.yaml, whose line and summary callbacks act in every second window of ten
+steps, the default logging interval: a line each. Each window is compared with the one before it, so that a machine
+whose speed drifts treats both alike; beside the median of these ratios stands the share of a window that is spent
+inside the callbacks.
 """
 
 from __future__ import annotations

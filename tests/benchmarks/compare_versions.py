@@ -3,9 +3,9 @@
     python tests/benchmarks/compare_versions.py --other TREE [--pairs 30] [--steps 20]
     python tests/benchmarks/compare_versions.py --other TREE --weights [--strategy auto|ddp|fsdp2]
 
-Each tree trains ``configs/quickstart.yaml`` in a process of its own. For the time, both processes stay, and take turns
-of some steps, so that what else the machine does falls on both; the ratio is of processor seconds. For the weights,
-each runs 50 steps through the command line, and every weight must have the same bits.
+Each tree trains ``configs/from_scratch.yaml`` in a process of its own. For the time, both processes stay, and take
+turns of some steps, so that what else the machine does falls on both; the ratio is of processor seconds. For the
+weights, each runs 50 steps through the command line, and every weight must have the same bits.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-CONFIG = ROOT / "configs" / "quickstart.yaml"
+CONFIG = ROOT / "configs" / "from_scratch.yaml"
 
 
 def environment(tree: Path, folder: Path) -> dict[str, str]:
@@ -111,7 +111,7 @@ def step_times(trees: list[Path], pairs: int, steps: int, root: Path) -> None:
 
 
 def same_weights(trees: list[Path], strategy: str, root: Path) -> None:
-    """Print whether both trees end 50 steps of the quickstart with the same weights."""
+    """Print whether both trees end 50 steps of the run with the same weights."""
     import torch
 
     ranks = [] if strategy == "auto" else ["--trainer.devices", "2", "--trainer.strategy", strategy]

@@ -24,7 +24,7 @@ def test_one_signal_saves_the_step_in_hand_and_the_run_goes_on(
     tmp_path: Path, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command = [
-        sys.executable, "-m", "deft_lightning", "fit", "--config", "configs/quickstart.yaml",
+        sys.executable, "-m", "deft_lightning", "fit", "--config", "configs/from_scratch.yaml",
         "--trainer.default_root_dir", str(tmp_path), "--data.source", "reasoning_gym:spell_backward?size=60",
         "--model.architecture.hidden_size", "32", "--model.architecture.intermediate_size", "64",
         "--model.architecture.num_hidden_layers", "1",

@@ -22,7 +22,7 @@ from deft_lightning.__main__ import main
 pytestmark = pytest.mark.slow
 
 TINY = [
-    "--config", str(ROOT / "configs" / "quickstart.yaml"), "--trainer.max_steps", "4",
+    "--config", str(ROOT / "configs" / "from_scratch.yaml"), "--trainer.max_steps", "4",
     "--trainer.val_check_interval", "2", "--trainer.log_every_n_steps", "1", "--trainer.limit_val_batches", "1",
     "--trainer.limit_test_batches", "2", "--trainer.limit_predict_batches", "2",
     "--trainer.num_sanity_val_steps", "0", "--model.architecture.hidden_size", "32",
@@ -58,7 +58,7 @@ def cli(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Cli:
 
 @pytest.fixture(scope="module")
 def fitted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Root of one short quickstart run, made once for the tests that only read it."""
+    """Root of one short run of configs/from_scratch.yaml, made once for the tests that only read it."""
     root = tmp_path_factory.mktemp("fitted")
     patch = pytest.MonkeyPatch()
     patch.setattr("sys.argv", ["deft_lightning", "fit", *TINY, "--trainer.default_root_dir", str(root)])

@@ -17,7 +17,7 @@ from deft_lightning.cli.subclasses import take_classes
 pytestmark = pytest.mark.slow
 
 TINY = [
-    "--config", str(ROOT / "configs" / "quickstart.yaml"), "--trainer.max_steps", "2",
+    "--config", str(ROOT / "configs" / "from_scratch.yaml"), "--trainer.max_steps", "2",
     "--trainer.limit_val_batches", "1",
     "--trainer.num_sanity_val_steps", "0", "--model.architecture.hidden_size", "32",
     "--model.architecture.intermediate_size", "64", "--model.architecture.num_hidden_layers", "1",

@@ -1,4 +1,4 @@
-"""Every config is a test: it parses; the quickstart and each data format also train for a few steps."""
+"""Every config is a test: it parses; the run from random weights and each data format also train for a few steps."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ pytestmark = pytest.mark.slow
 
 # Those of the verb `study`, and the paper's, have tests of their own.
 CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if not {"study", "paper"} & set(path.parts))
-QUICKSTART = ROOT / "configs" / "quickstart.yaml"
+QUICKSTART, SCRATCH = (ROOT / "configs" / f"{name}.yaml" for name in ("quickstart", "from_scratch"))
 
 TINY = [
-    "--config", str(QUICKSTART), "--trainer.max_steps", "3", "--trainer.val_check_interval", "2",
+    "--config", str(SCRATCH), "--trainer.max_steps", "3", "--trainer.val_check_interval", "2",
     "--trainer.log_every_n_steps", "1", "--trainer.limit_val_batches", "1", "--trainer.limit_test_batches", "1",
     "--trainer.num_sanity_val_steps", "0", "--model.architecture.hidden_size", "32",
     "--model.architecture.intermediate_size", "64", "--model.architecture.num_hidden_layers", "1",
@@ -56,17 +56,18 @@ def test_the_configs_are_there() -> None:
     assert {path.parent.name for path in CONFIGS} >= {"configs", "model", "data", "strategy"}
 
 
-def test_the_quickstart_says_what_to_take_out_for_a_model_of_ones_own(
-    cli: Cli, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("config", "rate"), [(QUICKSTART, 1e-3), (SCRATCH, 2e-3)], ids=["quickstart", "from_scratch"])
+def test_it_says_what_to_take_out_for_a_model_of_ones_own(
+    config: Path, rate: float, cli: Cli, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its rate is that of a model from scratch, its noise would swap the user's answers."""
-    header, _, rest = QUICKSTART.read_text(encoding="utf-8").partition("\nseed_everything")
+    """Its rate is that of a tiny model, its noise would swap the user's answers."""
+    header, _, rest = config.read_text(encoding="utf-8").partition("\nseed_everything")
     assert "`model.optimizer` and `data.noise`" in header
     options = yaml.safe_load(f"seed_everything{rest}")
-    assert options["model"]["optimizer"]["init_args"]["lr"] == 2e-3 and options["data"]["noise"]["ops"]
+    assert options["model"]["optimizer"]["init_args"]["lr"] == rate and options["data"]["noise"]["ops"]
     behind = re.findall(r"`(--model\.optimizer\.lr \S+ --data\.noise\.ops \S+)`", header)[0]
     with pytest.raises(SystemExit):
-        cli("fit", "--config", str(QUICKSTART), *behind.replace("'", "").split(), "--print_config")
+        cli("fit", "--config", str(config), *behind.replace("'", "").split(), "--print_config")
     printed = yaml.safe_load(capsys.readouterr().out)
     assert printed["model"]["optimizer"]["init_args"]["lr"] == 5e-5 and printed["data"]["noise"]["ops"] == []
     plain = re.findall(r"`(fit --model\.pretrained ID_OR_DIR --data\.source FILE\.jsonl)`", header)[0]

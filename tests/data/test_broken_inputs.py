@@ -636,7 +636,7 @@ def test_the_command_line_ends_with_one_line_and_status_2(
     case = CASES[name]
     path = written(case, tmp_path)
     mapped = [part for item in case.column_map.items() for part in (f"--data.column_map.{item[0]}", item[1])]
-    args = ["fit", "--config", str(ROOT / "configs" / "quickstart.yaml"), "--data.source", str(path), *mapped]
+    args = ["fit", "--config", str(ROOT / "configs" / "from_scratch.yaml"), "--data.source", str(path), *mapped]
     monkeypatch.setattr(sys, "argv", ["deft_lightning", *args, "--trainer.default_root_dir", str(tmp_path / "logs")])
     with pytest.raises(SystemExit) as stop:
         main()

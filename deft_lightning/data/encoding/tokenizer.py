@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from deft_lightning.data.examples import Ints
 from deft_lightning.data.noise.vocabulary import Vocabulary
 from deft_lightning.errors import UserError, reason_of
 from deft_lightning.hashing import key
+from deft_lightning.shipped_models import model_path
 from deft_lightning.terminal import visible
 from deft_lightning.trust import check_tokenizer, read_settings
 
@@ -71,7 +71,7 @@ def load_tokenizer(name: str, trust: bool = False) -> Any:
     """
     from transformers import AutoTokenizer
 
-    folder = Path(name).expanduser()
+    folder = model_path(name)
     if not folder.is_dir() and name.startswith((".", "/", "~")):
         raise UserError(f"{name}: no such folder (--data.tokenizer, or --model.pretrained which it follows)")
     check_tokenizer(name, trust)

@@ -569,7 +569,7 @@ def test_a_model_that_keeps_examples_apart_is_not_refused() -> None:
 def run(folder: Path, monkeypatch: pytest.MonkeyPatch, *options: str) -> dict[str, list[float]]:
     """Scalars of a fit through the command line, by name."""
     monkeypatch.setattr("sys.argv", [
-        "deft_lightning", "fit", "--config", str(ROOT / "configs" / "quickstart.yaml"),
+        "deft_lightning", "fit", "--config", str(ROOT / "configs" / "from_scratch.yaml"),
         "--data.noise.ops", "[]", "--data.packing", "true", "--trainer.max_steps", "5",
         "--trainer.log_every_n_steps", "1", "--trainer.val_check_interval", "5", "--trainer.num_sanity_val_steps", "0",
         "--model.architecture.hidden_size", "32", "--model.architecture.intermediate_size", "64",
