@@ -56,7 +56,7 @@ def test_the_configs_are_there() -> None:
     assert {path.parent.name for path in CONFIGS} >= {"configs", "model", "data", "strategy"}
 
 
-@pytest.mark.parametrize(("config", "rate"), [(QUICKSTART, 1e-3), (SCRATCH, 2e-3)], ids=["quickstart", "from_scratch"])
+@pytest.mark.parametrize(("config", "rate"), [(QUICKSTART, 5e-4), (SCRATCH, 2e-3)], ids=["quickstart", "from_scratch"])
 def test_it_says_what_to_take_out_for_a_model_of_ones_own(
     config: Path, rate: float, cli: Cli, capsys: pytest.CaptureFixture[str]
 ) -> None:
