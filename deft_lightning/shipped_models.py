@@ -32,6 +32,3 @@ def model_path(name: str) -> Path:
             f" {', '.join(known)} (--model.pretrained, --data.tokenizer)"
         )
     return FOLDER / name.removeprefix(PREFIX)
-
-
-__all__ = ["PREFIX", "model_path", "shipped_models"]
