@@ -100,9 +100,9 @@ def test_the_walk_has_ten_steps_in_the_order_of_the_folders() -> None:
     assert [int(number) for number in re.findall(r"^(\d+)\. \*\*", text, re.MULTILINE)] == list(range(1, 11))
 
 
-def test_the_readmes_layout_names_every_room() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    layout = readme[readme.index("## Layout") :].split("```")[1]
+def test_the_layout_names_every_room() -> None:
+    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    layout = page[page.index("## Layout") :].split("```")[1]
     package = ROOT / "deft_lightning"
     rooms = {path.name for path in package.iterdir() if (path / "__init__.py").is_file()}
     rooms |= {path.name for path in (package / "data").iterdir() if (path / "__init__.py").is_file()}

@@ -11,13 +11,14 @@ from deft_lightning.errors import UserError
 from deft_lightning.functional import IGNORE_INDEX, TokenStats, token_stats, weighted_loss
 from deft_lightning.integrations.run import CALLBACK, ObjectiveRun
 from deft_lightning.objectives import Objective
+from deft_lightning.objectives.parse import as_objective
 
 
 class ObjectiveLoss:
     """What :func:`compute_loss_func` returns: the mean of an objective over the label tokens of an optimizer step.
 
     Args:
-        objective: Any objective that this trainer can give what it looks at.
+        objective: Any objective that this trainer can give what it looks at, or its name.
         label_counts: How often each token is a label of the training data, shape ``(n,)``; None to have them counted.
 
     Attributes:
@@ -27,9 +28,8 @@ class ObjectiveLoss:
         UserError: The objective looks at something that this trainer does not give.
     """
 
-    def __init__(self, objective: Objective, label_counts: Tensor | None = None) -> None:
-        if not isinstance(objective, Objective):
-            raise UserError(f"compute_loss_func: {objective!r} is no objective; give one, such as DEFT()")
+    def __init__(self, objective: Objective | str, label_counts: Tensor | None = None) -> None:
+        objective = as_objective(objective)
         needs = objective.needs
         if needs.reference:
             raise UserError(f"compute_loss_func: {objective!r} needs a reference model, which only SFTModule runs")

@@ -16,7 +16,7 @@ from deft_lightning.objectives import Objective
 BESIDE_LABELS = ("token_weight", "source")  # of a batch: what the loss gets and the model does not
 
 
-def compute_loss_func(objective: Objective, label_counts: Tensor | None = None) -> ObjectiveLoss:
+def compute_loss_func(objective: Objective | str, label_counts: Tensor | None = None) -> ObjectiveLoss:
     """Return a ``compute_loss_func`` for ``transformers.Trainer``.
 
     The trainer passes ``num_items_in_batch``, the label tokens of the whole optimizer step, so the mean is exact over
@@ -26,7 +26,7 @@ def compute_loss_func(objective: Objective, label_counts: Tensor | None = None) 
     :class:`~deft_lightning.integrations.GateCallback` among the trainer's callbacks, which tells it the step.
 
     Args:
-        objective: Any token objective that needs neither a reference model nor the chance of answers without their
+        objective: Any token objective, or its name, that needs neither a reference model nor the chance of answers without their
             prompts.
         label_counts: How often each token is a label of the training data, shape ``(n,)``, for objectives that compare
             with word frequencies; None to have the callback count when training begins, which a stream does not allow.

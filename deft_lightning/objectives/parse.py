@@ -46,6 +46,21 @@ def parse_objective(text: str) -> Objective:
     return objective
 
 
+def as_objective(given: Any) -> Objective:
+    """Return an objective that was given as one, or by its name as on the command line.
+
+    Raises:
+        UserError: It is neither; a class wants brackets.
+    """
+    if isinstance(given, str):
+        return parse_objective(given)
+    if isinstance(given, type) and issubclass(given, Objective):
+        raise UserError(f"objective {given.__name__}: a class; make one of it, {given.__name__}()")
+    if not isinstance(given, Objective):
+        raise UserError(f"objective {given!r}: give one, such as DEFT(), or its name")
+    return given
+
+
 def settings_of(text: str) -> dict[str, Any] | None:
     """Return ``NAME(option=value, ...)`` as a configuration has it: ``class_path`` and ``init_args``, nested likewise.
 

@@ -18,6 +18,7 @@ from deft_lightning.functional import TokenStats
 from deft_lightning.models import LoRA, check_state, describe, is_sharded
 from deft_lightning.models.contents import KEY
 from deft_lightning.objectives import DEFT, Needs, Objective
+from deft_lightning.objectives.parse import as_objective
 from deft_lightning.ops import Backend
 from deft_lightning.training.base_weights import BaseWeights
 from deft_lightning.training.by_source import by_source
@@ -48,7 +49,7 @@ class SFTModule(LightningModule):
 
     The gradient of an optimizer step is that of the mean loss over all its supervised tokens, by weight where they have
     any: all micro-batches, all ranks, whatever lengths. `training_step` returns a sum; the division happens once.
-    From Python, `pretrained` may be a transformers model itself, which is trained in place.
+    From Python, `pretrained` may be a transformers model itself, which is trained in place, and `objective` a name.
 
     Args:
         objective: Token objective; a name of this package's, or the class path of your own.
@@ -77,7 +78,7 @@ class SFTModule(LightningModule):
 
     def __init__(
         self,
-        objective: Objective = DEFT(),  # noqa: B008 - frozen
+        objective: Objective = DEFT(),  # noqa: B008 - frozen; from Python also its name
         pretrained: str | None = None,  # or a model: the command line knows names alone
         architecture: dict[str, Any] | None = None,
         optimizer: OptimizerCallable = adamw,
@@ -96,7 +97,7 @@ class SFTModule(LightningModule):
         resize_vocabulary: bool = False,
         forgetting: bool = False,
     ) -> None:
-        given = dict(locals())
+        given = {**locals(), "objective": (objective := as_objective(objective))}
         super().__init__()
         self.source = ModelSource.of(given)
         self.objective, self.pretrained, self.architecture = objective, self.source.name, architecture

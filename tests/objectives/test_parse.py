@@ -19,7 +19,7 @@ from deft_lightning.objectives import (
     Truncated,
     Tsallis,
 )
-from deft_lightning.objectives.parse import label, parse_objective, settings_of, short_legend
+from deft_lightning.objectives.parse import as_objective, label, parse_objective, settings_of, short_legend
 
 
 @pytest.mark.parametrize(
@@ -38,6 +38,26 @@ from deft_lightning.objectives.parse import label, parse_objective, settings_of,
 def test_it_is_what_it_says(text: str, wanted: object) -> None:
     assert parse_objective(text) == wanted
     assert parse_objective(repr(wanted)) == wanted
+
+
+@pytest.mark.parametrize("given", [Cayley(floor=0.5), "Cayley(floor=0.5)"])
+def test_python_takes_an_objective_or_its_name(given: object) -> None:
+    from deft_lightning import SFTModule
+    from deft_lightning.integrations import compute_loss_func
+
+    tiny = {"model_type": "llama"}
+    assert as_objective(given) == Cayley(floor=0.5) == SFTModule(given, architecture=tiny).objective  # type: ignore[arg-type]
+    assert compute_loss_func(given).objective == Cayley(floor=0.5)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"), [(Cayley, r"a class; make one of it, Cayley\(\)"), (None, "give one"), ("Deft2", "is unknown")]
+)
+def test_what_is_no_objective_is_one_line(given: object, wanted: str) -> None:
+    from deft_lightning import SFTModule
+
+    with pytest.raises(UserError, match=wanted):
+        SFTModule(given, architecture={"model_type": "llama"})  # type: ignore[arg-type]
 
 
 def test_a_class_of_the_users_own_is_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
