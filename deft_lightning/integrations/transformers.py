@@ -26,8 +26,8 @@ def compute_loss_func(objective: Objective | str, label_counts: Tensor | None = 
     :class:`~deft_lightning.integrations.GateCallback` among the trainer's callbacks, which tells it the step.
 
     Args:
-        objective: Any token objective, or its name, that needs neither a reference model nor the chance of answers without their
-            prompts.
+        objective: Any token objective, or its name, that needs neither a reference model nor the chance of answers
+            without their prompts.
         label_counts: How often each token is a label of the training data, shape ``(n,)``, for objectives that compare
             with word frequencies; None to have the callback count when training begins, which a stream does not allow.
 

@@ -125,10 +125,11 @@ def test_only_the_parser_of_the_verb_is_built(monkeypatch: pytest.MonkeyPatch) -
     assert all(count > 100 for count in options(["--config", "x.yaml", "probe"]).values())
 
 
-def test_the_readme_has_the_table() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| `(\w+)` \| (.*) \|$", readme, re.MULTILINE)
+def test_the_guides_have_the_table_and_the_readme_names_each() -> None:
+    guide, readme = ((ROOT / name).read_text(encoding="utf-8") for name in ("docs/guides/index.md", "README.md"))
+    rows = re.findall(r"^\| `(\w+)` \| (.*) \|$", guide, re.MULTILINE)
     assert [row for row in rows if row[0] in VERBS] == [(verb.name, verb.help) for verb in VERBS.values()]
+    assert [name for name in VERBS if f"`{name}`" not in readme] == []
     used = {word for word in re.findall(r"-m deft_lightning (\w+)", readme)}
     assert used <= set(VERBS)
 
