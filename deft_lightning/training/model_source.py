@@ -151,6 +151,8 @@ class ModelSource:
             UserError: No model is named, or the data does not fit it.
         """
         adapters = adapter_folder(self.pretrained)
+        if self.pretrained is not None and self.architecture is not None:
+            rank_zero_info(f"--model.architecture is not used: --model.pretrained {self.name} brings its own")
         if self.given:
             model = self._given()
         elif adapters is not None:

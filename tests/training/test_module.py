@@ -577,6 +577,16 @@ def test_no_model_at_all_is_one_line(source: str, tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_an_architecture_beside_a_pretrained_model_is_named(
+    pretrained: str, source: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    module = make_module(pretrained, architecture={"model_type": "llama", "hidden_size": 8})
+    bare_trainer(tmp_path, max_steps=1).fit(module, data(source))
+    said = [record.getMessage() for record in caplog.records if "--model.architecture" in record.getMessage()]
+    assert said == [f"--model.architecture is not used: --model.pretrained {pretrained} brings its own"]
+
+
 def test_a_pretrained_folder_that_does_not_exist_is_one_line_before_anything_is_read(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no such model folder \(--model\.pretrained\)") as caught:
         SFTModule(pretrained=str(tmp_path / "missing"))
