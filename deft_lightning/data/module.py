@@ -17,6 +17,7 @@ from deft_lightning.data.encoding.supervise import SpecialTokens, Supervise
 from deft_lightning.data.encoding.thoughts import Reasoning
 from deft_lightning.data.examples import Ints, Prepared, Prompt
 from deft_lightning.data.loading.factory import LoaderFactory
+from deft_lightning.data.loading.shape import BatchShape, largest_batch
 from deft_lightning.data.loading.prompts import fitting, prompts_of, read_all
 from deft_lightning.data.noise import Noise
 from deft_lightning.data.prepared.cache import Temporary, cache_root
@@ -252,6 +253,15 @@ class InstructionDataModule(LightningDataModule):
     def label_counts(self) -> Ints | None:
         """How often each token is a label of the training rows, shape ``(V,)``; None before they are prepared."""
         return None if self._splits is None else self._splits.label_counts
+
+    @property
+    def largest_batch(self) -> BatchShape | None:
+        """Shape of the largest micro-batch that a device trains on; None before anything is prepared."""
+        if self._splits is None:
+            return None
+        rows = self._splits["train"]
+        share = float(self._splits.label_counts.sum()) / max(1, int(rows.examples.lengths().sum()))
+        return largest_batch(rows, self.settings, Run.of(self.trainer), min(share, 1.0))
 
     def size(self, split: str) -> int:
         """Return the number of examples of a split."""

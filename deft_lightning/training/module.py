@@ -29,6 +29,7 @@ from deft_lightning.training.distributed import ranks
 from deft_lightning.training.first_rates import begin_rates
 from deft_lightning.training.hyper_parameters import hyper_parameters
 from deft_lightning.training.loss import NoObjective, facts_of
+from deft_lightning.training.memory import tell_memory
 from deft_lightning.training.meters import Meters
 from deft_lightning.training.model_source import ModelSource, check_vocabulary
 from deft_lightning.training.nonfinite import OnNonfinite
@@ -182,6 +183,7 @@ class SFTModule(LightningModule):
             context_of(self.objective, self.model, self.prompts, self.watched_needs),
         )
         self.batch_loss.context.go_on_from(before)
+        tell_memory(self)
 
     def _build(self) -> CausalLM:
         prompts = self.prompts

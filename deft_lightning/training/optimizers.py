@@ -43,15 +43,9 @@ def make_optimizer(
     Raises:
         UserError: One of them refuses its settings, or the run has no end to plan for.
     """
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in trained if p.ndim >= 2]},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    if _class(optimizer) in (Muon, MuonAdamW):
-        groups = _groups_of_muon(_class(optimizer), model, trained)
+    groups = groups_of(model, optimizer)
     try:
-        built = optimizer([group for group in groups if group["params"]])
+        built = optimizer(groups)
     except (ValueError, TypeError) as error:
         raise UserError(f"--model.optimizer: {error}") from None
     if rate is not None:
@@ -75,6 +69,26 @@ def make_optimizer(
     if isinstance(schedule, ReduceLROnPlateau):
         config |= {"monitor": _monitor(schedule, trainer), "strict": False}
     return {"optimizer": built, "lr_scheduler": config}
+
+
+def groups_of(model: CausalLM, optimizer: Callable[..., Optimizer]) -> list[dict[str, Any]]:
+    """Return a model's trained weights in the groups that an optimizer gets; none is empty.
+
+    Args:
+        model: What is trained.
+        optimizer: As for :func:`make_optimizer`.
+
+    Raises:
+        UserError: The optimizer cannot train this model.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in trained if p.ndim >= 2]},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    if _class(optimizer) in (Muon, MuonAdamW):
+        groups = _groups_of_muon(_class(optimizer), model, trained)
+    return [group for group in groups if group["params"]]
 
 
 def _class(optimizer: Callable[..., Optimizer]) -> type | None:
