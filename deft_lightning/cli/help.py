@@ -33,7 +33,7 @@ TRAINER = {
     "max_epochs": "Epochs; without max_steps the default is 1",
     "accumulate_grad_batches": "Micro-batches of an optimizer step",
     "gradient_clip_val": "Largest norm of the gradient",
-    "precision": "32-true, bf16-mixed, 16-mixed, bf16-true, 64-true",
+    "precision": "32-true, bf16-mixed, 16-mixed, bf16-true, 64-true; default bf16-mixed on a GPU that has it",
     "strategy": "auto (one device), ddp (a process a device), fsdp2 (sharded)",
     "devices": "Devices of a node: a number, a list, auto",
     "num_nodes": "Nodes; start them with torchrun or SLURM",

@@ -17,8 +17,8 @@ from deft_lightning.data.encoding.supervise import SpecialTokens, Supervise
 from deft_lightning.data.encoding.thoughts import Reasoning
 from deft_lightning.data.examples import Ints, Prepared, Prompt
 from deft_lightning.data.loading.factory import LoaderFactory
-from deft_lightning.data.loading.shape import BatchShape, largest_batch
 from deft_lightning.data.loading.prompts import fitting, prompts_of, read_all
+from deft_lightning.data.loading.shape import BatchShape, largest_batch
 from deft_lightning.data.noise import Noise
 from deft_lightning.data.prepared.cache import Temporary, cache_root
 from deft_lightning.data.prepared.folder import prepared_folder

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.callbacks import ModelCheckpoint, ModelSummary, ProgressBar
+from lightning.pytorch.plugins import Precision
 from lightning_utilities.core.rank_zero import rank_zero_info
 
 from deft_lightning.annotations import Settings
@@ -49,6 +52,12 @@ def with_defaults(options: Settings) -> Settings:
     settings = {**TRAINER_DEFAULTS, **options}
     if settings["default_root_dir"] is None:
         settings["default_root_dir"] = TRAINER_DEFAULTS["default_root_dir"]
+    if settings.get("precision") is None and (precision := device_precision(settings)) is not None:
+        settings["precision"] = precision
+        rank_zero_info(
+            f"precision: {precision}, the default where a GPU has it: products in bfloat16, weights and optimizer as"
+            " they are; --trainer.precision 32-true computes in float32"
+        )
     if settings.get("barebones"):
         # Nothing but the loop is to be measured; what the recipe would add there Lightning refuses.
         given = _listed(settings.get("callbacks"))
@@ -60,6 +69,24 @@ def with_defaults(options: Settings) -> Settings:
         if settings["log_every_n_steps"] == TRAINER_DEFAULTS["log_every_n_steps"]:
             settings["log_every_n_steps"] = None
     return settings
+
+
+def device_precision(options: Settings) -> str | None:
+    """Return ``bf16-mixed`` where the device of a run computes in bfloat16; None for Lightning's default, float32.
+
+    A CPU is left at float32: most compute in bfloat16 no faster, and many slower.
+
+    Args:
+        options: Arguments of the trainer; a plugin for precision has decided already.
+    """
+    accelerator = options.get("accelerator") or "auto"
+    on_cuda = isinstance(accelerator, CUDAAccelerator) or accelerator in ("auto", "gpu", "cuda")
+    plugins = options.get("plugins") or ()
+    chosen = any(isinstance(one, Precision) for one in (plugins if isinstance(plugins, list | tuple) else [plugins]))
+    if chosen or not on_cuda or not torch.cuda.is_available():
+        return None
+    # Devices before compute capability 8.0 emulate it, slowly.
+    return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else None
 
 
 def with_callbacks(options: Settings, monitors: bool) -> list[Callback]:

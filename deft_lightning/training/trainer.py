@@ -29,10 +29,11 @@ class Trainer(LightningTrainer):
     What is not given is as on the command line: gradients are clipped at 1.0, metrics logged every 10 steps to
     TensorBoard under ``logs``, the newest state is saved, tokens are watched (GateMonitor, EntropyMonitor,
     NoiseMonitor, NoiseEstimate, Dashboard), there is a validation before the first step and after the last, SIGINT and
-    SIGTERM end a run with its state saved. A callback that is given takes the place of that of its kind;
-    ``enable_checkpointing=False``, ``enable_progress_bar=False`` (lines and summary too),
-    ``enable_model_summary=False`` and ``monitors=False`` leave theirs out. Without ``max_epochs`` it stops after
-    ``max_steps`` or ``max_time``, or after one epoch if neither is given.
+    SIGTERM end a run with its state saved. On a GPU that computes in bfloat16 the precision is ``bf16-mixed``. A
+    callback that is given takes the place of that of its kind; ``enable_checkpointing=False``,
+    ``enable_progress_bar=False`` (lines and summary too), ``enable_model_summary=False`` and ``monitors=False`` leave
+    theirs out. Without ``max_epochs`` it stops after ``max_steps`` or ``max_time``, or after one epoch if neither is
+    given.
 
     Args:
         args: As Lightning's.

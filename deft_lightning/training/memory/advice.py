@@ -88,10 +88,12 @@ def setup_of(module: Any) -> Setup:
 def device_memory(module: Any) -> int | None:
     """Return the bytes that the device of a module's trainer has for it; None where the system does not tell.
 
-    On CUDA those that are free, on a CPU those that the process may still take, and its weights, which are there.
+    On CUDA those that are free, on a CPU those that the process may still take; and the weights that are there already.
     """
-    device = module.trainer.strategy.root_device
-    own = [tensor for tensor in (*module.model.parameters(), *module.model.buffers()) if tensor.device == device]
+    device, reference = module.trainer.strategy.root_device, module.batch_loss.reference
+    models = [module.model, *([reference.model] if reference is not None and reference.frozen else [])]
+    tensors = (tensor for model in models for tensor in (*model.parameters(), *model.buffers()))
+    own = [tensor for tensor in tensors if tensor.device == device]
     held = sum(tensor.numel() * tensor.element_size() for tensor in own if not hasattr(tensor, "placements"))
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
     return None if free is None else free + held

@@ -66,17 +66,16 @@ def optimizer_bytes(
     with live:
         optimizer.step()
     state = sum(_state(optimizer.state[one], weight) for one, weights in stands_for for weight in weights)
+    # A step goes group by group: through lists of all its weights, or from weight to weight.
     together = any(group.get("foreach") for group in optimizer.param_groups)
-    amount, largest = _sizes([(one.dtype, weights) for one, weights in stands_for])
-    here, most = _sizes([(one.dtype, [one]) for one, _ in stands_for])
-    share = live.peak / here if together else live.peak / most
-    return OptimizerBytes(state, round(share * (amount if together else largest)))
+    most = sum if together else max
+    here = max(most(_size(weight, dtype) for weight in group["params"]) for group in small if group["params"])
+    there = max(most(_size(weight, dtype) for weight in group["params"]) for group in groups)
+    return OptimizerBytes(state, round(live.peak * there / here))
 
 
-def _sizes(weights: list[tuple[torch.dtype, list[Tensor]]]) -> tuple[int, int]:
-    """Return the bytes of all weights and of the largest."""
-    sizes = [weight.numel() * dtype.itemsize for dtype, many in weights for weight in many]
-    return sum(sizes), max(sizes, default=0)
+def _size(weight: Tensor, dtype: torch.dtype | None) -> int:
+    return weight.numel() * (dtype or weight.dtype).itemsize
 
 
 def _state(state: Mapping[str, Any], weight: Tensor) -> int:
