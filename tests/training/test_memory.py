@@ -220,15 +220,17 @@ def lines(caplog: pytest.LogCaptureFixture) -> list[str]:
 @pytest.mark.slow
 def test_a_run_that_fits_says_so_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
-    fit(tmp_path)
+    fit(tmp_path, room=1 << 40)
     (line,) = lines(caplog)
     assert re.fullmatch(
         r"memory: a step of 4 x \d+ tokens takes about [\d.]+ MiB \(weights [\d.]+ MiB, gradients [\d.]+ MiB, optimizer"
         r" [\d.]+ MiB, activations [\d.]+ MiB, buffers [\d.]+ MiB\); the device has [\d.,]+ GiB",
         line,
     ), line
-    fit(tmp_path, summary=False)
+    fit(tmp_path, room=1 << 40, summary=False)
     assert len(lines(caplog)) == 1, "one of the start lines, left out with them"
+    fit(tmp_path)
+    assert len(lines(caplog)) == 1, "a small model on a CPU"
 
 
 @pytest.mark.slow
@@ -256,7 +258,7 @@ def test_an_estimate_that_cannot_be_made_stops_nothing(tmp_path: Path, caplog: p
             super().__init__(params, lr=0.0)
 
     caplog.set_level("INFO")
-    fit(tmp_path, optimizer=WantsItsWeights)
+    fit(tmp_path, room=1 << 40, optimizer=WantsItsWeights)
     assert lines(caplog) == ["memory: no estimate for this run (RuntimeError: too small for me)"]
 
 
@@ -278,7 +280,7 @@ def test_it_draws_nothing_that_the_run_would_draw(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_an_anchor_and_accumulation_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
-    fit(tmp_path, objective=KLAnchor(DEFT(), 0.1))
+    fit(tmp_path, room=1 << 40, objective=KLAnchor(DEFT(), 0.1))
     assert "reference" in lines(caplog)[0]
 
 
@@ -286,7 +288,8 @@ def test_an_anchor_and_accumulation_are_told(tmp_path: Path, caplog: pytest.LogC
 def test_two_ranks_say_it_once(tmp_path: Path) -> None:
     words = fit_command(
         tmp_path, "--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.max_steps", "1",
-        "--after_fit.export", "false",
+        "--after_fit.export", "false", "--model.architecture.hidden_size", "512",
+        "--model.architecture.num_hidden_layers", "20",
     )  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-m", "deft_lightning", *words], cwd=tmp_path, capture_output=True, text=True, timeout=600,

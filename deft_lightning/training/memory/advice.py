@@ -21,13 +21,14 @@ from deft_lightning.training.protocols import shards
 
 CHECKPOINTING = "--model.gradient_checkpointing true"
 ADAPTERS = "--model.lora.r 16 --model.dtype bfloat16"
+SMALL = 64 << 20  # bytes of weights; below them a CPU has room for any step, and the estimate would take longer
 
 
 def tell_memory(module: Any, room: int | None = None) -> None:
     """Say what a step of a fit will take, and compare it with what its device has; nothing is changed.
 
     It is one of the start lines, and left out with them (``--trainer.enable_model_summary false``). A data module that
-    does not say how large its batches get has none.
+    does not say how large its batches get has none, nor has a model of less than :data:`SMALL` on a CPU.
 
     Args:
         module: An :class:`~deft_lightning.SFTModule` whose model is built, with a trainer.
@@ -38,6 +39,9 @@ def tell_memory(module: Any, room: int | None = None) -> None:
         return
     batch = getattr(module.prompts, "largest_batch", None)
     if batch is None or not any(isinstance(callback, ModelSummary) for callback in trainer.callbacks):
+        return
+    weights = sum(weight.numel() * weight.element_size() for weight in module.model.parameters())
+    if room is None and weights < SMALL and trainer.strategy.root_device.type == "cpu":
         return
     # Nothing is drawn that the run would draw; what cannot be run without data does not stop it.
     with torch.random.fork_rng(devices=[]):
