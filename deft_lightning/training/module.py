@@ -29,7 +29,7 @@ from deft_lightning.training.distributed import ranks
 from deft_lightning.training.first_rates import begin_rates
 from deft_lightning.training.hyper_parameters import hyper_parameters
 from deft_lightning.training.loss import NoObjective, facts_of
-from deft_lightning.training.memory import tell_memory
+from deft_lightning.training.memory.advice import tell_memory
 from deft_lightning.training.meters import Meters
 from deft_lightning.training.model_source import ModelSource, check_vocabulary
 from deft_lightning.training.nonfinite import OnNonfinite

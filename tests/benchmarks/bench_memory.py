@@ -76,7 +76,7 @@ def fit(size: str, run: str, precision: str) -> dict[str, Any]:
     """Train in this process; return what it took and what was estimated."""
     from deft_lightning import InstructionDataModule, SFTModule, Trainer
     from deft_lightning.models import LoRA
-    from deft_lightning.training.memory import estimate_of
+    from deft_lightning.training.memory.advice import estimate_of
 
     found: dict[str, Any] = {}
 
@@ -137,7 +137,7 @@ def needed(model: str, way: str) -> float:
 
     from deft_lightning.data.loading.shape import BatchShape
     from deft_lightning.models import LoRA, add_adapters
-    from deft_lightning.training.memory import Setup, estimate
+    from deft_lightning.training.memory.estimate import Setup, estimate
     from deft_lightning.training.optim import adamw
 
     lora, rows = "lora" in way.lower(), 2 if "full`" in way else 8

@@ -25,7 +25,8 @@ from deft_lightning.models import LoRA, add_adapters, find_head
 from deft_lightning.models.fused import fused_forward
 from deft_lightning.objectives import DEFT, NLL, KLAnchor
 from deft_lightning.ops import linear_loss
-from deft_lightning.training.memory import Setup, estimate, tell_memory
+from deft_lightning.training.memory.advice import tell_memory
+from deft_lightning.training.memory.estimate import Setup, estimate
 from deft_lightning.training.memory.fake_step import count_step
 from deft_lightning.training.memory.head import HeadShape, head_bytes
 from deft_lightning.training.memory.live import LiveBytes
