@@ -93,6 +93,12 @@ class TrainingLoop(_TrainingEpochLoop):
         return limit not in (None, -1) and self._num_ready_batches_reached() and trainer.current_epoch + 1 >= limit
 
 
+def validates_here(trainer: Trainer) -> bool:
+    """Return whether a validation follows the batch in hand; asked when that batch has been trained on."""
+    fetcher = trainer.fit_loop._data_fetcher
+    return bool(fetcher is not None and trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher))
+
+
 # --------------------------------------------------------------------------------------- what belongs to which trainer
 
 

@@ -61,6 +61,9 @@ ATTRIBUTES: dict[str, tuple[Callable[[], Any], Callable[[Any], bool], str]] = {
     "_loaded_checkpoint": (
         lambda: _CheckpointConnector(trainer()), lambda found: found == {}, "resume compares nothing",
     ),
+    "_data_fetcher": (
+        lambda: trainer().fit_loop, lambda found: found is None, "nobody knows whether a validation follows a batch",
+    ),
     "_last_checkpoint_saved": (
         ModelCheckpoint, lambda found: found == "", "last.ckpt links to a file that somebody has removed",
     ),

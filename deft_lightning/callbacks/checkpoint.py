@@ -6,8 +6,10 @@ from pathlib import Path
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.types import STEP_OUTPUT
+from lightning_utilities.core.rank_zero import rank_zero_warn
 
-from deft_lightning._lightning import FinalCheckpoint, is_accumulating
+from deft_lightning._lightning import FinalCheckpoint, is_accumulating, validates_here
+from deft_lightning.callbacks.monitored import of_validation
 
 
 class Checkpoint(FinalCheckpoint):
@@ -57,8 +59,10 @@ class Checkpoint(FinalCheckpoint):
     ) -> None:
         """Save where training stops, before Lightning counts the epoch that is cut there as finished."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        if _stops(trainer) and self.monitor is None:
-            self.save_final(trainer)
+        if _stops(trainer) and (self.monitor is None or not validates_here(trainer)):
+            # Without a validation a metric of training is known all the same; one of validation is of another state.
+            known = self.monitor is not None and not of_validation(self.monitor)
+            self.save_final(trainer, validated=known and self.monitor in trainer.callback_metrics)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save by what the last validation found, for the same reason not at the end of the epoch."""
@@ -72,6 +76,11 @@ class Checkpoint(FinalCheckpoint):
             return
         self.save_final(trainer)
         super().on_train_end(trainer, pl_module)
+        if self.monitor is not None and not self.best_model_path and self.save_top_k and self.last_model_path:
+            rank_zero_warn(
+                f"--checkpoint.monitor {self.monitor}: it was not measured after any step that was made, so no"
+                f" checkpoint is the best; the newest is {self.last_model_path}"
+            )
 
 
 def _stops(trainer: Trainer) -> bool:

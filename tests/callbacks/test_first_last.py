@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from worlds import SHAPE, quiet_trainer, read_events, write_rows
 
 from deft_lightning import InstructionDataModule, SFTModule
 from deft_lightning._lightning import is_accumulating, is_logging_step, logged_step
-from deft_lightning.callbacks import Checkpoint, FirstLastValidation
+from deft_lightning.callbacks import Checkpoint, FirstLastValidation, MetricCheck
+from deft_lightning.errors import UserError
 from deft_lightning.models import LoRA
 
 pytestmark = pytest.mark.slow
@@ -186,3 +188,79 @@ def test_a_run_that_is_shorter_than_its_interval_can_be_saved_by_what_it_found(s
     checkpoint = Checkpoint(monitor="val/nll")
     fit(source, tmp_path, checkpoint, max_steps=4)
     assert checkpoint.best_model_score is not None and checkpoint.best_model_path.endswith("step=4.ckpt")
+
+
+EVERY_4 = {"val_check_interval": 4, "check_val_every_n_epoch": None}
+
+
+@pytest.mark.parametrize(
+    ("monitor", "options"),
+    [(None, {}), (None, EVERY_4), ("val/nll", EVERY_4), ("train/nll", {}), ("train/nll", EVERY_4)],
+)
+def test_a_run_that_ends_without_a_validation_resumes_bit_exactly(
+    monitor: str | None, options: dict[str, Any], source: str, tmp_path: Path
+) -> None:
+    """With a monitor it was saved after Lightning had counted the epoch as finished: the rest of it was left out."""
+    off = FirstLastValidation(False, False)
+    uncut = fit(source, tmp_path / "whole", off, max_steps=9, **options)
+    checkpoint = Checkpoint(monitor=monitor)
+    fit(source, tmp_path / "cut", checkpoint, off, max_steps=5, **options)
+    saved = str(checkpoint.last_model_path)
+    resumed = fit(source, tmp_path / "resumed", off, max_steps=9, ckpt_path=saved, **options)
+    assert difference(uncut, resumed) == 0.0
+    if monitor is not None:
+        validated, final = "step=4.ckpt", "step=5.ckpt"  # whichever has the smaller value, where both do
+        saved_at = {"val/nll": (validated,), "train/nll": (validated, final) if options else (final,)}[monitor]
+        assert checkpoint.best_model_path.endswith(saved_at)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"max_steps": 5}, "ends after 5 optimizer steps, before its first validation, which would follow step 6"),
+        (
+            {"max_steps": 3, **EVERY_4},
+            "after 3 optimizer steps, before its first validation, which would follow step 4",
+        ),
+        ({"max_steps": 2, "accumulate_grad_batches": 4, "check_val_every_n_epoch": 2}, "would follow step 4"),
+        ({"max_epochs": 1, "check_val_every_n_epoch": 2}, "ends after 1 epochs"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("waits", [lambda: Checkpoint(monitor="val/nll"), lambda: EarlyStopping("val/nll")])
+def test_who_waits_for_a_validation_that_never_comes_is_told_before_training(
+    waits: Any, options: dict[str, Any], said: str, source: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=said) as error:
+        fit(source, tmp_path, waits(), MetricCheck(), FirstLastValidation(True, False), **options)
+    assert "monitor" in str(error.value) and "--validation.after true" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_steps": 6},
+        {"max_steps": 4, **EVERY_4},
+        {"max_steps": 2, "accumulate_grad_batches": 4},
+        {"max_steps": 1, "accumulate_grad_batches": 4, **EVERY_4},
+        {"max_epochs": 2, "check_val_every_n_epoch": 2},
+    ],
+    ids=str,
+)
+def test_a_run_whose_last_step_is_validated_anyway_is_not_refused(
+    options: dict[str, Any], source: str, tmp_path: Path
+) -> None:
+    checkpoint = Checkpoint(monitor="val/nll")
+    fit(source, tmp_path, checkpoint, MetricCheck(), FirstLastValidation(True, False), **options)
+    assert checkpoint.best_model_path
+
+
+def test_a_run_whose_validation_goes_by_the_clock_says_at_its_end_that_there_was_none(
+    source: str, tmp_path: Path
+) -> None:
+    options = {"max_steps": 3, "val_check_interval": timedelta(hours=1), "check_val_every_n_epoch": None}
+    checkpoint = Checkpoint(monitor="val/nll")
+    with pytest.warns(UserWarning, match="--checkpoint.monitor val/nll: it was not measured after any step"):
+        fit(source, tmp_path, checkpoint, MetricCheck(), FirstLastValidation(True, False), **options)
+    assert Path(checkpoint.last_model_path).exists() and not checkpoint.best_model_path
