@@ -7,6 +7,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from deft_lightning.probe.join import joined
+
 Numbers = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Flags = NDArray[np.bool_]
@@ -20,7 +22,8 @@ SHARED = 0.05  # share of the rows that have a text which is then the file's hab
 TAIL = (0.8, 0.95)
 TAIL_OF_NUMBERS = (0.7, 0.9)
 LEAST = 0.25  # nats: scale of a tail at least, where a model knows a file by heart
-RIGHT = 0.25  # quantile of the rows that is taken for an answer that belongs to its prompt
+LOUDEST = 3.0  # nats that one token says for or against the prompt at most
+RIGHT = 0.25  # share of the answers that a prompt has to help
 
 
 class Tokens(NamedTuple):
@@ -76,27 +79,27 @@ class Scored(NamedTuple):
         scores: By name, shape ``(n,)`` each; larger is more suspicious. The first ranks the audit.
         excess: How far ``-log p`` of each token is above what is usual for its text in this file, in nats, shape
             ``(N,)``.
+        parts: Of the audit's score, with the rates of the kinds, shape ``(3, n)``, in nats.
     """
 
     tokens: Tokens
     scores: dict[str, Numbers]
     excess: Numbers
+    parts: Numbers
 
     @property
     def largest(self) -> list[str]:
         """The part of each row's score that is the largest, one of :data:`PARTS`; the first of equals."""
-        weights = [self.scores["odd"], self.scores["answer"], _of_half(self.scores["elsewhere"])]
-        return [PARTS[i] for i in np.argmax(weights, axis=0)]
+        return [PARTS[i] for i in np.argmax(self.parts, axis=0)]
 
 
 def score_rows(tokens: Tokens) -> Scored:
     """Score every row, and every token.
 
-    ``audit``: the sum of three kinds of evidence in nats, ``odd + answer + log((1 + e^elsewhere) / 2)``. ``odd``:
-    :func:`rarest` of the tokens' ``-log p`` above :func:`usual`. ``answer``: the same of the conflict of the last
-    number of the row, among the numbers of the file. ``elsewhere``: :func:`elsewhere`; a row that fits its prompt
-    has at most ``log 2`` from it, so that a long one does not hide its wrong tokens. ``conflict``: root mean square
-    of the conflict. ``nll``: mean NLL. ``length``: tokens. The last three are what a score has to beat.
+    ``audit``: :func:`~deft_lightning.probe.join.joined` of three kinds of evidence in nats. ``odd``: :func:`rarest` of
+    the tokens' ``-log p`` above :func:`usual`. ``answer``: the same of the conflict of the last number of the row,
+    among the numbers of the file. ``elsewhere``: :func:`elsewhere`. ``conflict``: root mean square of the conflict.
+    ``nll``: mean NLL. ``length``: tokens. The last three are what a score has to beat.
 
     Chosen by measurement among the candidates that ``docs/guides/probe.md`` lists.
     """
@@ -108,18 +111,13 @@ def score_rows(tokens: Tokens) -> Scored:
     odd = rarest(tokens, rarity(excess, *TAIL), every)
     answer = rarest(tokens, among_numbers, tokens.last & tokens.number)
     belongs = elsewhere(tokens)
+    whole = joined(odd, answer, belongs)
     scores = {
-        "audit": odd + answer + _of_half(belongs), "odd": odd, "answer": answer,
-        "elsewhere": belongs, "conflict": np.sqrt(tokens.summed(conflict**2) / counts),
+        "audit": whole.odds, "odd": odd, "answer": answer, "elsewhere": belongs,
+        "conflict": np.sqrt(tokens.summed(conflict**2) / counts),
         "nll": tokens.summed(-tokens.log_prob) / counts, "length": tokens.counts.astype(np.float64),
     }  # fmt: skip
-    return Scored(tokens, scores, excess)
-
-
-def _of_half(evidence: Numbers) -> Numbers:
-    """Return the evidence that a row is one of a half of all to which some evidence applies."""
-    half: Numbers = np.logaddexp(0, evidence) - np.log(2)
-    return half
+    return Scored(tokens, scores, excess, whole.parts)
 
 
 def usual(tokens: Tokens, values: Numbers) -> Numbers:
@@ -207,26 +205,15 @@ def rarest(tokens: Tokens, nats: Numbers, among: Flags) -> Numbers:
 def elsewhere(tokens: Tokens) -> Numbers:
     """Return the evidence that each answer belongs to another prompt, in nats, shape ``(n,)``; 0 without a prompt.
 
-    ``t = sum (1 - q) log q / p`` over the standard deviation of such a sum is about normal with mean 0 where an answer
-    has nothing to do with its prompt, and with the mean of the file's right answers where it has: the evidence is the
-    logarithm of the ratio of these densities. The mean of right answers is a low quartile of all, so that up to two
-    thirds of the rows may be swapped; where the prompt helps nobody it is 0, and so is the evidence.
+    ``sum log q / p``, each token within :data:`LOUDEST`: what the model says of the answer after other answers alone,
+    against what it says behind the prompt. A right answer becomes more probable by its prompt; that of another prompt
+    does not. The bound keeps one wrong number, which the prompt makes improbable, from being an answer to another
+    prompt. Where the prompt helps fewer than a quarter of the answers, it is 0 for all: such a model reads no prompts.
     """
-    # What other answers say at such a place anyway is format: it tells nothing of the prompt.
-    lift = (1 - np.exp(np.minimum(tokens.bare, 0.0))) * (tokens.bare - tokens.log_prob)
-    total = tokens.summed(lift)
+    total = tokens.summed(np.clip(tokens.bare - tokens.log_prob, -LOUDEST, LOUDEST))
     asked = np.isfinite(total) & (tokens.counts > 0)
-    result = np.zeros(len(total))
-    if not asked.any():
-        return result
-    own = asked[tokens.row]
-    mean = (total / np.maximum(tokens.counts, 1))[tokens.row]
-    spread = np.sqrt(((lift - mean)[own] ** 2).sum() / max(int(own.sum() - asked.sum()), 1))
-    if spread > 0:
-        t = total[asked] / (spread * np.sqrt(tokens.counts[asked]))
-        right = min(float(np.quantile(t, RIGHT)), 0.0)
-        result[asked] = right**2 / 2 - t * right
-    return result
+    helped = asked.any() and float(np.quantile(total[asked], RIGHT)) < 0
+    return np.where(asked, total, 0.0) if helped else np.zeros(len(total))
 
 
 def last_numbers(counts: Ints, texts: list[str]) -> tuple[Flags, Flags]:

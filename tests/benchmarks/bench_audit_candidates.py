@@ -24,11 +24,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 
 from deft_lightning.metrics import exact_auroc
-from deft_lightning.probe import scores
-from deft_lightning.probe.scores import Numbers, Tokens, elsewhere, rarest, rarity, score_rows, usual
+from deft_lightning.probe import join, scores
+from deft_lightning.probe.scores import Numbers, Tokens, rarest, rarity, score_rows, usual
 
 TAILS = ((0.8, 0.98), (0.8, 0.95), (0.8, 0.9), (0.6, 0.9), (0.5, 0.8))
 TAILS_OF_NUMBERS = ((0.9, 0.99), (0.8, 0.95), (0.7, 0.9), (0.6, 0.85))
+CAPS = (1.0, 2.3, 3.0)  # nats that one token may say for another prompt; 2.3 is ten to one
 Score = Callable[[Tokens], Numbers]
 
 
@@ -105,19 +106,39 @@ def joined(odd: Numbers, answer: Numbers, belongs: Numbers) -> dict[str, Numbers
         "sum, 19 in 20": odd + answer + of_half(belongs, 0.95),
         "sum, half of each": of_half(odd) + of_half(answer) + of_half(belongs),
         "larger of two, half": np.maximum(odd, answer) + of_half(belongs),
-        "noise rates by EM": by_rates(odd, answer, belongs),
+        "noise rates by EM": join.joined(odd, answer, belongs).odds,
     }  # fmt: skip
 
 
-def by_rates(*evidence: Numbers) -> Numbers:
-    """Log odds of any of the kinds of noise, whose rates EM estimates from the rows."""
-    logs = np.stack([np.zeros(len(evidence[0])), *evidence])
-    rates = np.full(len(logs), 1 / len(logs))
-    for _ in range(50):
-        joint = logs + np.log(rates)[:, None]
-        rates = np.maximum(np.exp(joint - np.logaddexp.reduce(joint)).mean(1), 0.01)
-        rates /= rates.sum()
-    return np.logaddexp.reduce(logs[1:] + np.log(rates[1:])[:, None]) - np.log(rates[0])
+def densities(tokens: Tokens) -> Numbers:
+    """Log ratio of two normal densities of the standardised sum: what the audit joined before."""
+    lift = (1 - np.exp(np.minimum(tokens.bare, 0.0))) * (tokens.bare - tokens.log_prob)
+    total = tokens.summed(lift)
+    asked = np.isfinite(total) & (tokens.counts > 0)
+    result, own = np.zeros(len(total)), asked[tokens.row]
+    mean = (total / np.maximum(tokens.counts, 1))[tokens.row]
+    spread = np.sqrt(((lift - mean)[own] ** 2).sum() / max(int(own.sum() - asked.sum()), 1))
+    if spread > 0:
+        t = total[asked] / (spread * np.sqrt(tokens.counts[asked]))
+        right = min(float(np.quantile(t, 0.25)), 0.0)
+        result[asked] = right**2 / 2 - t * right
+    return result
+
+
+def prompts(tokens: Tokens) -> dict[str, Numbers]:
+    """Evidence that an answer belongs to another prompt: sums of ``log q / p``, in nats."""
+    lift = np.nan_to_num(tokens.bare - tokens.log_prob)
+    weighted = lift * (1 - np.exp(np.minimum(np.nan_to_num(tokens.bare), 0)))
+    numbers = np.where(tokens.number, np.clip(weighted, -3, 3), 0.0)
+    return {
+        "nats": tokens.summed(weighted), "half the nats": tokens.summed(weighted) / 2,
+        "a fourth of the nats": tokens.summed(weighted) / 4,
+        **{f"nats, {cap:g} a token at most": tokens.summed(np.minimum(weighted, cap)) for cap in CAPS},
+        **{f"nats within {cap:g} a token": tokens.summed(np.clip(weighted, -cap, cap)) for cap in CAPS},
+        **{f"half the nats, {cap:g} at most": tokens.summed(np.minimum(weighted, cap)) / 2 for cap in CAPS},
+        "nats of numbers within 3": tokens.summed(numbers),
+        "nats of plain log q / p within 3": tokens.summed(np.clip(lift, -3, 3)),
+    }  # fmt: skip
 
 
 def of_numbers(tokens: Tokens, values: Numbers, tail: tuple[float, float]) -> Numbers:
@@ -148,10 +169,11 @@ def candidates(tokens: Tokens) -> dict[str, Numbers]:
         for tail in TAILS_OF_NUMBERS:
             found[f"last number: {measure}, {tail}"] = of_numbers(tokens, values, tail)
     lift = np.nan_to_num(tokens.bare - tokens.log_prob)
+    found["prompt: densities"] = densities(tokens)
     found["prompt: sum of log q / p"] = tokens.summed(lift)
     found["prompt: the same less text after text"] = tokens.summed(lift - after_text(tokens, lift))
     found["prompt: the same of numbers alone"] = tokens.summed(np.where(tokens.number, lift, 0.0))
-    belongs, excess = elsewhere(tokens), -tokens.log_prob - usual(tokens, -tokens.log_prob)
+    belongs, excess = densities(tokens), -tokens.log_prob - usual(tokens, -tokens.log_prob)
     for tail in TAILS:
         odd = simes(tokens, rarity(excess, *tail))
         for numbers in TAILS_OF_NUMBERS[:3]:
@@ -162,9 +184,14 @@ def candidates(tokens: Tokens) -> dict[str, Numbers]:
     if tokens.number.any():
         numbers[tokens.number] = unbiased(tokens.conflict[tokens.number], *scores.TAIL_OF_NUMBERS)
     number = rarest(tokens, numbers, tokens.last & tokens.number)
-    found["joined: sum, half; unbiased tails"] = (
-        simes(tokens, unbiased(excess, *scores.TAIL)) + number + of_half(belongs)
-    )
+    rare = simes(tokens, unbiased(excess, *scores.TAIL))
+    found["joined: sum, half; unbiased tails"] = rare + number + of_half(belongs)
+    for name, evidence in prompts(tokens).items():
+        found[f"prompt: {name}"] = evidence
+        for way, score in joined(own["odd"], own["answer"], evidence).items():
+            found[f"joined with {name}: {way}"] = score
+        for way, score in joined(rare, number, evidence).items():
+            found[f"joined with {name}, unbiased tails: {way}"] = score
     for less, without in USUAL.items():
         odd = simes(tokens, rarity(without(tokens, -tokens.log_prob), *scores.TAIL))
         way = odd + own["answer"] + of_half(belongs)

@@ -1,11 +1,12 @@
 """How well the audit's scores tell corrupted rows of real text from clean ones, with a real model.
 
     python tests/benchmarks/bench_audit_rows.py --model DIR --source gsm8k_test.jsonl --rows 200 [--output FILE.json]
+    python tests/benchmarks/bench_audit_rows.py --model DIR --source svamp_test.jsonl --form svamp --style last_number
 
 Half of the rows are corrupted, once by each of three operations: a wrong final answer, another row's answer, five
 percent of the labels replaced. The statistics are those of the two passes of ``probe``, in float32. Rows that follow
 each other share a prompt, which is read once. Scores are the
-package's own.
+package's own. Solutions that models have written are read as they are: their column ``wrong`` is the truth.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +27,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 import torch
+from audit_sources import FORMS, rows_of
 from torch import Tensor
 
 from deft_lightning import InstructionDataModule
+from deft_lightning.atomic import whole_file
 from deft_lightning.data.examples import Prepared
 from deft_lightning.data.loading.company import Group, better_read, by_member, chains_of, groups_of
 from deft_lightning.data.loading.unprompted import Frame, frame_of_split
@@ -41,13 +45,20 @@ FIELDS = ("target", "correct", "log_prob", "collision")  # of a row with its pro
 
 
 class Reader:
-    """Hidden states of rows; what a row has in common with the row before in front is not read again."""
+    """Hidden states of rows; what a row has in common with the row before in front is not read again.
 
-    def __init__(self, model: Any) -> None:
-        from transformers import DynamicCache
+    Args:
+        folder: Of a causal model.
+        kept: Folder where the results of rows are kept, so that a run that was killed goes on; None keeps none.
+    """
 
-        self.model, self._new = model, DynamicCache
-        self._cache, self._ids, self._hidden = DynamicCache(), list[int](), torch.zeros(0, model.config.hidden_size)
+    def __init__(self, folder: str, kept: Path | None = None) -> None:
+        from transformers import AutoModelForCausalLM, DynamicCache
+
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        self.kept, self._new = kept, DynamicCache
+        self._cache, self._ids = DynamicCache(), list[int]()
+        self._hidden = torch.zeros(0, self.model.config.hidden_size)
 
     @torch.no_grad()
     def __call__(self, ids: Sequence[int]) -> Tensor:
@@ -70,6 +81,17 @@ class Reader:
 
     def stats(self, row: Prepared) -> tuple[np.ndarray, ...]:
         """Return target, whether it is the first choice, log p and C of the supervised tokens of a row."""
+        if self.kept is None:
+            return self._computed(row)
+        digest = blake2b(row.input_ids.tobytes() + row.labels.tobytes(), digest_size=16).hexdigest()
+        file = self.kept / f"{digest}.npz"
+        if not file.exists():
+            with whole_file(file) as partial_file, partial_file.open("wb") as out:
+                np.savez(out, *self._computed(row))
+        with np.load(file, allow_pickle=False) as arrays:
+            return tuple(arrays[name] for name in arrays.files)
+
+    def _computed(self, row: Prepared) -> tuple[np.ndarray, ...]:
         keep = torch.from_numpy(row.labels[1:] != -100)
         hidden = self(row.input_ids.tolist())[:-1][keep]
         target = torch.from_numpy(row.labels[1:])[keep]
@@ -78,8 +100,8 @@ class Reader:
         return target.numpy(), stats.correct.numpy(), stats.log_prob.numpy(), stats.collision.numpy()
 
 
-def modules(source: Any, tokenizer: str, style: str) -> dict[str, InstructionDataModule]:
-    """Return the rows clean, and corrupted by each operation wherever it can be."""
+def modules(source: Any, tokenizer: str, style: str, corrupted: bool) -> dict[str, InstructionDataModule]:
+    """Return the rows clean, and if wanted corrupted by each operation wherever it can be."""
     answer: Any = AnswerCorrupt(rate=1.0, style=style)
     operations: dict[str, list[NoiseOp]] = {
         # Swapped among half of the rows: no answer stands in the file twice, once right and once wrong.
@@ -87,7 +109,7 @@ def modules(source: Any, tokenizer: str, style: str) -> dict[str, InstructionDat
         "TokenReplace 5 %": [TokenReplace(rate=0.05)],
     }  # fmt: skip
     made = {}
-    for name, ops in operations.items():
+    for name, ops in (operations if corrupted else {"clean": operations["clean"]}).items():
         made[name] = InstructionDataModule(
             source, validation_fraction=0.0, max_length=1024, tokenizer=tokenizer, noise=Noise(ops=ops), cache=False
         )
@@ -96,34 +118,39 @@ def modules(source: Any, tokenizer: str, style: str) -> dict[str, InstructionDat
     return made
 
 
-def read(model: str, data: dict[str, InstructionDataModule], say: Callable[[int], None]) -> dict[str, list[Any]]:
-    """Return the tokens of every row as each operation leaves it, ``(noisy, arrays)``; half of them are corrupted."""
-    from transformers import AutoModelForCausalLM
-
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-    reader, clean = Reader(loaded), data["clean"]
-    count = clean.size("train")
-    rows: dict[str, list[tuple[bool, Prepared, dict[str, Any]]]] = {name: [] for name in data if name != "clean"}
-
-    def tokens(row: Prepared) -> dict[str, Any]:
-        return dict(zip(FIELDS, reader.stats(row), strict=True))
-
-    for at in range(count):
-        own, half = clean.example("train", at), uniform("half", clean.example("train", at).id) < 0.5
-        kept = tokens(own)
-        for name in rows:
+def halves(data: dict[str, InstructionDataModule]) -> dict[str, list[tuple[bool, Prepared]]]:
+    """Return whether each row is noisy, and the row, by operation; half of the rows are corrupted."""
+    clean = data["clean"]
+    rows: dict[str, list[tuple[bool, Prepared]]] = {name: [] for name in data if name != "clean"}
+    for at in range(clean.size("train")):
+        own = clean.example("train", at)
+        half = uniform("half", own.id) < 0.5
+        for name, of_operation in rows.items():
             row = replace(data[name].example("train", at), weight=None)
             picked = half or name == "ResponseSwap"
             if picked and (row.noise_code > 0).any():
-                rows[name].append((True, row, tokens(row)))
+                of_operation.append((True, row))
             elif not half or name == "ResponseSwap":
-                rows[name].append((False, own, dict(kept)))
-        say(at + 1)
-    frame = frame_of_split(count, partial(clean.example, "train"))
-    for of_operation in rows.values():
-        for at, chance in in_company([row for _, row, _ in of_operation], frame, reader).items():
-            of_operation[at][2]["bare"] = chance
-    return {name: [(noisy, values) for noisy, _, values in of_operation] for name, of_operation in rows.items()}
+                of_operation.append((False, own))
+    return rows
+
+
+def marked(data: InstructionDataModule) -> list[tuple[bool, Prepared]]:
+    """Return whether each row is noisy by its column ``wrong``, and the row."""
+    truth = data.truths("wrong")
+    rows = [data.example("train", at) for at in range(data.size("train"))]
+    return [(bool(truth[row.id]), row) for row in rows]
+
+
+def read(reader: Reader, rows: Sequence[Prepared], frame: Frame, say: Callable[[int], None]) -> list[dict[str, Any]]:
+    """Return the arrays of every row, those of its tokens behind the prompt and without it."""
+    values = []
+    for row in rows:
+        values.append(dict(zip(FIELDS, reader.stats(row), strict=True)))
+        say(len(values))
+    for at, chance in in_company(rows, frame, reader).items():
+        values[at]["bare"] = chance
+    return values
 
 
 def in_company(rows: Sequence[Prepared], frame: Frame, reader: Reader) -> dict[int, Any]:
@@ -166,18 +193,33 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--source", required=True, help="file of rows")
     parser.add_argument("--rows", type=int, default=200)
     parser.add_argument("--first", type=int, default=0, help="rows to leave out in front")
+    parser.add_argument("--form", default="rows", choices=FORMS, help="of the file")
     parser.add_argument("--style", default="gsm8k", help="where AnswerCorrupt looks for the answer")
+    parser.add_argument("--only", help="one operation alone")
+    parser.add_argument("--cache", help="folder where what is read of a row is kept: a killed run goes on")
     parser.add_argument("--output", help="JSON to write")
     parser.add_argument("--keep", help="folder for the tokens, which bench_audit_candidates.py reads")
     options = parser.parse_args(args)
     torch.set_num_threads(1)
-    lines = Path(options.source).read_text(encoding="utf-8").splitlines()[options.first : options.first + options.rows]
-    data = modules([json.loads(line) for line in lines], options.model, options.style)
-    result = {}
-    for name, rows in read(options.model, data, lambda row: print(f"{row} rows", file=sys.stderr)).items():
+    source = rows_of(Path(options.source), options.form)[options.first : options.first + options.rows]
+    data = modules(source, options.model, options.style, corrupted=options.form != "solutions")
+    clean = data["clean"]
+    files = halves(data) if len(data) > 1 else {"wrong": marked(clean)}
+    if options.only:
+        files = {options.only: files[options.only]}
+    reader = Reader(options.model, Path(options.cache) if options.cache else None)
+    frame, result = frame_of_split(clean.size("train"), partial(clean.example, "train")), {}
+    for name, labelled in files.items():
+
+        def say(row: int, name: str = name, of: int = len(labelled)) -> None:
+            print(f"{name}: {row} of {of} rows", file=sys.stderr)
+
+        found = read(reader, [row for _, row in labelled], frame, say)
+        rows = [(noisy, values) for (noisy, _), values in zip(labelled, found, strict=True)]
         tokens, noisy = scored(rows, lambda token: str(data["clean"].tokenizer.decode([token])))
         if options.keep:
-            keep_tokens(Path(options.keep) / f"{Path(options.source).stem} {name}.npz", tokens, noisy)
+            first, last = options.first + 1, options.first + len(source)
+            keep_tokens(Path(options.keep) / f"{Path(options.source).stem} {first}-{last}, {name}.npz", tokens, noisy)
         record = result[name] = truth_record(None, score_rows(tokens).scores, noisy)
         print(f"{name}: {record['noisy']} of {record['known']} rows noisy; {record['first']}")
         for score, row in record["scores"].items():

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 
 from deft_lightning.metrics import exact_auroc
+from deft_lightning.probe.join import joined
 from deft_lightning.probe.knowledge import ENOUGH, knowledge_text, new_numbers
 from deft_lightning.probe.scores import (
     LEAST,
+    LOUDEST,
     SHARED,
     TAIL,
     Tokens,
@@ -71,16 +73,46 @@ def test_an_answer_that_its_prompt_does_not_help_belongs_elsewhere() -> None:
     swapped = np.arange(30) < 10
     score = score_rows(tokens_of(rows, (-6.0 - gain).tolist()))
     found = score.scores["elsewhere"]
-    assert apart(found, swapped) == 1.0 and (found[swapped] > 0).all() and (found[~swapped] < 0).all()
-    # The ratio of the two densities, with the mean of right answers from the file: sqrt(40) standard deviations.
-    assert found[swapped].mean() == pytest.approx(40 / 2, rel=0.3)
-    assert score.largest == ["elsewhere" if row < 10 else "odd" for row in range(30)]
-    parts = score.scores["odd"] + score.scores["answer"] + np.log((1 + np.exp(found)) / 2)
-    assert score.scores["audit"] == pytest.approx(parts)
-    assert apart(score.scores["audit"], swapped) == 1.0
+    assert apart(found, swapped) == 1.0 and abs(found[swapped]).max() < 15 and (found[~swapped] < -20).all()
+    assert found == pytest.approx(np.clip(-gain, -LOUDEST, LOUDEST).reshape(30, 40).sum(1))
+    assert "elsewhere" not in score.largest[10:]  # tokens and answers tell nothing here
+    assert apart(score.scores["audit"], swapped) > 0.9
     nobody = score_rows(tokens_of(rows, (-6.0 + abs(gain)).tolist())).scores  # a prompt that helps no answer
     assert (nobody["elsewhere"] == 0).all()
     assert (score_rows(tokens_of(rows)).scores["elsewhere"] == 0).all()  # no prompt
+
+
+def test_one_wrong_number_is_no_answer_to_another_prompt() -> None:
+    """Twenty nats of one token say no more for another prompt than three."""
+    log_prob, bare = np.full((10, 8), -2.0), np.full((10, 8), -3.0)
+    log_prob[0, 5] = -23.0
+    tokens = tokens_of([[(1, float(value)) for value in row] for row in log_prob], bare.ravel().tolist())
+    found = score_rows(tokens).scores["elsewhere"]
+    assert found == pytest.approx([LOUDEST - 7.0] + [-8.0] * 9)
+
+
+def test_a_model_that_reads_no_prompts_says_nothing_of_them() -> None:
+    """Noise of sums grows with length; where the prompt helps few answers it would be all that is ranked by."""
+    generator, rows = np.random.default_rng(0), [[(1, -4.0)] * 40 for _ in range(50)]
+    lift = generator.normal(0.3, 1.0, (50, 40))
+    found = score_rows(tokens_of(rows, (-4.0 + lift).ravel().tolist())).scores["elsewhere"]
+    assert (found == 0).all()
+
+
+def test_kinds_of_evidence_are_joined_by_rates_that_the_rows_show() -> None:
+    generator, rows = np.random.default_rng(0), 400
+    kind = generator.choice(4, rows, p=[0.7, 0.0, 0.2, 0.1])
+    # Log ratios of normal densities: of three kinds, of which no row has the first.
+    evidence = [3.0 * generator.normal(3.0 * (kind == own), 1.0) - 4.5 for own in (1, 2, 3)]
+    found = joined(*evidence)
+    # Rows of two kinds look like a third now and then: that one gets a few percent.
+    assert found.rates == pytest.approx([0.7, 0.01, 0.2, 0.1], abs=0.08) and found.rates.sum() == pytest.approx(1.0)
+    assert found.odds == pytest.approx(np.log(np.exp(found.parts).sum(0) / found.rates[0]))
+    noisy = kind > 0
+    assert apart(found.odds, noisy) > 0.96 > apart(np.sum(evidence, axis=0), noisy)
+    assert (found.parts.argmax(0)[noisy] + 1 == kind[noisy]).mean() > 0.9
+    assert joined(np.zeros(0)).odds.shape == (0,)
+    assert np.ptp(joined(np.zeros(5), np.zeros(5)).odds) == 0.0
 
 
 def test_a_few_wrong_tokens_in_a_row_outweigh_what_is_odd_about_answers_and_prompts() -> None:
