@@ -131,7 +131,7 @@ def test_a_few_wrong_tokens_in_a_row_outweigh_what_is_odd_about_answers_and_prom
     for end in np.cumsum(tokens.counts):
         last[end - 3 : end] = True
     scores = score_rows(tokens._replace(number=last | (tokens.target < 4), last=last)).scores
-    # 0.971; with the prompt's evidence bounded by the file, as it was before, 0.976.
+    # 0.971. Evidence of the prompt in nats costs a little here; bounded by the file it passed 0.975.
     assert apart(scores["audit"], noisy) > max(0.965, apart(scores["nll"], noisy))
     assert apart(scores["answer"], noisy) < 0.6 and apart(scores["elsewhere"], noisy) < 0.6
 
