@@ -103,7 +103,7 @@ def test_the_readmes_first_command_runs_in_an_empty_folder(installed: Installed)
 
 def test_its_script_knows_the_configurations(installed: Installed) -> None:
     done = installed("deft-lightning", "fit", "--config", "deft:model/lroa")
-    assert done.returncode == 2 and "Did you mean deft:model/lora?" in done.stderr
+    assert done.returncode == 2 and "Did you mean deft:model/lora" in done.stderr
     assert "deft:quickstart" in installed("deft-lightning", "--print_completion").stdout
 
 
