@@ -24,12 +24,12 @@ from lightning.pytorch.utilities.seed import isolate_rng
 
 
 def is_logging_step(trainer: Trainer) -> bool:
-    """Whether what is logged in this batch is written, by ``log_every_n_steps``; the same on every rank."""
+    """Return whether what is logged in this batch is written, by ``log_every_n_steps``; the same on every rank."""
     return bool(trainer._logger_connector.should_update_logs)
 
 
 def is_accumulating(trainer: Trainer) -> bool:
-    """Whether the batch in hand is a micro-batch after which the optimizer does not step yet."""
+    """Return whether the batch in hand is a micro-batch after which the optimizer does not step yet."""
     return bool(trainer.fit_loop._should_accumulate())
 
 
@@ -143,12 +143,12 @@ class CheckpointConnector(_CheckpointConnector):
 
     @property
     def path(self) -> Any:
-        """The checkpoint that is being restored, None if none is."""
+        """Return the checkpoint that is being restored, None if none is."""
         return self._ckpt_path
 
     @property
     def contents(self) -> dict[str, Any]:
-        """What was read of it; empty if nothing was."""
+        """Return what was read of it; empty if nothing was."""
         return self._loaded_checkpoint
 
     def find(self, stage: TrainerFn, ckpt_path: str | Path | None) -> Any:
@@ -210,7 +210,7 @@ class DataParallelStrategy(ModelParallelStrategy):
 
     @property
     def saves_shares(self) -> bool:
-        """Whether each rank writes its share of a checkpoint."""
+        """Return whether each rank writes its share of a checkpoint."""
         return bool(self._save_distributed_checkpoint)
 
     def setup_environment(self) -> None:

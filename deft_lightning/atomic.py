@@ -29,7 +29,7 @@ def _machine() -> str:
 
 
 def _started(process: int) -> int:
-    """When a process began, in ticks since the machine did; 0 where there is no such process, or nobody can say."""
+    """Return when a process began, in ticks since the machine did; 0 where nobody can say."""
     try:
         with open(f"/proc/{process}/stat", encoding="utf-8", errors="replace") as file:
             return int(file.read().rpartition(")")[2].split()[19])
@@ -45,7 +45,7 @@ def partial_name(target: Path) -> Path:
 
 
 def is_partial(path: Path) -> bool:
-    """Whether a name is one of :func:`partial_name`."""
+    """Return whether a name is one of :func:`partial_name`."""
     return MARK.fullmatch(path.name) is not None
 
 

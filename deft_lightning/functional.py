@@ -40,7 +40,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def deformed_log(log_prob: Tensor, alpha: Tensor | float) -> Tensor:
-    r"""Deformed negative log-likelihood, ``(1 - p^alpha) / alpha``, with its limit ``-log p`` at ``alpha = 0``.
+    r"""Return the deformed negative log-likelihood, ``(1 - p^alpha) / alpha``, or its limit ``-log p`` at 0.
 
     Computed as ``-expm1(alpha log p) / alpha``. Where ``|alpha log p|`` is below a quarter of the machine epsilon both
     forms agree to the last bit and the limit is used: that keeps subnormal ``alpha`` exact, and adds no epsilon.
@@ -136,7 +136,7 @@ def _divergence(reference: Tensor, shifted: Tensor, log_sum: Tensor) -> Tensor:
 
 
 def topk_entropy_of(shifted: Tensor, k: int) -> Tensor:
-    """Entropy of the ``k`` largest probabilities renormalised, from logits shifted so that their maximum is 0."""
+    """Return the entropy of the ``k`` largest probabilities renormalised; the largest of the logits is 0."""
     largest = shifted.topk(min(k, shifted.shape[-1]), dim=-1).values[..., 1:]
     exps = largest.exp()
     tail = exps.sum(-1)
@@ -152,7 +152,7 @@ def token_stats(
     topk: int = 0,
     reference_logits: Tensor | None = None,
 ) -> TokenStats:
-    """Statistics of every token from dense logits: the oracle for the fused head.
+    """Return statistics of every token from dense logits: the oracle for the fused head.
 
     Args:
         logits: Shape ``(..., V)``, any floating dtype. ``logits[i]`` predicts ``targets[i]``: nothing is shifted here.
@@ -193,7 +193,7 @@ def token_loss(
     context: TokenContext | None = None,
     reference_logits: Tensor | None = None,
 ) -> Tensor:
-    """Loss of every token under ``objective``, never reduced.
+    """Return the loss of every token under ``objective``, never reduced.
 
     The objective sees the supervised tokens alone, so one that looks at the batch (``Cayley(floor=0.5)``) is not
     disturbed by padding.

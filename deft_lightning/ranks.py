@@ -37,12 +37,12 @@ class Ranks:
 
     @property
     def number(self) -> int:
-        """This process among those of the machine."""
+        """Return the number of this process among those of the machine."""
         return int(os.environ.get("LOCAL_RANK", 0))
 
     @property
     def started_by_first(self) -> bool:
-        """Whether Lightning has started this process from rank 0; torchrun and SLURM start all of them."""
+        """Return whether Lightning has started this process from rank 0; torchrun and SLURM start all of them."""
         return self.number > 0 and not any(name in os.environ for name in ("TORCHELASTIC_RUN_ID", "SLURM_PROCID"))
 
     def watch(self, launcher: Any, world: int) -> None:
@@ -101,7 +101,7 @@ class Ranks:
         return f"rank {number} was lost ({how}); the others have ended; {AGAIN}"
 
     def may_tell(self, lost: bool) -> bool:
-        """Whether this process is the one that tells an error: of many ranks that end for one reason, one speaks.
+        """Return whether this process tells an error: of many ranks that end for one reason, one speaks.
 
         Args:
             lost: Whether all that it knows is that another rank is gone.
@@ -132,7 +132,7 @@ class Ranks:
         return self.lost()
 
     def _elected(self) -> bool:
-        """Whether this is the first of the survivors on this machine: the name of a socket can be had once."""
+        """Return whether this is the first of the survivors on this machine: the name of a socket can be had once."""
         group = "-".join(os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
         self._election = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         try:
@@ -154,7 +154,7 @@ RANKS = Ranks()
 
 
 def is_lost_rank(error: BaseException) -> bool:
-    """Whether an error says that another rank is no more."""
+    """Return whether an error says that another rank is no more."""
     torch = sys.modules.get("torch")
     if torch is None or RANKS.world < 2 or not isinstance(error, RuntimeError):
         return False

@@ -170,7 +170,7 @@ def check_attention(value: object, trust: bool, where: str) -> None:
 
 
 def inside(name: str) -> bool:
-    """Whether the name of a file stays in its folder: relative, without steps upwards, on any system."""
+    """Return whether the name of a file stays in its folder: relative, without steps upwards, on any system."""
     posix, windows = PurePosixPath(name), PureWindowsPath(name)
     return not (posix.is_absolute() or windows.anchor or ".." in (*posix.parts, *windows.parts) or "\0" in name)
 
@@ -215,7 +215,7 @@ def _check_index(name: str, named: object) -> None:
 
 
 def _code(auto_map: object, wanted: tuple[str, ...]) -> list[str]:
-    """The classes that an ``auto_map`` names for what is to be loaded."""
+    """Return the classes that an ``auto_map`` names for what is to be loaded."""
     if not isinstance(auto_map, Mapping):
         return []
     classes: list[str] = []
@@ -231,7 +231,7 @@ def _refuse(name: str, what: str, code: list[str], option: str) -> None:
 
 
 def _file(reference: str) -> str:
-    """``own.Net`` is in ``own.py``; ``org/name--own.Net`` in that file of another hub id."""
+    """Return the file of a class: ``own.py`` of ``own.Net``, that of another hub id of ``org/name--own.Net``."""
     elsewhere, _, rest = reference.rpartition("--")
     return f"{elsewhere + ': ' if elsewhere else ''}{rest.rpartition('.')[0] or rest}.py"
 
@@ -245,7 +245,7 @@ def _tokenizer_known(name: object) -> bool:
 
 
 def _values(settings: Any, name: str) -> Iterator[Any]:
-    """The values of a key at any depth of a config."""
+    """Return the values of a key at any depth of a config."""
     if isinstance(settings, Mapping):
         for key, value in settings.items():
             if key == name:

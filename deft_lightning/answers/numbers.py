@@ -105,7 +105,7 @@ def _value(hit: re.Match[str]) -> Fraction | None:
 
 
 def same_number(gold: Plain, answer: Plain, tolerance: float = 0.0) -> bool:
-    """Whether two plain numbers are the same.
+    """Return whether two plain numbers are the same.
 
     They may differ by 5e-6 times the gold value, at most 5e-6 (what rounding to six decimals does), and by
     ``tolerance``. Where one has a percent sign, 50 % is 50 and is 0.5.
@@ -125,7 +125,7 @@ def _hundredth(gold: Plain, answer: Plain) -> Fraction:
 
 
 def same_words(gold: str, answer: str) -> bool:
-    r"""Whether two texts are the same but for blanks, LaTeX commands around words, brackets around all, a full stop.
+    r"""Return whether two texts are the same up to blanks, LaTeX commands around words, brackets, a full stop.
 
     Case does not matter in words of letters alone; it does in one letter, which may be a variable.
     """

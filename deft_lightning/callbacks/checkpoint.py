@@ -84,5 +84,5 @@ class Checkpoint(FinalCheckpoint):
 
 
 def _stops(trainer: Trainer) -> bool:
-    """Whether no batch follows, in the middle of an epoch perhaps."""
+    """Return whether no batch follows, in the middle of an epoch perhaps."""
     return trainer.global_step == trainer.max_steps or (trainer.should_stop and not is_accumulating(trainer))

@@ -144,5 +144,5 @@ class NoiseEstimate(TokenMonitor):
 
 
 def _estimates(module: WatchedModule) -> bool:
-    """Whether the objective has noise rates itself."""
+    """Return whether the objective has noise rates itself."""
     return "noise/estimated" in tracked_tags(module.objective)

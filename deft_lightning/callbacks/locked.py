@@ -47,7 +47,7 @@ class LockWatch:
         )
 
     def stuck(self) -> bool:
-        """Whether the window is one of a plateau, or of labels that are shut out."""
+        """Return whether the window is one of a plateau, or of labels that are shut out."""
         half = WINDOW // 2
         early, late = list(self.seen)[:half], list(self.seen)[half:]
         (share, prob), (share_late, prob_late) = (map(fmean, zip(*part, strict=True)) for part in (early, late))

@@ -161,5 +161,5 @@ def writers(trainer: Trainer) -> list[Any]:
 
 
 def has_matplotlib() -> bool:
-    """Whether figures can be drawn: matplotlib is an extra (`figures`), and training does without."""
+    """Return whether figures can be drawn: matplotlib is an extra (`figures`), and training does without."""
     return importlib.util.find_spec("matplotlib") is not None

@@ -43,7 +43,7 @@ class PredictionWriter(BasePredictionWriter):
             check_output_file(self._file, "--predictions.output")
 
     def _part(self, trainer: Trainer, loader: int, rank: int) -> Path:
-        """What a rank writes for a loader, in a folder of this run alone."""
+        """Return what a rank writes for a loader, in a folder of this run alone."""
         assert self._folder is not None
         return self._folder / f"{loader}.{rank}"
 

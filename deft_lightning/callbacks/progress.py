@@ -47,7 +47,7 @@ class SFTProgressBar(TQDMProgressBar):
 
     @property
     def sanity_check_description(self) -> str:
-        """What stands before the bar of the validation before training, or of a check of a few batches."""
+        """Return what stands before the bar of the validation before training, or of a check of a few batches."""
         whole = self.trainer.num_sanity_val_steps == float("inf")
         return "Validation before training" if whole else str(super().sanity_check_description)
 

@@ -43,7 +43,7 @@ class RunRecord(Callback):
 
     @property
     def state_key(self) -> str:
-        """The name of the state in checkpoints, which is the same with a summary and without."""
+        """Return the name of the state in checkpoints, which is the same with a summary and without."""
         return "RunSummary"
 
     def state_dict(self) -> dict[str, Any]:

@@ -45,7 +45,7 @@ class Sink:
 
     @property
     def look(self) -> str:
-        """How to look at what was logged: a command, or a place; empty where it is not known."""
+        """Return how to look at what was logged: a command, or a place; empty where it is not known."""
         folder = getattr(self.logger, "log_dir", None) or self.logger.save_dir
         return "" if folder is None else str(folder)
 
@@ -73,7 +73,7 @@ class TensorBoardSink(Sink):
 
     @property
     def look(self) -> str:
-        """The command of its server."""
+        """Return the command of its server."""
         return f"tensorboard --logdir {shlex.quote(str(self.logger.log_dir))}"
 
 
@@ -82,7 +82,7 @@ class CSVSink(Sink):
 
     @property
     def look(self) -> str:
-        """The table."""
+        """Return the table."""
         return str(Path(self.logger.log_dir) / "metrics.csv")
 
 
@@ -110,7 +110,7 @@ class WandbSink(Sink):
 
     @property
     def look(self) -> str:
-        """The address of the run, or the command that sends it there."""
+        """Return the address of the run, or the command that sends it there."""
         run = self.logger.experiment
         if getattr(run, "offline", False):
             return f"wandb sync {shlex.quote(str(Path(run.dir).parent))}"
@@ -133,7 +133,7 @@ class MLFlowSink(Sink):
 
     @property
     def look(self) -> str:
-        """The command of its server, or its address."""
+        """Return the command of its server, or its address."""
         place = str(self.logger.experiment.tracking_uri)
         return place if place.startswith("http") else f"mlflow ui --backend-store-uri {shlex.quote(place)}"
 

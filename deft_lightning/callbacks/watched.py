@@ -33,22 +33,22 @@ class WatchedModule(Protocol):
 
     @property
     def current_objective(self) -> Objective:
-        """The objective in force at this point of the run."""
+        """Return the objective in force at this point of the run."""
 
     @property
     def tokenizer(self) -> Tokenizer | None:
-        """Turns tokens into text; None where there is none."""
+        """Return what turns tokens into text; None where there is none."""
 
     @property
     def device(self) -> torch.device:
-        """Where its tokens are."""
+        """Return where its tokens are."""
 
     def log(self, name: str, value: Any, prog_bar: bool = False) -> None:
         """Log a value under a tag."""
 
 
 def is_watched(module: LightningModule) -> bool:
-    """Whether a module trains with a token objective; in any other there is nothing to watch."""
+    """Return whether a module trains with a token objective; in any other there is nothing to watch."""
     return hasattr(module, "objective")
 
 
@@ -58,7 +58,7 @@ def watched(module: LightningModule) -> WatchedModule:
 
 
 def compares(module: LightningModule) -> bool:
-    """Whether a module compares predictions with those before training, when it validates."""
+    """Return whether a module compares predictions with those before training, when it validates."""
     objective = getattr(module, "objective", None)
     anchored = isinstance(objective, Objective) and objective.needs.reference
     return anchored or bool(getattr(module, "forgetting", False))
@@ -72,7 +72,7 @@ def sources_of(trainer: Trainer, split: str) -> tuple[str, ...]:
 
 
 def injects_noise(trainer: Trainer) -> bool:
-    """Whether labels are corrupted on purpose, so that it is known which are wrong."""
+    """Return whether labels are corrupted on purpose, so that it is known which are wrong."""
     noise = getattr(getattr(trainer, "datamodule", None), "noise", None)
     return bool(getattr(noise, "ops", ()))
 

@@ -187,7 +187,7 @@ def mistakes() -> Iterator[None]:
 
 
 def _unread() -> bool:
-    """Whether nobody reads standard output any more, as in ``preview | head``; nothing more is written to it then."""
+    """Return whether nobody reads standard output any more, as in ``preview | head``; then nothing is written."""
     try:
         out = sys.stdout.fileno()
         poll = select.poll()

@@ -50,14 +50,14 @@ class Example:
 
     @property
     def response(self) -> str | None:
-        """What the last assistant turn says, if the conversation ends with one; None where that calls a tool."""
+        """Return what the last assistant turn says, if the conversation ends with one; None where that calls a tool."""
         if self._answered and "tool_calls" not in (last := (self.messages or ())[-1]):
             return str(last["content"])
         return None
 
     @property
     def prompt(self) -> tuple[Message, ...]:
-        """The conversation before the last assistant turn; empty for text and tokens."""
+        """Return the conversation before the last assistant turn; empty for text and tokens."""
         messages = self.messages or ()
         return messages[:-1] if self._answered else messages
 
@@ -114,7 +114,7 @@ class Prepared:
 
     @property
     def clean(self) -> Ints:
-        """The labels that are right, -100 where none is known."""
+        """Return the labels that are right, -100 where none is known."""
         if self.clean_labels is not None:
             return self.clean_labels
         return np.where(self.noise_code == 0, self.labels, IGNORE_INDEX)

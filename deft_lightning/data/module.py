@@ -138,22 +138,22 @@ class InstructionDataModule(LightningDataModule):
 
     @property
     def source(self) -> Settled | None:
-        """Where the training rows are."""
+        """Return where the training rows are."""
         return self.settings.source
 
     @property
     def noise(self) -> Noise:
-        """The synthetic label noise."""
+        """Return the synthetic label noise."""
         return self.settings.noise
 
     @property
     def tokenizer_name(self) -> str | None:
-        """Hub id or folder of the tokenizer that was asked for."""
+        """Return the hub id or folder of the tokenizer that was asked for."""
         return self.settings.tokenizer
 
     @property
     def batch_size(self) -> int:
-        """Examples per device and step; Lightning's tuner sets it."""
+        """Return the number of examples per device and step; Lightning's tuner sets it."""
         return self.settings.batch_size
 
     @batch_size.setter
@@ -162,7 +162,7 @@ class InstructionDataModule(LightningDataModule):
 
     @property
     def test_source(self) -> Settled | None:
-        """Rows for `test` and `predict`; may be set between runs."""
+        """Return rows for `test` and `predict`; may be set between runs."""
         return self.settings.test_source
 
     @test_source.setter
@@ -171,12 +171,12 @@ class InstructionDataModule(LightningDataModule):
 
     @property
     def tokenizer(self) -> Any:
-        """The tokenizer with its chat template; None before it is named, given or built."""
+        """Return the tokenizer with its chat template; None before it is named, given or built."""
         return self._tokenizer.current
 
     @property
     def added_tokens(self) -> tuple[int, ...]:
-        """Ids of the tokens that `model.add_tokens` has added to the tokenizer."""
+        """Return ids of the tokens that `model.add_tokens` has added to the tokenizer."""
         return self._tokenizer.added
 
     def use_tokenizer(self, tokenizer: Any) -> None:
@@ -185,7 +185,7 @@ class InstructionDataModule(LightningDataModule):
 
     @property
     def stop_token_ids(self) -> list[int]:
-        """Tokens at which generation ends: end of sequence, and the end of a turn if it is another one."""
+        """Return tokens at which generation ends: end of sequence, and the end of a turn if it is another one."""
         self._settle_tokenizer()
         return self._tokenizer.stops(self._turn_ends or [])
 
@@ -225,7 +225,7 @@ class InstructionDataModule(LightningDataModule):
 
     @property
     def splits(self) -> Splits:
-        """The prepared rows.
+        """Return the prepared rows.
 
         Raises:
             RuntimeError: Before `setup`.
@@ -236,27 +236,27 @@ class InstructionDataModule(LightningDataModule):
 
     @property
     def reports(self) -> dict[str, Report]:
-        """What became of the examples, by split; empty before they are prepared."""
+        """Return what became of the examples, by split; empty before they are prepared."""
         return {} if self._splits is None else self._splits.reports
 
     @property
     def audited(self) -> list[str]:
-        """What audits changed in the training rows, a line each; empty without any, and before they are prepared."""
+        """Return what audits changed in the training rows, a line each; empty before they are prepared."""
         return [] if self._splits is None else self._splits.audited["lines"]
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest prepared example; 0 before anything is prepared."""
+        """Return the number of tokens of the longest prepared example; 0 before anything is prepared."""
         return 0 if self._splits is None else self._splits.longest
 
     @property
     def label_counts(self) -> Ints | None:
-        """How often each token is a label of the training rows, shape ``(V,)``; None before they are prepared."""
+        """Return how often each token is a label of the training rows, ``(V,)``; None before they are prepared."""
         return None if self._splits is None else self._splits.label_counts
 
     @property
     def largest_batch(self) -> BatchShape | None:
-        """Shape of the largest micro-batch that a device trains on; None before anything is prepared."""
+        """Return the shape of the largest micro-batch that a device trains on; None before anything is prepared."""
         if self._splits is None:
             return None
         rows = self._splits["train"]

@@ -132,17 +132,17 @@ class DataSettings:
 
     @property
     def examples_per_evaluation_batch(self) -> int:
-        """Examples per device in validation, test and predict."""
+        """Return the number of examples per device in validation, test and predict."""
         return self.eval_batch_size or self.batch_size
 
     @property
     def teaching(self) -> Teaching:
-        """What of a conversation is learnt."""
+        """Return what of a conversation is learnt."""
         return Teaching(self.supervise, self.reasoning, self.supervise_reasoning, self.special_tokens)
 
     @property
     def tests_apart(self) -> bool:
-        """Whether `test` and `predict` need no training rows."""
+        """Return whether `test` and `predict` need no training rows."""
         return self.test_source is not None or bool(self.benchmarks)
 
     def recipe(self, source: Settled | None = None) -> Recipe:

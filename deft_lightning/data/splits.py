@@ -92,7 +92,7 @@ class Splits:
 
     @property
     def sources(self) -> dict[str, tuple[str, ...]]:
-        """The names that figures by source have in their tags, by split; none where there is but one source."""
+        """Return the names that figures by source have in their tags, by split; none where there is but one source."""
         return {split: dataset.sources for split, dataset in self._datasets.items()}
 
     def items(self) -> Iterable[tuple[str, PreparedDataset]]:
@@ -101,7 +101,7 @@ class Splits:
 
     @property
     def label_counts(self) -> Ints:
-        """How often each token is a label of the training split before token noise, shape ``(V,)``."""
+        """Return how often each token is a label of the training split before token noise, shape ``(V,)``."""
         return _counts(self.folder / COUNTS)
 
     def __getitem__(self, split: str) -> PreparedDataset:
@@ -120,7 +120,7 @@ class Splits:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest example."""
+        """Return the number of tokens of the longest example."""
         lengths = [dataset.examples.lengths() for dataset in self._datasets.values()]
         return max((int(tokens.max()) for tokens in lengths if len(tokens)), default=0)
 

@@ -12,7 +12,7 @@ Sums = list[list[list[float]]]  # source x figure x (examples, sum, sum of squar
 
 
 def pass_at(k: int, n: int, right: int) -> float:
-    """Probability that one of k samples drawn from n is right, ``1 - C(n - right, k) / C(n, k)``.
+    """Return the probability that one of k samples drawn from n is right, ``1 - C(n - right, k) / C(n, k)``.
 
     The unbiased estimate of "one of k is right" from n samples (arXiv 2107.03374).
     """
@@ -110,7 +110,7 @@ def summary(sums: Sums, grader: Grader, n: int, sources: Sequence[str] = ()) -> 
 
 
 def _mean(sums: Sequence[float]) -> tuple[float, float]:
-    """Mean and its standard error from the number of examples, their sum and their sum of squares."""
+    """Return the mean and its standard error from the number of examples, their sum and their sum of squares."""
     n = max(sums[0], 1.0)
     mean = sums[1] / n
     if sums[0] and mean in (0.0, 1.0):  # scores lie between: all are the same, and their spread says nothing

@@ -190,7 +190,7 @@ class TestSet:
 
     @property
     def prefix(self) -> str:
-        """What its tags begin with."""
+        """Return what its tags begin with."""
         return f"test/{self.benchmark.name}/" if self.benchmark.name else "test/"
 
     def place(self, record: Record) -> int:

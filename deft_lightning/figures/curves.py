@@ -24,7 +24,7 @@ HIGHEST = 5.0  # what is above, such as the loss of NLL near p = 0, leaves the f
 
 
 def possible(p: Tensor, collision: float) -> Tensor:
-    """Whether some prediction has a target probability of p and this collision probability.
+    """Return whether some prediction has a target probability of p and this collision probability.
 
     The rest of the mass, ``1 - p``, adds between nothing (spread over a large vocabulary) and ``(1 - p)^2`` (one other
     token): ``p^2 < C <= p^2 + (1 - p)^2``.

@@ -21,7 +21,7 @@ KINDS = (("o", 9, "clean label"), ("^", 16, "noisy label"))
 
 
 def gradient_norm(stats: TokenStats, objective: Objective) -> Tensor:
-    r"""Norm of the gradient at the logits, ``||g (pi - onehot)||_2 = |g| sqrt(C - 2 p + 1)``.
+    r"""Return the norm of the gradient at the logits, ``||g (pi - onehot)||_2 = |g| sqrt(C - 2 p + 1)``.
 
     Computed as ``|g| sqrt((1 - p)^2 + (C - p^2))``. Where the model is sure the second term is the rounding of ``C``,
     which makes the norm exact to the root of that: 3e-4 with statistics in float32.

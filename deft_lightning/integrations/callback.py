@@ -237,7 +237,7 @@ def _refuse(args: Any, run: ObjectiveRun) -> None:
 
 
 def _whole_rows(args: Any) -> bool:
-    """Whether every row that a model sees holds whole examples; plain trainers do not pack."""
+    """Return whether every row that a model sees holds whole examples; plain trainers do not pack."""
     packing = getattr(args, "packing", False) or getattr(args, "eval_packing", False)
     return not packing or args.packing_strategy == WHOLE_ROWS
 

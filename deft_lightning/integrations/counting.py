@@ -55,7 +55,7 @@ def label_counts(loader: Any, device: torch.device) -> Tensor:
 
 
 def has_places(rows: Any) -> bool:
-    """Whether rows of a dataset can be asked for by their place; a stream has none."""
+    """Return whether rows of a dataset can be asked for by their place; a stream has none."""
     return hasattr(rows, "__len__") and hasattr(rows, "__getitem__")
 
 

@@ -43,7 +43,7 @@ class ObjectiveLoss:
 
     @property
     def objective(self) -> Objective:
-        """The one that trains."""
+        """Return the one that trains."""
         return self.run.objective
 
     def __call__(

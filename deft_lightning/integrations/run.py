@@ -64,7 +64,7 @@ class ObjectiveRun:
 
     @property
     def current(self) -> Objective:
-        """The objective in force; before a run that of the end of one.
+        """Return the objective in force; before a run that of the end of one.
 
         Raises:
             UserError: It changes as training goes on, and nobody has told how far that is.
@@ -77,7 +77,7 @@ class ObjectiveRun:
 
     @property
     def counts_labels(self) -> bool:
-        """Whether the objective compares with how frequent labels are in the training data."""
+        """Return whether the objective compares with how frequent labels are in the training data."""
         return bool({self.objective.needs.chance, self.objective.needs.answer_chance} & FROM_COUNTS)
 
     def advance(self, step: int, steps: int) -> None:

@@ -20,7 +20,7 @@ def spread(log_value: Tensor) -> Tensor:
 
 
 def binned_auroc(positive: Sequence[float], negative: Sequence[float]) -> float:
-    """Probability that a positive lies in a higher bin than a negative; a shared bin counts one half.
+    """Return the probability that a positive lies in a higher bin than a negative; a shared bin counts one half.
 
     Args:
         positive: Counts per bin of what is to be detected.
@@ -40,7 +40,7 @@ def binned_auroc(positive: Sequence[float], negative: Sequence[float]) -> float:
 
 
 def exact_auroc(positive: Sequence[float], negative: Sequence[float]) -> float:
-    """Probability that a positive scores higher than a negative; equals count one half.
+    """Return the probability that a positive scores higher than a negative; equals count one half.
 
     Args:
         positive: Scores of what is to be detected.

@@ -31,16 +31,16 @@ class Histogram:
 
     @property
     def mean(self) -> float:
-        """Mean of the values; 0 without any."""
+        """Return the mean of the values; 0 without any."""
         return self.sum / self.total if self.total else 0.0
 
     @property
     def effective_sample_size(self) -> float:
-        """``(sum g)^2 / (n sum g^2)`` in (0, 1]: 1 when all values are equal; 0 without any weight."""
+        """Return ``(sum g)^2 / (n sum g^2)`` in (0, 1]: 1 when all values are equal; 0 without any weight."""
         return self.sum**2 / (self.total * self.sum_squares) if self.sum_squares else 0.0
 
     def share_below(self, value: float) -> float:
-        """Share of the values below ``value``, in ``[0, 1]``; 0 without any.
+        """Return the share of the values below ``value``, in ``[0, 1]``; 0 without any.
 
         Exact where ``value`` is an edge, otherwise as if the values of a bin were spread evenly over it.
         """

@@ -177,7 +177,7 @@ def _check_members(path: Path) -> None:
 
 
 def is_complete(path: Path) -> bool:
-    """Whether a path is a checkpoint that was written to its end: a file, or a folder of shares."""
+    """Return whether a path is a checkpoint that was written to its end: a file, or a folder of shares."""
     if path.is_dir():
         return (path / METADATA).is_file() and (path / SHARED).is_file()
     return path.is_file() and has_end(path)

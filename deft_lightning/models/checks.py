@@ -185,7 +185,7 @@ def _reference_of(
 
 
 def _constant(tensor: Tensor) -> Tensor:
-    """A tensor of inference mode cannot take part in autograd, a copy of it can."""
+    """Return what autograd may take: a copy of a tensor of inference mode, others detached."""
     return tensor.clone() if tensor.is_inference() else tensor.detach()
 
 
@@ -196,14 +196,14 @@ def _transformed(seam: HeadSeam, product: Tensor) -> Tensor:
 
 
 def _largest(logits: Tensor) -> float:
-    """Largest finite magnitude; a model may bar tokens with -inf."""
+    """Return the largest finite magnitude; a model may bar tokens with -inf."""
     return float(logits.masked_fill(~logits.isfinite(), 0).abs().max())
 
 
 def _gradient_error(
     seam: HeadSeam, hidden: Tensor, targets: Tensor, objective: Callable[[TokenStats], Tensor]
 ) -> float:
-    """Distance of the fused gradient by the hidden states from the dense one, as a share of its norm."""
+    """Return the distance of the fused gradient by the hidden states from the dense one, as a share of its norm."""
     weight, bias = seam.weights()
     update = seam.adapter(hidden)
     with torch.inference_mode(False), torch.enable_grad():

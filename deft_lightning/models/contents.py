@@ -22,7 +22,7 @@ PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_. +-]*")  # no step upwards, drive, b
 
 
 def is_inside(name: object) -> bool:
-    """Whether a name is that of a file in a folder or its subfolders, on every system, and leads nowhere else."""
+    """Return whether a name is that of a file in a folder or below it, on every system."""
     parts = name.split("/") if isinstance(name, str) and len(name) <= 200 else []
     return 0 < len(parts) <= 3 and all(map(PART.fullmatch, parts))
 
@@ -50,7 +50,7 @@ def _numbers(value: object) -> bool:
 
 
 def _settings(value: object) -> bool:
-    """A config as JSON text."""
+    """Return a config as JSON text."""
     if not isinstance(value, str):
         return False
     try:
@@ -79,7 +79,7 @@ def _base(value: object) -> bool:
 
 
 def _facts(value: object) -> bool:
-    """What a card says: texts, numbers, and lists of them by name; looked at again where it is written."""
+    """Return what a card says: texts, numbers, and lists of them by name; looked at again where it is written."""
     return isinstance(value, dict) and all(isinstance(part, dict | list | str) for part in value.values())
 
 

@@ -35,7 +35,7 @@ class HeadSeam:
 
     @property
     def projection(self) -> nn.Linear:
-        """The linear module itself, inside an adapter or not."""
+        """Return the linear module itself, inside an adapter or not."""
         return _projection(self.linear)
 
     def weights(self) -> tuple[Tensor, Tensor | None]:

@@ -66,7 +66,7 @@ class LoRA:
 
     @property
     def changes_base(self) -> bool:
-        """Whether the weights below the adapters are others than the base's from the start."""
+        """Return whether the weights below the adapters are others than the base's from the start."""
         return changes_base(self.init_lora_weights)
 
     def settings(self) -> Settings:
@@ -75,7 +75,7 @@ class LoRA:
 
 
 def changes_base(init: object) -> bool:
-    """Whether adapters that begin so change the weights below them."""
+    """Return whether adapters that begin so change the weights below them."""
     return isinstance(init, str) and init.startswith(("olora", "pissa"))
 
 
@@ -134,7 +134,7 @@ def _check_names(option: str, asked: list[str] | None, there: list[str]) -> None
 
 
 def _ends(model: CausalLM) -> dict[str, nn.Module]:
-    """Names of the embedding and of the head within a model, and they themselves."""
+    """Return names of the embedding and of the head within a model, and they themselves."""
     both = (model.get_input_embeddings(), model.get_output_embeddings())
     return {name: module for name, module in model.named_modules() if any(module is end for end in both)}
 

@@ -32,7 +32,7 @@ def merge_of(asked: Merge | bool) -> Merge:
 
 
 def stand_alone(model: CausalLM) -> bool:
-    """Whether the adapters of a model, if it has any, can be laid over their base again."""
+    """Return whether the adapters of a model, if it has any, can be laid over their base again."""
     configs = getattr(model, "peft_config", {}).values()
     return not any(changes_base(getattr(config, "init_lora_weights", True)) for config in configs)
 

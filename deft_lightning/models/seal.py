@@ -107,7 +107,7 @@ def check_sealed(path: Path) -> None:
 
 
 def has_end(path: Path) -> bool:
-    """Whether a file ends as an archive does: a look at its last bytes, which says nothing of the others."""
+    """Return whether a file ends as an archive does: a look at its last bytes, which says nothing of the others."""
     with path.open("rb") as file:
         tail = _tail(file, os.fstat(file.fileno()).st_size, END + COMMENT)
     return tail.startswith(b"PK\5\6") or tail[-END:].startswith(b"PK\5\6")
@@ -119,7 +119,7 @@ def _tail(file: IO[bytes], size: int, length: int) -> bytes:
 
 
 def _digest(file: IO[bytes], length: int | None = None) -> str:
-    """SHA-256 of a file's first bytes, or of all of them."""
+    """Return the SHA-256 of a file's first bytes, or of all of them."""
     sha = hashlib.sha256()
     file.seek(0)
     while length is None or length > 0:
@@ -145,7 +145,7 @@ def unbounded(archive: zipfile.ZipFile) -> str:
 
 
 def is_sealed(path: Path) -> bool:
-    """Whether a file ends with a digest."""
+    """Return whether a file ends with a digest."""
     with path.open("rb") as file:
         tail = _tail(file, os.fstat(file.fileno()).st_size, END + COMMENT)
     return tail.startswith(b"PK\5\6") and tail[END:].startswith(MARK)

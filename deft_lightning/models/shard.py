@@ -126,7 +126,7 @@ def _hand_out_buffers(model: CausalLM, full_model: CausalLM | None, device: torc
 
 
 def is_sharded(model: CausalLM) -> bool:
-    """Whether this rank holds a share of the model only."""
+    """Return whether this rank holds a share of the model only."""
     return any(hasattr(parameter, "placements") for parameter in model.parameters())
 
 

@@ -96,7 +96,7 @@ def check_loaded(name: str, model: CausalLM, info: dict[str, Any]) -> None:
 
 
 def _check_numbers(name: str, model: CausalLM) -> None:
-    """A weight that is no number makes the loss no number, steps later and without a name."""
+    """Refuse weights that are no numbers: the loss would be none, steps later and without a name."""
     bad, count = [], 0
     for key, value in model.named_parameters():
         if value.is_floating_point() and value.numel():
@@ -134,6 +134,6 @@ def damaged(files: Iterable[Path]) -> str:
 
 
 def _some(names: list[str], what: str) -> str:
-    """``weights are missing (4): a, b, c and 1 more``."""
+    """Return names in a few words: ``weights are missing (4): a, b, c and 1 more``."""
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return f"{what} ({len(names)}): {', '.join(names[:SHOWN])}{more}"

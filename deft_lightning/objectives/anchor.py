@@ -40,7 +40,7 @@ class KLAnchor(Wrapper):
 
     @property
     def needs(self) -> Needs:
-        """What the base needs, and the reference."""
+        """Return what the base needs, and the reference."""
         needs = super().needs
         return needs._replace(reference=True) if self.weight else needs
 

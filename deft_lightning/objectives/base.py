@@ -25,12 +25,12 @@ class Objective(ABC):
 
     @property
     def topk(self) -> int:
-        """How many of the largest probabilities :attr:`TokenStats.topk_entropy` is to cover; 0 when not needed."""
+        """Return how many of the largest probabilities ``topk_entropy`` is to cover; 0 when it is not needed."""
         return 0
 
     @property
     def needs_batch(self) -> bool:
-        """Whether the loss of one token depends on the statistics of the others.
+        """Return whether the loss of one token depends on the statistics of the others.
 
         The fused head then makes a pass for the statistics before it computes gradients.
         """
@@ -38,12 +38,12 @@ class Objective(ABC):
 
     @property
     def scheduled(self) -> bool:
-        """Whether :meth:`at` looks at :attr:`RunState.progress`: by default, whether one of its parts does."""
+        """Return whether :meth:`at` looks at :attr:`RunState.progress`: by default, whether one of its parts does."""
         return any(part.scheduled for part in self.parts().values())
 
     @property
     def tracks(self) -> Tracked | None:
-        """What a run is to add up for :meth:`at`; by default what one of its parts wants, None for nothing."""
+        """Return what a run is to add up for :meth:`at`; by default what one of its parts wants, None for nothing."""
         wanted = [tracked for part in self.parts().values() if (tracked := part.tracks) is not None]
         if len(wanted) > 1:
             raise UserError(f"{self!r}: a run keeps one mean gate, but two parts want one; rescale the whole instead")
@@ -51,7 +51,7 @@ class Objective(ABC):
 
     @property
     def needs(self) -> Needs:
-        """What it looks at beside the prediction; by default what its parts do.
+        """Return what it looks at beside the prediction; by default what its parts do.
 
         Raises:
             UserError: Two parts want different chances.
@@ -63,12 +63,12 @@ class Objective(ABC):
 
     @property
     def deformed(self) -> DeformedLog | None:
-        """The member of the deformed-log family whose focus index tokens have under this objective, if there is one."""
+        """Return the objective itself."""
         return None
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """Names of the sources of data that it tells apart: :attr:`TokenStats.source` is a place among them."""
+        """Return names of the sources of data that it tells apart: :attr:`TokenStats.source` is a place among them."""
         names = [name for part in self.parts().values() for name in part.sources]
         return tuple(dict.fromkeys(names))
 
@@ -106,7 +106,7 @@ class Objective(ABC):
 
     @final
     def gate(self, stats: TokenStats) -> Tensor:
-        """Gate of each token, ``-dl/d(log p)``: the factor on the error ``pi - onehot``. By autograd, never by hand.
+        """Return the gate of each token, ``-dl/d(log p)``, by autograd: the factor on the error ``pi - onehot``.
 
         What a loss adds of :attr:`TokenStats.reference_kl` pulls towards the reference and is no part of the gate;
         where the statistics lack it, the model counts as not moved.
@@ -153,7 +153,7 @@ class DeformedLog(Objective):
 
     @property
     def deformed(self) -> DeformedLog:
-        """Itself."""
+        """Return the objective itself."""
         return self
 
     @abstractmethod
@@ -174,17 +174,17 @@ class Wrapper(Objective):
 
     @property
     def topk(self) -> int:
-        """What the base needs."""
+        """Return what the base needs."""
         return int(self.base.topk)
 
     @property
     def needs_batch(self) -> bool:
-        """Whether the base looks at the batch."""
+        """Return whether the base looks at the batch."""
         return bool(self.base.needs_batch)
 
     @property
     def deformed(self) -> DeformedLog | None:
-        """What the base is."""
+        """Return the objective itself."""
         return self.base.deformed
 
 

@@ -27,12 +27,12 @@ class TrackedSources(NamedTuple):
 
     @property
     def parts(self) -> dict[str, Tracked]:
-        """Those that want something, by name."""
+        """Return those that want something, by name."""
         return {name: tracked for name, part in self.owner.parts().items() if (tracked := part.tracks) is not None}
 
     @property
     def sizes(self) -> tuple[int, int]:
-        """Numbers in the sums and in the memory of all of them."""
+        """Return how many numbers are in the sums and in the memory of all of them."""
         sums, memory = zip(*(tracked.sizes for tracked in self.parts.values()), strict=True)
         return sum(sums), sum(memory)
 
@@ -43,7 +43,7 @@ class TrackedSources(NamedTuple):
 
     @property
     def sampled(self) -> bool:
-        """Whether one of them wants a sample before the first step."""
+        """Return whether one of them wants a sample before the first step."""
         return any(tracked.sampled for tracked in self.parts.values())
 
     def begin(self, stats: TokenStats) -> Begun:
@@ -170,28 +170,28 @@ class BySource(Objective):
 
     @property
     def tracks(self) -> Tracked | None:
-        """What its parts want, each of the tokens of its sources."""
+        """Return what its parts want, each of the tokens of its sources."""
         tracked = TrackedSources(self)
         return tracked if tracked.parts else None
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """The sources that have one of their own."""
+        """Return the sources that have one of their own."""
         return tuple(self.own)
 
     @property
     def topk(self) -> int:
-        """What all of them need."""
+        """Return what all of them need."""
         return max(part.topk for part in self.parts().values())
 
     @property
     def needs_batch(self) -> bool:
-        """Whether one of them looks at the batch."""
+        """Return whether one of them looks at the batch."""
         return any(part.needs_batch for part in self.parts().values())
 
     @property
     def deformed(self) -> DeformedLog | None:
-        """What all of them are, if they are the same and none sees its own tokens alone."""
+        """Return what all of them are, if they are the same and none sees its own tokens alone."""
         kinds = {part.deformed for part in self.parts().values()}
         return kinds.pop() if len(kinds) == 1 and not (self.own and self.needs_batch) else None
 

@@ -117,23 +117,23 @@ class Contaminated(Objective):
 
     @property
     def needs(self) -> Needs:
-        """Chance, and the answers where they are judged."""
+        """Return what it looks at: chance, and the answers where they are judged."""
         answers = self.level != "token"
         return Needs(self.chance, (self.answer_chance or self.chance) if answers else None, answers)
 
     @property
     def needs_batch(self) -> bool:
-        """Whether whole answers are judged: the sum over their tokens enters."""
+        """Return whether whole answers are judged: the sum over their tokens enters."""
         return self.level != "token"
 
     @property
     def scheduled(self) -> bool:
-        """Whether there is an opening."""
+        """Return whether there is an opening."""
         return self.opening > 0
 
     @property
     def tracks(self) -> TrackedRates:
-        """Its noise rates."""
+        """Return its noise rates."""
         return TrackedRates(self, self.decay, self._started(), self.start is None and self.level != "token")
 
     def at(self, state: RunState) -> Objective:

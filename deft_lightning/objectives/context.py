@@ -146,12 +146,12 @@ class ContextSource:
 
     @property
     def unprompted(self) -> bool:
-        """Whether batches have to say what the model finds of their labels without the prompt."""
+        """Return whether batches have to say what the model finds of their labels without the prompt."""
         return bool(self._kinds & {"unprompted", "best"})
 
     @property
     def prediction_sum(self) -> Tensor | None:
-        """Where the predictions of a step are added up, shape ``(V,)``; None where nobody asks."""
+        """Return where the predictions of a step are added up, shape ``(V,)``; None where nobody asks."""
         return None if self.marginal is None else self.marginal.sum
 
     def __call__(self, batch: Batch, complete: bool = True) -> TokenContext:

@@ -85,7 +85,7 @@ class Cayley(DeformedLog):
 
     @property
     def needs_batch(self) -> bool:
-        """Whether the mean of p over the batch enters: only with a floor."""
+        """Return whether the mean of p over the batch enters: only with a floor."""
         return self.floor > 0
 
     def focus(self, stats: TokenStats) -> Tensor:

@@ -42,7 +42,7 @@ class InfoSFT(Objective):
 
     @property
     def needs_batch(self) -> bool:
-        """Whether gates are divided by their mean over the batch."""
+        """Return whether gates are divided by their mean over the batch."""
         return self.normalize_by == "mean"
 
     def __call__(self, stats: TokenStats) -> Tensor:

@@ -43,17 +43,17 @@ class Mix(Objective):
 
     @property
     def topk(self) -> int:
-        """What either needs."""
+        """Return what either needs."""
         return max(int(self.first.topk), int(self.second.topk))
 
     @property
     def needs_batch(self) -> bool:
-        """Whether one that counts looks at the batch."""
+        """Return whether one that counts looks at the batch."""
         return any(bool(part.needs_batch) for _, part in self._counting())
 
     @property
     def deformed(self) -> DeformedLog | None:
-        """What the only one that counts is; a mix of two has no focus index."""
+        """Return the focus of the only one that counts; a mix of two has no focus index."""
         counting = self._counting()
         return counting[0][1].deformed if len(counting) == 1 else None
 

@@ -60,7 +60,7 @@ class TrackedRates(NamedTuple):
 
     @property
     def sizes(self) -> tuple[int, int]:
-        """Numbers in the sums and in the memory."""
+        """Return how many numbers are in the sums and in the memory."""
         return 4, 2
 
     def sums(self, stats: TokenStats) -> Tensor:

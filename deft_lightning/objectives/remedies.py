@@ -58,22 +58,22 @@ class Schedule(Objective):
 
     @property
     def topk(self) -> int:
-        """What either needs: the statistics stay the same through the run."""
+        """Return what either needs: the statistics stay the same through the run."""
         return max(int(self.first.topk), int(self.then.topk))
 
     @property
     def needs_batch(self) -> bool:
-        """Whether one of those in force looks at the batch."""
+        """Return whether one of those in force looks at the batch."""
         return bool(any(part.needs_batch for part in self._in_force()))
 
     @property
     def scheduled(self) -> bool:
-        """Yes."""
+        """Return True: the run tells it how far it is."""
         return True
 
     @property
     def deformed(self) -> DeformedLog | None:
-        """What the one in force is; a mix of two has no focus index."""
+        """Return what the one in force is; a mix of two has no focus index."""
         parts = self._in_force()
         return parts[0].deformed if len(parts) == 1 else None
 
@@ -126,7 +126,7 @@ class Floored(Wrapper):
 
     @property
     def scheduled(self) -> bool:
-        """Whether the floor, or the base, changes over a run."""
+        """Return True: the run tells it how far it is."""
         return self.decay == "linear" or self.base.scheduled
 
     def at(self, state: RunState) -> Objective:

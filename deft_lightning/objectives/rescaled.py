@@ -48,7 +48,7 @@ class Rescaled(Wrapper):
 
     @property
     def tracks(self) -> TrackedGate:
-        """The base, as it is in force."""
+        """Return the base, as it is in force."""
         return TrackedGate(self.base, self.decay)
 
     def at(self, state: RunState) -> Objective:

@@ -51,7 +51,7 @@ class EAFT(Objective):
 
     @property
     def topk(self) -> int:
-        """How many probabilities the statistics must cover."""
+        """Return how many probabilities the statistics must cover."""
         return self.k
 
     def __call__(self, stats: TokenStats) -> Tensor:
@@ -123,17 +123,17 @@ class Truncated(Objective):
 
     @property
     def topk(self) -> int:
-        """What the base needs."""
+        """Return what the base needs."""
         return int(self.base.topk)
 
     @property
     def needs_batch(self) -> bool:
-        """Whether the number of kept tokens, or the base, looks at the batch."""
+        """Return whether the number of kept tokens, or the base, looks at the batch."""
         return self.normalize_by == "kept" or bool(self.base.needs_batch)
 
     @property
     def deformed(self) -> DeformedLog | None:
-        """What the base is."""
+        """Return what the base is."""
         return self.base.deformed
 
     def __call__(self, stats: TokenStats) -> Tensor:

@@ -31,7 +31,7 @@ class RunState(NamedTuple):
 
     @property
     def scale(self) -> float:
-        """One over the mean gate, at most ``1 / SMALLEST_GATE``."""
+        """Return one over the mean gate, at most ``1 / SMALLEST_GATE``."""
         return 1 / max(self.mean_gate, SMALLEST_GATE)
 
 
@@ -74,11 +74,11 @@ class Tracked(Protocol):
 
     @property
     def sizes(self) -> tuple[int, int]:
-        """How many numbers the sums are, and the memory after a first step."""
+        """Return how many numbers the sums are, and the memory after a first step."""
 
     @property
     def sampled(self) -> bool:
-        """Whether a sample of the training data is read before the first step, for :meth:`begin`."""
+        """Return False: it begins with nothing."""
 
     def begin(self, stats: TokenStats) -> Begun:
         """Return what to begin with, from the tokens of a sample before the first step."""
@@ -119,12 +119,12 @@ class TrackedGate(NamedTuple):
 
     @property
     def sampled(self) -> bool:
-        """It begins with nothing."""
+        """Return False: it begins with nothing."""
         return False
 
     @property
     def sizes(self) -> tuple[int, int]:
-        """Numbers in the sums and in the memory."""
+        """Return how many numbers are in the sums and in the memory."""
         return 2, 2
 
     def begin(self, stats: TokenStats) -> Begun:

@@ -20,7 +20,7 @@ def _triton_installed() -> bool:
 
 
 def _interpreted() -> bool:
-    """Whether Triton runs its kernels in Python, on any device: for tests."""
+    """Return whether Triton runs its kernels in Python, on any device: for tests."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 

@@ -72,7 +72,7 @@ class Plan:
     reference: ReferenceHead | None = None
 
     def chunk(self, hidden: Tensor, vocabulary: int) -> int:
-        """Tokens of a chunk."""
+        """Return the number of tokens of a chunk."""
         if hidden.device.type == "cpu":
             return CHUNK_CPU
         # In torch the softmax and the wide logits stand beside the product.
@@ -133,7 +133,7 @@ class _Chunks:
         self.kernel = plan.rows(self._buffer)
 
     def product(self, piece: slice) -> Tensor:
-        """Product of a chunk; that of the reference, where there is one, is made beside it."""
+        """Return the product of a chunk; that of the reference, where there is one, is made beside it."""
         out = self._buffer[: piece.stop - piece.start]
         reference, beside = self._reference, self._reference_buffer
         if reference is not None and beside is not None:
@@ -142,13 +142,13 @@ class _Chunks:
         return head_product(own, piece, out)
 
     def blocks(self, piece: slice) -> list[tuple[slice, slice]]:
-        """Rows of a chunk the kernel takes at once: their place in the chunk, and among all tokens."""
+        """Return the rows of a chunk that the kernel takes at once: their place in the chunk, and among all tokens."""
         n, step, start = piece.stop - piece.start, self.kernel.block, piece.start
         inside = [slice(i, min(i + step, n)) for i in range(0, n, step)]
         return [(block, slice(start + block.start, start + block.stop)) for block in inside]
 
     def block_statistics(self, product: Tensor, block: slice, at: slice, seen: bool = False) -> TokenStats:
-        """Statistics of a block of a chunk, whose predictions are added up where that is asked for and not yet done."""
+        """Return statistics of a block of a chunk; its predictions are added up once, where that is asked for."""
         beside = self._reference_buffer
         reference = None if beside is None else beside[block]
         stats = self.kernel.statistics(product[block], self.inputs.targets[at], reference)
@@ -157,7 +157,7 @@ class _Chunks:
         return stats
 
     def statistics(self) -> TokenStats:
-        """Statistics of all tokens, nothing else."""
+        """Return statistics of all tokens, nothing else."""
         parts = []
         for piece in self.pieces:
             product = self.product(piece)
@@ -197,7 +197,7 @@ class _Slopes(NamedTuple):
 
 
 def _value_and_slopes(objective: LossFn, stats: TokenStats) -> tuple[Tensor, _Slopes]:
-    """Loss per token and its derivatives, from detached statistics."""
+    """Return the loss per token and its derivatives, from detached statistics."""
     with torch.enable_grad():
         log_prob = stats.log_prob.detach().requires_grad_()
         if stats.reference_kl is None:
@@ -227,13 +227,13 @@ def _multiply(product: Tensor, factor: Tensor, out: Tensor, inverse: Tensor | No
 
 
 def statistics(inputs: Inputs, plan: Plan) -> TokenStats:
-    """Statistics of all tokens: one product, no gradient buffers."""
+    """Return statistics of all tokens: one product, no gradient buffers."""
     with torch.autocast(inputs.hidden.device.type, enabled=False):
         return _Chunks(inputs, plan).statistics()
 
 
 def loss_and_gradients(inputs: Inputs, plan: Plan, wanted: tuple[bool, ...]) -> tuple[Tensor, TokenStats, Gradients]:
-    """Loss per token, statistics, and the gradients of the summed loss.
+    """Return the loss per token, statistics, and the gradients of the summed loss.
 
     Args:
         inputs: Tensors of the head.

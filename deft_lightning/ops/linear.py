@@ -216,7 +216,7 @@ def linear_token_stats(
     adapter: tuple[Tensor, Tensor] | None = None,
     reference: ReferenceHead | None = None,
 ) -> TokenStats:
-    """Statistics of every token from hidden states, without ``(N, V)``; ``log_prob`` is differentiable.
+    """Return statistics of every token from hidden states, without ``(N, V)``; ``log_prob`` is differentiable.
 
     Args:
         hidden: Shape ``(N, D)``.

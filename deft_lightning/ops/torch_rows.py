@@ -90,7 +90,7 @@ class TorchRows:
         self._pi0 = buffer(reference)
 
     def _logits(self, product: Tensor) -> Tensor:
-        """Logits in the accumulation dtype; keeps d(logits)/d(scale * product) where it is not 1."""
+        """Return logits in the accumulation dtype; keeps d(logits)/d(scale * product) where it is not 1."""
         z = _widened(product, self._z)
         if self.transform.logit_scale != 1.0:
             z.mul_(self.transform.logit_scale)
@@ -189,7 +189,7 @@ def _softmax(z: Tensor, arg: Tensor, pi: Tensor) -> tuple[Tensor, Tensor, Tensor
 
 
 def _largest(z: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Maximum and first arg-max of each row, shape ``(n, 1)``, and the ``k`` largest values if ``k``.
+    """Return the maximum and first arg-max of each row, shape ``(n, 1)``, and the ``k`` largest values if ``k``.
 
     On the CPU both are looked for in the stripes of :data:`STRIPE` entries that can hold them: torch's ``max`` with
     indices takes ten times as long as ``amax``, and ``topk`` longer still.

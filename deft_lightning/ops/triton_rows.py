@@ -25,7 +25,7 @@ LOWEST: Any = tl.constexpr(-3.0e38)
 
 @triton.jit
 def _logits(product, scale, cap, CAPPED: tl.constexpr):  # noqa: ANN001, ANN202
-    """Logits of a product, in float32."""
+    """Return logits of a product, in float32."""
     z = product.to(tl.float32) * scale
     if CAPPED:
         z = cap * (2.0 * tl.sigmoid(2.0 * z / cap) - 1.0)

@@ -25,7 +25,7 @@ BEFORE = 8  # tokens of context that decide how a span is written
 
 
 def conflict(stats: TokenStats) -> Tensor:
-    r"""Confident conflict of each token, ``max(0, log(C / p)) = max(0, -log p - H_2)`` in nats.
+    r"""Return the confident conflict of each token, ``max(0, log(C / p)) = max(0, -log p - H_2)`` in nats.
 
     ``C = sum_v pi_v^2`` is the probability that the model gives, on average, to what it would say itself: the score is
     how many nats the target is below that. 0 where the target is as probable as the model's own words, and where the
@@ -44,7 +44,7 @@ def conflict(stats: TokenStats) -> Tensor:
 
 
 def example_score(values: Tensor) -> float:
-    """Root mean square of an example's token scores, in nats; 0 without any.
+    """Return the root mean square of an example's token scores, in nats; 0 without any.
 
     Between the mean, which hides one wrong token among many, and the largest, which overlooks a response that is
     slightly wrong everywhere. It does not grow with the length of the example.
@@ -93,7 +93,7 @@ class Suspect:
 
     @property
     def score(self) -> float:
-        """What the audit is ranked by."""
+        """Return what the audit is ranked by."""
         return next(iter(self.scores.values()))
 
 
@@ -228,7 +228,7 @@ def describe(
 
 
 def _written(tokenizer: Tokenizer, example: Prepared, start: int, end: int) -> str:
-    """Text of the labels of a run: what they add to the tokens before, since a token alone may lose its space."""
+    """Return the text that the labels of a run add to the tokens before; a token alone may lose its space."""
     context = example.input_ids[max(0, start - BEFORE) : start].tolist()
     learnt = example.labels[start:end].tolist()
     before, after = tokenizer.decode(context), tokenizer.decode(context + learnt)

@@ -64,7 +64,7 @@ class KeptPass:
 
     @property
     def batches(self) -> int:
-        """How many batches are there."""
+        """Return how many batches are there."""
         return len(self._there)
 
     def take(self, batch: Batch) -> Fields | None:

@@ -59,7 +59,7 @@ def knowledge(
 
 
 def _is_format(tokens: Tokens, target: int) -> bool:
-    """Whether most rows have a token and the model expects it in hardly any place: text it does not write."""
+    """Return whether most rows have a token and the model expects it in hardly any place: text it does not write."""
     own = tokens.target == target
     rows = len(np.unique(tokens.row[own]))
     return rows >= COMMON * len(tokens.counts) and float((tokens.conflict[own] >= SUSPICIOUS).mean()) >= COMMON

@@ -44,12 +44,12 @@ class Read(NamedTuple):
 
     @property
     def stats(self) -> TokenStats:
-        """Statistics of the tokens, whatever their ``topk_entropy`` covers."""
+        """Return the statistics of the tokens, whatever their ``topk_entropy`` covers."""
         return next(iter(self.by_topk.values()))
 
     @property
     def counts(self) -> list[int]:
-        """Supervised tokens of each row."""
+        """Return the number of supervised tokens of each row."""
         return [int(count) for count in self.keep.sum(1)]
 
 

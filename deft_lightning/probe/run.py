@@ -199,7 +199,7 @@ def named(module: Any) -> str:
 
 
 def _of_examples(suspects: Sequence[Suspect], code: int) -> JsonObject:
-    """Examples that an operation hit, and how well the score tells them from those that none hit."""
+    """Return examples that an operation hit, and how well the score tells them from those that none hit."""
     hit = [suspect.score for suspect in suspects if code in suspect.operations]
     clean = [suspect.score for suspect in suspects if not suspect.operations]
     return {"examples": len(hit), "auroc_example": exact_auroc(hit, clean) if hit and clean else None}

@@ -51,17 +51,17 @@ class Tokens(NamedTuple):
 
     @property
     def row(self) -> Ints:
-        """Row of each token."""
+        """Return the row of each token."""
         return np.repeat(np.arange(len(self.counts)), self.counts)
 
     @property
     def conflict(self) -> Numbers:
-        """Confident conflict in nats, as :func:`deft_lightning.probe.conflict`."""
+        """Return the confident conflict in nats, as :func:`deft_lightning.probe.conflict`."""
         return np.maximum(np.log(self.collision) - self.log_prob, 0.0)
 
     @property
     def before(self) -> Ints:
-        """The label before each in its row, -1 at the first."""
+        """Return the label before each in its row, -1 at the first."""
         before = np.concatenate([[-1], self.target[:-1]])[: len(self.target)]
         before[np.cumsum([0, *self.counts[:-1]])[self.counts > 0]] = -1
         return before
@@ -89,7 +89,7 @@ class Scored(NamedTuple):
 
     @property
     def largest(self) -> list[str]:
-        """The part of each row's score that is the largest, one of :data:`PARTS`; the first of equals."""
+        """Return the part of each row's score that is the largest, one of :data:`PARTS`; the first of equals."""
         return [PARTS[i] for i in np.argmax(self.parts, axis=0)]
 
 

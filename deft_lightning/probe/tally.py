@@ -68,12 +68,12 @@ class Tally:
 
     @property
     def topks(self) -> list[int]:
-        """How many of the largest probabilities the objectives ask for, each number once; [0] if none does."""
+        """Return how many of the largest probabilities the objectives ask for, each number once; [0] if none does."""
         return sorted({objective.topk for objective in self.objectives.values()} - {0}) or [0]
 
     @property
     def tokens(self) -> int:
-        """Tokens seen."""
+        """Return the number of tokens seen."""
         return int(self._means[0])
 
     def update(self, by_topk: Mapping[int, TokenStats], codes: Tensor) -> None:

@@ -70,7 +70,7 @@ class Cell:
 
     @property
     def split(self) -> str:
-        """Which rows it is judged on: those for choosing learning rates, or those for reporting."""
+        """Return which rows it is judged on: those for choosing learning rates, or those for reporting."""
         return "validation" if self.seed >= TUNING else "test"
 
     @property
@@ -81,7 +81,7 @@ class Cell:
 
     @property
     def label(self) -> str:
-        """What it is called in messages."""
+        """Return what it is called in messages."""
         return f"{self.regime}-{self.folder}"
 
 
@@ -149,12 +149,12 @@ class Study:
 
     @property
     def judge(self) -> str:
-        """What all cells are judged by."""
+        """Return what all cells are judged by."""
         return next(iter(self.regimes.values())).judge
 
     @property
     def everything(self) -> list[Objective]:
-        """Objectives and remedies."""
+        """Return objectives and remedies."""
         return [*self.objectives, *self.remedies]
 
     def smoke(self) -> Study:

@@ -117,7 +117,7 @@ class Regime:
 
     @property
     def candidates(self) -> list[float]:
-        """Learning rates to choose from, the shared one among them, in order."""
+        """Return learning rates to choose from, the shared one among them, in order."""
         return sorted({self.rate, *self.rates})
 
 

@@ -100,7 +100,7 @@ class BackgroundCheckpointIO(CheckpointIO):
         self._tasks: list[tuple[str, Future[None]]] = []
 
     def pending(self, path: str | Path) -> bool:
-        """Whether a checkpoint has been saved but is not written yet."""
+        """Return whether a checkpoint has been saved but is not written yet."""
         return any(name == str(path) and not task.done() for name, task in self._tasks)
 
     def save_checkpoint(self, checkpoint: Checkpoint, path: str | Path, storage_options: object = None) -> None:

@@ -182,7 +182,7 @@ class FSDP2Strategy(DataParallelStrategy):
         return self.lightning_module
 
     def _names(self, optimizer: Optimizer) -> Iterator[str]:
-        """Names of what an optimizer trains, in the order in which it numbers them."""
+        """Return names of what an optimizer trains, in the order in which it numbers them."""
         names = {id(parameter): name for name, parameter in self._owner.named_parameters()}
         for group in optimizer.param_groups:
             yield from (names[id(parameter)] for parameter in group["params"])
@@ -215,7 +215,7 @@ class FSDP2Strategy(DataParallelStrategy):
         self.barrier()
 
     def _written(self, folder: Path) -> list[Path]:
-        """Files of a folder of shares that this rank has written."""
+        """Return files of a folder of shares that this rank has written."""
         own = list(folder.glob(f"__{self.global_rank}_*"))
         return [*own, folder / METADATA, folder / SHARED] if self.is_global_zero else own
 

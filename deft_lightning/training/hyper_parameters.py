@@ -59,7 +59,7 @@ def hyper_parameters(settings: Record) -> Settings:
 
 
 def _attempt(make: Callable[..., Any], argument: Any) -> Any | None:
-    """What a callable makes of a weight of no meaning; None where it wants the true ones."""
+    """Return what a callable makes of a weight of no meaning; None where it wants the true ones."""
     try:
         return make(argument)
     except Exception:  # it is called again with the true ones, and what it says then is told
@@ -117,7 +117,7 @@ def _of_earlier(about: Record) -> Settings:
 
 
 def _objective(text: Any) -> Objective:
-    """An objective of this package from its legend; one that names any other class is not made."""
+    """Return an objective of this package from its legend; one that names any other class is not made."""
     own = {name for name, cls in known_objectives().items() if cls.__module__.startswith(OURS)}
     for node in ast.walk(ast.parse(text, mode="eval")):
         if isinstance(node, ast.Attribute) or (isinstance(node, ast.Call) and ast.unparse(node.func) not in own):

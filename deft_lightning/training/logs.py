@@ -70,7 +70,7 @@ class LastingTensorBoard(LastingLogger):
 
     @property
     def experiment(self) -> Any:
-        """The writer; what cannot be written is given up here too."""
+        """Return the writer; what cannot be written is given up here too."""
         return LastingWriter(super().experiment, self.attempt)  # type: ignore[misc]
 
 

@@ -69,7 +69,7 @@ class StepOutput(NamedTuple):
 
     @property
     def total(self) -> Tensor:
-        """What is differentiated: objective and router together."""
+        """Return what is differentiated: objective and router together."""
         return self.loss if self.router is None else self.loss + self.router.weighted
 
 

@@ -97,17 +97,17 @@ class ModelSource:
 
     @property
     def given(self) -> bool:
-        """Whether the model itself was given, rather than its name."""
+        """Return whether the model itself was given, rather than its name."""
         return self.pretrained is not None and not isinstance(self.pretrained, str)
 
     @property
     def widens(self) -> bool:
-        """Whether the model may get rows for tokens that it has none for."""
+        """Return whether the model may get rows for tokens that it has none for."""
         return self.resize_vocabulary or bool(self.add_tokens)
 
     @property
     def name(self) -> str | None:
-        """Hub id or folder of the model; of one that was given the folder it was loaded from, if that exists."""
+        """Return the hub id or folder of the model; of a given one the folder it was loaded from, if that exists."""
         if not self.given:
             adapters = adapter_folder(self.pretrained)
             own = adapters is None or (Path(adapters.folder).expanduser() / "tokenizer_config.json").is_file()
@@ -181,7 +181,7 @@ class ModelSource:
         return load_pretrained(name, self.dtype, self.attention, self.trust_remote_code)
 
     def _given(self) -> CausalLM:
-        """The model that was given, itself; under the meta device its shapes."""
+        """Return the model that was given, itself; under the meta device its shapes."""
         if torch.get_default_device().type != "meta":
             return ready(self.pretrained)
         causal = base_causal_lm(self.pretrained)

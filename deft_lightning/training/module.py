@@ -123,17 +123,17 @@ class SFTModule(LightningModule):
 
     @property
     def prompts(self) -> PromptSource | None:
-        """The data module, if there is one."""
+        """Return the data module, if there is one."""
         return getattr(trainer_of(self), "datamodule", None)
 
     @property
     def tokenizer(self) -> Any | None:
-        """The data module's tokenizer, if there is one, else that of a checkpoint the module was made of."""
+        """Return the data module's tokenizer, if there is one, else that of a checkpoint the module was made of."""
         return getattr(self.prompts, "tokenizer", None) or self.own_tokenizer
 
     @property
     def current_objective(self) -> Objective:
-        """The objective in force: the chosen one as it is at this point of the run.
+        """Return the objective in force: the chosen one as it is at this point of the run.
 
         It is the same for all micro-batches of an optimizer step, and for a validation after it. Outside a fit it is
         that of the end of a run, or of the checkpoint that was loaded.
@@ -142,12 +142,12 @@ class SFTModule(LightningModule):
 
     @property
     def tokens_seen(self) -> int:
-        """Supervised tokens trained on so far, on all ranks."""
+        """Return the number of supervised tokens trained on so far, on all ranks."""
         return self.normaliser.tokens_seen
 
     @property
     def skipped(self) -> int:
-        """Steps left out so far because their loss or gradient was not finite."""
+        """Return the number of steps left out so far because their loss or gradient was not finite."""
         return self.normaliser.guard.skipped
 
     @classmethod

@@ -49,12 +49,12 @@ class StepNormaliser:
 
     @property
     def begins_step(self) -> bool:
-        """Whether the next micro-batch is the first of an optimizer step."""
+        """Return whether the next micro-batch is the first of an optimizer step."""
         return self.totals.tokens is None
 
     @property
     def tokens_seen(self) -> int:
-        """Supervised tokens trained on so far, on all ranks."""
+        """Return the number of supervised tokens trained on so far, on all ranks."""
         return self._seen_before + (0 if self._seen is None else int(self._seen))
 
     def forget(self) -> None:

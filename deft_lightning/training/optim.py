@@ -18,7 +18,7 @@ __all__ = ["CosineWithWarmup", "MuonAdamW", "adamw"]
 
 
 def adamw(params: Iterable[Any]) -> Optimizer:
-    """AdamW as in the paper's recipe: lr 5e-5, betas (0.9, 0.95), weight decay 0.01."""
+    """Return AdamW as in the paper's recipe: lr 5e-5, betas (0.9, 0.95), weight decay 0.01."""
     return torch.optim.AdamW(params, lr=5e-5, betas=(0.9, 0.95), weight_decay=0.01)
 
 

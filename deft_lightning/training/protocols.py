@@ -28,15 +28,15 @@ class PromptSource(Protocol):
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest prepared example."""
+        """Return the number of tokens of the longest prepared example."""
 
     @property
     def label_counts(self) -> NDArray[np.int64] | None:
-        """How often each token is a label of the training rows; None before they are prepared."""
+        """Return how often each token is a label of the training rows; None before they are prepared."""
 
     @property
     def stop_token_ids(self) -> list[int]:
-        """Tokens at which generation ends."""
+        """Return tokens at which generation ends."""
 
 
 def test_sets_of(prompts: PromptSource | None) -> list[TestSet]:
@@ -62,7 +62,7 @@ def stop_tokens_of(prompts: PromptSource | None) -> list[int]:
 
 
 def computes_loss(trainer: Any | None) -> bool:
-    """Whether a trainer is about to fit or to validate; without one somebody's own loop may be."""
+    """Return whether a trainer is about to fit or to validate; without one somebody's own loop may be."""
     return trainer is None or trainer.state.fn in (TrainerFn.FITTING, TrainerFn.VALIDATING)
 
 
@@ -79,15 +79,15 @@ class ShardingStrategy(Protocol):
 
     @property
     def root_device(self) -> torch.device:
-        """Of this rank."""
+        """Return the device of this rank."""
 
     @property
     def device_mesh(self) -> Any:
-        """Has the dimension ``data_parallel``."""
+        """Return the mesh, which has the dimension ``data_parallel``."""
 
 
 def shards(strategy: Any) -> TypeGuard[ShardingStrategy]:
-    """Whether a strategy shards the weights; nothing of it is touched that only its set-up knows."""
+    """Return whether a strategy shards the weights; nothing of it is touched that only its set-up knows."""
     return bool(getattr(type(strategy), "shards_weights", False))
 
 

@@ -29,7 +29,7 @@ class RunFolder:
 
     @property
     def path(self) -> str:
-        """The folder; asks all ranks, so that all of them have to ask."""
+        """Return the folder; asks all ranks, so that all of them have to ask."""
         if self.known is None:
             decided = (self._of_logger() or self._next()) if self._trainer.is_global_zero else None
             self.known = str(self._trainer.strategy.broadcast(decided))

@@ -72,13 +72,13 @@ class StepTotals:
 
     @property
     def divisor(self) -> Tensor:
-        """Of the sums of all ranks the one that makes means: the weights, or the tokens where they have none."""
+        """Return the sum over all ranks that makes means: of the weights, or of the tokens where they have none."""
         assert self.summed is not None
         return self.summed[0 if self.weight is None else 3]
 
     @property
     def measured(self) -> Tensor:
-        """What is tracked, of all ranks, shape ``(k,)``."""
+        """Return what is tracked, of all ranks, shape ``(k,)``."""
         assert self.summed is not None and self.tracked is not None
         return self.summed[-len(self.tracked) :]
 

@@ -43,7 +43,7 @@ class TrackioSink(Sink):
 
     @property
     def look(self) -> str:
-        """The command of its page, or the Space."""
+        """Return the command of its page, or the Space."""
         return self.logger.space_id or f"trackio show --project {shlex.quote(self.logger.project)}"
 
 
@@ -75,23 +75,23 @@ class TrackioLogger(Logger):
 
     @property
     def name(self) -> str:
-        """The project."""
+        """Return the project."""
         return self.project
 
     @property
     def version(self) -> str | None:
-        """The name of the run; None before it is begun."""
+        """Return the name of the run; None before it is begun."""
         return self.run_name
 
     @property
     def sink(self) -> Sink:
-        """What takes histograms, figures and texts."""
+        """Return what takes histograms, figures and texts."""
         return TrackioSink(self)
 
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
-        """The run of Trackio; begun when it is asked for."""
+        """Return the run of Trackio; begun when it is asked for."""
         if self._run is None:
             import trackio
 

@@ -64,7 +64,7 @@ class Trainer(LightningTrainer):
 
     @property
     def log_dir(self) -> str | None:
-        """The folder of the run; every rank has to ask. None in a `fast_dev_run`, which keeps nothing."""
+        """Return the folder of the run; every rank has to ask. None in a `fast_dev_run`, which keeps nothing."""
         return None if getattr(self, "fast_dev_run", False) else self.run_folder.path
 
     def export(

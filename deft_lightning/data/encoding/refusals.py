@@ -30,7 +30,7 @@ def left_out(where: str, i: int, kept_later: bool) -> RowError:
 
 
 def as_json(value: str) -> tuple[str, str]:
-    """The two ways to write a text within JSON, without the quotes."""
+    """Return the two ways to write a text within JSON, without the quotes."""
     return json.dumps(value)[1:-1], json.dumps(value, ensure_ascii=False)[1:-1]
 
 

@@ -156,7 +156,7 @@ def _spans(renderer: Renderer, messages: list[Message], where: str, asked: list[
 
 
 def _prefix_spans(renderer: Renderer, messages: list[Message], where: str, text: str) -> list[Span] | None:
-    """What each turn adds to the rendering of those before it; None where the template writes those differently."""
+    """Return what each turn adds to the rendering before it; None where the template writes that differently."""
     spans: list[Span] = []
     for i, message in enumerate(messages):
         if message["role"] != "assistant":

@@ -182,7 +182,7 @@ def _plain(messages: Sequence[Message]) -> Sequence[Message]:
 
 
 def _json_arguments(messages: Sequence[Message]) -> Sequence[Message]:
-    """Arguments as the JSON that OpenAI's interface has, which some templates write as it is."""
+    """Return arguments as the JSON that OpenAI's interface has, which some templates write as it is."""
     return [
         {**message, "tool_calls": [_with_json(call) for call in message["tool_calls"]]}
         if message.get("tool_calls")

@@ -65,7 +65,7 @@ class _Turn(NamedTuple):
 
     @property
     def tokens(self) -> Ints:
-        """Its tokens, without what every row begins with."""
+        """Return its tokens, without what every row begins with."""
         return self.row.input_ids[self.before :]
 
 

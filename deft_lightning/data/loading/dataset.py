@@ -40,13 +40,13 @@ class PreparedDataset(Dataset[Any]):
 
     @property
     def changes(self) -> bool:
-        """Whether labels of one epoch are not those of another."""
+        """Return whether labels of one epoch are not those of another."""
         ops = () if self.noise is None else self.noise.ops
         return any(isinstance(op, TokenNoise) and op.at_epoch(1) is not op for op in ops)
 
     @property
     def weighted(self) -> bool:
-        """Whether any example has weights: the same for every batch of them, on every rank."""
+        """Return whether any example has weights: the same for every batch of them, on every rank."""
         return self.examples.weighted
 
     def __len__(self) -> int:

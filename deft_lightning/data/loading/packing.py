@@ -79,7 +79,7 @@ def exact_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 def _next(there: Counts, room: int, longest: int) -> tuple[int, ...]:
-    """Lengths to put into a row: one or two that fill it, or the longest that fits."""
+    """Return lengths to put into a row: one or two that fill it, or the longest that fits."""
     if room <= longest and there[room]:
         return (room,)
     # Pairs a + b = room, a <= b; of two equal lengths there have to be two.

@@ -153,7 +153,7 @@ class Noise:
         return [f"{self.seed}/{name}/{names[:i].count(name)}" for i, name in enumerate(names)]
 
     def trusts(self, example_id: str) -> bool:
-        """Whether this example is kept clean."""
+        """Return whether this example is kept clean."""
         return uniform(self.seed, "trusted", example_id) < self.trusted_fraction
 
 

@@ -50,7 +50,7 @@ class Vocabulary:
 
     @cached_property
     def look_alikes(self) -> LookAlikes:
-        """Who passes for whom; computed once.
+        """Return who passes for whom; computed once.
 
         Tokens are of one class when both or neither begin with a blank and both are words, numbers, punctuation, bare
         blanks or byte codes. A class is ordered by length, among equals by how often a token occurs; a token's

@@ -193,7 +193,7 @@ class Temporary:
 
 
 def _state(folder: Path) -> dict[str, os.stat_result]:
-    """Every file below a folder; links and whatever else is no file too, but nothing behind a link."""
+    """Return every file below a folder; links and whatever else is no file too, but nothing behind a link."""
     states = {}
     for place, folders, names in os.walk(folder):
         links = [name for name in folders if Path(place, name).is_symlink()]
@@ -217,7 +217,7 @@ def _seal(folder: Path) -> None:
 
 
 def _intact(folder: Path, *, warn: bool = False) -> bool:
-    """Whether a folder is as it was written; if asked to, warn of the file that is not."""
+    """Return whether a folder is as it was written; if asked to, warn of the file that is not."""
     if folder.is_symlink() or not folder.is_dir():
         return False
     state = _state(folder)

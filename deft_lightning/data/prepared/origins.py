@@ -28,12 +28,12 @@ class Origin(NamedTuple):
 
     @property
     def file(self) -> str:
-        """The file, or what else the row was read from."""
+        """Return the file, or what else the row was read from."""
         return self.where.rpartition(ROW)[0] or self.where
 
     @property
     def row(self) -> int | None:
-        """Its number there, from 1; None where rows have none."""
+        """Return its number there, from 1; None where rows have none."""
         number = self.where.rpartition(ROW)[2]
         return int(number) if number.isdecimal() else None
 

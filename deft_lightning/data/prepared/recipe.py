@@ -53,7 +53,7 @@ class Recipe:
 
     @property
     def teaching(self) -> Teaching:
-        """What of a conversation is learnt."""
+        """Return what of a conversation is learnt."""
         return Teaching(self.supervise, self.reasoning, self.supervise_reasoning, self.special_tokens)
 
     def skip(self, bad: BadRows) -> BadRows | None:

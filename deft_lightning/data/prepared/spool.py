@@ -103,7 +103,7 @@ def _numbers(values: np.ndarray[Any, Any], kind: pa.DataType) -> pa.Array:
 
 
 def _mapped(numbers: pa.Array) -> np.ndarray[Any, Any]:
-    """A view of a column of numbers; pyarrow's own would import pandas, half a second."""
+    """Return a view of a column of numbers; pyarrow's own would import pandas, half a second."""
     if not len(numbers):
         return np.zeros(0, dtype=np.dtype(numbers.type.to_pandas_dtype()))
     stored = np.frombuffer(numbers.buffers()[1], dtype=np.dtype(numbers.type.to_pandas_dtype()))
@@ -111,7 +111,7 @@ def _mapped(numbers: pa.Array) -> np.ndarray[Any, Any]:
 
 
 def _mapped_text(column: pa.Array) -> tuple[np.ndarray[Any, Any], memoryview]:
-    """A view of a column of texts: where each begins, with the end of the last, and their bytes."""
+    """Return a view of a column of texts: where each begins, with the end of the last, and their bytes."""
     _, starts, text = column.buffers()
     ends = np.frombuffer(starts, dtype=np.int64)[column.offset : column.offset + len(column) + 1]
     return ends, memoryview(text if text is not None else b"")

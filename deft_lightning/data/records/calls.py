@@ -39,7 +39,7 @@ def read_calls(row: Row, field: str, calls: list[Any]) -> list[dict[str, Any]]:
 
 
 def _arguments(value: Any) -> Any:
-    """Arguments as an object: some exporters encode them as JSON twice."""
+    """Return arguments as an object: some exporters encode them as JSON twice."""
     for _ in range(3):
         if absent(value) or value == "":
             return {}

@@ -79,7 +79,7 @@ def _question(row: Row) -> list[Message]:
 
 
 def _context(row: Row) -> str:
-    """The passage that a question is about: without it the model would be taught to guess."""
+    """Return the passage that a question is about: without it the model would be taught to guess."""
     # Who says which column is the question has looked at the others.
     mapped = any(field in row.column_map for field in ("context", "question", "instruction"))
     named = CONTEXTS[:1] if mapped else CONTEXTS
@@ -140,12 +140,12 @@ def _respond(row: Row, fields: tuple[str, ...]) -> list[Message]:
 
 
 def _is_turn(value: Any) -> bool:
-    """Whether a response is written as a turn alone, as in files of preferences."""
+    """Return whether a response is written as a turn alone, as in files of preferences."""
     return isinstance(value, Mapping) and any(key in value for key in ("role", "from"))
 
 
 def _thought(row: Row) -> Message:
-    """What stands beside a response as the reasoning that led to it."""
+    """Return what stands beside a response as the reasoning that led to it."""
     for field in REASONING:
         value = row.look(field)
         if isinstance(value, str) and value.strip() and value.strip().lower() not in SWITCHES:
@@ -154,7 +154,7 @@ def _thought(row: Row) -> Message:
 
 
 def _blank(value: Any) -> bool:
-    """Whether a response is as good as absent: an empty cell is the only way CSV can say so."""
+    """Return whether a response is as good as absent: an empty cell is the only way CSV can say so."""
     value = value.get("text") if isinstance(value, Mapping) and "text" in value else value
     return value is None or (isinstance(value, str | list) and not value)
 
@@ -277,7 +277,7 @@ def _unweighted(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def _own_id(value: Any) -> str:
-    """An id that can name an example in a file: text, or a whole number (pandas makes floats of numbers with gaps)."""
+    """Return an id that can name an example in a file: text, or a whole number, which pandas may write as 3.0."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, str | int):

@@ -152,19 +152,19 @@ def refuse_leftovers(row: Row, ignore: Collection[str], taught: str | None) -> N
 
 
 def _response(row: Row) -> str:
-    """The column whose text is learnt."""
+    """Return the column whose text is learnt."""
     return next((used for used, meaning in row.read.items() if SAYS.get(meaning) == "response"), "the response")
 
 
 def _wrong(row: Row, verdicts: Any) -> bool:
-    """Whether verdicts on a list of answers call the first one wrong, which is learnt whatever it is worth."""
+    """Return whether verdicts on a list of answers call the first one wrong, which is learnt whatever it is worth."""
     answers = row.column(_response(row).removesuffix("[0]"))
     paired = isinstance(verdicts, list) and isinstance(answers, list) and len(verdicts) == len(answers)
     return paired and verdicts[0] is False and "weight" not in row.read.values()
 
 
 def _chosen(row: Row) -> bool:
-    """Whether the user has said which column is the answer."""
+    """Return whether the user has said which column is the answer."""
     return row.read.get(_response(row)) in row.column_map
 
 

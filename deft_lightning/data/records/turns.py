@@ -111,7 +111,7 @@ def _role(row: Row, at: str, turn: Mapping[str, Any], role_name: str) -> str:
 
 
 def _channel(row: Row, at: str, turn: Mapping[str, Any], spelt: str) -> str | None:
-    """The channel that gpt-oss speaks on; thoughts are on one of their own."""
+    """Return the channel that gpt-oss speaks on; thoughts are on one of their own."""
     channel = turn.get("channel")
     if absent(channel) or channel == "" or ALIASES.get(spelt, spelt) != "assistant":
         return None

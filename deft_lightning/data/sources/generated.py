@@ -10,7 +10,7 @@ from deft_lightning.errors import UserError, did_you_mean
 
 
 def read_task(source: str) -> Located:
-    """Questions and answers of a reasoning_gym task.
+    """Return questions and answers of a reasoning_gym task.
 
     Options go to the task, but for ``question`` and ``answer``: they name another field of its rows to take instead,
     for example ``metadata.word``.

@@ -69,7 +69,7 @@ def _is_http(address: str) -> bool:
 
 
 def _path(address: str) -> PurePosixPath:
-    """The part of an address that is a path: of a file on the web what stands before the question mark."""
+    """Return the part of an address that is a path: of a file on the web what stands before the question mark."""
     return PurePosixPath(unquote(urlsplit(address).path) if _is_http(address) else address.partition("://")[2])
 
 

@@ -72,7 +72,7 @@ class BadRows:
             self.first.append(str(error))
 
     def __len__(self) -> int:
-        """Number of rows taken note of."""
+        """Return the number of rows taken note of."""
         return len(self._lines)
 
     def __str__(self) -> str:
@@ -193,7 +193,7 @@ class Row:
         return re.sub(r"\[\d+\]", "[]", f"{at}.{key}")
 
     def name(self, field: str) -> str:
-        """Where a field is looked up: after ``column_map``, under its name, or under one that differs in its spelling.
+        """Return where a field is looked up: by ``column_map``, by its name, or by one of another spelling.
 
         Raises:
             RowError: Two columns differ from the field, and from each other, in spelling alone.

@@ -31,7 +31,7 @@ class Dialect(NamedTuple):
 
     @property
     def plural(self) -> str:
-        """What the separators are called."""
+        """Return what the separators are called."""
         return SEPARATORS[self.separator]
 
 

@@ -59,7 +59,7 @@ def assembled(rows: Located, expected: Expected) -> Located:
 
 
 def _is_turn(record: Any) -> bool:
-    """Whether a row is a message of a tree; the first of one may have no parent."""
+    """Return whether a row is a message of a tree; the first of one may have no parent."""
     if not isinstance(record, Mapping) or not all(isinstance(record.get(name), str) for name in ("text", "role")):
         return False
     linked = "parent_id" in record or "message_tree_id" in record or record["role"] == "prompter"

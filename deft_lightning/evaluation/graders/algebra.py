@@ -48,7 +48,7 @@ class Algebra:
         os.register_at_fork(after_in_child=self._forget)
 
     def same(self, gold: str, answer: str, digits: int = 6) -> bool:
-        """Whether two answers in LaTeX are equal; False where a limit comes before the answer.
+        """Return whether two answers in LaTeX are equal; False where a limit comes before the answer.
 
         Args:
             gold: The right answer.

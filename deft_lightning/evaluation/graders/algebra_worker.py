@@ -44,7 +44,7 @@ WARM = [
 
 
 def same(gold: str, answer: str, digits: int) -> bool:
-    """Whether two answers in LaTeX are equal, symbolically or when rounded to so many decimals."""
+    """Return whether two answers in LaTeX are equal, symbolically or when rounded to so many decimals."""
     from math_verify import verify
 
     return bool(verify(_parsed(gold), _parsed(answer), float_rounding=digits, timeout_seconds=0))

@@ -10,7 +10,7 @@ from deft_lightning.evaluation.graders.base import Grader
 
 
 def exact_match(completion: str, gold: str) -> bool:
-    """Whether the two are equal but for blanks around each line's end, around the whole, and the style of line ends.
+    """Return whether two texts are equal but for blanks at the ends of lines, around the whole, and line ends.
 
     Case and blanks inside a line count.
 

@@ -16,7 +16,7 @@ PREFIX, WEIGHT = 4, 0.1
 
 
 def jaro_winkler(first: str, second: str) -> float:
-    r"""Jaro similarity plus a bonus for a common prefix, ``j + 0.1 l (1 - j)``, in ``[0, 1]``; symmetric.
+    r"""Return the Jaro similarity plus a bonus for a common prefix, ``j + 0.1 l (1 - j)``, in ``[0, 1]``; symmetric.
 
     With m letters that match (equal, and no further apart than half of the longer text), t of them out of order:
     ``j = (m / |a| + m / |b| + (m - t / 2) / m) / 3``; ``l <= 4`` letters at the start are common. The bonus is applied

@@ -79,7 +79,7 @@ class Math(Grader):
 
 
 def same_answer(gold: str, answer: str, tolerance: float = 0.0) -> bool:
-    """Whether an answer equals the gold one.
+    """Return whether an answer equals the gold one.
 
     Args:
         gold: The right answer, in LaTeX or plain, with or without dollar signs.

@@ -59,7 +59,7 @@ class TokenSpool:
 
     @property
     def legends(self) -> dict[str, str]:
-        """What each objective is, with all its settings, by name."""
+        """Return what each objective is, with all its settings, by name."""
         return {name: repr(objective) for name, objective in self._objectives.items()}
 
     def update(self, read: Read) -> None:

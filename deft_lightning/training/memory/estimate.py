@@ -75,7 +75,7 @@ class MemoryEstimate:
 
     @property
     def buffers(self) -> int:
-        """What the peak is above the parts that can stand beside each other: chunks of the head, temporaries."""
+        """Return what the peak is above the parts that can stand beside each other: chunks of the head, temporaries."""
         parts = self.weights + self.gradients + self.optimizer + self.activations + self.reference
         return max(self.peak - parts, 0)
 

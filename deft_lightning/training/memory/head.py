@@ -92,7 +92,7 @@ def head_bytes(head: HeadShape) -> HeadBytes:
 
 
 def _chunk(head: HeadShape) -> int:
-    """Tokens of a chunk; of the tensor that is asked of, dtype and device count alone."""
+    """Return the number of tokens of a chunk; of the tensor that is asked of, dtype and device count alone."""
     like = torch.empty(0, dtype=head.compute, device="cpu" if head.device == "cpu" else "meta")
     hidden = None if not head.reference else like
     plan = Plan(None, Transform(), head.kernel, reference=hidden)  # type: ignore[arg-type]

@@ -43,12 +43,12 @@ class Saved(NamedTuple):
 
     @property
     def place(self) -> tuple[int, int, float]:
-        """Order among the checkpoints of a run."""
+        """Return its place among the checkpoints of a run."""
         return (-1 if self.step is None else self.step, self.again, self.time)
 
     @property
     def began(self) -> float:
-        """When its run began, or when it was written if it does not say."""
+        """Return when its run began, or when it was written if it does not say."""
         began = self.run.get("started")
         return float(began) if isinstance(began, int | float) else self.time
 
@@ -67,22 +67,22 @@ class Run:
 
     @cached_property
     def saved(self) -> list[Saved]:
-        """Its checkpoints, oldest first."""
+        """Return its checkpoints, oldest first."""
         return sorted(map(read, self.paths), key=lambda one: one.place)
 
     @property
     def good(self) -> list[Saved]:
-        """Those that can be used, oldest first."""
+        """Return those that can be used, oldest first."""
         return [one for one in self.saved if one.problem is None]
 
     @property
     def began(self) -> float:
-        """When it began."""
+        """Return when it began."""
         return max((one.began for one in self.good or self.saved), default=0.0)
 
     @property
     def line(self) -> set[str]:
-        """Itself and the runs it goes back to."""
+        """Return itself and the runs it goes back to."""
         return {str(self.folder.resolve())}.union(*(_line(one.run) for one in self.good))
 
     def damaged(self) -> tuple[list[Saved], list[Saved]]:
@@ -100,7 +100,7 @@ class Run:
         return first, [one for one in broken if one not in first]
 
     def __str__(self) -> str:
-        """Folder and newest step."""
+        """Return the folder and newest step."""
         step = self.good[-1].step if self.good else None
         return f"{self.folder}" if step is None else f"{self.folder} (step {step})"
 
@@ -147,7 +147,7 @@ def _line(run: Settings) -> list[str]:
 
 
 def _home(path: Path) -> tuple[Path, int | None]:
-    """Folder of the run a checkpoint lies in, and its number."""
+    """Return the folder of the run a checkpoint lies in, and its number."""
     for parent in path.parents:
         if match := VERSION.fullmatch(parent.name):
             return parent, int(match[1])
@@ -156,7 +156,7 @@ def _home(path: Path) -> tuple[Path, int | None]:
 
 
 def _files(roots: Iterable[Path]) -> Iterator[Path]:
-    """Checkpoints under some folders, each once, under its own name rather than that of a link."""
+    """Return checkpoints under some folders, each once, under its own name rather than that of a link."""
     by_target: dict[Path, Path] = {}
     for root in roots:
         for path in root.rglob("*.ckpt"):

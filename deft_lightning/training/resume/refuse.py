@@ -137,7 +137,7 @@ def _scale(lora: Settings, name: str) -> Any:
 
 
 def _made(module: Any) -> tuple[str, str | None] | None:
-    """Classes of the optimizer and the schedule that a module will make, from one parameter of no meaning."""
+    """Return classes of the optimizer and the schedule that a module will make, from one parameter of no meaning."""
     try:
         optimizer = module.optimizer_callable([{"params": [torch.nn.Parameter(torch.zeros(1, 1))]}])
         scheduler = module.scheduler_callable(optimizer) if module.scheduler_callable is not None else None

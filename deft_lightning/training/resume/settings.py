@@ -95,7 +95,7 @@ def _strategy_name(strategy: Any) -> str:
 
 
 def _options(owner: Any, prefix: str, leave_out: set[str]) -> Settings:
-    """Values of what a class is made with, where it keeps them under the same names."""
+    """Return values of what a class is made with, where it keeps them under the same names."""
     names = [name for name in inspect.signature(type(owner).__init__).parameters if name not in leave_out]
     return {f"{prefix}.{name}": plain(vars(owner)[name]) for name in names if name in vars(owner)}
 
@@ -135,7 +135,7 @@ def content(source: str | GivenRows) -> str:
 
 
 def _digest(path: Path) -> bytes:
-    """Digest of a file's content; of a large one of its size and of blocks all over it."""
+    """Return the digest of a file's content; of a large one of its size and of blocks all over it."""
     size = path.stat().st_size
     with path.open("rb") as file:
         if size <= WHOLE:
