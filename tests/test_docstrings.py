@@ -9,8 +9,8 @@ from worlds import ROOT
 
 # Words that begin a noun phrase or a clause: "Whether it fits." says of what, not what happens.
 NO_VERB = set(
-    "A All An Each Every Examples How It Its Itself Itself. Loss Mean Names Number Of One Probability Rows Statistics That"
-    " The Those Tokens Values What When Where Whether Which Who Yes. No.".split()
+    "A All An Each Every Examples How It Its Itself Itself. Loss Mean Names Number Of One Probability Rows Statistics"
+    " That The Those Tokens Values What When Where Whether Which Who Yes. No.".split()
 )
 
 

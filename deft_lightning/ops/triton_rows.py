@@ -37,7 +37,7 @@ def _statistics_kernel(  # noqa: ANN202
     product, stride, targets, out, arg_max, vocabulary, rows, scale, cap,  # noqa: ANN001
     CAPPED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One row: log p, collision, entropy, maximum, log of the sum, and the first arg-max.
+    """Compute of one row: log p, collision, entropy, maximum, log of the sum, and the first arg-max.
 
     Every lane keeps the maximum of its own columns and, relative to it, the sums of e, e^2 and z e over all its other
     entries; the lanes are merged once, at the end. A maximum is never part of a sum, so that 1 + (sum of the others)
@@ -95,7 +95,7 @@ def _gradient_kernel(  # noqa: ANN202
     product, stride, targets, top, log_sum, slope, target_slope, vocabulary, scale, cap,  # noqa: ANN001
     CAPPED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One block of one row: slope * (onehot - softmax) through soft-capping and scale, over the product."""
+    """Write over one block of one row of the product: slope * (onehot - softmax) through soft-capping and scale."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     there = columns < vocabulary
