@@ -4,11 +4,11 @@
         [--allocator exact] [--output docs/evidence/data/bench_memory.json]
     python tests/benchmarks/bench_memory.py --table
 
-Each fit is a process of its own, forked where everything is imported: two optimizer steps of a Llama with random
-weights, on one thread, with the recipe of `fit`. Measured is the peak of its resident memory above what it held before
-the model was built (Linux: /proc/self/status, VmHWM reset there). glibc keeps freed blocks below a threshold that it
-raises itself; with ``--allocator exact`` each large tensor is mapped by itself, so that resident memory is what tensors
-hold. The table needs no memory: shapes alone.
+Each fit is a process of its own, which has made a tiny one of its kind before: two optimizer steps of a Llama with
+random weights, on one thread, with the recipe of `fit`. Measured is the peak of its resident memory above what it held
+before the model was built (Linux: /proc/self/status, VmHWM reset there). glibc keeps freed blocks below a threshold
+that it raises itself; with ``--allocator exact`` each large tensor is mapped by itself, so that resident memory is what
+tensors hold. The table needs no memory: shapes alone.
 """
 
 from __future__ import annotations
@@ -108,11 +108,15 @@ def fit(size: str, run: str, precision: str) -> dict[str, Any]:
 
 
 def measure(size: str, run: str, precision: str) -> dict[str, Any]:
-    """Return what a fit took, from a process of its own that begins with everything imported."""
+    """Return what a fit took, from a process of its own that has made a tiny one of the same kind before.
+
+    So libraries are imported, and those pages of them are resident that a fit touches: they are no memory of the run.
+    """
     read, write = os.pipe()
     child = os.fork()
     if not child:
         sys.stdout = sys.stderr
+        fit("tiny", run, precision)
         with os.fdopen(write, "w") as out:
             json.dump(fit(size, run, precision), out)
         os._exit(0)
