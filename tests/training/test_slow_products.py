@@ -1,0 +1,40 @@
+"""A processor without instructions for bfloat16 is told of before training, by a measurement."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+
+from deft_lightning.training import slow_products
+from deft_lightning.training.slow_products import times_as_long, warn_of_slow_products
+
+
+def said(model: Any) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        warn_of_slow_products(model)
+    return [str(one.message) for one in caught]
+
+
+def test_a_dtype_takes_as_long_as_itself() -> None:
+    assert 0.2 < times_as_long(torch.float32) < 5
+    assert times_as_long(torch.bfloat16) > 0
+
+
+@pytest.mark.parametrize(("factor", "warned"), [(21.4, True), (1.1, False)])
+def test_a_large_model_is_warned_of_where_the_processor_is_slow(
+    factor: float, warned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    monkeypatch.setattr(slow_products, "times_as_long", lambda dtype: (asked.append(dtype), factor)[1])
+    large = torch.nn.Linear(8192, 4096, bias=False, dtype=torch.bfloat16)
+    lines = said(large)
+    assert asked == [torch.bfloat16] and len(lines) == warned
+    if warned:
+        assert "takes 21 times as long in bfloat16" in lines[0] and "--model.dtype float32" in lines[0]
+    asked.clear()
+    small, full = torch.nn.Linear(64, 64, dtype=torch.bfloat16), torch.nn.Linear(8192, 4096, bias=False)
+    assert said(small) == said(full) == [] and asked == [], "nothing is measured where nothing depends on it"
