@@ -226,8 +226,13 @@ class DeftCLI(LightningCLI):
     def before_fit(self) -> None:
         """Test before training, where the run is to say what it changed; one that is resumed began elsewhere."""
         config = self.config_init[self.subcommand]
-        wanted, fresh = config.after_fit, config.ckpt_path is None and not config.trainer.fast_dev_run
-        if wanted.test and wanted.compare and fresh:
+        if not config.after_fit.compare or config.trainer.fast_dev_run:  # Lightning names what that leaves out
+            return
+        if config.ckpt_path is not None:
+            rank_zero_info("--after_fit.compare: not for a run that is resumed; its training began elsewhere")
+        elif not config.after_fit.test:
+            rank_zero_info("--after_fit.compare: nothing is compared without a test (--after_fit.test true)")
+        else:
             self.tested = tested(self.trainer, self.model, self.datamodule)
 
     def after_fit(self) -> None:

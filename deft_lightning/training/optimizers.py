@@ -53,7 +53,7 @@ def make_optimizer(
         for group in built.param_groups:
             group["lr"] = rate
     warn_of_rounding(model, built)
-    warn_of_slow_products(model)
+    warn_of_slow_products(model, str(trainer.precision))
     if hasattr(model, "get_base_model") and (peak := built.param_groups[0]["lr"]) <= FOR_WHOLE_MODELS:
         rank_zero_info(
             f"adapters train with the learning rate {peak:g}, which suits whole models; 2e-4 is usual for"

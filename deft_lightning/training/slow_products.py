@@ -9,7 +9,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from deft_lightning.annotations import CausalLM
 
-LARGE = 64 << 20  # bytes of weights in bfloat16, from which on it matters
+LARGE = 64 << 20  # bytes of the weights that are computed with in bfloat16, from which on it matters
 SLOW = 3.0  # times as long as in float32
 SIDE, ROUNDS = 256, 3  # of the products that are timed: some milliseconds
 
@@ -29,18 +29,21 @@ def times_as_long(dtype: torch.dtype) -> float:
     return seconds(dtype) / seconds(torch.float32)
 
 
-def warn_of_slow_products(model: CausalLM) -> None:
-    """Warn where a model on a CPU has much of its weights in bfloat16, and the processor is slow in that.
+def warn_of_slow_products(model: CausalLM, precision: str = "32-true") -> None:
+    """Warn where a large model on a CPU computes in bfloat16, and the processor is slow in that.
 
     Args:
         model: Where it trains.
+        precision: Lightning's name; `bf16-mixed` computes in bfloat16 whatever the weights are in.
     """
-    low = [w for w in model.parameters() if w.dtype == torch.bfloat16 and w.device.type == "cpu"]
+    mixed = precision == "bf16-mixed"
+    low = [w for w in model.parameters() if w.device.type == "cpu" and (mixed or w.dtype == torch.bfloat16)]
     if sum(weight.numel() * weight.element_size() for weight in low) < LARGE:
         return
     factor = times_as_long(torch.bfloat16)
     if factor > SLOW:
+        way = "--trainer.precision 32-true" if mixed else "--model.dtype float32"
+        cost = "" if mixed else ", with twice the memory for the weights"
         rank_zero_warn(
-            f"this processor takes {factor:.0f} times as long in bfloat16 as in float32: --model.dtype float32 trains"
-            " faster here, with twice the memory for the weights"
+            f"this processor takes {factor:.0f} times as long in bfloat16 as in float32: {way} trains faster here{cost}"
         )

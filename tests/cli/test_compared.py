@@ -85,11 +85,15 @@ def test_the_test_before_changes_nothing_of_the_training(base: list[str], fit: F
 
 @pytest.mark.slow
 def test_nll_has_nothing_to_compare_with_and_a_resumed_run_is_not_tested_again(
-    fit: Fit, capsys: pytest.CaptureFixture[str]
+    fit: Fit, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO")
     run = fit("first", "--config", "deft:quickstart", "--model.objective", "NLL")
     told = capsys.readouterr().out
     assert "before training, " in told and "the same with NLL" not in told
     fit("second", "--config", "deft:quickstart", "--model.objective", "NLL", "--ckpt_path",
         str(next(run.rglob("step=2.ckpt"))))  # fmt: skip
     assert "test/exact_match: " not in capsys.readouterr().out
+    assert "--after_fit.compare: not for a run that is resumed" in caplog.text
+    fit("third", "--config", "deft:quickstart", "--after_fit.test", "false")
+    assert "--after_fit.compare: nothing is compared without a test" in caplog.text

@@ -12,10 +12,10 @@ from deft_lightning.training import slow_products
 from deft_lightning.training.slow_products import times_as_long, warn_of_slow_products
 
 
-def said(model: Any) -> list[str]:
+def said(model: Any, precision: str = "32-true") -> list[str]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        warn_of_slow_products(model)
+        warn_of_slow_products(model, precision)
     return [str(one.message) for one in caught]
 
 
@@ -40,3 +40,6 @@ def test_a_large_model_is_warned_of_where_the_processor_is_slow(
     asked.clear()
     small, full = torch.nn.Linear(64, 64, dtype=torch.bfloat16), torch.nn.Linear(8192, 4096, bias=False)
     assert said(small) == said(full) == [] and asked == [], "nothing is measured where nothing depends on it"
+    mixed = said(full, "bf16-mixed")  # weights in float32, products in bfloat16
+    assert len(mixed) == warned and said(small, "bf16-mixed") == []
+    assert not warned or mixed[0].endswith("--trainer.precision 32-true trains faster here")
