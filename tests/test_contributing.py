@@ -112,6 +112,17 @@ def test_the_layout_names_every_room() -> None:
         assert last == "deft_lightning" or last in rooms, name
 
 
+def test_the_newest_release_is_the_version_of_the_package() -> None:
+    heads = re.findall(r"^## (.+)$", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert heads[0] == "Unreleased", "others add their lines there"
+    assert heads[1] == f"{__version__} - {citation['date-released']}"
+    releases = [head.split(" - ") for head in heads[1:]]
+    assert releases == sorted(releases, key=lambda release: release[1], reverse=True)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"Status: {__version__.rpartition('.')[0]}," in readme
+
+
 def test_citation_and_templates_are_whole() -> None:
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert citation["version"] == __version__ and citation["license"] == "Apache-2.0"
