@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import runpy
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 from worlds import ROOT
@@ -15,6 +17,7 @@ from deft_lightning.cli import run as command_line
 
 pytestmark = pytest.mark.slow
 PAGE = (ROOT / "docs" / "tutorials" / "first_noisy_file.md").read_text(encoding="utf-8")
+NOTEBOOK = ROOT / "docs" / "tutorials" / "wrong_answers.ipynb"
 
 
 def commands(page: str) -> list[list[str]]:
@@ -43,3 +46,33 @@ def test_a_first_noisy_file(
         command_line()
         assert "test/exact_match" in capsys.readouterr().out
     assert len(fits) == 3
+
+
+def kinds(outputs: list[Any]) -> list[list[str]]:
+    """Return the kinds of data of each output of a cell."""
+    return [sorted(output.get("data", {output.get("name", ""): None})) for output in outputs]
+
+
+def test_the_notebook_runs_from_its_first_cell_to_its_last(tmp_path: Path) -> None:
+    nbformat = pytest.importorskip("nbformat", reason="nbformat is not installed: pip install -e '.[test]'")
+    nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed: pip install -e '.[test]'")
+    kept = nbformat.read(NOTEBOOK, as_version=4)
+    nbformat.validate(kept)
+    run = copy.deepcopy(kept)
+    for cell in run.cells:
+        if cell.cell_type == "code":
+            cell.outputs = []
+    # An error in a cell is raised. Nothing but the package is there: the folder is empty.
+    nbclient.NotebookClient(run, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    before, now = ([cell for cell in book.cells if cell.cell_type == "code"] for book in (kept, run))
+    assert [cell.execution_count for cell in before] == list(range(1, len(before) + 1)), "kept as it ran, once"
+    for cell, again in zip(before, now, strict=True):
+        assert kinds(cell.outputs) == kinds(again.outputs), cell.source
+        assert all(output.get("name") != "stderr" for output in again.outputs), again.outputs
+    for book in (before, now):
+        text = json.dumps([cell.outputs for cell in book])
+        assert "noise: 0.50 of the answers" in text and "'pmal'" in text
+        scores = {name: float(score) for name, score in re.findall(r"'(\w+)': ([\d.]+)", text)}
+        assert scores["NLL"] < 0.95 < min(scores["DEFT"], scores["Contaminated"])
+    assert str(ROOT.parent) not in NOTEBOOK.read_text(encoding="utf-8"), "no folder of a machine"
+    assert (tmp_path / "my-model" / "model.safetensors").is_file() and (tmp_path / "gate.html").is_file()
