@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 
 from deft_lightning.annotations import JsonObject, Record
+from deft_lightning.probe.crossfit import folds_text
 from deft_lightning.probe.knowledge import knowledge_text
 from deft_lightning.probe.rate import rate_text
 from deft_lightning.probe.truth import truth_text
@@ -50,6 +51,7 @@ def table(report: Record) -> str:
     lines = [
         f"{report['data']}: {report['examples']} of {report['examples_total']} training examples,",
         f"{report['tokens']} supervised tokens; {weights}",
+        *_filled(folds_text(report["folds"]) if "folds" in report else ""),
         "",
         f"mean p {means['p']:.4f}   H {means['entropy']:.4f}   H2 {means['renyi2']:.4f}   C {means['collision']:.4f}",
         f"NLL {means['nll']:.4f}   accuracy {means['accuracy']:.4f}",

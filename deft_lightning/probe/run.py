@@ -26,9 +26,10 @@ from deft_lightning.metrics import exact_auroc
 from deft_lightning.models.fingerprint import fingerprint
 from deft_lightning.probe.audit import AuditTally, Suspect, describe, finite, write_lines
 from deft_lightning.probe.bare import Bare, bare_pass
+from deft_lightning.probe.crossfit import COST, fold_record, joined, parts_of
 from deft_lightning.probe.evidence import EvidenceTally
 from deft_lightning.probe.figure import probe_figure
-from deft_lightning.probe.kept import FOLDER, Kept
+from deft_lightning.probe.kept import FOLDER
 from deft_lightning.probe.knowledge import knowledge
 from deft_lightning.probe.rate import Estimate, measured, noise_rate, rate_record
 from deft_lightning.probe.reading import SPLIT, Read, announce, read_rows
@@ -59,6 +60,7 @@ def probe_data(
     unprompted: bool = True,
     output: Path | None = None,
     watchers: Sequence[Watcher] = (),
+    folds: int | None = None,
 ) -> tuple[dict[str, Any], list[Suspect], TokenSample]:
     """Run the model over the examples.
 
@@ -75,9 +77,12 @@ def probe_data(
         output: Folder where what is read is kept until the report is written, so that a killed probe goes on; None
             keeps nothing.
         watchers: See every batch as well.
+        folds: Into how many parts the rows are split, each read by an adapter that was trained on the others; None
+            reads them with the model as it is.
 
     Raises:
-        UserError: The chosen objective wants the second pass; nothing is supervised; the model gives no numbers.
+        UserError: The chosen objective wants the second pass; nothing is supervised; the model gives no numbers;
+            the folds cannot be made.
     """
     operations = numbered([type(op).__name__ for op in data.noise.ops])
     objectives, name, left_out = candidates(module.current_objective)
@@ -92,28 +97,38 @@ def probe_data(
     indices, audit, bare, read = data.spread(SPLIT, examples), AuditTally(), None, 0
     known = None if truth is None else data.truths(truth)
     text = cache(lambda token: str(data.tokenizer.decode([token])))
-    was_training = {part: part.training for part in module.modules()}
+    was_training = {layer: layer.training for layer in module.modules()}
     module.eval()
     try:
-        with torch.no_grad(), precision.forward_context():
+        with torch.no_grad():
             about = (__version__, fingerprint(module.model), repr(module.current_objective), tally.topks, unprompted)
-            kept = Kept(output, (*about, str(module.model.config), type(precision).__name__, module.dtype))
-            announce(module, data, indices, device, len(tally.topks) + 0.5 * unprompted)
-            if unprompted:
-                bare = bare_pass(module, data, SPLIT, indices, device, context.unprompted, kept)
-            for batch in read_rows(module, data, indices, device, tally.topks, bare, kept):
-                sampler.update(batch.by_topk, batch.keep, batch.positions, batch.codes)
-                tally.update(batch.by_topk, batch.codes)
-                audit.update(batch)
-                if evidence is not None:
-                    evidence.update(batch.stats, batch.labels, batch.keep, batch.positions, batch.codes, batch.bare)
-                for watcher in watchers:
-                    watcher.update(batch)
-                read += batch.batch["input_ids"].numel()
+            given = (*about, str(module.model.config), type(precision).__name__, module.dtype)
+            parts, bares = parts_of(module, data, indices, precision, device, folds, output, given), list[Bare]()
+            with precision.forward_context():
+                passes = len(tally.topks) + 0.5 * unprompted + COST * (len(parts) - 1)
+                announce(module, data, indices, device, passes)
+            for part in parts:
+                # An adapter is trained before autocast begins, which would keep copies of its weights as they were.
+                with part.model, precision.forward_context():
+                    rows, kept = part.positions, part.kept
+                    if unprompted:
+                        bare = bare_pass(module, data, SPLIT, rows, device, context.unprompted, kept)
+                        bares.append(bare)
+                    for batch in read_rows(module, data, rows, device, tally.topks, bare, kept):
+                        sampler.update(batch.by_topk, batch.keep, batch.positions, batch.codes)
+                        tally.update(batch.by_topk, batch.codes)
+                        audit.update(batch)
+                        if evidence is not None:
+                            about_tokens = (batch.labels, batch.keep, batch.positions, batch.codes, batch.bare)
+                            evidence.update(batch.stats, *about_tokens)
+                        for watcher in watchers:
+                            watcher.update(batch)
+                        read += batch.batch["input_ids"].numel()
     finally:
-        for part, training in was_training.items():
-            part.training = training
+        for layer, training in was_training.items():
+            layer.training = training
     check_seen(tally)
+    bare = joined(bares) if bares else None
     suspects, scored = audit.suspects(known, bool(operations), text)
     means = tally.means()
     noise = tally.noise()
@@ -132,6 +147,9 @@ def probe_data(
     if evidence is not None:
         right = _estimate(report, evidence, suspects, operations, bare, read)
         suspects = [replace(suspect, right=right.get(suspect.at)) for suspect in suspects]
+    if folds is not None:
+        report["folds"] = fold_record(parts)
+        report.pop("recommendation", None)  # it is for the model that training starts from
     report["suspicious"] = list(records(data, suspects[:SHOWN]))
     return report, suspects, sampler.sample(operations)
 

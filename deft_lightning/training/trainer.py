@@ -129,6 +129,7 @@ class Trainer(LightningTrainer):
         unprompted: bool = True,
         page: str | None = None,
         compare: str | None = None,
+        folds: int | None = None,
     ) -> JsonObject:
         """Look at the training data through the model as it is, without gradients; estimate the noise rate.
 
@@ -149,12 +150,14 @@ class Trainer(LightningTrainer):
             page: HTML file to write: rows with every token coloured by the gate of an objective, or by a statistic; at
                 most 2,000 rows, the most suspicious first.
             compare: Checkpoint, or `last`, that the page shows beside the model, in a second pass.
+            folds: Split the rows into so many parts, and read each with a small adapter that was trained on the others
+                for one epoch: the format of the file is learnt then, and the row that is read is not. At least 2.
 
         Returns:
             The report, as in `probe.json`.
         """
         return verbs.probe(
-            self, model, datamodule, examples, output, audit, truth, ckpt_path, unprompted, page, compare
+            self, model, datamodule, examples, output, audit, truth, ckpt_path, unprompted, page, compare, folds
         )
 
     def read_checkpoint(self, ckpt_path: str) -> Checkpoint:

@@ -30,6 +30,7 @@ def probe(
     unprompted: bool,
     page: str | None,
     compare: str | None,
+    folds: int | None,
 ) -> JsonObject:
     """Write the report and return it; arguments as those of :meth:`deft_lightning.Trainer.probe`.
 
@@ -40,6 +41,8 @@ def probe(
         raise UserError("probe: needs a model and data")
     if examples is not None and examples < 1:
         raise UserError(f"probe: --examples must be at least 1, got {examples}")
+    if folds is not None and folds < 2:
+        raise UserError(f"probe: --folds must be at least 2, got {folds}: an adapter learns the rows of other folds")
     if trainer.world_size > 1 or shards(trainer.strategy):
         raise UserError("probe: runs on one device; set --trainer.devices 1 --trainer.strategy auto")
     if compare is not None and page is None:
@@ -65,7 +68,7 @@ def probe(
         spool = None if page is None else TokenSpool(Path(page).absolute().parent, module)
         report, suspects, sample = probe_data(
             module, datamodule, trainer.precision_plugin, trainer.strategy.root_device, examples=examples, truth=truth,
-            unprompted=unprompted, output=kept, watchers=[] if spool is None else [spool],
+            unprompted=unprompted, output=kept, watchers=[] if spool is None else [spool], folds=folds,
         )  # fmt: skip
         report["checkpoint"] = checkpoint
         return report, suspects, sample, spool
