@@ -290,6 +290,8 @@ def test_what_cannot_be_folded_is_one_line(pretrained: str, tmp_path: Path) -> N
         probed(tmp_path, pretrained, source, folds=3, examples=2)
     with pytest.raises(UserError, match="--folds 3: only 2 of the 4 rows differ"):
         probed(tmp_path, pretrained, rows(["a", "b"] * 2, ["same"] * 4), folds=3)
+    with pytest.raises(UserError, match=r"does not train in float16 \(--trainer\.precision 16-true\)"):
+        probed(tmp_path, pretrained, source, precision="16-true")
     module = SFTModule(pretrained=pretrained, lora=LoRA(r=2))
     with pytest.raises(UserError, match=r"the model has some already \(--model\.lora\)"):
         trainer_in(tmp_path).probe(module, data_of(source, pretrained), folds=2)
