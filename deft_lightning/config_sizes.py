@@ -33,7 +33,7 @@ def check_sizes(settings: Record, where: str, option: str) -> None:
         if name in SIZES:
             wrong = next((v for v in values if v is not None and (type(v) is not int or v < 1)), None)
             if wrong is not None:
-                raise UserError(f"{where}{path} {wrong!r} is no whole number above zero ({option})")
+                raise UserError(f"{where}{path} {wrong!r} is not a whole number above zero ({option})")
         bound = MANY.get(name.rpartition("_")[2], LARGEST if name in SIZES else None)
         if bound is None or name.endswith("per_layer"):
             continue

@@ -15,7 +15,7 @@ from deft_lightning.terminal import visible
 
 PARENT = os.getppid()  # of the ranks that Lightning starts: rank 0
 GRACE = 5.0  # seconds in which the main thread ends by itself, once another rank is gone
-AGAIN = "go on from the newest checkpoint with --ckpt_path last"
+AGAIN = "resume from the newest checkpoint with --ckpt_path last"
 # What gloo, NCCL and the store of addresses say when the other side is no more.
 GONE = re.compile(
     r"connection (?:was )?(?:closed|reset|refused)|closed by (?:remote )?peer|reset by peer|broken pipe|remote process"

@@ -43,7 +43,7 @@ def read_settings(name: str, file: str) -> Settings:
         reason = str(error).strip() or type(error).__name__
         raise UserError(f"{name}: {file} cannot be read: {reason} ({option})") from None
     if not isinstance(settings, dict):
-        raise UserError(f"{name}: {file} is no JSON object ({option})")
+        raise UserError(f"{name}: {file} is not a JSON object ({option})")
     return settings
 
 
@@ -85,8 +85,8 @@ def check_model(name: str, trust: bool, attention: str | None = None) -> Setting
     if find_file(name, "adapter_config.json") is not None:
         base = read_settings(name, "adapter_config.json").get("base_model_name_or_path")
         raise UserError(
-            f"{name}: holds low-rank adapters (adapter_config.json, of {base!r}); they would be laid over the model"
-            " without a word: merge them into a model first, or name the model without them (--model.pretrained)"
+            f"{name}: holds low-rank adapters (adapter_config.json, of {base!r}); they would be applied to "
+            "the model silently: merge them into a model first, or name the model without them (--model.pretrained)"
         )
     _check_index(name, settings.get("transformers_weights"))
     return settings
@@ -162,8 +162,8 @@ def check_attention(value: object, trust: bool, where: str) -> None:
         if trust:
             return
         raise UserError(
-            f"{where} {value} is a kernel of the hub, code that is not run: choose another (--model.attention sdpa; a"
-            f" key that begins with _ has to leave the file), or admit it with {REMEDY}"
+            f"{where} {value} is a kernel from the hub, code that is not run: choose another "
+            f"(--model.attention sdpa; remove a key that begins with _ from the file), or allow it with {REMEDY}"
         )
     hint = did_you_mean(str(value), known)
     raise UserError(f"{where} {value!r} is unknown.{hint} Known: {', '.join(sorted(known))} (--model.attention)")

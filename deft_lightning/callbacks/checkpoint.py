@@ -16,12 +16,12 @@ class Checkpoint(FinalCheckpoint):
     """Saves the newest state, by default after each validation and at the end of training.
 
     Args:
-        every_n_train_steps: Save each that many optimizer steps instead.
-        save_top_k: How many to keep; with `monitor`, the best ones.
+        every_n_train_steps: Save every this many optimizer steps instead.
+        save_top_k: How many checkpoints to keep; with `monitor`, the best ones.
         monitor: For example `val/nll`.
         mode: Whether a smaller (min) or larger (max) value of `monitor` is better.
         dirpath: Folder; default: `checkpoints` in the run's log folder.
-        save_weights_only: Leave optimizer and progress out; such a file cannot be resumed from.
+        save_weights_only: Save only weights; such a checkpoint cannot be resumed.
     """
 
     def __init__(
@@ -78,8 +78,8 @@ class Checkpoint(FinalCheckpoint):
         super().on_train_end(trainer, pl_module)
         if self.monitor is not None and not self.best_model_path and self.save_top_k and self.last_model_path:
             rank_zero_warn(
-                f"--checkpoint.monitor {self.monitor}: it was not measured after any step that was made, so no"
-                f" checkpoint is the best; the newest is {self.last_model_path}"
+                f"--checkpoint.monitor {self.monitor}: it was never measured in this run, so no checkpoint is "
+                f"the best; the newest is {self.last_model_path}"
             )
 
 

@@ -42,8 +42,8 @@ class Dashboard(Callback):
     Args:
         layout: Write the layout.
         curve: Draw the curve.
-        examples: How many examples of a validation set or a training step are shown; 0 for none.
-        tokens: How many supervised tokens of an example are shown.
+        examples: Examples to show of a validation set or a training step; 0 for none.
+        tokens: Supervised tokens to show of each example.
 
     Raises:
         UserError: A negative number.
@@ -146,9 +146,9 @@ def chart_layout(noise: bool, focus: bool, scale: bool) -> Charts:
         "Entropy of the predictions (nats)": _lines("entropy/shannon", "entropy/renyi2"),
     }
     if scale:
-        gate["Scale: one over the mean gate"] = _lines("objective/scale")
+        gate["Scale: 1 / mean gate"] = _lines("objective/scale")
     losses = {
-        "Plain NLL (nats a token)": _lines("train/nll", "val/nll", "val_noisy/nll"),
+        "Plain NLL (nats per token)": _lines("train/nll", "val/nll", "val_noisy/nll"),
         "Objective": _lines("train/loss", "val/loss"),
         "Token accuracy": _lines("train/token_accuracy", "val/token_accuracy"),
     }

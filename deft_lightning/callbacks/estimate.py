@@ -37,9 +37,9 @@ class NoiseEstimate(TokenMonitor):
     right answers for noise.
 
     Args:
-        chance: What a whole answer is compared with: `unigram`, how frequent its tokens are in the training labels,
-            which suits short answers; `unprompted`, what the model says of it after other answers, without the prompt:
-            one pass over the answers before training, which real text needs.
+        chance: What a whole answer is compared with: `unigram`, the frequencies of its tokens in the training labels,
+            suits short answers. `unprompted`, the model's probability of it after other answers, without the prompt,
+            suits real text; it costs one pass over the answers before training.
 
     Raises:
         UserError: Another word.
@@ -63,8 +63,8 @@ class NoiseEstimate(TokenMonitor):
             module.watched_needs = Needs(answer_chance="unprompted")
         elif stage == "fit" and getattr(module, "pretrained", None) and not _estimates(module):
             rank_zero_info(
-                "noise/estimated compares answers with word frequencies, which hardly see a wrong answer in the format"
-                " of the others; --noise_estimate.chance unprompted sees it, for one pass over the answers"
+                "noise/estimated compares answers with token frequencies, which miss wrong answers in the "
+                "usual format; --noise_estimate.chance unprompted finds them, for one pass over the answers"
             )
 
     def state_dict(self) -> dict[str, Any]:
@@ -139,7 +139,7 @@ class NoiseEstimate(TokenMonitor):
         rank_zero_warn(
             f"noise/estimated: chance explains {self.rates[0]:.0%} of the answers better than the model does. Either"
             " they are wrong, and --model.objective Contaminated leaves them out, or the model does not know the task"
-            " yet. Noise that agrees with itself is not seen (docs/concepts/noise_model.md)"
+            " yet. Systematic noise is not detected (docs/concepts/noise_model.md)"
         )
 
 

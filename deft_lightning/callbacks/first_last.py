@@ -8,7 +8,7 @@ from deft_lightning._lightning import TrainingLoop, log_now
 
 
 class FirstLastValidation(Callback):
-    """Validates before the first optimizer step and after the last, whatever the intervals of validation.
+    """Validates before the first optimizer step and after the last one, at any validation interval.
 
     The first takes the place of Lightning's check of two batches, and is logged at step 0. It moves no random state, no
     early stopping, no checkpoint, and no schedule that waits for a validation; a resumed run does not repeat it. If

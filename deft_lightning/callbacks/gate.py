@@ -55,10 +55,10 @@ class GateMonitor(TokenMonitor):
     `gate * (1 - p)`. With matplotlib, `occupancy/p_alpha` shows how many tokens lie where in p and alpha.
 
     Args:
-        histograms: Write the histograms and the occupancy too.
+        histograms: Write histograms and occupancy too.
         bins: Bins of a histogram over [0, 1].
-        others: Objectives to compare with, for example `[NLL, Likelihood]`; one that depends on the course of training
-            is what it ends as.
+        others: Objectives to compare with, for example `[NLL, Likelihood]`; an objective that
+            changes during training is used as it ends.
 
     Raises:
         UserError: Two of `others` are the same, or one needs statistics that the objective in use does not ask for.
@@ -72,7 +72,7 @@ class GateMonitor(TokenMonitor):
         for other in others or []:
             name = tag_of(other)
             if name in self.others:
-                raise UserError(f"gate_monitor.others: {other!r} is there twice")
+                raise UserError(f"gate_monitor.others: {other!r} is listed twice")
             self.others[name] = other
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -39,10 +39,11 @@ class LockWatch:
             return
         self.warned = True
         rank_zero_warn(
-            f"gate/locked: for {WINDOW} logged steps the model has been sure and wrong about"
-            f" {fmean(share for share, _ in self.seen):.0%} of the labels, {legend} has all but shut the gate on them,"
-            " and prob/mean does not rise: either these labels are wrong and are rightly shut out, or training holds"
-            " itself on a plateau. If val/nll and val/token_accuracy do not get better either it is a plateau: open the"
+            f"gate/locked: for {WINDOW} logged steps the model has been confidently wrong about"
+            f" {fmean(share for share, _ in self.seen):.0%} of the labels, {legend} nearly closes the gate on "
+            "them, and prob/mean does not rise. Either these labels are wrong and rightly ignored, or "
+            "training is stuck on a plateau. If val/nll and val/token_accuracy do not improve either, it is "
+            "a plateau: open the"
             " gate first with --model.objective Schedule (docs/guides/monitors.md)"
         )
 

@@ -14,8 +14,8 @@ from deft_lightning.terminal import visible
 # TensorBoard's Markdown knows no colours, and coloured characters need a font that not every machine has.
 LEVELS = ((0.1, "█"), (0.5, "▓"), (0.9, "▒"), (float("inf"), "░"))
 LEGEND = (
-    "Each run of learnt tokens stands behind its mean gate, the darker the more it is shut: █ below 0.1, ▓ below 0.5,"
-    " ▒ below 0.9, ░ from there on. Labels known to be **noisy** are bold. What is only read is left out."
+    "Each run of supervised tokens follows its mean gate; darker means more closed: █ below 0.1, ▓ below 0.5,"
+    " ▒ below 0.9, ░ from there on. Labels known to be **noisy** are bold. Tokens that are only read are left out."
 )
 
 

@@ -56,8 +56,8 @@ def _too_late(trainer: Trainer) -> str | None:
         return None
     ends = f"{trainer.max_epochs} epochs" if short else f"{trainer.max_steps:,} optimizer steps"
     return (
-        f"the run ends after {ends}, before its first validation, which would follow step {before + 1:,}; have one"
-        " after the last step (--validation.after true), or an earlier one (--trainer.val_check_interval)"
+        f"the run ends after {ends}, before its first validation, which would follow step {before + 1:,}; "
+        "validate after the last step (--validation.after true), or earlier (--trainer.val_check_interval)"
     )
 
 

@@ -31,14 +31,14 @@ class AfterFit:
     """What follows training.
 
     Args:
-        test: Generate for the held-out examples and report exact match, or run the benchmarks that the data names.
-        compare: With `test`, test before training too, and say at the end what changed and how to train with NLL.
-        export: Write a Hugging Face folder, `export` in the run's log folder; of adapters they alone too, `adapter`.
-        merge: How adapters are merged in `export`: `float32`, `base` for the dtype of the base, of which the error is
-            told, or `none`, which leaves `export` out.
-        push_to_hub: Repository of the hub, ORG/NAME, to upload `export` to, or `adapter` where it alone is written.
+        test: Generate for the held-out examples and report exact match, or run the benchmarks of the data.
+        compare: With `test`, also test before training, and report what changed and how to train with NLL.
+        export: Write a Hugging Face folder, `export` in the run's log folder; adapters also go to `adapter`.
+        merge: How adapters are merged in `export`: `float32`, `base` (the dtype of the base, with its rounding error
+            reported), or `none` (no `export`).
+        push_to_hub: Hub repository, ORG/NAME, to upload `export` to, or `adapter` if only that is written.
             Name and token are checked before training.
-        private: Whether a repository that is made for it is private.
+        private: Whether a new repository is private.
 
     Raises:
         UserError: A push without an export.
@@ -92,7 +92,7 @@ def run_after_fit(
     if wanted.export and folder is not None:
         adapted = hasattr(module.model, "merge_and_unload")
         if adapted and not stand_alone(module.model):
-            rank_zero_info("no adapter folder: these adapters changed the weights below them when they began")
+            rank_zero_info("no adapter folder: the initialisation of these adapters changed the base weights")
         elif adapted:
             outputs["adapter"] = _free(Path(folder), "adapter"), "none"
         if not adapted or wanted.merge != "none":
@@ -136,7 +136,7 @@ def _pushed(wanted: AfterFit, outputs: Outputs) -> str | None:
     if wanted.push_to_hub is None:
         return None
     if not outputs:
-        rank_zero_warn(f"--after_fit.push_to_hub {wanted.push_to_hub}: nothing is written that could be pushed")
+        rank_zero_warn(f"--after_fit.push_to_hub {wanted.push_to_hub}: there is nothing to push")
     return next(reversed(outputs), None)
 
 
@@ -161,7 +161,7 @@ def _repeat(failed: Mapping[str, Exception], kept: Path | None, commands: str) -
     first, *others = failed
     also = "".join(f"; {name}: {explain(failed[name]) or repr(failed[name])}" for name in others)
     if kept is None:
-        return f"; {first} failed after training was complete{also}, and no checkpoint was asked for"
+        return f"; {first} failed after training was complete{also}, and no checkpoint was requested"
     return f"; {first} failed{also}, training is complete and saved in {kept}{commands}"
 
 
@@ -208,7 +208,7 @@ def _rescued(trainer: Trainer, folder: str | None) -> Path | None:
 def saved(trainer: Trainer) -> str:
     """Return for the line of an error where a run's state is kept; nothing before the first checkpoint."""
     path = newest(trainer)
-    return "" if path is None else f"; the newest checkpoint is {path}: go on from it, or export it, with --ckpt_path"
+    return "" if path is None else f"; the newest checkpoint is {path}: resume from it, or export it, with --ckpt_path"
 
 
 def log_folder(trainer: Trainer) -> Path | None:

@@ -87,7 +87,7 @@ def _decode(name: str, content: bytes) -> str:
             raise UserError(f"{name}, line {line}: byte 0x{byte:02x} is not UTF-8; save the file as UTF-8") from None
         raise UserError(f"{name}: is not {encoding.removesuffix('-sig').upper()} text ({error.reason})") from None
     if (at := text.find("\0")) >= 0:
-        raise UserError(f"{name}, line {1 + text.count(chr(10), 0, at)}: has a NUL byte: a binary file")
+        raise UserError(f"{name}, line {1 + text.count(chr(10), 0, at)}: has a NUL byte; it is a binary file")
     return text
 
 
@@ -133,7 +133,7 @@ def _where(error: yaml.YAMLError) -> str:
     line = "" if mark is None else f", line {mark.line + 1}"
     problem = error.problem or error.context or "it cannot be parsed"
     if "python/" in problem:
-        problem = f"{problem}; objects of Python are not read from files"
+        problem = f"{problem}; Python objects are not read from files"
     return f"{line}: is not YAML ({problem})"
 
 

@@ -63,15 +63,15 @@ def explain(error: BaseException) -> str | None:
     if isinstance(error, RuntimeError) and (match := WORKER.search(str(error))):
         how = f" ({match[1].strip()})" if match[1] else ""
         return (
-            f"a loader process was lost{how}, perhaps for want of memory or of room in /dev/shm: lower"
+            f"a loader process died{how}, perhaps because memory or /dev/shm ran out: lower"
             " --data.num_workers; 0 loads in the training process"
         )
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or _is(error, MEMORY):
         asked = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)|you tried to allocate (\d+ bytes)", text)
-        wanted = f" ({next(filter(None, asked.groups()))} more were wanted)" if asked else ""
+        wanted = f" ({next(filter(None, asked.groups()))} more were requested)" if asked else ""
         return f"out of memory{wanted}: {LESS}"
     if type(error).__name__ == "BrokenProcessPool":
-        return "a process that prepares data was killed, perhaps for want of memory: lower --data.num_proc"
+        return "a process that prepares data was killed, perhaps because memory ran out: lower --data.num_proc"
     if isinstance(error, OSError):
         if error.errno == errno.ENOMEM:
             return f"out of memory: {LESS}"
@@ -114,7 +114,7 @@ def _unexpected(error: BaseException) -> str:
     path = _write(error)
     if path is None:
         sys.stderr.write(visible("".join(traceback.format_exception(error))))
-        return f"{headline}: no file could be written for the details above: please report them"
+        return f"{headline}: the details above could not be written to a file: please report them"
     return f"{headline}: please report it with the file {path}, which says where it happened"
 
 

@@ -29,29 +29,29 @@ PLACE = 40  # where the text of an option begins
 
 # Of Lightning's fifty options those that a run of ours wants; its own texts are a paragraph each.
 TRAINER = {
-    "max_steps": "Optimizer steps; -1 leaves the end to max_epochs",
+    "max_steps": "Optimizer steps; -1 trains for max_epochs",
     "max_epochs": "Epochs; without max_steps the default is 1",
-    "accumulate_grad_batches": "Micro-batches of an optimizer step",
-    "gradient_clip_val": "Largest norm of the gradient",
+    "accumulate_grad_batches": "Micro-batches per optimizer step",
+    "gradient_clip_val": "Clip the norm of the gradient to this",
     "precision": "32-true, bf16-mixed, 16-mixed, bf16-true, 64-true; default bf16-mixed on a GPU that has it",
-    "strategy": "auto (one device), ddp (a process a device), fsdp2 (sharded)",
-    "devices": "Devices of a node: a number, a list, auto",
+    "strategy": "auto (one device), ddp (one process per device), fsdp2 (sharded)",
+    "devices": "Devices per node: a number, a list or auto",
     "num_nodes": "Nodes; start them with torchrun or SLURM",
     "val_check_interval": "Micro-batches between validations, or a share of an epoch (0.5)",
     "limit_val_batches": "Validation batches: a number, or a share (0.5)",
-    "log_every_n_steps": "Optimizer steps between logged ones",
-    "default_root_dir": "Runs go to version_N in this folder",
+    "log_every_n_steps": "Log every this many optimizer steps",
+    "default_root_dir": "Each run writes to version_N in this folder",
     "logger": "TensorBoard by default; others by class path, false for none",
 }
 
 # Options of every verb, whose texts are Lightning's.
 SHARED = {
-    "help": f"This help; {WHOLE} is the whole one",
-    "config": "YAML file of options, `deft:NAME` for one of the package's; later ones win",
+    "help": f"Show this help; {WHOLE} shows all of it",
+    "config": "YAML file of options, or `deft:NAME` for a file of the package; later files win",
     "print_config": "Print all settings and exit",
     "seed_everything": "Seed of random weights, dropout and loader processes",
     "ckpt_path": "Checkpoint: a file, or `last` for the newest of a run",
-    "weights_only": "Read no pickled objects from a checkpoint of another origin",
+    "weights_only": "Load only tensors and plain values from a checkpoint",
 }
 
 
@@ -85,7 +85,9 @@ def short_help(parser: Any, about: str, choices: str) -> str:
             found.setdefault(_group(line.name), []).append(line)
     known = sorted(found, key=lambda name: ORDER.index(name) if name in ORDER else len(ORDER))
     parts = [parser.usage and f"usage: {parser.usage}", about, textwrap.fill(choices, width)]
-    parts.append(f"Options with their defaults. {verb} {WHOLE} prints every word of each, and the rest of Lightning's.")
+    parts.append(
+        f"Options and their defaults. {verb} {WHOLE} shows the full text of each, and all options of Lightning."
+    )
     for name in known:
         rows = [text for line in found[name] for text in _wrapped(line, width)]
         parts.append("\n".join([_heading(name, parser), *rows]))
@@ -103,7 +105,7 @@ def _group(option: str) -> str:
 
 def _heading(name: str, parser: Any) -> str:
     if not name:
-        return "Of the verb:"
+        return "General:"
     if name in ("trainer", "shown"):
         return "Lightning's Trainer:" if name == "trainer" else "What a run shows and logs:"
     group = (parser.groups or {}).get(name)

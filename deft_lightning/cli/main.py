@@ -127,7 +127,7 @@ class DeftCLI(LightningCLI):
         for name, cls in self._classes.items():
             if cls not in (SFTModule, InstructionDataModule):
                 key = name.removesuffix("_class")
-                about = f"Class that --{key} named, in place of the package's; its options are below --{key}."
+                about = f"Class that --{key} names, instead of the package's; its options follow --{key}."
                 parser.add_argument(f"--{name}", type=str, default=class_path(cls), help=about)
 
     def _parse_ckpt_path(self) -> None:
@@ -229,7 +229,7 @@ class DeftCLI(LightningCLI):
         if not config.after_fit.compare or config.trainer.fast_dev_run:  # Lightning names what that leaves out
             return
         if config.ckpt_path is not None:
-            rank_zero_info("--after_fit.compare: not for a run that is resumed; its training began elsewhere")
+            rank_zero_info("--after_fit.compare: skipped for a resumed run, whose training began elsewhere")
         elif not config.after_fit.test:
             rank_zero_info("--after_fit.compare: nothing is compared without a test (--after_fit.test true)")
         else:
@@ -239,7 +239,7 @@ class DeftCLI(LightningCLI):
         """Test and export what was trained, unless training was cut short; sum the run up."""
         if self.stop.stopped:
             self.summary.tell(self.trainer)
-            rank_zero_info(f"stopped at step {self.trainer.global_step}; go on with --ckpt_path last")
+            rank_zero_info(f"stopped at step {self.trainer.global_step}; resume with --ckpt_path last")
             return
         if self.trainer.interrupted or self._get(self.config_init, "trainer").get("fast_dev_run"):
             return

@@ -94,5 +94,5 @@ def find_class(path: str, base: type, option: str) -> Any:
     except (ImportError, ValueError) as error:
         raise UserError(f"{option} {path}: cannot import {module or path} ({error})") from None
     if not (inspect.isclass(cls) and issubclass(cls, base)):
-        raise UserError(f"{option} {path}: is no subclass of {class_path(base)}")
+        raise UserError(f"{option} {path}: is not a subclass of {class_path(base)}")
     return cls

@@ -47,7 +47,7 @@ def check_options(config: Any, verb: str) -> None:
         value = config.get(name)
         if isinstance(value, str) and re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", value):
             name = name.replace(".init_args", "")
-            raise UserError(f"--{name} {value}: is an address; give a folder or file of this machine")
+            raise UserError(f"--{name} {value}: is a URL; give a local folder or file")
     for name in SEEDS:
         value = config.get(name)
         if isinstance(value, int) and not isinstance(value, bool) and not 0 <= value <= LARGEST_SEED:
@@ -105,7 +105,7 @@ def check_trainer(options: Any, verb: str) -> None:
     if isinstance(interval, (int, float)) and (interval <= 0 or (isinstance(interval, float) and interval > 1)):
         raise UserError(
             f"--trainer.val_check_interval {interval}: give a number of batches from 1, or a share of an epoch up to"
-            " 1.0; no validation at all is --trainer.limit_val_batches 0"
+            " 1.0; --trainer.limit_val_batches 0 switches validation off"
         )
     devices, cores = str(options.get("devices", "auto")), os.cpu_count() or 1
     if options.get("accelerator") == "cpu" and devices.isdigit() and int(devices) > max(8, 4 * cores):
@@ -179,7 +179,7 @@ def complaint_of_lightning(error: BaseException) -> UserError | None:
         )
     if match := re.match(r"Early stopping conditioned on metric `(train/.*?)` which is not available", text):
         return UserError(
-            f"--trainer.callbacks.monitor {match[1]}: it is logged every --trainer.log_every_n_steps steps, and was not"
-            " yet when early stopping looked for it; set --trainer.log_every_n_steps 1"
+            f"--trainer.callbacks.monitor {match[1]}: it is logged every --trainer.log_every_n_steps steps, "
+            "and was not logged yet when early stopping looked for it; set --trainer.log_every_n_steps 1"
         )
     return trainer_error(error) if "`" in text else UserError(text)

@@ -33,7 +33,7 @@ VERBS = {
         Verb("predict", TRAINER, "Generate for prompts, and write the answers to a file"),
         Verb("export", TRAINER, "Write a checkpoint as a Hugging Face folder"),
         Verb("probe", TRAINER, "Compare every objective on the data before training; rank suspect examples"),
-        Verb("preview", TRAINER, "Show examples with every token coloured by what becomes of it"),
+        Verb("preview", TRAINER, "Show examples with every token coloured by its role"),
         Verb("score", "deft_lightning.evaluation.command", "Grade a file that predict wrote, without a model"),
         Verb("figures", "deft_lightning.figures.command", "Draw figures of runs, objectives and probes"),
         Verb("study", "deft_lightning.study.command", "Compare objectives over regimes of prior and noise"),
@@ -48,7 +48,7 @@ def overview() -> str:
         [
             f"usage: {PROGRAM} VERB [--config FILE] [options]", "",
             "Fine-tune causal language models on imperfect instruction data.", "", *lines, "",
-            f"Options of a verb, with the objectives and label noise that there are: {PROGRAM} fit --help",
+            f"Options of a verb, with all objectives and label noise: {PROGRAM} fit --help",
             "Completion of verbs and options in bash and zsh: eval \"$(deft-lightning --print_completion)\"",
             "Version: --version",
         ]

@@ -39,7 +39,7 @@ def announce(splits: Splits, settings: DataSettings, trainer: Trainer | None) ->
             f" {splits.bad_rows[0]}"
         )
     if settings.validation_fraction and settings.validation_source is None and not splits.size("validation"):
-        rank_zero_warn(f"{title(settings.source)}: too few rows to hold any out; there will be no validation")
+        rank_zero_warn(f"{title(settings.source)}: too few rows to hold any out, so there is no validation")
     for line in splits.columns.lines():
         tell = rank_zero_warn if line.startswith("not used") or "(no row has it)" in line else rank_zero_info
         tell(f"{title(settings.source)}: {line}")

@@ -40,8 +40,7 @@ def named_benchmarks(benchmarks: Benchmarks | None) -> list[tuple[Benchmark, str
         where = source or benchmark.default
         if where is None:
             raise UserError(
-                f"--data.benchmarks: {name} has no rows of its own; say where they are: --data.benchmarks"
-                f" '{{{name}: FILE}}'"
+                f"--data.benchmarks: {name} has no built-in rows; name their file: --data.benchmarks '{{{name}: FILE}}'"
             )
         pairs.append((benchmark, where))
     names = [benchmark.name for benchmark, _ in pairs]
@@ -78,7 +77,7 @@ def read_benchmark(
     named = {str(item.record["source"]) for item in items if "source" in item.record}
     if named and not all("source" in item.record for item in items):
         lacking = next(item.example.where for item in items if "source" not in item.record)
-        raise UserError(f"{lacking}: names no source, which other rows do (--data.benchmarks)")
+        raise UserError(f"{lacking}: has no source, but other rows do (--data.benchmarks)")
     return TestSet(benchmark, tuple(sorted(named))), ready
 
 
@@ -95,7 +94,7 @@ def _item(benchmark: Benchmark, row: Row, instruction: str | None) -> _Item:
     name, value = _column(benchmark, row, "gold")
     gold = label_of(value, options) if options else benchmark.gold(value).strip()
     if not gold:
-        problem = f"{value!r} is none of the options {', '.join(options)}" if options else "gives no answer"
+        problem = f"{value!r} is not one of the options {', '.join(options)}" if options else "gives no answer"
         raise row.fail(name, problem, "answer")
     context = _optional(benchmark, row, "context")
     context = "\n".join(map(str, context)) if isinstance(context, list) else str(context or "")
@@ -150,7 +149,7 @@ def _rows(source: str) -> Located:
     file = Path(path).expanduser()
     if file.suffix.lower() != ".json" or not file.is_file():
         if ids:
-            raise UserError(f"{source}: ?ids= chooses from a .json object of rows by id (--data.benchmarks)")
+            raise UserError(f"{source}: ?ids= needs a .json object with rows by id (--data.benchmarks)")
         yield from read(source)
         return
     content = _json(file)
@@ -163,7 +162,7 @@ def _rows(source: str) -> Located:
                 with_source = {"source": name, **record} if isinstance(record, dict) else record
                 yield f"{file}, {name}, row {number}", with_source
     elif ids:
-        raise UserError(f"{source}: ?ids= chooses from a .json object of rows by id (--data.benchmarks)")
+        raise UserError(f"{source}: ?ids= needs a .json object with rows by id (--data.benchmarks)")
     else:
         yield from read(path)
 

@@ -39,37 +39,37 @@ class InstructionDataModule(LightningDataModule):
 
     Args:
         source: A file (.jsonl, .json, .csv, .tsv, .parquet, .arrow; text also as .gz, .bz2, .xz, .zst), a folder or a
-            pattern of such, an address (`https://`, `hf://`, `s3://`), a hub id (`?subset=&split=&streaming=&limit=`),
-            or `reasoning_gym:<task>[?option=value&...]` (generated). Several: a list, or a weight for each (0.5: a half
-            chosen by hash, 2: twice). From Python also rows: a list of dicts, or a `datasets.Dataset`.
+            pattern of these, a URL (`https://`, `hf://`, `s3://`), a hub id (`?subset=&split=&streaming=&limit=`), or
+            `reasoning_gym:<task>[?option=value&...]` (generated). Several: a list, or a weight for each (0.5: half of
+            it, chosen by hash; 2: twice). From Python also rows: a list of dicts, or a `datasets.Dataset`.
         format: Layout of a row; auto looks at the first one. messages, sharegpt (conversations), prompt_completion,
             alpaca (instruction, input, output or response), question_answer, text, tokens (input_ids, labels).
         column_map: Field to the column that holds it, for example `--data.column_map.question extra_info.question`.
-        ignore_columns: One or more columns, or keys such as `messages[].images`: rows are read as if they had none.
-        weight_column: Column with the factor of each row on its loss; default: `weight`, if it holds numbers.
+        ignore_columns: One or more columns, or keys such as `messages[].images`, to leave out of every row.
+        weight_column: Column that weights the loss of each row; default: `weight`, if it holds numbers.
         subset: Configuration of a hub dataset.
         split: Split of a hub dataset or folder.
         validation_source: Validation rows; default: held out of `source`.
         validation_fraction: Share held out of `source` by a hash of each example, in [0, 1); duplicates stay together.
         test_source: Rows for `test` and `predict`; default: the validation rows.
-        benchmarks: Benchmarks for `test` and `predict` in their place: names, or where the rows of each are, for
+        benchmarks: Benchmarks for `test` and `predict` instead of rows: names, or where the rows of each are, for
             example `--data.benchmarks '{math500: math500.jsonl, gsm8k: gsm8k.jsonl}'`;
             docs/guides/evaluation.md lists them.
-        benchmark_instruction: Stands behind the questions of benchmarks in place of their own; empty for none.
-        on_bad_row: Stop at a row that cannot be used, or skip it; skipped rows are counted and the first is shown.
-        tokenizer: Hub id or folder; default: the one of `model.pretrained`, else one built from the training rows.
-        tokenizer_size: Vocabulary of a tokenizer that is built; at most 262 means one token a byte.
+        benchmark_instruction: Text after each benchmark question, instead of the benchmark's own; empty for none.
+        on_bad_row: Stop at a row that cannot be used, or skip it; skipped rows are counted, and the first is shown.
+        tokenizer: Hub id or folder; default: the tokenizer of the model, else a tokenizer built from the training rows.
+        tokenizer_size: Vocabulary size of a tokenizer built from the data; 262 or less means one token per byte.
         chat_template: Default: the tokenizer's own, else ChatML; `chatml`, a file, a Jinja template, or `trl:qwen3`.
         max_length: Longest example in tokens, and longest row when packing.
         keep: Which end of a longer example is kept.
-        supervise: Learn every assistant turn, the last one, or all tokens.
-        reasoning: Reasoning of a turn is written by the template, or into the text between think tags, or dropped.
-        supervise_reasoning: Learn the reasoning too; false: it is read like a prompt.
-        special_tokens: A special token that a message spells is text, letter by letter, or that token.
-        packing: Put several examples into a row of at most `max_length` tokens; they do not see each other.
-        batch_size: Examples (rows when packing) per device and step.
-        max_tokens_per_batch: Bound batches by their tokens, padding included, instead of by `batch_size`.
-        group_by_length: Put examples of like length into a batch; less padding, a less random order.
+        supervise: Train on every assistant turn, the last one, or all tokens.
+        reasoning: Reasoning of a turn: written by the template, into the text between think tags, or dropped.
+        supervise_reasoning: Train on the reasoning too; false reads it like a prompt.
+        special_tokens: Whether a special token written in a message is plain text or that token.
+        packing: Put several examples into a row of at most `max_length` tokens; they do not attend to each other.
+        batch_size: Examples (rows when packing) per device and micro-batch.
+        max_tokens_per_batch: Bound batches by tokens, padding included, instead of `batch_size`.
+        group_by_length: Put examples of similar length into a batch: less padding, but a less random order.
         eval_batch_size: Examples per device in validation, test and predict; default: `batch_size`.
         num_workers: Loader processes.
         num_proc: Processes that prepare the data.
@@ -78,9 +78,9 @@ class InstructionDataModule(LightningDataModule):
         seed: Seed of the order and of the split.
         objectives: Objective of a source in place of `model.objective`, by name: `--data.objectives.gsm8k NLL`.
         noise: Synthetic label noise.
-        exclude: Audit of the training rows (`probe --audit FILE`): the rows that it names are left out of training.
-        exclude_top: Of `exclude`, the worst rows alone: a share of those that it ranks (5%), or a count (50).
-        weights_from: Audit whose rows train with less weight: by `weight` of a line, else by `right`, the probability
+        exclude: Audit of the training rows (`probe --audit FILE`); its rows are left out of training.
+        exclude_top: Leave out only the worst rows of `exclude`: a share of the ranked rows (5%), or a count (50).
+        weights_from: Audit that weights rows in training: by `weight` of a line, else by `right`, the probability
             that the answer is right.
 
     Raises:

@@ -102,14 +102,14 @@ class DataSettings:
         if self.exclude_top is not None:
             Top.read(self.exclude_top)
             if self.exclude is None:
-                raise UserError("--data.exclude_top is of the rows of an audit; name it with --data.exclude FILE")
+                raise UserError("--data.exclude_top needs an audit; name it with --data.exclude FILE")
         if self.benchmarks and self.test_source is not None:
-            raise UserError("--data.test_source and --data.benchmarks exclude each other: leave one of them out")
+            raise UserError("--data.test_source and --data.benchmarks exclude each other: leave one out")
 
     def _check_batches(self) -> None:
         tokens = self.max_tokens_per_batch
         if self.packing and self.group_by_length:
-            raise UserError("--data.group_by_length means nothing with --data.packing: packed rows are full")
+            raise UserError("--data.group_by_length has no effect with --data.packing: packed rows are full")
         if tokens is not None and self.group_by_length:
             raise UserError("--data.max_tokens_per_batch groups by length already; leave out --data.group_by_length")
         if self.packing and tokens is not None and tokens < self.max_length:

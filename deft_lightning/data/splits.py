@@ -62,7 +62,7 @@ class Splits:
             raise
         except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
             raise UserError(
-                f"{folder}: holds something else than prepared data ({type(error).__name__}: {error}); remove that"
+                f"{folder}: holds something other than prepared data ({type(error).__name__}: {error}); remove that"
                 " folder (--data.cache_dir)"
             ) from None
         for name, dataset in self._datasets.items():
@@ -78,7 +78,7 @@ class Splits:
             words = vocabulary(self._tokenizer, _counts(folder / ALL_COUNTS))
         for name, counted in meta["reports"].items():
             if name not in SPLITS:
-                raise ValueError(f"{name!r} is no split")
+                raise ValueError(f"{name!r} is not a split")
             examples = Tokens(folder / f"{name}.arrow")
             names = apart["train"] if name == "train" else apart.get("validation", apart["train"])
             noise = self._settings.noise_of(name)
@@ -159,8 +159,8 @@ class Splits:
         few = [examples[at] for at in np.flatnonzero(complete)[:100].tolist()]
         if len(examples) and not few:
             rank_zero_warn(
-                f"train: --data.max_length {self._settings.max_length} cuts every example, so that no response shows"
-                " where it ends: the model will not learn where to stop; raise --data.max_length"
+                f"train: --data.max_length {self._settings.max_length} cuts every example, so no response "
+                "shows where it ends, and the model will not learn where to stop; raise --data.max_length"
             )
         last = [int(example.labels[example.labels != IGNORE_INDEX][-1]) for example in few]
         ends = sorted(set(last) & set(markers(self._tokenizer).tolist()))

@@ -162,7 +162,7 @@ def find_benchmark(name: str, option: str = "--data.benchmarks") -> Benchmark:
         except (ImportError, AttributeError, ValueError, TypeError) as error:
             raise UserError(f"{option}: {name} cannot be imported ({error})") from None
         if not isinstance(benchmark, Benchmark):
-            raise UserError(f"{option}: {name} is no Benchmark of deft_lightning.evaluation")
+            raise UserError(f"{option}: {name} is not a Benchmark of deft_lightning.evaluation")
         return replace(benchmark, path=name)
     raise UserError(
         f"{option}: no benchmark {name!r}.{did_you_mean(name, BENCHMARKS)} Known: {', '.join(BENCHMARKS)}, or"

@@ -30,11 +30,14 @@ def parser() -> argparse.ArgumentParser:
     """Return the parser of the verb."""
     parser = _Parser(
         prog=f"{PROGRAM} score", allow_abbrev=False,
-        description="Grade a file of predictions without a model; the figures are those of `test`.",
+        description="Grade a file of predictions without a model, with the same scores as `test`.",
     )  # fmt: skip
     parser.add_argument("predictions", type=Path, help="file that `predict` wrote")
-    parser.add_argument("--benchmark", help="whose grader grades it; default: the one each line names, or exact match")
-    parser.add_argument("--output", type=Path, help="JSON file for the figures, under the tags of `test`")
+    parser.add_argument(
+        "--benchmark",
+        help="benchmark whose grader is used; default: the benchmark that each line names, or exact match",
+    )
+    parser.add_argument("--output", type=Path, help="JSON file for the scores, under the tags of `test`")
     parser.add_argument(
         "--trust_benchmarks", action="store_true",
         help="import benchmarks that lines name by path (my_package.module.MINE), which runs their code",

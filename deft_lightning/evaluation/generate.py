@@ -35,7 +35,9 @@ class Generation:
     def __post_init__(self) -> None:
         """Refuse settings that contradict each other."""
         if self.temperature < 0 or not 0 < self.top_p <= 1 or self.max_new_tokens < 1 or self.samples < 1:
-            raise UserError("--model.generation: temperature >= 0, 0 < top_p <= 1, max_new_tokens and samples >= 1")
+            raise UserError(
+                "--model.generation needs temperature >= 0, 0 < top_p <= 1, max_new_tokens and samples >= 1"
+            )
         if self.samples > 1 and not self.temperature:
             raise UserError("--model.generation.samples above 1 needs --model.generation.temperature above 0")
 

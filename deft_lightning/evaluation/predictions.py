@@ -72,7 +72,7 @@ def _prediction(where: str, line: str) -> Prediction:
         raise UserError(f"{where}, field 'completions': expected a list of at least one text")
     truncated = field("truncated", list, [False] * len(completions))
     if len(truncated) != len(completions) or not all(isinstance(cut, bool) for cut in truncated):
-        raise UserError(f"{where}, field 'truncated': expected {len(completions)} truth values, one a completion")
+        raise UserError(f"{where}, field 'truncated': expected {len(completions)} truth values, one per completion")
     id = row.get("id")
     if isinstance(id, bool) or not isinstance(id, str | int | None):
         raise UserError(f"{where}, field 'id': expected text, got {type(id).__name__}")

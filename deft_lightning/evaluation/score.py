@@ -51,8 +51,8 @@ def _benchmark(name: str, asked: bool, trust: bool, where: str) -> Benchmark:
         return HELD_OUT
     if not asked and not trust and name not in BENCHMARKS and "." in name:
         raise UserError(
-            f"{where}, field 'benchmark': {name} is code to import, and the file may be a stranger's; allow it by"
-            " --trust_benchmarks, or grade all lines by it: --benchmark"
+            f"{where}, field 'benchmark': {name} is code to import, and the file may not be yours; allow it "
+            "with --trust_benchmarks, or grade every line by it with --benchmark"
         )
     return find_benchmark(name, "--benchmark" if asked else f"{where}, field 'benchmark'")
 
@@ -66,7 +66,7 @@ def _figures(benchmark: Benchmark, rows: Sequence[Prediction], doubts: Doubts, b
         if len(row.completions) != n:
             raise UserError(
                 f"{row.where}, field 'completions': has {len(row.completions)}, {rows[0].where.rpartition(', ')[2]} has"
-                f" {n}; avg@n and pass@k want the same number everywhere"
+                f" {n}; avg@n and pass@k need the same number in every row"
             )
         if named and "source" not in row.record:
             raise UserError(f"{row.where}, field 'record.source': is missing, other rows have it")
@@ -90,4 +90,4 @@ def _check_options(benchmark: Benchmark, row: Prediction) -> None:
     if not isinstance(options, dict) or not options or not all(isinstance(text, str) for text in options.values()):
         raise UserError(f"{row.where}, field 'record.options': expected an object of labels and texts")
     if row.gold not in options:
-        raise UserError(f"{row.where}, field 'gold': {row.gold!r} is none of the options {', '.join(options)}")
+        raise UserError(f"{row.where}, field 'gold': {row.gold!r} is not one of the options {', '.join(options)}")

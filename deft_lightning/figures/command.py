@@ -12,8 +12,8 @@ from deft_lightning.errors import UserError, did_you_mean
 
 PROG = "python -m deft_lightning figures"
 OBJECTIVES = ("NLL", "Likelihood", "Cayley", "DEFT")
-OUTPUT = "without a format in the name both PNG and SVG are written; several files may be named"
-RUN = "folder with TensorBoard event files (logs/version_0), or one that has a single such folder in it"
+OUTPUT = "without a format in the name, both PNG and SVG are written; several files are allowed"
+RUN = "folder with TensorBoard event files (logs/version_0), or a folder that contains one such folder"
 
 
 class FigureParser(argparse.ArgumentParser):
@@ -50,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("run", metavar="RUN", help=RUN)
 
     focus = kind(
-        "focus", _focus, "mean focus alpha and mean p over training, a panel for each run",
+        "focus", _focus, "mean focus alpha and mean p over training, one panel per run",
         f"\n  {PROG} focus weak=logs/version_0 strong=logs/version_1 --output focus",
     )  # fmt: skip
     focus.add_argument("runs", nargs="+", metavar="[LABEL=]RUN", help=f"{RUN}; runs of one label are averaged")
@@ -62,17 +62,17 @@ def parser() -> argparse.ArgumentParser:
         _objectives(curves)
         curves.add_argument(
             "--collision", nargs="+", type=float, default=[0.1, 0.5, 0.9], metavar="C",
-            help="collision probabilities, a line each where the objective depends on it; default: 0.1 0.5 0.9",
+            help="collision probabilities, one line each where the objective depends on them; default: 0.1 0.5 0.9",
         )  # fmt: skip
         curves.add_argument(
             "--chance", nargs="+", type=float, default=[0.01], metavar="U",
-            help="chances of the label, a line each where the objective compares p with it; default: 0.01",
+            help="chances of the label, one line each where the objective compares p with them; default: 0.01",
         )  # fmt: skip
 
-    scatter = kind("scatter", _scatter, "tokens by p and entropy, shaded by their gradient, a panel per objective")
-    scatter.add_argument("probe", metavar="PROBE", help="folder that the verb probe wrote (its --output)")
+    scatter = kind("scatter", _scatter, "tokens by p and entropy, shaded by their gradient, one panel per objective")
+    scatter.add_argument("probe", metavar="PROBE", help="folder that the verb probe wrote to (its --output)")
     _objectives(scatter)
-    scatter.add_argument("--tokens", type=int, default=2000, metavar="N", help="points of a panel; default: 2000")
+    scatter.add_argument("--tokens", type=int, default=2000, metavar="N", help="points per panel; default: 2000")
 
     bars = kind(
         "bars", _bars, "values of methods in groups: mean, standard error, and every seed",
@@ -169,7 +169,7 @@ def _bars(args: argparse.Namespace) -> list[Path]:
     table = {}
     for source in args.sources:
         if (part := _split(source, "=")) is None:
-            raise UserError(f"figures: --tag {args.tag} wants [GROUP/]METHOD=RUN, got {source}")
+            raise UserError(f"figures: --tag {args.tag} must be [GROUP/]METHOD=RUN, got {source}")
         group, method = _split(part[0], "/") or ("", part[0])
         values = scalar(part[1], args.tag)[1]
         taken = {"last": values[-1], "min": min(values), "max": max(values)}[args.take]

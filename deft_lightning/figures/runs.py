@@ -23,7 +23,7 @@ def find_run(path: str | Path) -> Path:
     """
     folder = Path(path)
     if not folder.is_dir():
-        raise UserError(f"{path}: there is no such folder, a run is one with TensorBoard event files")
+        raise UserError(f"{path}: no such folder; a run is a folder with TensorBoard event files")
     if any(folder.glob(EVENTS)):
         return folder
     below = sorted({file.parent for file in folder.glob(f"*/{EVENTS}")}, key=lambda run: (_number(run), run.name))

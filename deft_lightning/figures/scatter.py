@@ -62,7 +62,7 @@ def gradient_scatter(
     if not objectives:
         raise UserError("a scatter needs at least one objective")
     if most < 1:
-        raise UserError(f"a scatter needs at least one token a panel, got {most}")
+        raise UserError(f"a scatter needs at least one token per panel, got {most}")
     sample = tokens if isinstance(tokens, TokenSample) else TokenSample.load(tokens)
     if not len(sample):
         raise UserError("a scatter needs at least one token, the sample is empty")

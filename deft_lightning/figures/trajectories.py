@@ -54,7 +54,7 @@ def run_figure(run: str | Path, output: Output) -> list[Path]:
     """
     scalars = read_run(run)
     shown: list[tuple[str, str, dict[str, str]]] = [
-        ("Plain NLL", "nats a token", {"train/nll": "training (noisy labels)", "val/nll": "held out (clean)"}),
+        ("Plain NLL", "nats per token", {"train/nll": "training (noisy labels)", "val/nll": "held out (clean)"}),
         ("Focus trajectory", "mean", {tag: name for tag, name in PAIR}),
         ("Gate", "mean gate", {"gate/clean": "clean labels", "gate/noisy": "noisy labels"}),
     ]

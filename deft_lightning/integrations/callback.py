@@ -84,7 +84,7 @@ class GateCallback(TrainerCallback, ExportableState):
         if state.global_step:
             anew = run.load_state_dict(saved)
             if anew and tell:
-                warnings.warn(f"GateCallback: {anew}; what {run.objective!r} keeps begins anew", stacklevel=2)
+                warnings.warn(f"GateCallback: {anew}; what {run.objective!r} keeps starts over", stacklevel=2)
             if self.watched is not None and "noise" in saved:
                 self.watched.load(saved["noise"])
         if not run.counts_given and (run.counts_labels or self.watched is not None):
@@ -113,7 +113,7 @@ class GateCallback(TrainerCallback, ExportableState):
         if divisor is None or abs(divisor - whole) > 1e-4 * whole:
             raise UserError(
                 f"GateCallback: the trainer divides a step by {divisor}, but {whole:g} is what its tokens count on all"
-                " ranks: leave average_tokens_across_devices at True, and let batches have `labels`"
+                " ranks: keep average_tokens_across_devices=True, and put `labels` into batches"
             )
 
     def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
@@ -168,7 +168,7 @@ class GateCallback(TrainerCallback, ExportableState):
             )
         callbacks, self._run, self._loss = trainer.callback_handler.callbacks, loss.run, loss
         if sum(isinstance(one, GateCallback) for one in callbacks) > 1:
-            raise UserError("GateCallback: the trainer has two; each would end every step: leave one out")
+            raise UserError("GateCallback: the trainer has two of them, and each would end every step; leave one out")
         callbacks.insert(0, callbacks.pop(callbacks.index(self)))
         loss.run.attached = True
         if self._hooked is not trainer.model:

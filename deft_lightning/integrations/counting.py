@@ -50,7 +50,7 @@ def label_counts(loader: Any, device: torch.device) -> Tensor:
         dist.all_reduce(size, op=dist.ReduceOp.MAX)
         counts = summed(_plus(counts, torch.zeros(int(size), dtype=torch.int64)).to(device)).cpu()
     if not counts.sum():
-        raise UserError("no token of the training data is learnt: every label is -100")
+        raise UserError("no token of the training data is supervised: every label is -100")
     return counts
 
 

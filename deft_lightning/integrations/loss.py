@@ -35,8 +35,8 @@ class ObjectiveLoss:
             raise UserError(f"compute_loss_func: {objective!r} needs a reference model, which only SFTModule runs")
         if {"unprompted", "best"} & {needs.chance, needs.answer_chance}:
             raise UserError(
-                f"compute_loss_func: {objective!r} compares with what the model says of answers without their prompts,"
-                " which only SFTModule finds out; here give Contaminated(answer_chance='least')"
+                f"compute_loss_func: {objective!r} compares with the model's probability of answers without "
+                "their prompts, which only SFTModule computes; here use Contaminated(answer_chance='least')"
             )
         self.run = ObjectiveRun(objective, None if label_counts is None else torch.as_tensor(label_counts))
         self._checked = False
@@ -70,7 +70,7 @@ class ObjectiveLoss:
         stats, picked = self.measured(outputs, labels, token_weight, source)
         divisor = None if num_items_in_batch is None else torch.as_tensor(num_items_in_batch, device=picked.device)
         if divisor is not None and divisor.ndim:
-            raise UserError("compute_loss_func: start one process a device (torchrun), not one for all of them")
+            raise UserError("compute_loss_func: start one process per device (torchrun), not one for all")
         total = weighted_loss(self.run.current, stats).sum()
         own = torch.tensor(len(picked), device=total.device) if stats.weight is None else stats.weight.sum()
         if torch.is_grad_enabled():
@@ -115,14 +115,15 @@ class ObjectiveLoss:
         known = self.objective.sources
         if source is None:
             raise UserError(
-                f"compute_loss_func: {self.objective!r} needs the source of each row: put TokenWeights before Trainer"
-                f" among the bases, and a column `source` into the rows, the place in {', '.join(known)} (-1: neither)"
+                f"compute_loss_func: {self.objective!r} needs the source of each row: put TokenWeights before "
+                "Trainer among the base classes, and add a column `source`, the index in "
+                f"{', '.join(known)} (-1: neither)"
             )
         source = source.to(labels.device)
         if source.shape not in (labels.shape, labels.shape[:1]):
-            raise UserError("compute_loss_func: want a source for each row, or for each label")
+            raise UserError("compute_loss_func: expected one source per row, or one per label")
         if not self._checked and not bool(((source >= -1) & (source < len(known))).all()):
-            raise UserError(f"compute_loss_func: source is -1 or a place in {', '.join(known)}, from 0")
+            raise UserError(f"compute_loss_func: source must be -1 or an index in {', '.join(known)}, from 0")
         self._checked = True
         whole = source if source.shape == labels.shape else source.unsqueeze(1).expand_as(labels)
         return whole[:, 1:]
@@ -146,7 +147,7 @@ def segments(labels: Tensor, position_ids: Tensor | None) -> Tensor:
     if position_ids is not None:
         if position_ids.ndim != 2:
             raise UserError(
-                f"compute_loss_func: position_ids of shape {tuple(position_ids.shape)} tell no examples apart"
+                f"compute_loss_func: position_ids of shape {tuple(position_ids.shape)} do not separate the examples"
             )
         starts[:, 1:] |= (position_ids.diff(dim=1) != 1).to(labels.device)
     return starts.flatten().cumsum(0).view_as(labels) - 1

@@ -72,7 +72,7 @@ class ObjectiveRun:
         if self.state is not None:
             return self.objective.at(self.state)
         if not self.attached and (self.objective.scheduled or self.objective.tracks is not None):
-            raise UserError(f"compute_loss_func: {self.objective!r} changes as training goes on: add {CALLBACK}")
+            raise UserError(f"compute_loss_func: {self.objective!r} changes during training: add {CALLBACK}")
         return self.objective.at(RunState())
 
     @property
@@ -101,7 +101,7 @@ class ObjectiveRun:
         if self._context is None:
             if self.counts is None and self.counts_labels:
                 raise UserError(
-                    f"compute_loss_func: {self.objective!r} compares with how frequent labels are: add {CALLBACK},"
+                    f"compute_loss_func: {self.objective!r} compares with label frequencies: add {CALLBACK},"
                     " which counts them when training begins, or give compute_loss_func(objective, label_counts=...)"
                 )
             counts = None if self.counts is None or not self.counts.sum() else self.counts.cpu().numpy()

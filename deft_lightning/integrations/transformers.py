@@ -75,7 +75,7 @@ class TokenWeights:
         if count is None or not any("token_weight" in batch for batch in batches):
             return batches, count
         if this.args.n_gpu > 1:
-            raise UserError("token_weight: start one process a device (torchrun), not one for all of them")
+            raise UserError("token_weight: start one process per device (torchrun), not one for all")
         total = (
             torch.stack([_counted(batch["labels"], batch.get("token_weight")) for batch in batches]).sum().to(device)
         )

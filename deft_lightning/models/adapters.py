@@ -58,7 +58,7 @@ class AdapterFolder:
             if not agrees:
                 raise UserError(
                     f"--model.lora.{name} {getattr(asked, name)}: the adapters in {self.folder} have"
-                    f" {getattr(own, name)}; leave --model.lora out to go on with them"
+                    f" {getattr(own, name)}; leave --model.lora out to train them further"
                 )
         return replace(own, dropout=asked.dropout)
 
@@ -127,6 +127,6 @@ def adapter_folder(name: Any) -> AdapterFolder | None:
         raise UserError(f"{name}: its adapters cannot be read: {reason_of(error)} (--model.pretrained)") from None
     beyond = lora is None or lora.use_dora or lora.changes_base or lora.target_parameters
     if lora is None or beyond or {shapes[f"{PREFIX}{place}{A}"][0] for place in places} != {lora.r}:
-        raise UserError(f"{name}: its adapters are no plain LoRA of one rank (--model.pretrained)")
+        raise UserError(f"{name}: its adapters are not plain LoRA with one rank (--model.pretrained)")
     rows = [shape[0] for key, shape in shapes.items() if ".lora_" not in key] if saved else []
     return AdapterFolder(name, base, replace(lora, embeddings=bool(saved)), max(rows, default=0))

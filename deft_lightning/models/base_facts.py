@@ -60,6 +60,6 @@ def _card_of(name: str) -> dict[str, Any]:
         values = metadata_load(path)
     except Exception as error:  # YAML of a stranger fails in any way
         reason = " ".join(str(error).split())[:200]
-        rank_zero_info(f"{name}: its card cannot be read, so that its licence is not known: {reason}")
+        rank_zero_info(f"{name}: its card cannot be read, so its licence is unknown: {reason}")
         return {}
     return values if isinstance(values, dict) else {}

@@ -18,7 +18,7 @@ FILE = "README.md"
 LORA = "LoRA"  # the setting of adapters
 Saved = Literal["adapters", "merged", "whole"]
 SAVED: dict[Saved, str] = {
-    "adapters": "low-rank adapters, to be laid over the base",
+    "adapters": "low-rank adapters, to be loaded on top of the base",
     "merged": "the base with the adapters merged into it, in {dtype}",
     "whole": "all weights, in {dtype}",
 }
@@ -40,7 +40,7 @@ class CardFacts:
         objective: Its legend.
         training: Settings, as they are to be read, by name.
         noise: Shares in [0, 1] by name: what was estimated, what was injected.
-        validations: `first`, `last`, `best`: optimizer steps before it, and the plain NLL in nats a token.
+        validations: `first`, `last`, `best`: optimizer steps before it, and the plain NLL in nats per token.
         tests: Figures of `test` by tag.
         versions: Of the packages, by name.
     """
@@ -194,7 +194,7 @@ def _figures(facts: CardFacts) -> dict[str, str]:
     rows = {}
     for key, (step, nll) in facts.validations.items():
         where = "before training" if step == 0 else f"at step {step:,}"
-        rows[f"val/nll, {key}"] = f"{nll:.4f} nats a token {where}"
+        rows[f"val/nll, {key}"] = f"{nll:.4f} nats per token {where}"
     for tag, value in facts.tests.items():
         if not tag.endswith("_se"):
             error = facts.tests.get(f"{tag}_se")

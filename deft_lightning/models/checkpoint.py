@@ -69,7 +69,8 @@ def check_shapes(own: Mapping[str, Shape], theirs: Mapping[str, Shape], prefix: 
     wrong = sorted(name for name in own.keys() | theirs.keys() if own.get(name) != theirs.get(name))
     if wrong:
         raise UserError(
-            f"--ckpt_path: the checkpoint is of another model, for example {wrong[0].removeprefix(prefix)} has shape"
+            "--ckpt_path: the checkpoint is from a different model, for example "
+            f"{wrong[0].removeprefix(prefix)} has shape"
             f" {theirs.get(wrong[0])} in it and {own.get(wrong[0])} here (--model.architecture, --model.pretrained,"
             " --model.lora)"
         )
@@ -128,7 +129,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         raise
     except Exception as error:  # another archive, or objects of another program: the unpickler fails in any way
         if named := pickled(error):
-            what = f"it holds {named}, which is no plain value"
+            what = f"it holds {named}, which is not a plain value"
             raise UserError(f"{path}: is refused: {what}, and loading it would run code (--ckpt_path)") from None
         raise UserError(f"{path}: is not a checkpoint of SFTModule (--ckpt_path)") from None
     if not isinstance(checkpoint, dict):
@@ -162,7 +163,7 @@ def verify(path: Path) -> None:
         if not path.is_dir():
             check_sealed(path)
         elif not check_folder(path):
-            rank_zero_info(f"{path}: has no {DIGESTS}, so that its shares cannot be verified")
+            rank_zero_info(f"{path}: has no {DIGESTS}, so its shards cannot be verified")
     except Damaged as error:
         raise UserError(f"{path}: is damaged: {error}; use another checkpoint (--ckpt_path)") from None
     except OSError as error:
@@ -225,7 +226,7 @@ def _adapters(about: Settings, state: Record) -> LoRA:
     if any(rank != lora.r and not (experts and rank % lora.r == 0) for rank in ranks):
         raise UserError(f"--ckpt_path: the checkpoint says rank {lora.r} of its adapters, which have {max(ranks)}")
     if not ranks:
-        raise UserError("--ckpt_path: the checkpoint names adapters and has no weights of any")
+        raise UserError("--ckpt_path: the checkpoint names adapters but has no adapter weights")
     if not isinstance(lora.target_modules, str) or lora.target_modules == "all-linear":
         return lora
     if experts:
@@ -242,8 +243,8 @@ def _adapted(about: Settings, weights: Mapping[str, Any], base: str) -> CausalLM
         model = load_pretrained(base, about["dtype"])
     except UserError as error:
         raise UserError(
-            f"--ckpt_path: the checkpoint holds adapters of {base!r}, which cannot be loaded: {error}; if it is"
-            " elsewhere now, name it with --model.pretrained"
+            f"--ckpt_path: the checkpoint holds adapters of {base!r}, which cannot be loaded: {error}; if it "
+            "has moved, name it with --model.pretrained"
         ) from None
     # An embedding that got rows is in the checkpoint whole; what says to be larger than the file is not believed.
     rows, columns = model.get_input_embeddings().weight.shape

@@ -55,7 +55,7 @@ def check_causal(model: CausalLM, input_ids: Tensor) -> None:
         both = model(input_ids=torch.cat([few, other]), use_cache=False).logits[:, :-1].float()
     if float((both[0] - both[1]).abs().max()) > 1e-4 * float(both.abs().max()):
         raise UserError(
-            f"{type(base_causal_lm(model)).__name__} sees the tokens it is to predict: it is not a causal model"
+            f"{type(base_causal_lm(model)).__name__} sees the tokens it must predict: it is not a causal model"
             " (--model.pretrained, --model.architecture.model_type)"
         )
 

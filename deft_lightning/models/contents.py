@@ -135,15 +135,15 @@ def problem(checkpoint: object) -> str:
         return "is not a checkpoint of SFTModule"
     about = checkpoint[KEY]
     if not isinstance(about, dict):
-        return f"is malformed: {KEY!r} is no object"
+        return f"is malformed: {KEY!r} is not an object"
     for name, (test, needed) in OWN.items():
         if (needed and name not in about) or (name in about and not test(about[name])):
             return f"is malformed: '{KEY}.{name}' is {'missing' if name not in about else 'not what it should be'}"
     for name in about["tokenizer"]:
         if not is_inside(name):
-            return f"is refused: it names a file of its tokenizer {str(name)[:200]!r}, which leads out of its folder"
+            return f"is refused: it names a file of its tokenizer {str(name)[:200]!r}, which points outside its folder"
     if not _tensors(checkpoint["state_dict"]):
-        return "is malformed: 'state_dict' is no object of tensors"
+        return "is malformed: 'state_dict' is not an object of tensors"
     for name, test in LIGHTNING.items():
         if name in checkpoint and not test(checkpoint[name]):
             return f"is malformed: {name!r} is not what it should be"

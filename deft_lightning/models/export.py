@@ -53,8 +53,8 @@ def save_hugging_face(
         model = merged(model, way)
     elif not stand_alone(model):
         raise UserError(
-            f"{target}: these adapters began by changing the weights below them (--model.lora.init_lora_weights), so"
-            " that they fit no base alone: --merge float32"
+            f"{target}: the initialisation of these adapters changed the base weights "
+            "(--model.lora.init_lora_weights), so they do not fit the original base: --merge float32"
         )
     causal = base_causal_lm(model)
     before = causal.config.use_cache, causal.generation_config

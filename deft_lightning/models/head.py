@@ -106,7 +106,7 @@ def find_head(model: CausalLM, backend: str = "auto") -> HeadSeam:
         raise UserError(f"{name}: its head is a {kind}, which the fused head cannot read{DENSE}")
     if hasattr(linear, "lora_A"):
         if linear.lora_variant or any(down.bias is not None for down in linear.lora_B.values()):
-            raise UserError(f"{name}: the fused head knows plain LoRA on the head, no DoRA and no LoRA bias{DENSE}")
+            raise UserError(f"{name}: the fused head supports plain LoRA on the head, not DoRA or LoRA biases{DENSE}")
     elif projection is not linear and not hasattr(linear, "modules_to_save"):
         raise UserError(f"{name}: the fused head cannot read the adapter {type(linear).__name__} on its head{DENSE}")
     config = causal.config.get_text_config()
@@ -138,6 +138,6 @@ def router_loss_factor(model: CausalLM) -> float | None:
             if hasattr(owner, name):
                 return float(getattr(owner, name))
     raise UserError(
-        f"{type(causal).__name__} gives no auxiliary loss, or with no factor known here, though its config says"
-        " output_router_logits; set it to false (--model.architecture.output_router_logits false)"
+        f"{type(causal).__name__} returns no auxiliary loss, or an unknown factor for it, although its config "
+        "sets output_router_logits; set it to false (--model.architecture.output_router_logits false)"
     )

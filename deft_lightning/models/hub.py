@@ -37,9 +37,9 @@ def check_push(name: str, private: bool, option: str) -> None:
         raise UserError(f"{option}: {_line(error)}") from None
     owner, slash, _ = name.partition("/")
     if not slash:
-        raise UserError(f"{option} {name}: say where it belongs: ORG/NAME, or USER/NAME")
+        raise UserError(f"{option} {name}: name the repository as ORG/NAME or USER/NAME")
     if get_token() is None:
-        raise UserError(f"{option} {name}: there is no token of the hub: `hf auth login`, or set HF_TOKEN")
+        raise UserError(f"{option} {name}: no hub token found: run `hf auth login`, or set HF_TOKEN")
     api = HfApi()
     try:
         me = api.whoami()
@@ -55,20 +55,22 @@ def check_push(name: str, private: bool, option: str) -> None:
         raise UserError(f"{option} {name}: the hub {what}: {_line(error)}") from None
     if private and not found.private:
         raise UserError(
-            f"{option} {name}: is there already, and public; set {option.rpartition('push_to_hub')[0]}private false,"
+            f"{option} {name}: exists already and is public; set {option.rpartition('push_to_hub')[0]}private false,"
             " or another name"
         )
-    rank_zero_info(f"{name}: is there already; a commit will be added to it")
+    rank_zero_info(f"{name}: exists already; a commit will be added to it")
 
 
 def _check_rights(me: dict[str, Any], name: str, owner: str, option: str) -> None:
     role = ((me.get("auth") or {}).get("accessToken") or {}).get("role")
     if role is not None and role not in WRITES:
-        raise UserError(f"{option} {name}: the token of {me.get('name')} may only {role}; make one that may write")
+        raise UserError(f"{option} {name}: the token of {me.get('name')} may only {role}; create one with write access")
     orgs = {str(org.get("name")): org.get("roleInOrg") for org in me.get("orgs") or ()}
     if owner != me.get("name") and owner not in orgs:
         own = ", ".join([str(me.get("name")), *sorted(org for org, part in orgs.items() if part != "read")])
-        raise UserError(f"{option} {name}: the token is of {me.get('name')}, who may write to {own}, not to {owner}")
+        raise UserError(
+            f"{option} {name}: the token belongs to {me.get('name')}, who may write to {own}, not to {owner}"
+        )
     if orgs.get(owner) == "read":
         raise UserError(f"{option} {name}: {me.get('name')} may only read in {owner}")
 

@@ -32,13 +32,14 @@ class LoRA:
         alpha: Scale; None is ``2 r``.
         dropout: Dropout on the adapter's input, in [0, 1).
         target_modules: Names of the linear modules to adapt; `all-linear` is every one but the head.
-        embeddings: Train the embedding and the head too, whole; tokens that are added need it, and switch it on.
+        embeddings: Train the embedding and the head too, in full; added tokens need it and switch it on.
         use_rslora: Scale by ``alpha / sqrt(r)`` (arXiv 2312.03732).
-        use_dora: Train the size of each weight apart from its direction (arXiv 2402.09353); not on a fused head.
-        init_lora_weights: How they begin, as peft says it: true (nothing changes), gaussian, orthogonal, olora, pissa,
-            pissa_niter_16. olora and pissa change the weights below the adapters, so that checkpoints hold all of them.
-        modules_to_save: Names of modules to train whole beside the adapters.
-        target_parameters: Names of weights to adapt that are no linear module, such as a mixture's experts.
+        use_dora: Train magnitude and direction of weights apart (arXiv 2402.09353); not on a fused head.
+        init_lora_weights: Initialisation, as in peft: true (no change at the start), gaussian, orthogonal, olora,
+            pissa, pissa_niter_16. olora and pissa change the weights below the adapters, so that checkpoints hold all
+            of them.
+        modules_to_save: Names of modules to train in full, besides the adapters.
+        target_parameters: Names of weights to adapt that are not linear modules, such as a mixture's experts.
     """
 
     r: int = 16
@@ -112,8 +113,8 @@ def add_adapters(model: CausalLM, lora: LoRA) -> CausalLM:
         twice = [t for t in lora.target_modules if any(f".{name}".endswith(f".{t}") for name in ends)]
         if twice:
             raise UserError(
-                f"--model.lora.target_modules: {', '.join(twice)} is trained whole, by --model.lora.embeddings true"
-                " or since tokens are added; leave it out here"
+                f"--model.lora.target_modules: {', '.join(twice)} is trained in full, by "
+                "--model.lora.embeddings true or because tokens are added; leave it out here"
             )
     try:
         with warnings.catch_warnings():
@@ -154,8 +155,8 @@ def lora_of(model: CausalLM) -> LoRA | None:
         if lora is not None:
             return lora
     rank_zero_warn(
-        "the adapters of the model are no plain LoRA: checkpoints of this run cannot be exported or loaded; export the"
-        " module itself once it is trained, trainer.export(module, output=...)"
+        "the model's adapters are not plain LoRA: checkpoints of this run cannot be exported or loaded; after "
+        "training, export the module itself with trainer.export(module, output=...)"
     )
     return None
 

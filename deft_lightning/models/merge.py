@@ -27,7 +27,7 @@ def merge_of(asked: Merge | bool) -> Merge:
     """
     way: Any = {True: "float32", False: "none"}.get(asked, asked) if isinstance(asked, bool) else asked
     if way not in get_args(Merge):
-        raise UserError(f"--merge {asked} is none of {', '.join(get_args(Merge))}")
+        raise UserError(f"--merge {asked} is not one of {', '.join(get_args(Merge))}")
     return way
 
 
@@ -57,7 +57,7 @@ def merged(model: CausalLM, way: Merge) -> CausalLM:
         return exact
     short = str(dtype).removeprefix("torch.")
     if way == "float32":
-        rank_zero_info(f"merged in float32: twice the size of {short}, and nothing of the update is rounded away")
+        rank_zero_info(f"merged in float32: twice the size of {short}, and the update loses no precision")
         return exact
     lost = change = 0.0
     for name, weight in exact.named_parameters():

@@ -167,14 +167,14 @@ def make_reference(model: CausalLM, seam: HeadSeam | None, copied: Callable[[], 
     """
     if hasattr(model, "get_base_model"):
         _check_adapters(model)
-        rank_zero_info("reference: the model with its adapters switched off, which holds no weights of its own")
+        rank_zero_info("reference: the model with its adapters switched off, which needs no extra weights")
         return Reference(model, seam, frozen=False)
     needed = sum(_local(tensor).numel() * tensor.element_size() for tensor in _tensors(model))
     free = available_memory() if next(model.parameters()).device.type == "cpu" else None
     if free is not None and needed > free:
         raise UserError(
-            f"{ASKED}: a frozen copy of the initial weights needs {size_of(needed)} of memory, {size_of(free)} are"
-            " available; train adapters (--model.lora.r 16), whose reference costs none"
+            f"{ASKED}: a frozen copy of the initial weights needs {size_of(needed)} of memory, "
+            f"{size_of(free)} is available; train adapters (--model.lora.r 16), whose reference costs none"
         )
     frozen = copy.deepcopy(model) if copied is None else copied()
     frozen.requires_grad_(False).eval()
@@ -188,11 +188,11 @@ def _check_adapters(model: CausalLM) -> None:
     others = [name for name in trained if not any(part in name for part in ADAPTED)]
     if others or not _switches(model):
         what = f"train {others[0]} too" if others else "have no switch"
-        raise UserError(f"{ASKED}: the adapters of the model {what}, so that it is no reference with them off")
+        raise UserError(f"{ASKED}: the adapters of the model {what}, so the model without them is not a reference")
     if not stand_alone(model):
         raise UserError(
-            f"{ASKED}: the adapters of the model began by changing the weights below them, so that it is no reference"
-            " with them off (--model.lora.init_lora_weights)"
+            f"{ASKED}: the initialisation of the adapters changed the base weights, so the model without them "
+            "is not a reference (--model.lora.init_lora_weights)"
         )
     moved = (bool(_local(w).detach().any()) for name, w in model.named_parameters() if ".lora_B." in name)
     if next(model.parameters()).device.type != "meta" and any(moved):

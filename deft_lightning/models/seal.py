@@ -138,9 +138,9 @@ def unbounded(archive: zipfile.ZipFile) -> str:
     """
     members = archive.infolist()
     if any(member.compress_type != zipfile.ZIP_STORED for member in members):
-        return "it is compressed, so that it could unpack to any size"
+        return "it is compressed, so it could unpack to any size"
     if sum(member.file_size for member in members) > os.stat(str(archive.filename)).st_size:
-        return "its members lie over each other, so that it could unpack to any size"
+        return "its members overlap, so it could unpack to any size"
     return ""
 
 

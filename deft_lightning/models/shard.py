@@ -65,8 +65,8 @@ def build_sharded(build: Callable[[], Any], mesh: Any, device: torch.device, low
         for attribute, value in vars(module).items():
             if isinstance(value, Tensor) and value.is_meta:
                 raise UserError(
-                    f"{type(base_causal_lm(model)).__name__}: {name}.{attribute} is a tensor that cannot be handed to"
-                    " other ranks; use --trainer.strategy ddp"
+                    f"{type(base_causal_lm(model)).__name__}: {name}.{attribute} is a tensor that cannot be "
+                    "sent to other ranks; use --trainer.strategy ddp"
                 )
     return model
 

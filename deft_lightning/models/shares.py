@@ -59,7 +59,7 @@ class _Unpickler(pickle._Unpickler):
         if len(self.stack) > 1 and not type(self.stack[-2]).__module__.startswith(
             ("torch.distributed.", "collections")
         ):
-            raise pickle.UnpicklingError("it changes what is no part of a checkpoint's metadata")
+            raise pickle.UnpicklingError("it changes something outside a checkpoint's metadata")
         super().load_build()  # type: ignore[misc]
 
     dispatch: ClassVar[dict[int, Any]] = {
@@ -72,7 +72,7 @@ class _Unpickler(pickle._Unpickler):
         if cls is None and module == "torch" and isinstance(dtype := vars(torch).get(name), torch.dtype):
             return dtype
         if cls is None:
-            raise pickle.UnpicklingError(f"it names {module}.{name}, which is no part of a checkpoint's metadata")
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which is not part of a checkpoint's metadata")
         return cls
 
 
@@ -98,26 +98,26 @@ def read_metadata(folder: Path) -> metadata.Metadata:
 def _check(meta: Any, folder: Path) -> None:
     """Refuse metadata that is not made of the parts it should be, or leads out of its folder."""
     if not isinstance(meta, metadata.Metadata):
-        raise pickle.UnpicklingError("it is no metadata")
+        raise pickle.UnpicklingError("it is not metadata")
     if not isinstance(meta.state_dict_metadata, dict) or not isinstance(meta.storage_data, dict):
         raise pickle.UnpicklingError("it lists nothing")
     sizes = {file.name: file.stat().st_size for file in folder.iterdir() if file.is_file() and not file.is_symlink()}
     for entry in meta.storage_data.values():
         if not isinstance(entry, _StorageInfo):
-            raise pickle.UnpicklingError("a place is of another kind")
+            raise pickle.UnpicklingError("an entry is of an unknown kind")
         name, start, length = entry.relative_path, entry.offset, entry.length
         if name not in sizes:
-            raise UserError(f"{folder}: its metadata names {name!r}, which is no file in it (--ckpt_path)")
+            raise UserError(f"{folder}: its metadata names {name!r}, which is not in the folder (--ckpt_path)")
         if not all(isinstance(number, int) and number >= 0 for number in (start, length)):
-            raise pickle.UnpicklingError("a place is no number")
+            raise pickle.UnpicklingError("an offset is not a number")
         if start + length > sizes[name]:
             raise UserError(f"{folder / name}: has been cut short (--ckpt_path)")
         if entry.transform_descriptors:
-            raise UserError(f"{folder / name}: is compressed, which is not read here (--ckpt_path)")
+            raise UserError(f"{folder / name}: is compressed, which is not supported (--ckpt_path)")
     total_bytes = sum(sizes.values())
     for name, entry in meta.state_dict_metadata.items():
         if not isinstance(name, str):
-            raise pickle.UnpicklingError("a name is no text")
+            raise pickle.UnpicklingError("a name is not text")
         if isinstance(entry, metadata.TensorStorageMetadata):
             size, dtype = entry.size, entry.properties.dtype
             if not isinstance(size, torch.Size) or not isinstance(dtype, torch.dtype):
@@ -177,7 +177,7 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
             warnings.filterwarnings("ignore", message=".*assuming the intent is to load in a single.*")
             load(state, storage_reader=ShareReader(folder), planner=planner, no_dist=True)
     except (Exception, CheckpointException) as error:  # torch's is a BaseException
-        raise UserError(f"{folder}: a share cannot be read: {innermost(error)} (--ckpt_path)") from None
+        raise UserError(f"{folder}: a shard cannot be read: {innermost(error)} (--ckpt_path)") from None
     return {name.removeprefix(WEIGHTS): value for name, value in state.items()}
 
 
@@ -187,5 +187,5 @@ def innermost(error: BaseException) -> str:
         first: Any = next(iter(error.failures.values()))
         error = first[0] if isinstance(first, tuple) else first
     if isinstance(error, pickle.UnpicklingError):
-        return "it holds an object that is no plain value, and loading it would run code"
+        return "it holds an object that is not a plain value, and loading it would run code"
     return " ".join(str(error).split()) or type(error).__name__

@@ -23,7 +23,9 @@ def fit_vocabulary(model: CausalLM, tokenizer: Tokenizer, added: Sequence[int] =
         UserError: The model has adapters already, or cannot be resized.
     """
     if hasattr(model, "get_base_model"):
-        raise UserError("--model.add_tokens, --model.resize_vocabulary: the model has adapters; add the tokens before")
+        raise UserError(
+            "--model.add_tokens, --model.resize_vocabulary: the model has adapters; add tokens before adapters"
+        )
     before = model.get_input_embeddings().weight.shape[0]
     rows = max(before, len(tokenizer), *(token + 1 for token in added)) if added else max(before, len(tokenizer))
     new = sorted({*added, *range(before, rows)})

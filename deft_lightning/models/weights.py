@@ -83,12 +83,12 @@ def check_loaded(name: str, model: CausalLM, info: dict[str, Any]) -> None:
         if unexpected:
             adapted = any("lora_" in key for key in unexpected)
             hint = f"; the files have {_some(unexpected, 'others')}" + (
-                ": they are of low-rank adapters that are not merged"
+                ": they belong to low-rank adapters that are not merged"
                 if adapted
                 else ", perhaps the same under other names"
             )
         elif all("head" in key or key.startswith("embed_out") for key in missing):
-            hint = "; if it shares the embedding's weight, config.json has to say tie_word_embeddings: true"
+            hint = "; if it shares the embedding's weight, config.json must say tie_word_embeddings: true"
         raise UserError(f"{name}: {_some(missing, 'weights are missing from its files')}{hint} (--model.pretrained)")
     if unexpected:
         rank_zero_info(f"{name}: {_some(unexpected, 'not used, since the model has no such weights')}")
@@ -105,9 +105,9 @@ def _check_numbers(name: str, model: CausalLM) -> None:
             if not torch.isfinite(value.detach().sum(dtype=torch.float32)) and not torch.isfinite(value).all():
                 bad.append(key)
     if bad and len(bad) == count:
-        raise UserError(f"{name}: all its weights hold values that are no numbers (--model.pretrained)")
+        raise UserError(f"{name}: all its weights hold values that are not numbers (--model.pretrained)")
     if bad:
-        rank_zero_warn(f"{name}: {_some(bad, 'weights hold values that are no numbers')} (--model.pretrained)")
+        rank_zero_warn(f"{name}: {_some(bad, 'weights hold values that are not numbers')} (--model.pretrained)")
 
 
 def damaged(files: Iterable[Path]) -> str:
@@ -123,12 +123,12 @@ def damaged(files: Iterable[Path]) -> str:
                 # The format before zip files begins with this pickled number.
                 with path.open("rb") as stream:
                     if b"\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19" not in stream.read(32):
-                        return f"{path.name} is no file of torch weights, or was cut off"
+                        return f"{path.name} is not a file of torch weights, or is truncated"
             else:
                 torch.load(path, map_location="meta", weights_only=True)
         except Exception as error:  # safetensors, zip files and pickles each have their own kinds
             if named := pickled(error):
-                return f"{path.name} holds {named}, which is no weight, and loading it would run code"
+                return f"{path.name} holds {named}, which is not a weight, and loading it would run code"
             return f"{path.name} is damaged: {reason_of(error)}"
     return ""
 

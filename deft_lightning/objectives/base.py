@@ -46,7 +46,7 @@ class Objective(ABC):
         """Return what a run is to add up for :meth:`at`; by default what one of its parts wants, None for nothing."""
         wanted = [tracked for part in self.parts().values() if (tracked := part.tracks) is not None]
         if len(wanted) > 1:
-            raise UserError(f"{self!r}: a run keeps one mean gate, but two parts want one; rescale the whole instead")
+            raise UserError(f"{self!r}: a run keeps one mean gate, but two parts need one; rescale the whole instead")
         return wanted[0] if wanted else None
 
     @property

@@ -113,12 +113,12 @@ class BySource(Objective):
     def __post_init__(self) -> None:
         """Refuse parts that do not go together."""
         if not isinstance(self.own, Mapping):
-            raise UserError(f"BySource: own is objectives by the name of their source, not {self.own!r}")
+            raise UserError(f"BySource: own must map names of sources to objectives, not {self.own!r}")
         for name, part in self.own.items():
             if not isinstance(part, Objective):
                 raise UserError(f"BySource: own {name!r} is {part!r}, no objective")
         if any(isinstance(part, BySource) for part in self.parts().values()):
-            raise UserError("BySource: neither base nor own can be one itself")
+            raise UserError("BySource: base and own cannot be BySource themselves")
         sizes = {part.topk for part in self.parts().values()} - {0}
         if len(sizes) > 1:
             raise UserError(
@@ -127,11 +127,11 @@ class BySource(Objective):
             )
         tracked = [part.tracks for part in self.parts().values()]
         if sum(one is not None and not one.told((), 1.0).rates for one in tracked) > 1:
-            raise UserError("BySource: of base and own, one at most can be rescaled: a run keeps one mean gate")
+            raise UserError("BySource: at most one of base and own can be rescaled: a run keeps one mean gate")
         try:
             _ = self.needs
         except UserError:
-            raise UserError("BySource: base and own want different chances of a label; give them one") from None
+            raise UserError("BySource: base and own need different chances of a label; give them the same") from None
 
     def __hash__(self) -> int:
         """Hash by content, as the other objectives do."""
@@ -157,7 +157,8 @@ class BySource(Objective):
         """
         if self.own and stats.source is None:
             raise UserError(
-                f"{self!r} needs TokenStats.source, the source of each token: the data has one, or tells none"
+                f"{self!r} needs TokenStats.source, the source of each token: the data has a single source, "
+                "or names none"
             )
         of = torch.full_like(stats.correct, -1, dtype=torch.long) if stats.source is None else stats.source
         for place, name in enumerate(self.parts(), start=-1):

@@ -55,9 +55,9 @@ def as_objective(given: Any) -> Objective:
     if isinstance(given, str):
         return parse_objective(given)
     if isinstance(given, type) and issubclass(given, Objective):
-        raise UserError(f"objective {given.__name__}: a class; make one of it, {given.__name__}()")
+        raise UserError(f"objective {given.__name__}is a class; make an instance, {given.__name__}()")
     if not isinstance(given, Objective):
-        raise UserError(f"objective {given!r}: give one, such as DEFT(), or its name")
+        raise UserError(f"objective {given!r}: give an instance such as DEFT(), or a name")
     return given
 
 
@@ -116,7 +116,7 @@ def _named(node: ast.Dict, text: str) -> list[tuple[str, ast.expr]]:
         elif isinstance(key, ast.Constant) and isinstance(key.value, str):
             pairs.append((key.value, value))
         else:
-            raise UserError(f"objective {text!r}: names in braces are words or text in quotes")
+            raise UserError(f"objective {text!r}: names in braces must be words or quoted text")
     return pairs
 
 
@@ -172,7 +172,7 @@ def _parts(node: ast.Call, text: str) -> tuple[type[Objective], list[ast.expr], 
     cls = _class(node.func, text)
     starred = any(isinstance(argument, ast.Starred) for argument in node.args)
     if starred or any(keyword.arg is None for keyword in node.keywords):
-        raise UserError(f"objective {text!r}: options are written out, without stars")
+        raise UserError(f"objective {text!r}: write options out, without stars")
     options = {str(keyword.arg): keyword.value for keyword in node.keywords}
     if len(options) < len(node.keywords):
         raise UserError(f"objective {text!r}: an option is given twice")
@@ -195,9 +195,7 @@ def _build(node: ast.expr, text: str) -> Any:
     try:
         return ast.literal_eval(node)
     except (ValueError, TypeError, MemoryError, RecursionError):
-        raise UserError(
-            f"objective {text!r}: {ast.unparse(node)} is neither a number, a word nor an objective"
-        ) from None
+        raise UserError(f"objective {text!r}: {ast.unparse(node)} is not a number, a word or an objective") from None
 
 
 def _class(node: ast.expr, text: str) -> type[Objective]:
@@ -213,7 +211,7 @@ def _class(node: ast.expr, text: str) -> type[Objective]:
     except (ImportError, ValueError) as error:
         raise UserError(f"objective {text!r}: cannot import {module} ({error})") from None
     if not (inspect.isclass(cls) and issubclass(cls, Objective) and not inspect.isabstract(cls)):
-        raise UserError(f"objective {text!r}: {last} of {module} is no objective")
+        raise UserError(f"objective {text!r}: {last} of {module} is not an objective")
     return cls
 
 

@@ -51,7 +51,7 @@ class Sampled(NamedTuple):
         where = f"{tag} before the first step, on {self.answers:,} answers"
         if self.rate is not None:
             return f"{where}: {self.rate:.2f}"
-        return f"{where}: no estimate, the model finds too few of them better than chance; it begins at 0.01"
+        return f"{where}: no estimate, since the model explains too few of them better than chance; it starts at 0.01"
 
 
 class Begun(NamedTuple):
@@ -177,7 +177,7 @@ def merged_needs(owner: object, one: Needs, other: Needs) -> Needs:
     for name in ("chance", "answer_chance"):
         kinds = {kind for kind in (getattr(one, name), getattr(other, name)) if kind is not None}
         if len(kinds) > 1:
-            raise UserError(f"{owner!r}: its parts want different chances, {' and '.join(sorted(kinds))}; give one")
+            raise UserError(f"{owner!r}: its parts need different chances, {' and '.join(sorted(kinds))}; give one")
     return Needs(
         one.chance or other.chance, one.answer_chance or other.answer_chance, one.example or other.example,
         one.reference or other.reference,

@@ -101,6 +101,6 @@ def folds_text(record: Record) -> str:
     steps = f"{low}" if low == high else f"{low} to {high}"
     return (
         f"read in {record['count']} folds, each by an adapter (rank {record['rank']}, {steps} steps) that was trained"
-        " on the others: all numbers are of these models, not of the one that training starts from, and no objective is"
-        " recommended"
+        " on the others. All numbers are of these models, not of the model that training starts from, so no objective"
+        " is recommended"
     )

@@ -119,7 +119,7 @@ class Kept:
         mark = json.dumps(hashlib.sha256(repr(about).encode()).hexdigest())
         file = self.folder / "of.json"
         if self.folder.exists() and (not file.exists() or file.read_text(encoding="utf-8") != mark):
-            rank_zero_info("probe: an unfinished one of another model or other options lies there; it begins anew")
+            rank_zero_info("probe: an unfinished probe of another model or with other options is there; starting over")
             remove(self.folder)
         with whole_file(file) as partial:
             partial.write_text(mark, encoding="utf-8")
@@ -128,7 +128,7 @@ class Kept:
         """Return a pass of so many tokens, and say it where some of it was done before."""
         kept = KeptPass(self.folder, name, tokens)
         if kept.batches:
-            rank_zero_info(f"probe: goes on where a killed one was: {kept.batches} batches ({name}) are read already")
+            rank_zero_info(f"probe: resuming a stopped probe: {kept.batches} batches ({name}) are done already")
         return kept
 
 

@@ -66,19 +66,18 @@ def recommend(facts: Facts) -> Recommendation:
         if facts.sure >= OFTEN_SURE and facts.sure_right is not None and facts.sure_right < MOSTLY_WRONG:
             return Recommendation(
                 None, "other",
-                f"cannot tell: the model is sure of something else ({some}, and is right on {facts.sure_right:.2f} of"
-                " the tokens where it is sure); if the labels are right, take NLL, if most of them are wrong, do not"
-                " train on them",
+                f"cannot tell: the model is sure of something else ({some}, and right on {facts.sure_right:.2f} of"
+                " those tokens); take NLL if the labels are right, and do not train if most of them are wrong",
             )  # fmt: skip
         return Recommendation(
             CONTAMINATED, "unknown",
-            f"{CONTAMINATED}: the model does not know this task yet ({some}), so the noise rate is no estimate, and"
+            f"{CONTAMINATED}: the model does not know this task yet ({some}), so the noise rate is not an estimate, and"
             " this objective learns from scratch about as well as NLL",
         )  # fmt: skip
     if max(facts.noise, facts.noise_tokens) < CLEAN and facts.gain_token >= LARGE:
         return Recommendation(
             "NLL", "clean",
-            f"NLL: {seen}, and the model gains {facts.gain_token:.2f} nats a token over chance, so that objectives"
+            f"NLL: {seen}, and the model gains {facts.gain_token:.2f} nats per token over chance, so that objectives"
             " hardly differ (Contaminated does as well)",
         )  # fmt: skip
     return Recommendation(

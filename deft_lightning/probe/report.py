@@ -80,7 +80,7 @@ def table(report: Record) -> str:
         lines += [
             "",
             "most suspicious examples",
-            "(score in nats, its largest part, and what is learnt where that speaks)",
+            "(score in nats, its largest part, and the labels at that place)",
         ]
     for record in report["suspicious"]:
         place = record["place"]

@@ -104,5 +104,5 @@ def truth_text(record: JsonObject) -> list[str]:
             " noisy less often than rows drawn at random. Do not use this audit."
         )
     elif best["low"] <= 0.5:
-        lines.append(f"  Warning: {name} cannot be told from chance on these rows: 0.5 is within its interval.")
+        lines.append(f"  Warning: {name} cannot be separated from chance on these rows: 0.5 is within its interval.")
     return lines

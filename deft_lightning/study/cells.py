@@ -257,7 +257,7 @@ def _score(
 
 
 def _forgetting(cell: Cell, root: Path, module: SFTModule, model: str | None) -> dict[str, float]:
-    """Return how far predictions on rows of another kind are from those before training, in nats a token."""
+    """Return how far predictions on rows of another kind are from those before training, in nats per token."""
     rows = rows_apart(cell, root)
     if rows is None or model is None:
         return {}

@@ -25,8 +25,8 @@ def study_parser() -> DeftParser:
 
     parser = DeftParser(
         prog="python -m deft_lightning study",
-        description="Train every objective in every regime of prior and noise, and compare. Finished runs are kept: a"
-        " study that was stopped goes on where it was.",
+        description="Train every objective in every regime of prior and noise, and compare. Finished runs are "
+        "kept: a stopped study resumes.",
     )
     parser.add_argument("--config", action="config", help="A study, for example deft:study/regimes.")
     parser.add_class_arguments(Study)
@@ -36,10 +36,12 @@ def study_parser() -> DeftParser:
         default=None,
         help="Folder; default: logs/study/CONFIG, with --smoke logs/smoke/CONFIG.",
     )
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="Processes, each on one thread.")
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count() or 1, help="Number of processes, each on one thread."
+    )
     parser.add_argument(
         "--smoke", type=bool, nargs="?", const=True, default=False,
-        help="The same kinds of runs in minutes, to try it out.",
+        help="A small study of the same kind that takes minutes.",
     )  # fmt: skip
     return parser
 
@@ -78,7 +80,7 @@ def main(args: Sequence[str] | None = None) -> None:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(2)
     except KeyboardInterrupt:
-        sys.stderr.write("stopped; the finished runs are kept, the same command goes on\n")
+        sys.stderr.write("stopped; the finished runs are kept, and the same command resumes\n")
         sys.exit(130)
     print(text(report))
     print(f"study: {root.resolve()}")

@@ -90,20 +90,19 @@ class Study:
     """A grid of objectives, regimes, noise and seeds.
 
     Args:
-        regimes: By name.
+        regimes: Regimes by name.
         architecture: `model_type` and options of a transformers config, for random weights.
-        objectives: What is compared.
-        remedies: Objectives that are tried in the headline cells alone, at the shared learning rate.
+        objectives: Objectives to compare.
+        remedies: Objectives to try only in the headline cells, at the shared learning rate.
         seeds: Runs of a cell.
         headline_seeds: Runs of a headline cell.
         tuning_seeds: Runs of each learning rate when one is chosen for an objective in a headline cell.
         rows: Training examples of a task.
         held_out: Validation examples, and as many test examples.
-        second_rounding: Run the headline cells once more with the dense head, whose gradients agree with those of the
-            fused one to rounding: a cell whose two medians are far apart stands on an edge, and says nothing.
+        second_rounding: Run the headline cells again with the dense head, whose gradients agree with the fused head to
+            rounding. A cell with two medians far apart is unstable, and proves nothing.
         pretrained: Hub id or folder of the model of every regime that names neither one nor a base.
-        first_seed: Seeds are counted from here, so that what was looked at while a method was made is not what is
-            reported of it.
+        first_seed: First seed. Report a method on seeds that were not used to develop it.
     """
 
     regimes: dict[str, Regime]
@@ -133,7 +132,7 @@ class Study:
             raise UserError(f"study: judge must be one for all regimes, not {' and '.join(sorted(judges))}")
         for name, regime in self.regimes.items():
             if regime.lora is not None and (regime.base or regime.pretrained or self.pretrained) is None:
-                raise UserError(f"study: regime {name}: lora adapts a model that is there; name pretrained or a base")
+                raise UserError(f"study: regime {name}: lora needs a trained model; name pretrained or a base")
             if regime.exclude_top is not None and (regime.base or regime.pretrained or self.pretrained) is None:
                 raise UserError(
                     f"study: regime {name}: exclude_top asks the model that a cell starts from, and random weights know"
@@ -145,7 +144,7 @@ class Study:
             if "__init__" in vars(cls) and "__dataclass_params__" not in vars(cls):
                 raise UserError(f"study: {cls.__name__} must be a frozen dataclass: results are kept by its settings")
         if twice := {name for name in names if names.count(name) > 1}:
-            raise UserError(f"study: {', '.join(sorted(twice))} is there twice")
+            raise UserError(f"study: {', '.join(sorted(twice))} is listed twice")
 
     @property
     def judge(self) -> str:

@@ -77,7 +77,7 @@ class Pool:
             raise UserError(f"{cell.label}: {reason}") from None
         except BrokenProcessPool:
             raise UserError(
-                f"{cell.label}: a worker was killed, perhaps for want of memory; the finished runs are kept, start"
+                f"{cell.label}: a worker was killed, perhaps because memory ran out; the finished runs are kept, start"
                 " again with fewer --workers"
             ) from None
 

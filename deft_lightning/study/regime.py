@@ -19,7 +19,7 @@ class Base:
         source: Its rows, as for `--data.source`.
         steps: Optimizer steps.
         rate: Learning rate.
-        batch_size: Examples a step.
+        batch_size: Examples per step.
         op: Noise operation that changes all of its answers, for a model that is sure of another rule; default: none.
     """
 
@@ -41,29 +41,29 @@ class Regime:
     """A task, and what the model knows of it before it is fine-tuned.
 
     Args:
-        source: Rows, as for `--data.source`; split into training, validation and test by a hash of the prompt.
+        source: Rows, as for `--data.source`, split into training, validation and test by a hash of the prompt.
         steps: Optimizer steps of fine-tuning.
         rate: Learning rate that all objectives share.
-        base: What the model is trained on before; default: random weights.
+        base: Training before the study, of the model that a run starts from; default: random weights.
         pretrained: Hub id or folder of the model to start from, instead of a base; default: the study's.
         lora: Train low-rank adapters only.
         op: Noise operation that corrupts the training answers.
-        split_by: What the hash is of: the `prompt`, or the `answer`, where the same one is asked for in several ways.
-        judge: What a cell is judged by, on test rows: `exact_match` of greedy answers, or `nll`, nats a token.
+        split_by: Field to hash: the `prompt`, or the `answer` where several prompts ask for the same answer.
+        judge: Score of a cell on test rows: `exact_match` of greedy answers, or `nll`, nats per token.
         rates: Learning rates to choose from for each objective, on the validation split.
         noise: Rates of the noise operation.
-        headline: Those of them on which the objectives are ranked.
-        batch_size: Examples a step.
-        tokenizer_size: Vocabulary of the tokenizer that random weights get; at most 262 means a token a byte.
+        headline: Noise rates on which the objectives are ranked.
+        batch_size: Examples per step.
+        tokenizer_size: Vocabulary of the tokenizer that random weights get; at most 262 means one token per byte.
         max_length: Longest example in tokens.
         max_new_tokens: Longest answer in tokens.
-        rows: Training rows; default: those of the study. Few rows and many steps are many epochs.
-        max_characters: Rows whose prompt and answer are longer together are left out; default: none is.
+        rows: Training rows; default: the rows of the study. Few rows and many steps are many epochs.
+        max_characters: Longest prompt and answer together; longer rows are left out. Default: no limit.
         looks: Validations in a run, evenly spaced, the last at its end.
-        forgetting: Rows of another kind, as for `--data.source`: how far predictions on them are after training from
-            those before, a KL divergence in nats a token. Costs a second forward pass in each validation.
-        exclude_top: The model that a cell starts from audits its training rows, and the worst are left out before it is
-            trained: a share such as 10%, or a count; default: none.
+        forgetting: Rows of another kind, as for `--data.source`, for the KL divergence between predictions before and
+            after training, in nats per token. Costs a second forward pass in each validation.
+        exclude_top: Training rows to leave out, the worst by an audit of the model that a cell starts from: a share
+            such as 10%, or a count; default: none.
     """
 
     source: str

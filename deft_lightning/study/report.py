@@ -20,7 +20,7 @@ Results = Mapping[str, Mapping[str, Any]]
 
 
 def value_of(cell: Cell, result: Mapping[str, Any]) -> float:
-    """Return what a cell is judged by, larger is better: exact match in [0, 1], or minus the NLL in nats a token."""
+    """Return what a cell is judged by, larger is better: exact match in [0, 1], or minus the NLL in nats per token."""
     scores = result[cell.split]
     return float(scores["exact_match"] if "exact_match" in scores else -scores["nll"])
 

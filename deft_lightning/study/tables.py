@@ -11,7 +11,7 @@ from deft_lightning.study.report import ENDS
 
 JUDGED = {
     "exact_match": "exact match",
-    "nll": "plain NLL of held-out answers in nats a token (less is better)",
+    "nll": "plain NLL of held-out answers in nats per token (less is better)",
 }
 SIGN = {"exact_match": 1, "nll": -1}  # a report keeps minus the NLL: larger is better
 
@@ -61,8 +61,8 @@ def _rounding(report: Record) -> str:
         return ""
     lines = [
         "### A second rounding", "",
-        "Medians with the fused head and with the dense one, whose gradients agree to rounding. A cell where they"
-        " differ by more than 0.05 stands on an edge.", "",
+        "Medians with the fused head and with the dense head, whose gradients agree to rounding. A cell where "
+        "they differ by more than 0.05 is unstable.", "",
         "| regime | objective | fused | dense | difference |", "|---|---|---|---|---|",
     ]  # fmt: skip
     sign = SIGN[report["judge"]]
@@ -95,8 +95,8 @@ def _margins(of: str, rows: Sequence[Record]) -> str:
     if not rows:
         return ""
     lines = [
-        f"By how much the worst regime of {readable(of)} is better than another's: of the medians; seed by seed, the"
-        " median and the range.",
+        f"How much better the worst regime of {readable(of)} is than another's: by medians; seed by seed, "
+        f"median and range.",
         "",
         "| against | margin | seed by seed |", "|---|---|---|",
     ]  # fmt: skip
@@ -144,7 +144,7 @@ def _advice(report: Record) -> str:
     lines = [
         "### What the probe recommends", "",
         f"From {EXAMPLES} training rows before the first step; in brackets the number of seeds. Behind: how far the"
-        " median of what it recommends most is below that of the best objective. It is within"
+        " median of its most frequent recommendation is below the best median. It is within"
         f" {NEAR:g}, or says that it cannot tell, in {served(rows)} of {len(rows)}.", "",
         "| regime | recommended | best | behind |", "|---|---|---|---|",
     ]  # fmt: skip

@@ -50,11 +50,11 @@ def _made(objective: Objective, asked: Mapping[str, str]) -> BySource:
 
 def _check(wanted: Iterable[str], option: str, known: tuple[str, ...], settings: Any) -> None:
     if not known and len(source_names(settings.source)) > MOST:
-        raise UserError(f"{option}: more than {MOST} sources are not told apart")
+        raise UserError(f"{option}: more than {MOST} sources are not supported")
     if not known:
-        raise UserError(f"{option}: the data has one source; its objective is --model.objective")
+        raise UserError(f"{option}: the data has one source; set --model.objective instead")
     for name in wanted:
         if name not in known:
             raise UserError(
-                f"{option}: no source is called {name!r}.{did_you_mean(name, known)} Known: {', '.join(known)}"
+                f"{option}: there is no source {name!r}.{did_you_mean(name, known)} Known: {', '.join(known)}"
             )

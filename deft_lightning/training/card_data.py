@@ -48,7 +48,7 @@ def source_fact(source: str, settings: Any) -> tuple[str, str]:
         settings: Of the data module, which name the split and the subset of a hub id.
     """
     if not source:
-        return "rows", "handed over in Python"
+        return "rows", "passed from Python"
     for scheme, kind in WAYS.items():
         if source.startswith(scheme) and kind != "hub":
             return source.removeprefix(scheme), kind

@@ -30,10 +30,10 @@ OF_DATA = ("batch_size", "max_tokens_per_batch", "max_length", "packing")
 # Options of a run as they stand in its settings, and what a card calls them.
 NAMES = {
     "trainer.precision": "precision", "trainer.strategy": "strategy", "trainer.world_size": "processes",
-    "trainer.accumulate_grad_batches": "micro-batches a step", "trainer.gradient_clip_val": "gradients clipped at",
-    "data.batch_size": "examples a process and micro-batch",
-    "data.max_tokens_per_batch": "tokens a process and micro-batch, at most",
-    "data.max_length": "tokens of an example, at most", "data.packing": "packing", "seed_everything": "seed",
+    "trainer.accumulate_grad_batches": "micro-batches per step", "trainer.gradient_clip_val": "gradients clipped at",
+    "data.batch_size": "examples per process and micro-batch",
+    "data.max_tokens_per_batch": "tokens per process and micro-batch, at most",
+    "data.max_length": "tokens per example, at most", "data.packing": "packing", "seed_everything": "seed",
 }  # fmt: skip
 PLACE = {"total_steps", "last_epoch", "class"}  # of a schedule or an optimizer: no option
 

@@ -206,7 +206,7 @@ class FSDP2Strategy(DataParallelStrategy):
         if self._any(problem is not None):
             if self.is_global_zero:
                 shutil.rmtree(partial, ignore_errors=True)
-            raise UserError(problem or f"{target}: another rank could not save its share; earlier ones are intact")
+            raise UserError(problem or f"{target}: another rank could not save its shard; earlier ones are intact")
         everywhere: list[Any] = [None] * self.world_size
         dist.all_gather_object(everywhere, digests)
         if self.is_global_zero:

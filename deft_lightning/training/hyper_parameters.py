@@ -121,7 +121,7 @@ def _objective(text: Any) -> Objective:
     own = {name for name, cls in known_objectives().items() if cls.__module__.startswith(OURS)}
     for node in ast.walk(ast.parse(text, mode="eval")):
         if isinstance(node, ast.Attribute) or (isinstance(node, ast.Call) and ast.unparse(node.func) not in own):
-            raise ValueError(f"{ast.unparse(node)} is no objective of this package")
+            raise ValueError(f"{ast.unparse(node)} is not an objective of this package")
     return parse_objective(text)
 
 
@@ -134,7 +134,7 @@ def _scheduler(described: Mapping[str, Any] | None) -> Callable[..., Any] | None
     if described is None:
         return None
     if described["class"] not in (f"{OURS}optim.CosineWithWarmup", f"{OURS}training.optim.CosineWithWarmup"):
-        raise ValueError(f"{described['class']} is no schedule of this package")
+        raise ValueError(f"{described['class']} is not a schedule of this package")
     return partial(CosineWithWarmup, warmup=float(described["warmup"]), floor=float(described["floor"]))
 
 
@@ -144,7 +144,7 @@ def _arguments(cls: type, described: Record) -> Settings:
     values = {name: value for name, value in described.items() if name in known and name != "params"}
     for name, value in values.items():
         if not isinstance(value, bool | int | float | list | str | None):
-            raise ValueError(f"{name} is no plain value")
+            raise ValueError(f"{name} is not a plain value")
     return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
@@ -156,5 +156,5 @@ def _generation(described: Record) -> Generation:
 def _plain(name: str, value: Any) -> Any:
     wanted = bool if name in SWITCHES else str
     if not isinstance(value, wanted):
-        raise ValueError(f"{name} is no {wanted.__name__}")
+        raise ValueError(f"{name} is not a {wanted.__name__}")
     return value

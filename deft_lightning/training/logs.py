@@ -133,8 +133,8 @@ def _line(logger: Logger, outside: OSError | None, error: Exception) -> str:
     where = folder_of(logger) or type(logger).__name__.removeprefix("Lasting")
     reason = " ".join(str((outside is not None and outside.strerror) or error or type(error).__name__).split())
     if outside is None:
-        return visible(f"{where}: a value could not be logged and is left out ({reason}); the run goes on")
+        return visible(f"{where}: a value could not be logged and is left out ({reason}); the run continues")
     return visible(
-        f"{where}: the log cannot be written any more ({reason}); the run goes on without it, and checkpoints are"
+        f"{where}: the log cannot be written any more ({reason}); the run continues without it, and checkpoints are"
         " saved as before (--trainer.logger, --trainer.default_root_dir)"
     )

@@ -133,7 +133,7 @@ class ModelSource:
             data.use_tokenizer(own)
             rank_zero_info("tokenizer: the checkpoint's")
         elif self.name is not None:
-            rank_zero_info(f"tokenizer: the one in {self.name}, from which the model was loaded")
+            rank_zero_info(f"tokenizer: loaded from {self.name}, as the model was")
         else:
             raise UserError(
                 "the model that was given names no folder with a tokenizer: give InstructionDataModule(tokenizer=...)"

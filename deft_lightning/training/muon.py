@@ -55,7 +55,7 @@ class MuonAdamW(Optimizer):
         }
         for group in self.param_groups:
             if group["muon"] and any(p.ndim != 2 for p in group["params"]):
-                raise ValueError("Muon trains matrices alone")
+                raise ValueError("Muon trains only matrices")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

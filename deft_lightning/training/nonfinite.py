@@ -60,7 +60,7 @@ class NonfiniteGuard:
         problem = describe_nonfinite(totals, model, step)
         if self.on_nonfinite == "raise":
             raise UserError(
-                f"{problem}; nothing was changed by it: lower --model.optimizer.lr, look at the examples, or leave"
+                f"{problem}; no weight was changed: lower --model.optimizer.lr, look at the examples, or leave"
                 " such steps out with --model.on_nonfinite skip"
             )
         if self._in_a_row + 1 >= PATIENCE:

@@ -56,7 +56,7 @@ def make_optimizer(
     warn_of_slow_products(model, str(trainer.precision))
     if hasattr(model, "get_base_model") and (peak := built.param_groups[0]["lr"]) <= FOR_WHOLE_MODELS:
         rank_zero_info(
-            f"adapters train with the learning rate {peak:g}, which suits whole models; 2e-4 is usual for"
+            f"adapters train with the learning rate {peak:g}, which suits full fine-tuning; 2e-4 is usual for"
             " adapters: --model.optimizer.lr 2e-4"
         )
     if scheduler is None:
@@ -104,8 +104,8 @@ def _class(optimizer: Callable[..., Optimizer]) -> type | None:
 def _groups_of_muon(cls: type | None, model: CausalLM, trained: list[torch.nn.Parameter]) -> list[dict[str, Any]]:
     if cls is Muon:
         raise UserError(
-            "--model.optimizer Muon trains matrices alone; --model.optimizer MuonAdamW trains those of the layers by"
-            " Muon, and the rest by AdamW"
+            "--model.optimizer Muon trains only matrices; --model.optimizer MuonAdamW uses Muon for the "
+            "matrices of the layers, and AdamW for the rest"
         )
     if hasattr(model, "get_base_model"):
         raise UserError(

@@ -55,8 +55,8 @@ def with_defaults(options: Settings) -> Settings:
     if settings.get("precision") is None and (precision := device_precision(settings)) is not None:
         settings["precision"] = precision
         rank_zero_info(
-            f"precision: {precision}, the default where a GPU has it: products in bfloat16, weights and optimizer as"
-            " they are; --trainer.precision 32-true computes in float32"
+            f"precision: {precision}, the default where a GPU has it: matrix products in bfloat16, weights "
+            "and optimizer unchanged; --trainer.precision 32-true computes in float32"
         )
     if settings.get("barebones"):
         # Nothing but the loop is to be measured; what the recipe would add there Lightning refuses.
@@ -65,7 +65,7 @@ def with_defaults(options: Settings) -> Settings:
         settings["callbacks"] = [one for one in given if one not in left_out]
         if left_out:
             names = ", ".join(type(one).__name__ for one in left_out)
-            rank_zero_info(f"--trainer.barebones: nothing is watched or saved; left out: {names}")
+            rank_zero_info(f"--trainer.barebones: nothing is logged or saved; left out: {names}")
         if settings["log_every_n_steps"] == TRAINER_DEFAULTS["log_every_n_steps"]:
             settings["log_every_n_steps"] = None
     return settings

@@ -35,7 +35,7 @@ def restored(cls: type[Module], path: Any, map_location: Any, given: Settings) -
     settings, unknown = settings_of(checkpoint)
     if unknown := [name for name in unknown if name not in given]:
         rank_zero_info(
-            f"{path}: says nothing of {', '.join(unknown)} that could be used; they are the defaults (give them to"
+            f"{path}: says nothing of {', '.join(unknown)} that could be used, so defaults apply (give them to"
             " load_from_checkpoint)"
         )
     if "pretrained" in given or "architecture" in given:

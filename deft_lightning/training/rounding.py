@@ -59,6 +59,6 @@ def warn_of_rounding(model: CausalLM, optimizer: Optimizer) -> None:
     share = sum(size * own for size, own in zip(sizes, shares, strict=True)) / sum(sizes)
     dtype, rate = str(matrices[0][0][0].dtype).removeprefix("torch."), max(rate for _, rate in matrices)
     rank_zero_warn(
-        f"the weights are trained in {dtype}: a step as large as the learning rate {rate:g} moves {share:.1%} of them,"
-        " rounding swallows the rest; --trainer.precision bf16-mixed with --model.dtype float32 keeps every step"
+        f"the weights are trained in {dtype}: a step of the learning rate {rate:g} moves {share:.1%} of them, "
+        "and rounding swallows the rest; --trainer.precision bf16-mixed with --model.dtype float32 keeps every step"
     )

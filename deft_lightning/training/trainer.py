@@ -84,11 +84,11 @@ class Trainer(LightningTrainer):
             ckpt_path: Checkpoint file, or `last` for the newest of the newest run under `trainer.default_root_dir`. It
                 holds all that is needed: neither data nor configuration is read.
             output: Folder to create.
-            merge: How adapters are merged into the weights: `float32`, `base` for the dtype of the base, of which the
-                error is told, or `none`: then only the adapters are written. true is float32, false is none.
+            merge: How adapters are merged into the weights: `float32`, `base` (the dtype of the base, with its
+                rounding error reported), or `none`: then only the adapters are written. true is float32, false is none.
             datamodule: Gives the tokenizer when no checkpoint is given.
             push_to_hub: Repository of the hub, ORG/NAME, to upload the folder to; the folder stays.
-            private: Whether a repository that is made for it is private.
+            private: Whether a new repository is private.
 
         Returns:
             The folder.

@@ -145,7 +145,7 @@ def test_it_warns_once_when_it_stays_above_a_third(rates: list[float], speaks: b
     reports = Reports(rates)
     assert len(reports.lines) == int(speaks)
     if speaks:
-        assert "Noise that agrees with itself is not seen" in reports.lines[0] and "%" in reports.lines[0]
+        assert "Systematic noise is not detected" in reports.lines[0] and "%" in reports.lines[0]
 
 
 def test_another_chance_is_one_line() -> None:

@@ -261,6 +261,6 @@ def test_a_run_whose_validation_goes_by_the_clock_says_at_its_end_that_there_was
 ) -> None:
     options = {"max_steps": 3, "val_check_interval": timedelta(hours=1), "check_val_every_n_epoch": None}
     checkpoint = Checkpoint(monitor="val/nll")
-    with pytest.warns(UserWarning, match="--checkpoint.monitor val/nll: it was not measured after any step"):
+    with pytest.warns(UserWarning, match="--checkpoint.monitor val/nll: it was never measured in this run"):
         fit(source, tmp_path, checkpoint, MetricCheck(), FirstLastValidation(True, False), **options)
     assert Path(checkpoint.last_model_path).exists() and not checkpoint.best_model_path

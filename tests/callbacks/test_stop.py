@@ -42,7 +42,7 @@ def test_one_signal_saves_the_step_in_hand_and_the_run_goes_on(
         process.send_signal(number)
         rest, _ = process.communicate(timeout=120)
     assert process.returncode == 0, rest[-2000:]
-    assert "stopping after this step" in rest and "go on with --ckpt_path last" in rest
+    assert "stopping after this step" in rest and "resume with --ckpt_path last" in rest
     (checkpoint,) = tmp_path.rglob("step=*.ckpt")
     step = torch.load(checkpoint, weights_only=True)["global_step"]
     assert step > 0 and not list(tmp_path.rglob("export"))

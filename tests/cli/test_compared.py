@@ -94,6 +94,6 @@ def test_nll_has_nothing_to_compare_with_and_a_resumed_run_is_not_tested_again(
     fit("second", "--config", "deft:quickstart", "--model.objective", "NLL", "--ckpt_path",
         str(next(run.rglob("step=2.ckpt"))))  # fmt: skip
     assert "test/exact_match: " not in capsys.readouterr().out
-    assert "--after_fit.compare: not for a run that is resumed" in caplog.text
+    assert "--after_fit.compare: skipped for a resumed run" in caplog.text
     fit("third", "--config", "deft:quickstart", "--after_fit.test", "false")
     assert "--after_fit.compare: nothing is compared without a test" in caplog.text

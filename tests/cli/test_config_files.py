@@ -127,7 +127,7 @@ def test_objects_of_python_are_never_made(tmp_path: Path) -> None:
         "!!python/module:os",
         f"!!python/object/apply:pathlib.Path.touch [!!python/object/apply:pathlib.Path ['{marker}']]",
     ):
-        with pytest.raises(UserError, match="objects of Python are not read from files"):
+        with pytest.raises(UserError, match="Python objects are not read from files"):
             read(tmp_path, f"model: {tag}\n")
         assert load(tag.split(" ")[0][2:] + ": x")  # as the value of an option too, nothing is made
     assert not marker.exists()

@@ -121,7 +121,7 @@ def test_a_killed_loader_process_is_told(
 ) -> None:
     monkeypatch.setattr("deft_lightning.data.loading.collate.TrainCollator.__call__", _killed)
     status, line = end(fit_command(tmp_path, "--data.num_workers", "1"), monkeypatch, capsys)
-    assert status == 2 and "a loader process was lost" in line and "--data.num_workers" in line
+    assert status == 2 and "a loader process died" in line and "--data.num_workers" in line
 
 
 def _killed(*args: Any) -> None:

@@ -51,7 +51,7 @@ def test_who_asks_gets_every_word_and_the_rest_of_lightning_s(
     for option in ("--trainer.sync_batchnorm", "--trainer.plugins", "--data.noise.ops.help", "--model.lora.help"):
         assert option in text
     joined = " ".join(text.split())
-    assert "a share of those that it ranks (5%), or a count (50)" in joined
+    assert "a share of the ranked rows (5%), or a count (50)" in joined
 
 
 def test_a_verb_has_its_own_options_first(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

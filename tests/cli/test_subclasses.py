@@ -123,12 +123,12 @@ def test_without_a_subclass_the_config_names_none(cli: Cli, capsys: pytest.Captu
     ("options", "said"),
     [
         (["--model", "no_such_package.MyModule"], "--model no_such_package.MyModule: cannot import no_such_package"),
-        (["--model", "classes_for_the_command_line.Stranger"], "is no subclass of deft_lightning"),
+        (["--model", "classes_for_the_command_line.Stranger"], "is not a subclass of deft_lightning"),
         (
             ["--data", "classes_for_the_command_line.MyModule"],
-            "classes_for_the_command_line.MyModule: is no sub",
+            "classes_for_the_command_line.MyModule: is not a sub",
         ),
-        (["--data", "classes_for_the_command_line.Missing"], "Missing: is no subclass of"),
+        (["--data", "classes_for_the_command_line.Missing"], "Missing: is not a subclass of"),
         (["--model", "classes_for_the_command_line.MyModule", "--model.nte", "x"], "--model.note"),
     ],
 )

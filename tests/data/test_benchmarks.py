@@ -162,9 +162,9 @@ def test_a_benchmark_of_ones_own_is_named_by_its_path(tokenizer: Any, tmp_path: 
     [
         ("math50", "no benchmark 'math50'. Did you mean math500"),
         (["gsm8k", "nonsense"], "no benchmark 'nonsense'. Known: gsm8k, svamp"),
-        ("medical", "medical has no rows of its own; say where they are: --data.benchmarks '{medical: FILE}'"),
+        ("medical", "medical has no built-in rows; name their file: --data.benchmarks '{medical: FILE}'"),
         ("no_package.at.ALL", "no_package.at.ALL cannot be imported"),
-        ("json.loads", "json.loads is no Benchmark"),
+        ("json.loads", "json.loads is not a Benchmark"),
         ({f"{__name__}.MINE": "a", f"{__name__}.MINE_AGAIN": "b"}, "mine is named twice"),
     ],
 )
@@ -202,11 +202,11 @@ def test_another_instruction_or_none(tokenizer: Any, tmp_path: Path) -> None:
         ("gsm8k", {"question": " ", "answer": "1"}, "field 'question': is empty"),
         ("gsm8k", {"question": ["a"], "answer": "1"}, "field 'question': expected text"),
         ("gsm8k", {"question": "a", "answer": ""}, "field 'answer': gives no answer"),
-        ("medical", {**WHICH, "answer_idx": "E"}, "field 'answer_idx': 'E' is none of the options A, B"),
+        ("medical", {**WHICH, "answer_idx": "E"}, "field 'answer_idx': 'E' is not one of the options A, B"),
         ("medical", {**WHICH, "options": "A or B"}, "field 'options': expected at least two"),
         ("medical", {**WHICH, "options": {"A": "x", "B": 3.5, "C": {}}}, "field 'options.C': expected text"),
-        ("medical", {**WHICH, "source": None}, ": names no source, which other rows do"),
-        ("pubmedqa", {"question": "a", "final_decision": "so"}, "'so' is none of the options yes, no, maybe"),
+        ("medical", {**WHICH, "source": None}, ": has no source, but other rows do"),
+        ("pubmedqa", {"question": "a", "final_decision": "so"}, "'so' is not one of the options yes, no, maybe"),
     ],
 )
 def test_a_bad_row_is_one_line_with_file_row_and_field(
@@ -252,8 +252,8 @@ def test_lists_of_rows_by_source_name_it(tokenizer: Any, tmp_path: Path) -> None
         (BY_ID, ["14"], "has no row '14', which ?ids= names"),
         (BY_ID, [], "expected a list of ids"),
         (BY_ID, "11", "expected a list of ids"),
-        ([{"question": "a"}], ["11"], "?ids= chooses from a .json object of rows by id"),
-        ({"a": [{}], "b": [{}]}, ["11"], "?ids= chooses from a .json object of rows by id"),
+        ([{"question": "a"}], ["11"], "?ids= needs a .json object with rows by id"),
+        ({"a": [{}], "b": [{}]}, ["11"], "?ids= needs a .json object with rows by id"),
     ],
 )
 def test_ids_that_fit_no_object_of_rows(content: Any, ids: Any, says: str, tokenizer: Any, tmp_path: Path) -> None:
@@ -270,7 +270,7 @@ def test_files_that_are_not_there_or_broken(tokenizer: Any, tmp_path: Path) -> N
         (tmp_path / "none.jsonl", "no such file"),
         (tmp_path / "broken.json", "is not JSON"),
         (f"{tmp_path / 'rows.json'}?ids={tmp_path / 'none.json'}", "cannot be read"),
-        (f"{tmp_path / 'none.jsonl'}?ids=x.json", "?ids= chooses from"),
+        (f"{tmp_path / 'none.jsonl'}?ids=x.json", "?ids= needs"),
     ]:
         with pytest.raises(UserError) as caught:
             load(tokenizer, "pubmedqa", str(source))

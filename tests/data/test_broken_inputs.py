@@ -141,7 +141,7 @@ JSONL: dict[str, Case] = {
     "comma before the brace": between(b'{"question": "a", "answer": "b",}', "is not JSON"),
     "single quotes": between(b"{'question': 'a', 'answer': 'b'}", "is not JSON"),
     "two objects on a line": between(lines(QA).strip() * 2, "is not JSON (Extra data"),
-    "a list on a line": between([QA], "is a list and no object; write one object a line"),
+    "a list on a line": between([QA], "is a list, not an object; write one object per line"),
     "a number on a line": between(3, "got int"),
     "a text on a line": between("hello", "got str"),
     "null on a line": between(None, "got NoneType"),
@@ -168,7 +168,7 @@ JSONL: dict[str, Case] = {
     "answer a nested list": between(qa(answer=[["a"]]), "field 'answer': expected text, got list"),
     "another layout among the rows": between({"instruction": "a", "output": "b"}, "missing field 'question' or"),
     "a list over lines": Case("rows.jsonl", b"[\n" + lines(QA) + b"]\n", 1, check=response("4")),
-    "a bracket among the lines": between(b"[", "an object has to be on one line"),
+    "a bracket among the lines": between(b"[", "an object must be on one line"),
     "UTF-16": Case("rows.jsonl", lines(QA).decode().encode("utf-16"), fatal="is not UTF-8 text; it looks like UTF-16"),
     "UTF-16 without a mark": Case("rows.jsonl", lines(QA).decode().encode("utf-16-le"), fatal="looks like UTF-16"),
     # Read as they are:
@@ -270,7 +270,7 @@ FILES: dict[str, Case] = {
     # A list hides where the row after a broken one begins, so that nothing can be skipped.
     "json cut short": Case("rows.json", json.dumps([QA] * 9).encode()[:-30], fatal="row 9: is not JSON"),
     "json with a comma at the end": Case("rows.json", lines([QA])[:-2] + b",]", fatal="row 2: is not JSON"),
-    "json lines in json": Case("rows.json", lines(QA, QA), fatal="one object a line is .jsonl"),
+    "json lines in json": Case("rows.json", lines(QA, QA), fatal="use .jsonl for one object per line"),
     "json nested too deeply": Case("rows.json", DEEP, fatal="row 1: is not JSON (it is nested too deeply"),
     "json of another kind": Case("rows.json", lines([QA, 3, None, qa(answer="")]), 4,
                                  {2: "got int", 3: "got NoneType", 4: "field 'answer': is empty"}),

@@ -158,7 +158,7 @@ def test_a_system_without_processes_is_told_in_a_line(monkeypatch: pytest.Monkey
     with pytest.raises(UserError, match=r"grader of mathematics does not start \(No such file"):
         Algebra().same("x+1", "1+x")
     monkeypatch.setattr(sys, "executable", "/bin/false")
-    with pytest.raises(UserError, match="does not start; why, says: /bin/false -m"):
+    with pytest.raises(UserError, match="does not start; the reason is in /bin/false -m"):
         Algebra().same("x+1", "1+x")
 
 

@@ -87,7 +87,7 @@ def test_rules_are_tried_in_their_order() -> None:
     assert Math(("boxed", "hashes", "last_number")).answer("#### 2\n3") == "2"
     assert Math(("boxed", "last_number")).answer("#### 2\n3") == "3"
     assert Math().answer("#### 2\n3") is None
-    with pytest.raises(UserError, match="rules are some of boxed, hashes, last_number"):
+    with pytest.raises(UserError, match="rules must be among boxed, hashes, last_number"):
         Math(("box",))  # type: ignore[arg-type]
 
 

@@ -80,7 +80,7 @@ def test_a_benchmark_may_be_named_for_all_lines(tmp_path: Path) -> None:
         ([row("a", "a"), row("b", "a", "b")], "row 2, field 'completions': has 2, row 1 has 1"),
         ([row("a", "a"), row("a", "b")], "row 2, field 'id': 'id-a-1' stands in row 1 already"),
         ([row("A", "A", benchmark="medical")], "row 1, field 'record.options': expected an object"),
-        ([row("E", "A", benchmark="medical", record={"options": AB})], "field 'gold': 'E' is none of the options"),
+        ([row("E", "A", benchmark="medical", record={"options": AB})], "field 'gold': 'E' is not one of the options"),
         (
             [row("A", "A", benchmark="medical", record={"options": AB, "source": "x"}),
              row("B", "A", benchmark="medical", record={"options": AB})],

@@ -36,7 +36,7 @@ def test_a_mistake_is_one_line_and_status_two(tmp_path: Path) -> None:
     done = shell("run", "logs/version_7", "--output", "x.png", cwd=tmp_path)
     assert done.returncode == 2 and done.stdout == "" and not list(tmp_path.iterdir())
     assert done.stderr == (
-        "error: logs/version_7: there is no such folder, a run is one with TensorBoard event files\n"
+        "error: logs/version_7: no such folder; a run is a folder with TensorBoard event files\n"
     )  # fmt: skip
 
 

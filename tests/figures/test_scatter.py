@@ -134,7 +134,7 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
         gradient_scatter(sample(), [EAFT(k=5)], tmp_path / "x.png")
     with pytest.raises(UserError, match="at least one objective"):
         gradient_scatter(sample(), [], tmp_path / "x.png")
-    with pytest.raises(UserError, match="at least one token a panel"):
+    with pytest.raises(UserError, match="at least one token per panel"):
         gradient_scatter(sample(), [NLL()], tmp_path / "x.png", most=0)
     empty = sample()
     short = {field.name: getattr(empty, field.name)[:0] for field in fields(empty)[:5]}

@@ -211,9 +211,9 @@ def test_outputs_that_do_not_fit_are_one_line() -> None:
         loss({"logits": logits}, labels)
     with pytest.raises(UserError, match="the batch has no labels"):
         loss({"logits": logits}, None)
-    with pytest.raises(UserError, match="one process a device"):
+    with pytest.raises(UserError, match="one process per device"):
         loss({"logits": logits}, torch.randint(0, 11, (2, 7)), num_items_in_batch=torch.tensor([[12.0], [12.0]]))
-    with pytest.raises(UserError, match="a class; make one of it"):
+    with pytest.raises(UserError, match="is a class; make an instance"):
         compute_loss_func(DEFT)  # type: ignore[arg-type]
 
 

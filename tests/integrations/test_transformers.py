@@ -104,6 +104,6 @@ def test_an_objective_that_compares_with_a_reference_is_refused() -> None:
 @pytest.mark.parametrize("objective", [Contaminated(), Contaminated(chance="unprompted")], ids=repr)
 def test_an_objective_that_compares_with_bare_answers_is_refused(objective: Objective) -> None:
     with pytest.raises(
-        UserError, match=r"answers without their prompts.*here give Contaminated\(answer_chance='least'\)"
+        UserError, match=r"answers without their prompts.*here use Contaminated\(answer_chance='least'\)"
     ):
         compute_loss_func(objective)

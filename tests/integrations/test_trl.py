@@ -154,7 +154,7 @@ def test_examples_of_flat_batches_are_told_apart() -> None:
         assert segments(labels, positions).flatten().tolist() == expected
     padded = DataCollatorForLanguageModeling(pad_token_id=0)(rows)["labels"]
     assert segments(padded, None).tolist() == [[at] * padded.shape[1] for at in range(3)]
-    with pytest.raises(UserError, match="tell no examples apart"):
+    with pytest.raises(UserError, match="do not separate the examples"):
         segments(padded, torch.zeros(3, *padded.shape, dtype=torch.long))
 
 

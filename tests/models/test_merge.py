@@ -91,5 +91,5 @@ def test_ways_to_merge() -> None:
     assert [merge_of(asked) for asked in (True, False, "base", "float32", "none")] == [
         "float32", "none", "base", "float32", "none",
     ]  # fmt: skip
-    with pytest.raises(UserError, match="--merge bfloat16 is none of float32, base, none"):
+    with pytest.raises(UserError, match="--merge bfloat16 is not one of float32, base, none"):
         merge_of("bfloat16")  # type: ignore[arg-type]

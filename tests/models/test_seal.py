@@ -145,7 +145,7 @@ def test_members_that_lie_over_each_other_are_not_read_again_and_again(tmp_path:
     end = struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, 5000, 5000, len(listed), place, 0)
     path.write_bytes(raw[:place] + listed + end)
     begin = time.process_time()
-    with pytest.raises(UserError, match=r"same\.ckpt: is refused: its members lie over each other"):
+    with pytest.raises(UserError, match=r"same\.ckpt: is refused: its members overlap"):
         load_checkpoint(path)
     assert time.process_time() - begin < 2
 

@@ -47,9 +47,9 @@ def test_a_resume_from_shares_is_bit_exact(told: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("attack", "why"),
     [
-        ("code in an entry of a share", "no plain value"),
-        ("code in .metadata", "which is no part of a checkpoint's metadata"),
-        ("code in meta.pt", "which is no plain value, and loading it would run code"),
+        ("code in an entry of a share", "not a plain value"),
+        ("code in .metadata", "which is not part of a checkpoint's metadata"),
+        ("code in meta.pt", "which is not a plain value, and loading it would run code"),
         ("a flipped bit in a share", r"is damaged: __0_0\.distcp has changed"),
     ],
 )
@@ -93,11 +93,11 @@ def grow(found: metadata.Metadata, size: tuple[int, ...]) -> None:
 ODD: dict[str, tuple[Change, str]] = {
     "code in the planner's data": (lambda m, p: setattr(m, "planner_data", Touch(p)), "Path.touch"),
     "code for a size": (lambda m, p: grow_any(m, Touch(p)), "Path.touch"),
-    "a share above the folder": (lambda m, p: first_place(m, relative_path="../outside"), "no file in it"),
-    "a share by an absolute name": (lambda m, p: first_place(m, relative_path="/etc/passwd"), "no file in it"),
+    "a share above the folder": (lambda m, p: first_place(m, relative_path="../outside"), "not in the folder"),
+    "a share by an absolute name": (lambda m, p: first_place(m, relative_path="/etc/passwd"), "not in the folder"),
     "a place behind the end": (lambda m, p: first_place(m, offset=1 << 40), "cut short"),
-    "a place before the start": (lambda m, p: first_place(m, offset=-5), "a place is no number"),
-    "a place of text": (lambda m, p: first_place(m, length="9"), "a place is no number"),
+    "a place before the start": (lambda m, p: first_place(m, offset=-5), "an offset is not a number"),
+    "a place of text": (lambda m, p: first_place(m, length="9"), "an offset is not a number"),
     "a transform": (lambda m, p: first_place(m, transform_descriptors=["zstd"]), "compressed"),
     "a size beyond all memory": (lambda m, p: grow(m, (1 << 40, 1 << 20)), "more than all its files"),
     "no list of places": (lambda m, p: setattr(m, "storage_data", None), "lists nothing"),
@@ -152,5 +152,5 @@ def test_a_link_that_leads_out_of_the_folder_is_no_share(told: dict[str, Any], t
     (folder / DIGESTS).unlink()
     (folder / "__0_0.distcp").rename(tmp_path / "outside")
     (folder / "__0_0.distcp").symlink_to(tmp_path / "outside")
-    with pytest.raises(UserError, match="no file in it"):
+    with pytest.raises(UserError, match="not in the folder"):
         load_checkpoint(folder)

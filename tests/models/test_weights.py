@@ -192,10 +192,10 @@ def test_weights_that_are_no_numbers(folder: Path, recwarn: pytest.WarningsRecor
     rewrite(folder, lambda w: {k: torch.full_like(v, torch.nan) if "up_proj" in k else v for k, v in w.items()})
     load_pretrained(str(folder), "float32")
     assert any(
-        "weights hold values that are no numbers (2): model.layers.0.mlp.up_proj" in str(w.message) for w in recwarn
+        "weights hold values that are not numbers (2): model.layers.0.mlp.up_proj" in str(w.message) for w in recwarn
     )
     rewrite(folder, lambda w: {name: torch.full_like(value, torch.nan) for name, value in w.items()})
-    refused(folder, "all its weights hold values that are no numbers")
+    refused(folder, "all its weights hold values that are not numbers")
 
 
 # --- sizes ----------------------------------------------------------------------------------------------------------
@@ -251,7 +251,7 @@ def test_an_attention_that_a_checkpoint_names_is_no_kernel_of_the_hub() -> None:
     about = describe(build(LLAMA), None, None, [])
     for key in ("attn_implementation", "_attn_implementation"):
         changed = {**about, "config": json.dumps({**json.loads(about["config"]), key: "someone/kernel"})}
-        with pytest.raises(UserError, match=rf"the checkpoint's config: {key} someone/kernel is a kernel of the hub"):
+        with pytest.raises(UserError, match=rf"the checkpoint's config: {key} someone/kernel is a kernel from the hub"):
             model_from_checkpoint({"deft_lightning": changed, "state_dict": {}})
 
 

@@ -51,7 +51,8 @@ def test_python_takes_an_objective_or_its_name(given: object) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "wanted"), [(Cayley, r"a class; make one of it, Cayley\(\)"), (None, "give one"), ("Deft2", "is unknown")]
+    ("given", "wanted"),
+    [(Cayley, r"is a class; make an instance, Cayley\(\)"), (None, "give an instance"), ("Deft2", "is unknown")],
 )
 def test_what_is_no_objective_is_one_line(given: object, wanted: str) -> None:
     from deft_lightning import SFTModule
@@ -77,11 +78,12 @@ def test_a_class_of_the_users_own_is_imported(tmp_path: Path, monkeypatch: pytes
         ("", "write NAME"), ("DEFT(", "write NAME"), ("Tsallis(q=1, q=2)", "given twice"),
         ("Tsallis(p=1)", "options of Tsallis: q"), ("Tsallis(**{})", "without stars"),
         ("Tsallis(q=high)", "must be"), ("Tsallis(q=nan)", "must be"), ("Cayley(floor=2)", "outside"),
-        ("Tsallis(q=1/0)", "neither"), ("lambda: DEFT()", "neither"), ("Tsallis(q=open('x'))", "open is unknown"),
-        ("__import__('os').abort()", "cannot import"), ("os.path", "is no objective"),
+        ("Tsallis(q=1/0)", "not a number"), ("lambda: DEFT()", "not a number"),
+        ("Tsallis(q=open('x'))", "open is unknown"),
+        ("__import__('os').abort()", "cannot import"), ("os.path", "is not an objective"),
         ("BySource(own={1: NLL})", "names in braces"), ("BySource(own={**a})", "names in braces"),
         ("BySource(own={a: NLLL})", "no objective"), ("BySource(own=3)", "own"),
-        ("nowhere.Mine", "cannot import nowhere"), ("deft_lightning.objectives.Objective", "is no objective"),
+        ("nowhere.Mine", "cannot import nowhere"), ("deft_lightning.objectives.Objective", "is not an objective"),
     ],
 )  # fmt: skip
 def test_anything_else_is_one_line(text: str, wanted: str) -> None:

@@ -99,7 +99,7 @@ def test_without_an_estimate_the_probability_is_empty_and_weights_are_refused(
     module = SFTModule(NLL(), architecture=SHAPE)
     Trainer(default_root_dir=str(tmp_path), **TRAINER).probe(module, data, audit=str(audit))
     assert {line["right"] for line in map(json.loads, audit.read_text().splitlines())} == {None}
-    with pytest.raises(Exception, match="has neither a `weight` nor `right`, which the probe leaves empty"):
+    with pytest.raises(Exception, match=r"has neither `weight` nor `right`\. The probe leaves `right` empty"):
         opened(str(audited / "rows.jsonl"), pretrained, weights_from=str(audit))
 
 

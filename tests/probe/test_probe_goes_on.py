@@ -95,7 +95,7 @@ def test_a_killed_probe_goes_on_and_says_the_same(compare: bool, pretrained: str
     again, _ = started(tmp_path / "killed")
     text, _ = again.communicate(timeout=300)
     # Each model has two passes; those of the first one are through, and are not computed again.
-    assert again.returncode == 0 and text.count("goes on where a killed one was") == (4 if compare else 2), text[-2000:]
+    assert again.returncode == 0 and text.count("resuming a stopped probe") == (4 if compare else 2), text[-2000:]
     assert json.loads((output / "probe.json").read_text()) == json.loads((alone / "probe.json").read_text())
     assert (tmp_path / "killed" / "gate.html").read_bytes() == (tmp_path / "alone" / "gate.html").read_bytes()
     assert not (output / FOLDER).exists()

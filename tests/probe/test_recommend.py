@@ -36,7 +36,7 @@ def test_a_rule_speaks(case: str) -> None:
 def test_the_numbers_it_rests_on_are_said() -> None:
     mixed = recommend(CASES["strong prior, 60 % wrong"][0]).text
     assert "0.59 of the answers and 0.01 of the tokens" in mixed and "0.41 of the answers better than chance" in mixed
-    assert "gains 2.50 nats a token" in recommend(CASES["clean, well known"][0]).text
+    assert "gains 2.50 nats per token" in recommend(CASES["clean, well known"][0]).text
     other = recommend(CASES["sure of another rule"][0]).text
     assert "0.03" in other and "0.20" in other
 

@@ -255,7 +255,7 @@ def test_a_ranking_worse_than_chance_is_a_plain_sentence() -> None:
     right = truth_record("bad", {"audit": -np.arange(61.0)}, noisy)
     assert right["first"]["20"] == 1.0 and "Warning" not in " ".join(truth_text(right))
     unclear = truth_record("bad", {"audit": -(np.arange(61.0) % 7)}, noisy)
-    assert "cannot be told from chance" in " ".join(truth_text(unclear))
+    assert "cannot be separated from chance" in " ".join(truth_text(unclear))
     assert truth_record(None, upside_down, [False] * 61)["scores"] == {}
 
 

@@ -197,7 +197,7 @@ def test_every_seed_has_a_base_of_its_own(tmp_path: Path) -> None:
 
 
 def test_the_same_objective_twice_is_refused() -> None:
-    with pytest.raises(UserError, match=r"DEFT\(\) is there twice"):
+    with pytest.raises(UserError, match=r"DEFT\(\) is listed twice"):
         study(remedies=[DEFT()])
 
 

@@ -62,7 +62,7 @@ def test_the_model_of_the_study_is_that_of_regimes_without_one(tmp_path: Path) -
 
 
 def test_adapters_without_a_model_are_refused() -> None:
-    with pytest.raises(UserError, match="regime a: lora adapts a model that is there; name pretrained or a base"):
+    with pytest.raises(UserError, match="regime a: lora needs a trained model; name pretrained or a base"):
         Study({"a": Regime("a", 5, 1e-3, lora=LoRA())}, {})
 
 

@@ -113,7 +113,7 @@ def test_nll_is_better_when_it_is_smaller() -> None:
     report = summary(study, results)
     assert [row["objective"] for row in report["ranking_shared"]] == ["DEFT()", "NLL()", "Likelihood()"]
     said = text(report)
-    assert "Plain NLL of held-out answers in nats a token (less is better), median over seeds." in said
+    assert "Plain NLL of held-out answers in nats per token (less is better), median over seeds." in said
     assert (
         "| DEFT | 0.100 | 0.300 | 0.300 | 0.90 to 0.10 | 0.200 | 0.10 to 0.80 | 0.10 0.90 0.30 |" in said
     )  # regret is positive whatever is judged
@@ -162,4 +162,4 @@ def test_margins_are_those_of_the_noise_model_where_it_is_compared() -> None:
     results |= {cell.id: {"validation": {"exact_match": 0.5}} for cell in study.tuning()}
     results |= {cell.id: {"test": {"exact_match": 0.5}} for cell in study.tuned(chosen_rates(study, results))}
     said = text(summary(study, results))
-    assert "By how much the worst regime of Contaminated is better" in said
+    assert "How much better the worst regime of Contaminated is than another's" in said

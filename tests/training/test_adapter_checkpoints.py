@@ -232,7 +232,7 @@ def test_adapters_that_are_missing_or_of_another_shape_are_refused(trained: tupl
     name = next(name for name in held["state_dict"] if "lora_B" in name)
     for changed in ({}, {name: torch.zeros(3, 2)}):
         state = {**{k: v for k, v in held["state_dict"].items() if k != name}, **changed}
-        with pytest.raises(UserError, match=r"checkpoint is of another model, for example .*lora_B"):
+        with pytest.raises(UserError, match=r"checkpoint is from a different model, for example .*lora_B"):
             model_from_checkpoint({**held, "state_dict": state})
 
 
@@ -247,7 +247,7 @@ def test_a_base_entry_that_is_none_is_malformed(trained: tuple[str, str], tmp_pa
 
 def test_the_default_rate_of_whole_models_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     base = save_tiny_llama(tmp_path / "base", 0.3)
-    line = "adapters train with the learning rate 5e-05, which suits whole models; 2e-4 is usual for adapters"
+    line = "adapters train with the learning rate 5e-05, which suits full fine-tuning; 2e-4 is usual for adapters"
     with caplog.at_level("INFO"):
         fit(tmp_path, module_of(base, lora=LoRA(r=2)), 1)
         assert "learning rate" not in caplog.text
@@ -269,7 +269,7 @@ def test_adapters_that_change_the_base_are_kept_with_it(init: str, tmp_path: Pat
     assert same_state(SFTModule.load_from_checkpoint(last).model, whole.model)
     trainer = bare_trainer(tmp_path)
     for source in ({"model": whole}, {"ckpt_path": last}):
-        with pytest.raises(UserError, match=r"fit no base alone: --merge float32"):
+        with pytest.raises(UserError, match=r"do not fit the original base: --merge float32"):
             trainer.export(**source, output=str(tmp_path / "adapters"), merge="none")
     trainer.export(ckpt_path=last, output=str(tmp_path / "merged"))
     ids = torch.arange(10, 60)[None]
@@ -279,7 +279,7 @@ def test_adapters_that_change_the_base_are_kept_with_it(init: str, tmp_path: Pat
             for model in (whole.model, AutoModelForCausalLM.from_pretrained(tmp_path / "merged"))
         )
     torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
-    with pytest.raises(UserError, match=r"changing the weights below them.*init_lora_weights"):
+    with pytest.raises(UserError, match=r"initialisation of these adapters.*init_lora_weights"):
         fit(tmp_path / "anchored", module_of(base, **kind, forgetting=True), 1)
 
 

@@ -108,7 +108,7 @@ def test_adapters_of_another_model_and_broken_ones_are_one_line(folder: str, tmp
 def test_adapters_that_are_no_plain_lora_are_one_line(key: str, value: Any, folder: str) -> None:
     path = Path(folder) / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
-    with pytest.raises(UserError, match="no plain LoRA of one rank") as caught:
+    with pytest.raises(UserError, match="not plain LoRA with one rank") as caught:
         SFTModule(pretrained=folder)
     assert "\n" not in str(caught.value)
 

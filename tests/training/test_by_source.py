@@ -192,7 +192,7 @@ def test_more_sources_than_are_told_apart(world: Path, tmp_path: Path, capfd: py
     many = [write_rows(tmp_path / f"s{at}.jsonl", [{"question": f"q{at}", "answer": "yes"}]) for at in range(33)]
     data = make_data(many)
     assert not by_source(trained(world, tmp_path / "run", data))
-    assert data.splits.remarks == ["33 sources are more than 32: there will be no figures by source"]
+    assert data.splits.remarks == ["33 sources are more than 32: there are no metrics by source"]
     data = make_data(many[:32])
     found = by_source(trained(world, tmp_path / "fewer", data, **WHOLE))
     assert len({tag.split("/")[1] for tag in found if tag.endswith("/nll")}) == 32 and not data.splits.remarks

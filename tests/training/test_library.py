@@ -171,7 +171,7 @@ def test_a_model_object_with_adapters_of_its_own_comes_back(pretrained: str, sou
 
 def test_adapters_that_no_checkpoint_can_describe_are_named(pretrained: str) -> None:
     config = LoraConfig(r=3, target_modules=["q_proj"], rank_pattern={"q_proj": 2}, task_type="CAUSAL_LM")
-    with pytest.warns(UserWarning, match="no plain LoRA: checkpoints of this run cannot be exported"):
+    with pytest.warns(UserWarning, match="not plain LoRA: checkpoints of this run cannot be exported"):
         SFTModule(pretrained=get_peft_model(AutoModelForCausalLM.from_pretrained(pretrained), config))
 
 
@@ -323,7 +323,7 @@ def test_muon_where_it_cannot_be_is_refused(pretrained: str, source: str, tmp_pa
         trainer_in(tmp_path, max_steps=1).fit(
             SFTModule(pretrained=pretrained, optimizer=muon, lora=LoRA(r=2)), split_data(source)
         )
-    with pytest.raises(UserError, match=r"trains matrices alone; --model\.optimizer MuonAdamW"):
+    with pytest.raises(UserError, match=r"trains only matrices; --model\.optimizer MuonAdamW"):
         trainer_in(tmp_path, max_steps=1).fit(
             SFTModule(pretrained=pretrained, optimizer=torch.optim.Muon), split_data(source)
         )

@@ -67,20 +67,20 @@ def test_what_arrives_is_what_was_written(private: bool, hub: Hub, checkpoint: s
 def test_a_second_push_adds_a_commit(hub: Hub, checkpoint: str, tmp_path: Path) -> None:
     hub.repos["ada/mine"], hub.files["ada/mine:notes.txt"] = True, b"mine"
     status, told, _ = command(hub, tmp_path, *export(checkpoint, tmp_path / "out", "--push_to_hub", "ada/mine"))
-    assert status == 0 and "ada/mine: is there already; a commit will be added to it" in told
+    assert status == 0 and "ada/mine: exists already; a commit will be added to it" in told
     assert hub.files["ada/mine:notes.txt"] == b"mine" and "ada/mine:model.safetensors" in hub.files
 
 
 REFUSED = {
-    "no owner": ("mine", {}, "say where it belongs: ORG/NAME"),
+    "no owner": ("mine", {}, "name the repository as ORG/NAME"),
     "no name": ("lab/../mine", {}, "Repo id must be in the form"),
     "another's": ("other/mine", {}, "who may write to ada, lab, not to other"),
     "reader": ("readers/mine", {}, "ada may only read in readers"),
-    "no token": ("lab/mine", {"HF_TOKEN": ""}, "there is no token of the hub"),
+    "no token": ("lab/mine", {"HF_TOKEN": ""}, "no hub token found"),
     "wrong token": ("lab/mine", {"HF_TOKEN": "hf_another"}, "the hub refuses: Invalid user token"),
     "offline": ("lab/mine", {"HF_HUB_OFFLINE": "1"}, "the hub cannot be asked: "),
     "nobody": ("lab/mine", {"HF_ENDPOINT": "http://127.0.0.1:9"}, "the hub cannot be asked: "),
-    "public": ("lab/open", {}, "is there already, and public; set --private false"),
+    "public": ("lab/open", {}, "exists already and is public; set --private false"),
 }
 
 

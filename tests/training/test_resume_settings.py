@@ -21,7 +21,7 @@ from deft_lightning.objectives import NLL
 from deft_lightning.training.optim import CosineWithWarmup
 from deft_lightning.training.resume.settings import WHOLE, content
 
-PLANNED = "model.scheduler: planned over 3 -> 6 optimizer steps; the rate goes on at the same step of the new plan"
+PLANNED = "model.scheduler: planned over 3 -> 6 optimizer steps; the rate continues at the same step of the new plan"
 Log = Callable[[], list[str]]
 
 
@@ -197,7 +197,7 @@ def test_a_checkpoint_from_before_settings_were_kept_is_resumed_and_that_is_said
     torch.save(held, tmp_path / "old.ckpt")
     trainer, _ = fit(tmp_path, str(world / "rows.jsonl"), 6, tmp_path / "old.ckpt", data={"seed": 5})
     (line,) = said()
-    assert trainer.global_step == 6 and "old.ckpt is from before checkpoints kept their settings" in line
+    assert trainer.global_step == 6 and "old.ckpt is older than saved settings" in line
     assert "the state of another optimizer" in error(
         tmp_path, str(world / "rows.jsonl"), 6, tmp_path / "old.ckpt", model={"optimizer": sgd}
     )

@@ -158,9 +158,9 @@ def test_settings_that_differ_are_told_at_resume(
 @pytest.mark.parametrize(
     ("objectives", "options", "words"),
     [
-        ({"bb": "NLL"}, {}, ["--data.objectives", "no source is called 'bb'", "Did you mean b", "Known: a, b, c"]),
+        ({"bb": "NLL"}, {}, ["--data.objectives", "there is no source 'bb'", "Did you mean b", "Known: a, b, c"]),
         ({"b": "NLLL"}, {}, ["--data.objectives.b", "NLLL is unknown", "Did you mean NLL"]),
-        ({"b": "BySource(own={a: NLL})"}, {}, ["--data.objectives", "neither base nor own"]),
+        ({"b": "BySource(own={a: NLL})"}, {}, ["--data.objectives", "base and own cannot be"]),
         ({"b": "EAFT(k=3)", "c": "EAFT"}, {}, ["--data.objectives", "give them the same k"]),
         ({"b": "NLL"}, {"objective": BySource(own={"a": NLL()})}, ["--data.objectives", "leave one of them out"]),
         ({}, {"objective": BySource(own={"d": NLL()})}, ["--model.objective BySource", "'d'", "Known: a, b, c"]),

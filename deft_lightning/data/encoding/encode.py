@@ -130,7 +130,7 @@ def _conversation(
         ids, offsets, spelt = as_letters(tokenizer, ids, offsets, rendering.text, rendering.places)
     notes = notes_of_conversation(example, tokenizer, spelt, thoughts=teaching.reasoning != "drop")
     if rendering.left_out:
-        notes.append("the template leaves out the reasoning of turns that are not learnt")
+        notes.append("the template leaves out the reasoning of turns that are not supervised")
     turn = turns(rendering, ids, offsets, ends)
     last = len(example.messages or ()) - 1
     codes = noise_codes(rendering, offsets, turn, example.response or "", last, marks)

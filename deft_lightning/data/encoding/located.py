@@ -56,7 +56,7 @@ def locate(
     """
     pieces = _pieces(renderer, messages)
     if pieces.text != text:
-        raise refusal(where, "changes what it writes with the text of a message, so the turns cannot be told apart")
+        raise refusal(where, "changes what it writes with the text of a message, so the turns cannot be located")
     spans = []
     added = sorted(renderer.tokenizer.get_added_vocab(), key=len, reverse=True)
     special = re.compile("|".join(map(re.escape, added)) or "(?!)")
@@ -135,7 +135,7 @@ def _start(
             return at + len(written)
     if not header:  # generation goes on where the last message ends
         return first
-    raise refusal(where, f"begins message {i + 1} with another header than an answer that is generated")
+    raise refusal(where, f"begins message {i + 1} with a different header than a generated answer")
 
 
 def _header(renderer: Renderer, before: Sequence[Message]) -> str:
@@ -170,7 +170,7 @@ def _end(
         return after.end()
     if own and same and closing[:same].strip():
         return last + same
-    raise refusal(where, f"closes message {i + 1} in another way once more turns follow, so its end is unknown")
+    raise refusal(where, f"closes message {i + 1} differently when more turns follow, so its end is unknown")
 
 
 def _common(one: str, other: str) -> int:

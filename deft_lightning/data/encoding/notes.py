@@ -40,11 +40,11 @@ def notes_of_conversation(
     texts = list(texts_of(messages, example.tools, thoughts=thoughts))
     notes: list[str] = []
     if spelt is not None:
-        notes += [f"{SPELT} the special token {name}: it is read as letters" for name in set(spelt)]
+        notes += [f"{SPELT} the special token {name}: it is read as plain text" for name in set(spelt)]
     elif special is not None and any(map(special.search, texts)):
         notes.append(f"{SPELT} special tokens: they are read as those tokens")
     if foreign := _foreign(texts, tokenizer):
-        notes.append(f"{SPELT} markup of another format, such as {foreign}: it is read as letters")
+        notes.append(f"{SPELT} markup of another format, such as {foreign}: it is read as plain text")
     headers = filter(None, (headers_of(message["content"]) for message in messages if message["role"] != "tool"))
     if header := next(headers, None):
         notes.append(f"a message has headers of turns, such as {header!r}: they are read as text of that message")
@@ -95,17 +95,17 @@ def notes_of_text(text: str, tokenizer: Any, *, doubled: bool) -> tuple[str, ...
     """
     notes, special = [], forging(tokenizer)
     if doubled:
-        notes.append("the text begins or ends with a token that is added anyway: it is there once")
+        notes.append("the text begins or ends with a token that is added anyway: it is added only once")
     if special is not None and (inside := special.search(text)):
         notes.append(f"the text has special tokens such as {inside[0]}: they are learnt as those tokens")
     if foreign := _foreign([text], tokenizer):
         notes.append(
-            f"the text has markup of a chat format, such as {foreign}, that is no token: it is learnt as letters"
+            f"the text has markup of a chat format, such as {foreign}, that is not a token: it is learnt as plain text"
         )
     if header := headers_of(text):
         notes.append(
-            f"the text is a conversation with headers such as {header!r}: it is learnt as one text, the questions too;"
-            " in rows of messages the answers alone would be"
+            f"the text is a conversation with headers such as {header!r}: all of it is learnt, questions "
+            "included; in rows of messages, only the answers are"
         )
     return tuple(notes)
 

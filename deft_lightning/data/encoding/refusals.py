@@ -24,7 +24,7 @@ def left_out(where: str, i: int, kept_later: bool) -> RowError:
         kept_later: Whether it keeps that of the last turn, as many do.
     """
     ways = ["use one that writes it, such as chatml or trl:qwen3", "put it into the text (--data.reasoning text)"]
-    ways = ["learn the last turn alone (--data.supervise last)", *ways] if kept_later else ways
+    ways = ["learn only the last turn (--data.supervise last)", *ways] if kept_later else ways
     advice = f"; {', '.join(ways)}, or leave it out on purpose (--data.reasoning drop)"
     return refusal(where, f"leaves out the reasoning of message {i + 1}", advice)
 

@@ -261,7 +261,7 @@ def _tagged_spans(renderer: Renderer, messages: list[Message], where: str) -> tu
         while turns and not _says(messages[turns[0]], words):
             turns.pop(0)
         if not turns:
-            raise refusal(where, "has tags that are around no assistant turn")
+            raise refusal(where, "has generation tags that enclose no assistant turn")
         spans.append((start, end, turns[0]))
     return text, spans
 

@@ -91,9 +91,7 @@ def template_text(choice: str) -> str:
     try:
         return Path(choice).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"--data.chat_template {choice!r} is neither chatml, a file, nor a template ({error})"
-        ) from None
+        raise UserError(f"--data.chat_template {choice!r} is not chatml, a file or a template ({error})") from None
 
 
 def trl_template(name: str) -> str:

@@ -42,8 +42,8 @@ class AnswerCorrupt(ExampleNoise):
         """Refuse rates and words that mean nothing."""
         super().__post_init__()
         styles = self.style in ("gsm8k", "boxed", "last_number")
-        self._refuse_unless(styles, f"style is gsm8k, boxed or last_number, not {self.style!r}")
-        self._refuse_unless(self.how in ("digits", "offset"), f"how is digits or offset, not {self.how!r}")
+        self._refuse_unless(styles, f"style must be gsm8k, boxed or last_number, not {self.style!r}")
+        self._refuse_unless(self.how in ("digits", "offset"), f"how must be digits or offset, not {self.how!r}")
 
     def edit(self, salt: str, example_id: str, response: str, prompt: str) -> list[Edit] | None:
         """Return the change of the answer."""

@@ -92,8 +92,7 @@ def corrupted(examples: Lazy[Example] | Sequence[Example], noise: Noise) -> tupl
         applied.append(Applied(name, op.rate, len(open_to), count))
         if not count and op.rate * len(open_to) > 20:  # by chance once in a hundred million times
             rank_zero_warn(
-                f"{name} changed none of {len(open_to)} responses: they hold nothing that it looks for"
-                " (--data.noise.ops)"
+                f"{name} changed none of {len(open_to)} responses: none holds what it looks for (--data.noise.ops)"
             )
     # An operation may have restored what an earlier one broke.
     return {i: new for i, new in changed.items() if new[0].messages != examples[i].messages}, applied

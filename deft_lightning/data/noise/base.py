@@ -126,9 +126,9 @@ class Noise:
     """Synthetic label noise, applied to the training split unless told otherwise.
 
     Args:
-        seed: Draws another corruption of the same kind.
-        splits: Which of train and validation are corrupted.
-        trusted_fraction: Share of examples, chosen by hash, that no operation touches.
+        seed: Seed of the corruption.
+        splits: Splits to corrupt: train, validation or both.
+        trusted_fraction: Share of examples, chosen by hash, that stay clean.
         ops: Operations, applied in order; ``noise_code`` of a corrupted token is the operation's place, from 1.
     """
 

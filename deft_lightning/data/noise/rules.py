@@ -41,7 +41,7 @@ class WrongRule(ExampleNoise):
     def __post_init__(self) -> None:
         """Refuse rules that nobody knows."""
         super().__post_init__()
-        self._refuse_unless(self.rule in RULES, f"rule {self.rule!r} is none of {', '.join(RULES)}")
+        self._refuse_unless(self.rule in RULES, f"rule {self.rule!r} is not one of {', '.join(RULES)}")
 
     def edit(self, salt: str, example_id: str, response: str, prompt: str) -> list[Edit] | None:
         """Return the response by the other rule, None where that is the same."""

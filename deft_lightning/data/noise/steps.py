@@ -53,7 +53,7 @@ class StepEdit(ResponseNoise):
         """Refuse shares and words that mean nothing."""
         super().__post_init__()
         known = self.op in ("delete", "shuffle", "insert")
-        self._refuse_unless(known, f"op is delete, shuffle or insert, not {self.op!r}")
+        self._refuse_unless(known, f"op must be delete, shuffle or insert, not {self.op!r}")
         self._refuse_unless(0.0 < self.fraction <= 1.0, f"fraction {self.fraction} is outside (0, 1]")
 
     def edits(

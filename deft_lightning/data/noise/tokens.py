@@ -43,8 +43,8 @@ class TokenReplace(TokenNoise):
         """Refuse rates and words that mean nothing."""
         super().__post_init__()
         sources = self.source in ("uniform", "unigram", "confusable")
-        self._refuse_unless(sources, f"source is uniform, unigram or confusable, not {self.source!r}")
-        self._refuse_unless(self.target in ("labels", "text"), f"target is labels or text, not {self.target!r}")
+        self._refuse_unless(sources, f"source must be uniform, unigram or confusable, not {self.source!r}")
+        self._refuse_unless(self.target in ("labels", "text"), f"target must be labels or text, not {self.target!r}")
         if self.rates is not None:
             shares = len(self.rates) > 0 and all(0.0 <= rate <= 1.0 for rate in self.rates)
             self._refuse_unless(shares, f"rates {self.rates} must be one or more shares in [0, 1]")
@@ -91,7 +91,7 @@ def _by_weight(vocabulary: Vocabulary, weights: Floats, at: Ids, present: NDArra
 def _look_alike(vocabulary: Vocabulary, at: Ids, draws: Floats) -> Ids:
     """Draw evenly among the look-alikes of each token, itself left out."""
     if len(vocabulary.tokens) != len(vocabulary.ids):
-        raise UserError("TokenReplace: source confusable needs to know how tokens are written (--data.noise.ops)")
+        raise UserError("TokenReplace: source confusable needs the spelling of each token (--data.noise.ops)")
     like = vocabulary.look_alikes
     first, last = like.first[at], like.last[at]
     rank = first + (draws * (last - first - 1)).astype(np.int64)

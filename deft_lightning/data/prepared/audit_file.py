@@ -15,7 +15,9 @@ from deft_lightning.data.sources.files import read_file
 from deft_lightning.data.sources.remarks import Remark
 from deft_lightning.errors import UserError
 
-NEEDS = "an audit has an object a line with `id`, or with `file`, `row` and `prompt` (python -m deft_lightning probe)"
+NEEDS = (
+    "an audit has one object per line with `id`, or with `file`, `row` and `prompt` (python -m deft_lightning probe)"
+)
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,9 @@ class Top:
         count = self.count if self.share is None else math.floor(self.share * ranked)
         if not count:
             percent = f"{float(100 * (self.share or 0)):g}%"
-            raise UserError(f"--data.exclude_top {percent} of the {ranked:,} rows of {name} is none; give a count")
+            raise UserError(
+                f"--data.exclude_top {percent} of the {ranked:,} rows of {name} is less than one row; give a count"
+            )
         if count > ranked:
             raise UserError(
                 f"--data.exclude_top {count}: {name} ranks {ranked:,} rows; leave the option out to exclude them all"
@@ -113,10 +117,10 @@ def read_audit(path: Path, name: str, option: str, *, weighted: bool) -> Iterato
 
 def _line(where: str, record: Any, weighted: bool) -> AuditLine:
     if not isinstance(record, dict):
-        raise UserError(f"{where}: is no row of an audit; {NEEDS}")
+        raise UserError(f"{where}: is not a row of an audit; {NEEDS}")
     place = isinstance(record.get("file"), str) and type(record.get("row")) is int
     if not _text(record.get("id")) and not (place and isinstance(record.get("prompt"), str)):
-        raise UserError(f"{where}: is no row of an audit; {NEEDS}")
+        raise UserError(f"{where}: is not a row of an audit; {NEEDS}")
     for key in ("prompt", "answer"):
         if record.get(key) is not None and not isinstance(record[key], str):
             raise UserError(f"{where}, field {key!r}: expected text, got {type(record[key]).__name__}")
@@ -141,6 +145,6 @@ def _weight(where: str, record: JsonObject) -> float:
             raise UserError(f"{where}, field {key!r}: expected {wanted}, got {value!r}")
         return float(value)
     raise UserError(
-        f"{where}: has neither a `weight` nor `right`, which the probe leaves empty where it has no noise estimate;"
-        " write a weight into every line, or leave out the worst rows with --data.exclude"
+        f"{where}: has neither `weight` nor `right`. The probe leaves `right` empty without a noise estimate. Write a"
+        " weight into every line, or leave out the worst rows with --data.exclude"
     )

@@ -228,7 +228,7 @@ def _intact(folder: Path, *, warn: bool = False) -> bool:
     if damaged is None:
         _verified[folder] = times
     elif warn:
-        rank_zero_warn(f"{folder / damaged}: is not as it was written; the data is prepared again")
+        rank_zero_warn(f"{folder / damaged}: has changed since it was written; the data is prepared again")
     return damaged is None
 
 

@@ -50,6 +50,6 @@ def prepared_folder(
         build(recipe, tokenizer, chat_template, folder, num_proc)
         if state() != before:  # it would be kept as what the files held before
             name = ", ".join([title(recipe.source), *map(str, audits)])
-            raise UserError(f"{name}: has changed while it was read; start again once nobody writes to it")
+            raise UserError(f"{name}: changed while it was being read; start again when nothing writes to it")
 
     return cached(root, [__version__, FORMAT, recipe, sources, about, template], fill)

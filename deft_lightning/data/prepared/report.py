@@ -167,5 +167,5 @@ class Report:
         if self.truncated:
             parts.append(f"{self.truncated} truncated")
         if self.dropped:
-            parts.append(f"{self.dropped} dropped for want of a supervised token within max_length")
+            parts.append(f"{self.dropped} dropped without a supervised token within max_length")
         return "; ".join(parts)

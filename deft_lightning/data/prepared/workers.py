@@ -71,7 +71,7 @@ def in_order(
             yield result
     except BrokenProcessPool:  # told by a result, or by the next job that is given to it
         raise UserError(
-            "preparing the data: a worker process was killed, perhaps for want of memory; start again with fewer"
+            "preparing the data: a worker process was killed, perhaps because memory ran out; start again with fewer"
             f" (--data.num_proc {max(1, workers // 2)})"
         ) from None
     finally:

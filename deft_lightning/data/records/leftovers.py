@@ -123,15 +123,15 @@ def refuse_leftovers(row: Row, ignore: Collection[str], taught: str | None) -> N
         if key in VERDICTS and isinstance(value, bool):
             raise row.fail(
                 name,
-                "says whether the answer is a good one; --data.weight_column"
-                f" {name} learns the rows alone where it is true, {advice}",
+                "says whether the answer is good; --data.weight_column"
+                f" {name} learns only the rows where it is true, {advice}",
                 "preference",
             )
         if taught is not None and key.startswith("correct") and _wrong(row, value):
             raise row.fail(
                 name,
                 f"says that the answer that is learnt, the first of {_response(row)!r}, is wrong; --data.weight_column"
-                f" {name}.0 learns the rows alone where it is right, {advice}",
+                f" {name}.0 learns only the rows where it is right, {advice}",
                 "preference",
             )
         if key in MEDIA:
@@ -145,7 +145,7 @@ def refuse_leftovers(row: Row, ignore: Collection[str], taught: str | None) -> N
             read = _response(row)
             raise row.fail(
                 name,
-                f"is a second answer beside {read!r}; --data.column_map.{row.read.get(read, 'answer')} {name} learns"
+                f"is a second answer next to {read!r}; --data.column_map.{row.read.get(read, 'answer')} {name} learns"
                 f" it instead, {advice}",
                 "two answers",
             )

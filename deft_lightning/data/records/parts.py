@@ -95,6 +95,6 @@ def as_text(row: Row, field: str, value: Any) -> str:
     if parts:
         apart = take_apart(row, field, value)
         if apart.thought or apart.calls or apart.results:
-            raise row.fail(field, "holds a thought, a call or a further result, which no result of a tool has", "role")
+            raise row.fail(field, "holds a thought, a call or another result, which a tool result cannot hold", "role")
         value = apart.content
     return row.text(field, value, empty=True)

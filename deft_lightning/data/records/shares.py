@@ -51,7 +51,7 @@ def turn_weight(row: Row, at: str, turn: Mapping[str, Any]) -> float | None:
         said[key] = weight
     if len(set(said.values())) > 1:
         advice = f"--data.ignore_columns '{row.key(at, list(said)[-1])}' leaves one out"
-        raise row.fail(at, f"the keys {' and '.join(said)} say different things; {advice}", "weight")
+        raise row.fail(at, f"the keys {' and '.join(said)} disagree; {advice}", "weight")
     return next(iter(said.values()), None)
 
 
@@ -98,7 +98,7 @@ def token_weights(row: Row, count: int) -> list[float] | None:
         if values is None:
             continue
         if not isinstance(values, list) or len(values) != count:
-            problem = f"has {len(values)} entries" if isinstance(values, list) else f"is no list, but {values!r:.40}"
+            problem = f"has {len(values)} entries" if isinstance(values, list) else f"is not a list but {values!r:.40}"
             raise row.fail(name, f"{problem}, input_ids has {count}", "length")
         weights = [as_weight(value) for value in values]
         if None in weights:

@@ -64,11 +64,11 @@ def read_turns(row: Row, field: str, turns: Any, role_key: str, content_key: str
             _note_left(row, field, turn, {role_name, content_name, "channel"})
             continue
         if thought and ALIASES.get(spelt, spelt) != "assistant":
-            raise row.fail(at, "follows a thought (channel analysis) to which no turn of the assistant belongs", "role")
+            raise row.fail(at, "follows a thought (channel analysis) that belongs to no assistant turn", "role")
         messages += _Turn(row, field, at, turn, spelt, role_name, content_name).messages(thought)
         thought = ""
     if thought:
-        raise row.fail(field, "ends with a thought (channel analysis) to which no answer belongs", "role")
+        raise row.fail(field, "ends with a thought (channel analysis) that belongs to no answer", "role")
     return messages
 
 

@@ -71,7 +71,7 @@ def read_file(path: Path, name: str | None = None, expected: Expected = ANY) -> 
         mode = path.stat().st_mode
         if not stat.S_ISREG(mode):
             what = "a named pipe" if stat.S_ISFIFO(mode) else "a folder" if stat.S_ISDIR(mode) else "a device or socket"
-            raise UserError(f"{name}: is {what} and no file; what it gives must be saved first (--data.source)")
+            raise UserError(f"{name}: is {what}, not a file; save its content to a file first (--data.source)")
         check_type(name, path.name)
         if kind == ".parquet":
             yield from read_parquet(path, name)
@@ -83,7 +83,7 @@ def read_file(path: Path, name: str | None = None, expected: Expected = ANY) -> 
         raise UserError(f"{name}: the compressed file is cut short or damaged ({error})") from None
     except MemoryError:
         raise UserError(
-            f"{name}: a value in it needs more memory than there is; JSON of many small lists grows twentyfold"
+            f"{name}: a value in it needs more memory than is available; JSON of many small lists grows twentyfold"
         ) from None
     except OSError as error:
         raise UserError(f"{name}: cannot be read ({error.strerror or error})") from None

@@ -71,7 +71,7 @@ def files_of_split(folder: str, names: Sequence[P], split: str | None) -> list[P
         raise UserError(f"{folder}: has no file of the split {split!r}; it has {known} (--data.source, --data.split)")
     if unclear := [file for file in files if splits[file] is None]:
         raise UserError(
-            f"{folder}: the name of {unclear[0]} says no split while others do; name the files with"
-            f" a pattern, for example {folder}/*{suffix(unclear[0])} (--data.source)"
+            f"{folder}: the name of {unclear[0]} does not name a split, but other files do; choose the files "
+            f"with a pattern, for example {folder}/*{suffix(unclear[0])} (--data.source)"
         )
     return [file for file in files if splits[file] == wanted]

@@ -25,7 +25,7 @@ def read_task(source: str) -> Located:
     try:
         options = {key: yaml.safe_load(value) for key, value in parse_qsl(query, keep_blank_values=True)}
     except yaml.YAMLError as error:
-        raise UserError(f"{source}: an option is no value: {error} (--data.source)") from None
+        raise UserError(f"{source}: an option has an invalid value: {error} (--data.source)") from None
     fields = {name: str(options.pop(name)).split(".") for name in ("question", "answer") if name in options}
     try:
         dataset = reasoning_gym.create_dataset(task, **{"size": 1000, "seed": 0, **options})

@@ -175,7 +175,7 @@ def settled(source: Source | GivenRows | None, option: str) -> Settled | None:
     if datasets is not None and isinstance(source, datasets.Dataset):
         return DatasetRows(source)
     if datasets is not None and isinstance(source, datasets.DatasetDict | datasets.IterableDatasetDict):
-        raise UserError(f"{option}: got a dict of splits; hand over one of them: {', '.join(map(str, source))}")
+        raise UserError(f"{option}: got a dict of splits; pass one of them: {', '.join(map(str, source))}")
     if source is None or isinstance(source, str | Mapping | GivenRows):
         return source
     if isinstance(source, list | tuple):

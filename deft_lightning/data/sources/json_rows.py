@@ -57,18 +57,18 @@ def read_lines(name: str, file: IO[str], expected: Expected) -> Located:
         if record is None:
             window = Window(file, first, blank + 1)
             if opening[0] == "[":
-                yield name, Remark("list", f"{name}: holds one list, of which each item is a row")
+                yield name, Remark("list", f"{name}: holds one list; each item is a row")
                 yield from _list(name, window)
                 return
             if _over_lines(window):
-                yield name, Remark("objects", f"{name}: objects take several lines; row N is the object number N")
+                yield name, Remark("objects", f"{name}: objects span several lines; row N is object N")
                 yield from _objects(name, window)
                 return
             start, file = repeat("\n", blank), cast(IO[str], _PutBack(window.text, file))
         elif isinstance(record, list) and not is_conversation(record):
             more, second = _next_line(file)
             if not second:
-                yield name, Remark("list", f"{name}: holds one list, of which each item is a row")
+                yield name, Remark("list", f"{name}: holds one list; each item is a row")
                 yield from ((f"{name}, row {number}", item) for number, item in enumerate(record, 1))
                 return
             start = chain(start, repeat("\n", more), [second])
@@ -91,11 +91,11 @@ def _lines(name: str, start: Iterable[str], file: IO[str]) -> Located:
         except (ValueError, RecursionError) as error:  # besides broken JSON, integers of more than 4300 digits
             problem = f"is not JSON ({why(error)})" if is_text(text) else "is not UTF-8 text"
             if text in ("{", "["):
-                problem += "; an object has to be on one line, or every object of the file over several"
+                problem += "; an object must be on one line, or every object of the file must span several"
             yield where, RowError(where, problem, kind="not JSON" if is_text(text) else "not UTF-8")
         else:
             if isinstance(record, list) and not is_conversation(record):
-                problem = "is a list and no object; write one object a line, or one list as the whole file"
+                problem = "is a list, not an object; write one object per line, or one list as the whole file"
                 record = RowError(where, problem, kind="type")
             yield where, decoder.checked(where, record, text)
 
@@ -155,8 +155,8 @@ def read_list(name: str, file: IO[str], expected: Expected) -> Located:
     text = window.text + file.read(WHOLE)
     if len(text) > WHOLE:
         raise UserError(
-            f"{name}: is no list of rows and longer than {WHOLE:,} characters, too long to be read as a whole; one"
-            " object a line is .jsonl"
+            f"{name}: is not a list of rows and longer than {WHOLE:,} characters, too long to be read as a "
+            "whole; use .jsonl for one object per line"
         )
     yield from _object(name, text, expected)
 
@@ -195,7 +195,7 @@ def _items(name: str, window: Window) -> Iterator[tuple[str, Any]]:
         yield where, window.value(where)
     window.at += 1
     if window.peek():
-        raise window.broken(name, "there is more after the list; one object a line is .jsonl")
+        raise window.broken(name, "there is more after the list; use .jsonl for one object per line")
 
 
 def _object(name: str, text: str, expected: Expected) -> Located:
@@ -205,7 +205,7 @@ def _object(name: str, text: str, expected: Expected) -> Located:
     try:
         content, _ = decoder.decode(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{name}: is not JSON ({why(error)}); one object a line is .jsonl") from None
+        raise UserError(f"{name}: is not JSON ({why(error)}); use .jsonl for one object per line") from None
     lists = {key: value for key, value in content.items() if isinstance(value, list)} if _is_object(content) else {}
     rows = [key for key, value in lists.items() if _is_rows(value)]
     if decoder.twice:

@@ -53,7 +53,7 @@ def told_apart(source: Settled, on_remark: OnRemark) -> list[str]:
     """
     names = list(source_names(source).values())
     if len(names) > MOST:
-        on_remark(Remark("by source", f"{len(names)} sources are more than {MOST}: there will be no figures by source"))
+        on_remark(Remark("by source", f"{len(names)} sources are more than {MOST}: there are no metrics by source"))
     return names if 1 < len(names) <= MOST else []
 
 

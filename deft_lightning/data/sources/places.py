@@ -133,7 +133,9 @@ def _fetched(address: str) -> Iterator[Path]:
             system.get_file(path, str(target))
             if size is not None and target.stat().st_size != size:
                 problem = f"{target.stat().st_size} of {size} bytes came"
-                raise UserError(f"{shown(address)}: {problem}: it has changed meanwhile, or was cut short; try again")
+                raise UserError(
+                    f"{shown(address)}: {problem}: it changed during the download, or was cut short; try again"
+                )
             _check_page(address, target)
         yield target
     finally:
@@ -144,8 +146,8 @@ def _check_page(address: str, file: Path) -> None:
     with file.open("rb") as content:
         start = content.read(200).lstrip().lower()
     if start.startswith((b"<!doctype html", b"<html")):
-        hint = "; on the hub, name /resolve/ in place of /blob/" if "/blob/" in address else ""
-        raise UserError(f"{shown(address)}: is a web page and no file of rows{hint} (--data.source)")
+        hint = "; on the hub, use /resolve/ instead of /blob/" if "/blob/" in address else ""
+        raise UserError(f"{shown(address)}: is a web page, not a file of rows{hint} (--data.source)")
 
 
 # --- what a place says of a file --------------------------------------------------------------------------------------
@@ -198,9 +200,9 @@ def _opened(address: str) -> tuple[Any, str]:
     if protocol not in PLACES:
         hint = did_you_mean(protocol, [*PLACES, *LOCAL])
         known = ", ".join(f"{name}://" for name in (*LOCAL[:1], *PLACES))
-        raise UserError(f"{shown(address)}: unknown place {protocol}://.{hint} Known: {known} (--data.source)")
+        raise UserError(f"{shown(address)}: unknown scheme {protocol}://.{hint} Known: {known} (--data.source)")
     if "::" in address:
-        raise UserError(f"{shown(address)}: addresses within addresses (::) are not opened (--data.source)")
+        raise UserError(f"{shown(address)}: chained URLs (::) are not supported (--data.source)")
     from fsspec.core import url_to_fs
 
     options: dict[str, Any] = {}
@@ -242,8 +244,8 @@ def _refuse(address: str, error: Exception) -> NoReturn:
     if isinstance(cause, FileNotFoundError) or getattr(cause, "status", None) == 404:
         raise UserError(f"{shown(address)}: there is no such file (--data.source)") from None
     raise UserError(
-        f"{shown(address)}: cannot be fetched ({reason}); check address, network and credentials, or fetch it by"
-        " other means and name the file (--data.source)"
+        f"{shown(address)}: cannot be fetched ({reason}); check URL, network and credentials, or download it "
+        "and name the file (--data.source)"
     ) from None
 
 

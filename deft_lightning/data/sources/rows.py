@@ -203,7 +203,7 @@ class Row:
         spelt = self._spelt.get(field, [field])
         if len(spelt) > 1:
             both = " and ".join(map(repr, spelt))
-            raise self.fail(field, f"{both} could both be it; --data.column_map.{field} says which", "names")
+            raise self.fail(field, f"{both} both fit; choose one with --data.column_map.{field}", "names")
         return spelt[0]
 
     def get(self, field: str) -> Any:

@@ -53,7 +53,7 @@ def read_separated(name: str, file: IO[str], usual: str, dialect: Dialect) -> Lo
     if dialect.separator != usual:
         yield name, Remark("separator", f"{name}: read with fields separated by {dialect.plural}")
     if dialect.blanks:
-        yield name, Remark("blanks", f"{name}: blanks that follow the {dialect.plural} are left out")
+        yield name, Remark("blanks", f"{name}: spaces after the {dialect.plural} are left out")
     # The default field limit of 128 KiB is shorter than some answers.
     csv.field_size_limit(LONGEST)
     lines = _Lines(file)

@@ -11,7 +11,7 @@ from typing import IO, NamedTuple
 from deft_lightning.data.sources.layouts import Expected
 from deft_lightning.errors import UserError
 
-SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
+SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "pipes"}
 SAMPLE = 1 << 16  # letters looked at
 ROWS = 20  # rows looked at
 
@@ -54,7 +54,7 @@ def find_dialect(name: str, file: IO[str], usual: str, expected: Expected) -> Di
     whole = len(sample) < SAMPLE
     if declared := re.match(r'"?sep=(.)"?\r?\n', sample):
         if declared[1] not in SEPARATORS:
-            raise UserError(f"{name}: says sep={declared[1]}; known: commas, semicolons, tabs and bars")
+            raise UserError(f"{name}: says sep={declared[1]}; known: commas, semicolons, tabs and pipes")
         return Dialect(declared[1], declared=True)
     tables = {mark: _table(sample, mark, whole) for mark in (usual, *(mark for mark in SEPARATORS if mark != usual))}
     cut = {mark: rows for mark, rows in tables.items() if rows and len(rows[0]) > 1}
@@ -66,7 +66,7 @@ def find_dialect(name: str, file: IO[str], usual: str, expected: Expected) -> Di
         return Dialect(usual, _blanks(tables[usual]))
     if len(choices) > 1:
         marks = " and ".join(SEPARATORS[mark] for mark in choices)
-        raise UserError(f"{name}: the header can be cut at {marks} alike; separate the fields by {SEPARATORS[usual]}")
+        raise UserError(f"{name}: the header can be split at {marks} alike; separate the fields by {SEPARATORS[usual]}")
     return Dialect(choices[0], _blanks(tables[choices[0]]))
 
 

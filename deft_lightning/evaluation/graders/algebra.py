@@ -85,7 +85,7 @@ class Algebra:
                 )
             what, value = reply
             if what == "failed":
-                raise UserError(f"the grader of mathematics can start no process ({value})")
+                raise UserError(f"the grader of mathematics cannot start a process ({value})")
             return GaveUp(value) if what == "gave_up" else value
 
     def close(self) -> None:
@@ -114,7 +114,7 @@ class Algebra:
         if self._worker is None or self._worker.poll() is not None:
             self._stop()
             if os.name != "posix":
-                raise UserError("grading of mathematics needs a POSIX system: its limits of time are the kernel's")
+                raise UserError("grading mathematics needs a POSIX system, whose kernel limits its time")
             command = [sys.executable, "-m", f"{__package__}.algebra_worker", str(self.mebibytes)]
             paths = os.pathsep.join(path for path in sys.path if path)
             try:
@@ -128,7 +128,7 @@ class Algebra:
                 raise UserError(f"the grader of mathematics does not start ({error.strerror})") from None
             assert self._worker.stdout is not None
             if not self._worker.stdout.readline():
-                raise UserError(f"the grader of mathematics does not start; why, says: {' '.join(command)}")
+                raise UserError(f"the grader of mathematics does not start; the reason is in {' '.join(command)}")
         if self._closed:  # by another thread, perhaps while it started
             self._stop()
             raise UserError("the grader of mathematics was closed")

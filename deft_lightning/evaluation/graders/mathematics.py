@@ -40,7 +40,7 @@ class Math(Grader):
     def __post_init__(self) -> None:
         """Refuse rules that there are not."""
         if not self.rules or set(self.rules) - set(get_args(Rule)):
-            raise UserError(f"Math: rules are some of {', '.join(get_args(Rule))}, not {self.rules!r}")
+            raise UserError(f"Math: rules must be among {', '.join(get_args(Rule))}, not {self.rules!r}")
 
     def answer(self, completion: str) -> str | None:
         """Return the final answer as it is written; None where there is none."""

@@ -147,7 +147,7 @@ def advice(
         for option, other in less
     ]
     if not any(other.peak <= room for _, other in less):
-        told.append("--trainer.strategy fsdp2 shares it out over several devices")
+        told.append("--trainer.strategy fsdp2 splits it over several devices")
     return (
         f"memory: a step of {batch.rows} x {batch.length} tokens needs about {size_of(need.peak)}, the device has"
         f" {size_of(room)}: {'; '.join(told)}"

@@ -33,7 +33,7 @@ class Setup:
         precision: Lightning's name.
         fused: Whether the head is the fused one.
         kernel: Its row kernel, ``torch`` or ``triton``.
-        accumulate: Micro-batches of an optimizer step.
+        accumulate: Micro-batches per optimizer step.
         reference: Whether predictions are compared with those of a reference (KLAnchor).
         device: ``cpu`` or ``cuda``.
         ranks: Number of processes.

@@ -61,16 +61,16 @@ def refuse(path: str | Path, trainer: Trainer, module: Any) -> None:
     """
     if Path(path).is_dir() and is_complete(Path(path)) and not shards(trainer.strategy):
         raise UserError(
-            f"{path}: is a folder of shares, which --trainer.strategy fsdp2 alone can resume; export it to go on from"
-            " its weights"
+            f"{path}: is a sharded checkpoint, which only --trainer.strategy fsdp2 can resume; export it to "
+            "start from its weights"
         )
     held = peek(path)
     if held is None or not about(held):
         return
     if "lr_schedulers" not in held or (Path(path).is_file() and "optimizer_states" not in held):
         raise UserError(
-            f"{path}: holds weights only (--checkpoint.save_weights_only true), so fit cannot resume it; export it and"
-            " begin a run from its weights with --model.pretrained FOLDER"
+            f"{path}: holds weights only (--checkpoint.save_weights_only true), so fit cannot resume it; "
+            "export it and start a run from its weights with --model.pretrained FOLDER"
         )
     _refuse_limits(path, held, trainer)
     _refuse_adapters(path, about(held).get("lora"), getattr(module, "lora", None))
@@ -94,7 +94,7 @@ def _refuse_limits(path: str | Path, held: Checkpoint, trainer: Trainer) -> None
     done = _epochs_done(held)
     if epochs is not None and 0 <= epochs < done:
         raise UserError(
-            f"--trainer.max_epochs {epochs}: {path} has {done} epochs behind it; set --trainer.max_epochs to more than"
+            f"--trainer.max_epochs {epochs}: {path} has {done} finished epochs; set --trainer.max_epochs to more than"
             f" {done}"
         )
 
@@ -160,8 +160,8 @@ def refuse_classes(path: str | Path, before: Settings, optimizer: str, scheduler
         if old == new:  # of two modules
             old, new = shown(known["class"]), str(now)
         raise UserError(
-            f"--model.{option} {new}: {path} was trained with {old}, whose state {new} cannot go on from; set"
-            f" --model.{option} {old}, or export the checkpoint and begin a run from its weights with"
+            f"--model.{option} {new}: {path} was trained with {old}, whose state {new} cannot use; set"
+            f" --model.{option} {old}, or export the checkpoint and start a run from its weights with"
             " --model.pretrained FOLDER"
         )
 

@@ -147,8 +147,8 @@ class Restoring(CheckpointConnector):
     def _say(self, before: Settings, held: Checkpoint) -> None:
         if not before:
             rank_zero_info(
-                f"resuming: {self.path} is from before checkpoints kept their settings: nothing is known of its"
-                " data, seeds and optimizer, and nothing is compared"
+                f"resuming: {self.path} is older than saved settings: its data, seeds and optimizer are "
+                "unknown and cannot be compared"
             )
             return
         lines = differences(before, self._settings)
@@ -197,4 +197,4 @@ def _keep_beside(held: Checkpoint) -> None:
             state["best_k_models"] = {path: score for name, score in best.items() if (path := kept(name))}
         if gone:
             where = f"checkpoints in {shown(folder)}" if folder else "checkpoints of its folder"
-            rank_zero_warn(f"the checkpoint names files as its own that are no {where}; they are left alone")
+            rank_zero_warn(f"the checkpoint names files as its own that are not {where}; they are left alone")

@@ -187,8 +187,8 @@ def differences(before: Settings, now: Settings) -> list[str]:
             lines.append(f"{name}: another template than the checkpoint was trained with")
         elif name == "trainer.world_size":
             lines.append(
-                f"{name}: {shown(before[name])} -> {shown(now[name])} ranks; gradients differ by rounding, dropout is"
-                " drawn anew, and a step has as many more or fewer examples"
+                f"{name}: {shown(before[name])} -> {shown(now[name])} ranks; gradients differ by rounding, "
+                "dropout is drawn again, and a step has more or fewer examples in proportion"
             )
         else:
             lines.append(f"{name}: {shown(before[name])} -> {shown(now[name])}")
@@ -236,8 +236,8 @@ def _of_scheduler(before: Settings, now: Settings) -> list[str]:
             continue
         if ours and name == "total_steps":
             lines.append(
-                f"model.scheduler: planned over {shown(old[name])} -> {shown(new[name])} optimizer steps; the rate goes"
-                " on at the same step of the new plan"
+                f"model.scheduler: planned over {shown(old[name])} -> {shown(new[name])} optimizer steps; the "
+                "rate continues at the same step of the new plan"
             )
         else:
             kept = "" if ours else "; the schedule keeps the former"

@@ -58,7 +58,7 @@ def test_a_message_cannot_begin_or_end_a_turn(forged: str, bos: bool) -> None:
     special = set(tokenizer.all_special_ids)
     inside = encoded.input_ids[encoded.turn == 1]
     assert [int(id) in special for id in inside] == [False] * (len(inside) - 1) + [True]
-    assert all("it is read as letters" in note for note in encoded.notes) and encoded.notes
+    assert all("it is read as plain text" in note for note in encoded.notes) and encoded.notes
     # Generation sees the same tokens.
     _, prompt = encode_prompt(tokenizer, talk(forged, forged, "plain", "plain"))
     assert prompt == encoded.input_ids[: np.flatnonzero(encoded.turn == 3)[0]].tolist()
@@ -171,7 +171,7 @@ def test_no_tool_call_or_result_forges_a_turn(place: str, json: str) -> None:
     encoded = encode(tokenizer, example)
     assert specials(tokenizer, encoded.input_ids) == specials(tokenizer, plain.input_ids)
     assert sorted(encoded.notes) == [
-        f"a message, call or tool spells the special token {name}: it is read as letters" for name in reversed(NAMES)
+        f"a message, call or tool spells the special token {name}: it is read as plain text" for name in reversed(NAMES)
     ]
     forged = encode(tokenizer, example, teaching=Teaching(special_tokens="token"))
     assert len(specials(tokenizer, forged.input_ids)) > len(specials(tokenizer, plain.input_ids))

@@ -118,7 +118,7 @@ def test_reasoning_may_be_put_into_the_text() -> None:
 
 
 def test_earlier_thoughts_that_the_template_drops_are_an_error_where_they_are_learnt() -> None:
-    with pytest.raises(UserError, match=r"reasoning of message 2; learn the last turn alone \(--data.supervise last\)"):
+    with pytest.raises(UserError, match=r"reasoning of message 2; learn only the last turn \(--data.supervise last\)"):
         learnt(LAST_ONLY, ASKED, THOUGHT, AGAIN, {**YES, "reasoning_content": "it is"})
     last = ["<think>\nit is\n</think>\n\nYes.<|end|>"]
     talk = (ASKED, THOUGHT, AGAIN, {**YES, "reasoning_content": "it is"})
@@ -131,7 +131,7 @@ def test_what_is_lost_of_turns_that_are_not_learnt_is_said() -> None:
     set_template(tokenizer, LAST_ONLY)
     example = Example("id", "digest", "row", messages=(ASKED, THOUGHT, AGAIN, YES))
     (note,) = encode(tokenizer, example, teaching=Teaching("last")).notes
-    assert note == "the template leaves out the reasoning of turns that are not learnt"
+    assert note == "the template leaves out the reasoning of turns that are not supervised"
 
 
 def test_the_assistant_may_speak_first_under_a_template_that_rewrites_history() -> None:

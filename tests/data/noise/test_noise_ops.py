@@ -650,7 +650,7 @@ def test_a_token_alone_in_its_class_takes_the_nearest() -> None:
     wrong = TokenReplace(rate=1.0, source="confusable").corrupt_tokens("s", "id", labels, words)
     drawn = {int(token): set(wrong[labels == token].tolist()) for token in words.ids}
     assert drawn == {5: {7, 6}, 6: {5}, 7: {5}}
-    with pytest.raises(UserError, match="how tokens are written"):
+    with pytest.raises(UserError, match="spelling of each token"):
         TokenReplace(source="confusable").corrupt_tokens("s", "id", labels, Vocabulary(words.ids, words.counts))
 
 
@@ -771,5 +771,7 @@ def test_a_wrong_rule_is_the_same_for_every_response(rule: Any, response: str, w
 
 
 def test_a_rule_that_nobody_knows_is_one_line() -> None:
-    with pytest.raises(UserError, match=r"WrongRule: rule 'sort' is none of rotate, reverse, upper .*--data.noise.ops"):
+    with pytest.raises(
+        UserError, match=r"WrongRule: rule 'sort' is not one of rotate, reverse, upper .*--data.noise.ops"
+    ):
         WrongRule(rule="sort")  # type: ignore[arg-type]

@@ -117,13 +117,13 @@ def test_shares_that_are_none_counts_that_are_too_many_and_an_empty_rest_are_ref
     rows: str, whole: InstructionDataModule, tmp_path: Path
 ) -> None:
     audit = write_rows(tmp_path / "audit.jsonl", records(whole))
-    with pytest.raises(UserError, match=r"exclude_top 1% of the 38 rows of .*audit.jsonl is none"):
+    with pytest.raises(UserError, match=r"exclude_top 1% of the 38 rows of .*audit.jsonl is less than one row"):
         opened(rows, exclude=audit, exclude_top="1%")
     with pytest.raises(UserError, match=r"exclude_top 39: .*audit.jsonl ranks 38 rows"):
         opened(rows, exclude=audit, exclude_top=39)
     with pytest.raises(UserError, match=r"leaves out all 38 training rows; set --data.exclude_top"):
         opened(rows, exclude=audit)
-    with pytest.raises(UserError, match=r"--data.exclude_top is of the rows of an audit; name it with --data.exclude"):
+    with pytest.raises(UserError, match=r"--data.exclude_top needs an audit; name it with --data.exclude"):
         InstructionDataModule(rows, exclude_top=3)
 
 
@@ -434,7 +434,7 @@ def test_weights_of_one_change_nothing(rows: str, whole: InstructionDataModule, 
 
 @pytest.mark.parametrize(
     ("more", "problem"),
-    [({}, r"row 1: has neither a `weight` nor `right`"), ({"right": None}, r"row 1: has neither a `weight` nor"),
+    [({}, r"row 1: has neither `weight` nor `right`"), ({"right": None}, r"row 1: has neither `weight` nor"),
      ({"right": 1.5}, r"row 1, field 'right': expected a probability, got 1.5"),
      ({"weight": -1}, r"row 1, field 'weight': expected a finite number of at least 0, got -1"),
      ({"weight": "1"}, r"row 1, field 'weight': expected a finite number of at least 0, got '1'"),
@@ -468,17 +468,17 @@ def test_two_weights_for_one_row_are_refused(rows: str, whole: InstructionDataMo
     [
         ("audit.jsonl", b"", "is empty"), ("audit.jsonl", b"\n\n", "is empty"),
         ("audit.jsonl", b'{"id": "a"\n{"id": "b"}\n', "is not JSON"), ("audit.jsonl", b"\xff\xfe\0a", "is not UTF-8"),
-        ("audit.jsonl", b'{"id": "\xff"}\n', "is not UTF-8"), ("audit.jsonl", b"[1, 2]\n", "is no row of an audit"),
-        ("audit.jsonl", b'"text"\n', "is no row of an audit"),
-        ("audit.jsonl", b'{"question": "1 + 1", "answer": "2"}\n', "is no row of an audit"),
-        ("audit.jsonl", b'{"file": "rows.jsonl", "row": 1}\n', "is no row of an audit"),
-        ("audit.jsonl", b'{"file": "rows.jsonl", "row": "1", "prompt": "q"}\n', "is no row of an audit"),
-        ("audit.jsonl", b'{"id": 7, "prompt": "q"}\n', "is no row of an audit"),
-        ("audit.jsonl", b'{"id": " ", "prompt": "q"}\n', "is no row of an audit"),
+        ("audit.jsonl", b'{"id": "\xff"}\n', "is not UTF-8"), ("audit.jsonl", b"[1, 2]\n", "is not a row of an audit"),
+        ("audit.jsonl", b'"text"\n', "is not a row of an audit"),
+        ("audit.jsonl", b'{"question": "1 + 1", "answer": "2"}\n', "is not a row of an audit"),
+        ("audit.jsonl", b'{"file": "rows.jsonl", "row": 1}\n', "is not a row of an audit"),
+        ("audit.jsonl", b'{"file": "rows.jsonl", "row": "1", "prompt": "q"}\n', "is not a row of an audit"),
+        ("audit.jsonl", b'{"id": 7, "prompt": "q"}\n', "is not a row of an audit"),
+        ("audit.jsonl", b'{"id": " ", "prompt": "q"}\n', "is not a row of an audit"),
         ("audit.jsonl", b'{"id": "a", "prompt": ["q"]}\n', "field 'prompt': expected text, got list"),
         ("audit.jsonl", b'{"id": "a", "rank": 0}\n', "field 'rank': expected a whole number from 1, got 0"),
         ("audit.jsonl", b'{"id": "a", "rank": "first"}\n', "field 'rank': expected a whole number from 1"),
-        ("audit.jsonl", b"[" * 100_000, "is"), ("audit.csv", b"id,prompt\n,q\n", "is no row of an audit"),
+        ("audit.jsonl", b"[" * 100_000, "is"), ("audit.csv", b"id,prompt\n,q\n", "is not a row of an audit"),
         ("audit.txt", b'{"id": "a"}\n', "unknown file type '.txt'"),
         ("audit.jsonl.gz", gzip.compress(b'{"id": "a", "weight": 1}\n', mtime=0)[:-6], "cut short or damaged"),
     ],

@@ -63,7 +63,7 @@ def test_one_flipped_bit_in_any_file_is_noticed_and_told(tmp_path: Path) -> None
         flipped[draw.randrange(len(whole))] ^= 1 << draw.randrange(8)
         path.write_bytes(flipped)
         os.utime(path, ns=(known.st_atime_ns, known.st_mtime_ns))
-        with pytest.warns(UserWarning, match="not as it was written; the data is prepared again") as told:
+        with pytest.warns(UserWarning, match="has changed since it was written; the data is prepared again") as told:
             ready(tmp_path)
         assert [str(path) in str(warning.message) for warning in told].count(True) == 1
         assert content(folder) == before, name
@@ -80,7 +80,7 @@ def test_many_flipped_bits_of_the_list_of_files(tmp_path: Path, seed: int) -> No
         flipped = bytearray(whole)
         flipped[draw.randrange(len(whole))] ^= 1 << draw.randrange(8)
         (folder / FILES).write_bytes(flipped)
-        with pytest.warns(UserWarning, match=r"is not as it was written"):
+        with pytest.warns(UserWarning, match=r"has changed since it was written"):
             cached(tmp_path, ["x"], build)
         assert (folder / FILES).read_bytes() == whole
 
@@ -124,7 +124,7 @@ def test_what_was_not_written_is_not_followed(tmp_path: Path, change: Callable[[
     folder = prepared(tmp_path)
     before = content(folder)
     change(folder)
-    with pytest.warns(UserWarning, match="not as it was written"):
+    with pytest.warns(UserWarning, match="has changed since it was written"):
         ready(tmp_path)
     assert content(folder) == before and not any(path.is_symlink() for path in folder.rglob("*"))
 
@@ -212,7 +212,7 @@ def test_rows_that_change_while_they_are_read_are_not_kept(tmp_path: Path, monke
             file.write('{"question": "a", "answer": "b"}\n')
 
     monkeypatch.setattr(folder_module, "build", build)
-    with pytest.raises(UserError, match="has changed while it was read"):
+    with pytest.raises(UserError, match="changed while it was being read"):
         ready(tmp_path)
     assert not list((tmp_path / "cache" / "data").iterdir())
     monkeypatch.undo()

@@ -257,7 +257,7 @@ def test_what_is_noted_of_rows_is_said_by_a_run(
     said = [str(warning.message) for warning in recwarn.list]
     assert any("rows.jsonl: not used: tags (600 rows)" in line for line in said)
     assert any(
-        "train: in 600 rows, a message, call or tool spells the special token <|end|>: it is read as letters" in line
+        "train: in 600 rows, a message, call or tool spells the special token <|end|>: it is read as plain text" in line
         for line in said
     )
 

@@ -61,7 +61,7 @@ def test_a_weight_that_is_none_is_one_line(value: Any) -> None:
 
 
 def test_two_keys_that_say_different_things_are_one_line() -> None:
-    with pytest.raises(UserError, match="the keys weight and train say different things"):
+    with pytest.raises(UserError, match="the keys weight and train disagree"):
         talk({"weight": 1, "train": False}, {})
 
 

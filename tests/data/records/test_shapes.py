@@ -95,7 +95,7 @@ def test_an_answer_of_several_that_is_called_wrong_is_refused_or_weighs_nothing(
     record = {**OPEN_R1, "correctness_math_verify": [False, True]}
     column_map = {"answers": "generations"}
     message = refused(record, column_map=column_map)
-    assert "is wrong; --data.weight_column correctness_math_verify.0 learns the rows alone" in message
+    assert "is wrong; --data.weight_column correctness_math_verify.0 learns only the rows" in message
     weight = "correctness_math_verify.0"
     assert read(record, column_map=column_map, weight_column=weight).weight == 0
     assert read(OPEN_R1, column_map=column_map, weight_column=weight).weight == 1
@@ -274,7 +274,7 @@ def test_a_picture_in_the_result_of_a_tool_may_be_left_out() -> None:
     assert f"--data.ignore_columns '{name}'" in refused({"messages": turns})
     assert (read({"messages": turns}, ignore=[name]).messages or ())[1]["content"] == "done"
     turns[1]["content"] = [{"type": "thinking", "thinking": "hm"}]
-    assert "which no result of a tool has" in refused({"messages": turns})
+    assert "which a tool result cannot hold" in refused({"messages": turns})
 
 
 # --- weights of turns ------------------------------------------------------------------------------------------------

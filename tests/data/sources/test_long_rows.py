@@ -217,12 +217,12 @@ def test_a_header_of_10_mb_and_a_hundred_thousand_columns(tmp_path: Path) -> Non
 def test_pipes_and_devices_are_refused_and_waited_for_by_nobody(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "rows.jsonl")
     for source in (tmp_path / "rows.jsonl", tmp_path, tmp_path / "*.jsonl"):
-        with pytest.raises(UserError, match=r"rows\.jsonl: is a named pipe and no file.*--data\.source"):
+        with pytest.raises(UserError, match=r"rows\.jsonl: is a named pipe, not a file.*--data\.source"):
             list(read(str(source)))
-    with pytest.raises(UserError, match="is a device or socket and no file"):
+    with pytest.raises(UserError, match="is a device or socket, not a file"):
         list(read("/dev/zero"))
     reader, writer = os.pipe()  # what the shell makes of <(...)
-    with pytest.raises(UserError, match="is a named pipe and no file"):
+    with pytest.raises(UserError, match="is a named pipe, not a file"):
         list(read(f"/dev/fd/{reader}"))
     os.close(reader)
     os.close(writer)

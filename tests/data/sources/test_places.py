@@ -171,7 +171,7 @@ def test_what_cannot_be_fetched_is_one_line_without_secrets(site: Site, how: str
     elif how == "short":
         site.short = True
     elif how == "page":
-        name, says = "org/name/blob/main/rows.jsonl", "/resolve/ in place of /blob/"
+        name, says = "org/name/blob/main/rows.jsonl", "/resolve/ instead of /blob/"
         site.files[name] = b"\n<!DOCTYPE html><html></html>"
     elif how == "type":
         name, says = "rows.txt", "unknown file type '.txt'"
@@ -214,8 +214,8 @@ def test_a_file_address_is_the_file(tmp_path: Path) -> None:
         ("hf://datasets/org/name/rows.jsonl", "offline"),
         ("hf://datasets/org/name", "offline"),
         ("htp://host/rows.jsonl", "Did you mean http"),
-        ("reference://refs.json", "unknown place reference://"),
-        ("memory://a.jsonl::http://host/rows.jsonl", "addresses within addresses"),
+        ("reference://refs.json", "unknown scheme reference://"),
+        ("memory://a.jsonl::http://host/rows.jsonl", "chained URLs"),
     ],
 )
 def test_a_place_that_is_not_opened_names_the_remedy(address: str, says: str) -> None:
@@ -277,7 +277,7 @@ def test_a_file_that_changes_while_it_is_read_ends_the_run(
         site.headers = {"ETag": '"2"'}
 
     monkeypatch.setattr(places, "read_file", slowly)
-    with pytest.raises(UserError, match="has changed while it was read"):
+    with pytest.raises(UserError, match="changed while it was being read"):
         answers(site.at("rows.jsonl"), tmp_path)
 
 

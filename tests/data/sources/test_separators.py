@@ -17,7 +17,7 @@ from deft_lightning.data.sources.remarks import Remarks
 from deft_lightning.data.sources.rows import BadRows, Row, RowError
 from deft_lightning.errors import UserError
 
-MARKS = {"commas": ",", "semicolons": ";", "tabs": "\t", "bars": "|"}
+MARKS = {"commas": ",", "semicolons": ";", "tabs": "\t", "pipes": "|"}
 
 
 def read_text(path: Path, text: str, expected: Expected | None = None) -> tuple[list[Any], list[str]]:
@@ -89,7 +89,7 @@ def test_the_row_that_disagrees_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("frage;art|antwort\na;b|c\n", "semicolons and bars alike"),
+        ("frage;art|antwort\na;b|c\n", "semicolons and pipes alike"),
         ("sep=#\nquestion#answer\n", "sep=#; known: commas"),
         ("frage;antwort\na;b\nc;d;e\n", "put fields that hold ';' into quotes"),
     ],
@@ -135,7 +135,7 @@ def test_an_exact_name_wins_and_a_column_map_means_what_it_says() -> None:
 
 def test_two_columns_that_could_both_be_a_field_are_an_error_that_names_them() -> None:
     row = Row({"Question": "a", "QUESTION": "b"}, "here, row 1", {})
-    with pytest.raises(RowError, match=r"row 1.*'Question' and 'QUESTION' could.*--data\.column_map\.question"):
+    with pytest.raises(RowError, match=r"row 1.*'Question' and 'QUESTION' both fit.*--data\.column_map\.question"):
         row.get("question")
 
 

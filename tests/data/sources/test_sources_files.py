@@ -265,7 +265,7 @@ def test_a_split_is_told_by_names_of_files_or_folders_as_on_the_hub(tmp_path: Pa
 
 def test_a_file_of_no_split_among_others_is_an_error_and_not_left_out(tmp_path: Path) -> None:
     folder = shards(tmp_path / "name", "train.jsonl", "more.jsonl")
-    with pytest.raises(UserError, match=r"more\.jsonl says no split.*--data\.source"):
+    with pytest.raises(UserError, match=r"more\.jsonl does not name a split.*--data\.source"):
         list(read(str(folder)))
 
 
