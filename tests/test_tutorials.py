@@ -7,6 +7,8 @@ import json
 import re
 import runpy
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,8 @@ from worlds import ROOT
 from deft_lightning.cli import run as command_line
 
 pytestmark = pytest.mark.slow
-PAGE = (ROOT / "docs" / "tutorials" / "first_noisy_file.md").read_text(encoding="utf-8")
+TUTORIALS = ROOT / "docs" / "tutorials"
+PAGE = (TUTORIALS / "first_noisy_file.md").read_text(encoding="utf-8")
 NOTEBOOK = ROOT / "docs" / "tutorials" / "wrong_answers.ipynb"
 
 
@@ -46,6 +49,57 @@ def test_a_first_noisy_file(
         command_line()
         assert "test/exact_match" in capsys.readouterr().out
     assert len(fits) == 3
+
+
+def block(page: str, kind: str) -> str:
+    """Return the first block of a page in a language."""
+    return re.findall(rf"```{kind}\n(.*?)```", page, flags=re.DOTALL)[0]
+
+
+def test_an_objective_of_ones_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (TUTORIALS / "own_objective.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "trust.py").write_text(block(page, "python"))
+    # Of 60 steps a few, on a tenth of the rows: the numbers of the page take longer than a test may.
+    settings = block(page, "yaml")
+    for long, short in (("steps: 60", "steps: 4"), ("rows: 1500", "rows: 150"), ("held_out: 100", "held_out: 10")):
+        assert long in settings
+        settings = settings.replace(long, short)
+    (tmp_path / "compare.yaml").write_text(settings)
+    draw, fit, compare = commands(page)
+    fit += ["--trainer.max_steps", "2", "--trainer.val_check_interval", "2", "--after_fit.test", "false"]
+    fit += ["--after_fit.compare", "false", "--data.source", "reasoning_gym:spell_backward?size=200"]
+    for words in (draw, fit, compare):
+        done = subprocess.run(
+            [sys.executable, "-m", "deft_lightning", *words], capture_output=True, text=True, check=False, timeout=900
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "gates.png").read_bytes().startswith(b"\x89PNG")
+    table = re.findall(r"^\| (\w+) \| [\d.]+ \| [\d.]+ \|$", done.stdout, flags=re.MULTILINE)
+    assert table[:3] == re.findall(r"^\| (\w+) \| [\d.]+ \| [\d.]+ \|$", page, flags=re.MULTILINE)
+    assert (tmp_path / "compared" / "bars.png").stat().st_size > 1000
+
+
+def test_two_devices(tmp_path: Path) -> None:
+    page = (TUTORIALS / "two_gpus.md").read_text(encoding="utf-8")
+    (tmp_path / "make_rows.py").write_text(block(page, "python"))
+    subprocess.run([sys.executable, "make_rows.py"], cwd=tmp_path, check=True)
+    said = []
+    for words in commands(page):
+        done = subprocess.run(
+            [sys.executable, "-m", "deft_lightning", *words, "--trainer.accelerator", "cpu"],
+            capture_output=True, text=True, check=False, timeout=900, cwd=tmp_path,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        said.append(done.stdout + done.stderr)
+    measured = [re.findall(r"val/nll: ([\d.]+) before training, ([\d.]+) at step 12", text) for text in said[:3]]
+    told = re.findall(r"^\| .*device.* \| ([\d.]+) \| ([\d.]+) \|$", page, flags=re.MULTILINE)
+    assert len(told) == 3
+    for found, expected in zip(measured, told, strict=True):
+        assert [float(value) for value in found[0]] == pytest.approx([float(value) for value in expected], abs=0.02)
+    assert "2 -> 1 ranks" in said[3] and "at step 16" in said[3]
 
 
 def kinds(outputs: list[Any]) -> list[list[str]]:
