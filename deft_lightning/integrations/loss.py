@@ -76,6 +76,11 @@ class ObjectiveLoss:
         if torch.is_grad_enabled():
             self.run.add(stats.detach(), picked, divisor)
             if (aux := _field(outputs, "aux_loss")) is not None:
+                if not isinstance(aux, Tensor):  # 0 where transformers has recorded no router
+                    raise UserError(
+                        "compute_loss_func: the model gives no auxiliary loss though output_router_logits is set: leave"
+                        " it out, or take a newer transformers"
+                    )
                 total = total + self._router_factor() * own * aux
         else:
             self.run.add_evaluated(stats)

@@ -107,3 +107,12 @@ def test_an_objective_that_compares_with_bare_answers_is_refused(objective: Obje
         UserError, match=r"answers without their prompts.*here use Contaminated\(answer_chance='least'\)"
     ):
         compute_loss_func(objective)
+
+
+def test_a_router_loss_that_is_no_tensor_is_refused() -> None:
+    row = token_rows()[0]
+    ids, labels = torch.tensor([row["input_ids"]]), torch.tensor([row["labels"]])
+    outputs = tiny_model()(ids)
+    outputs["aux_loss"] = 0  # what transformers says where it has recorded no router
+    with pytest.raises(UserError, match=r"^compute_loss_func: the model gives no auxiliary loss"):
+        compute_loss_func(NLL())(outputs, labels)
