@@ -2,7 +2,8 @@
 
 One pass over chunks of tokens does three matrix products (logits, dX, dW) whatever the objective: within a chunk the
 statistics give the loss and, by autograd over ``(n,)`` vectors, the gate; then ``gate * (pi - onehot)`` replaces the
-logits. Objectives that need the whole batch first (``needs_batch``) cost a second product for the logits.
+logits. Objectives that need the whole batch first (``needs_batch``) cost a second product for the logits of all chunks
+but the last one, which is still there.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from deft_lightning.functional import LossFn, TokenContext, TokenStats, accumulation_dtype
+from deft_lightning.ops.float16 import multiply, range_of
 from deft_lightning.ops.gradient import WeightGradient
 from deft_lightning.ops.reference import ReferenceHead, head_product
 from deft_lightning.ops.torch_rows import RowKernel, TorchRows, Transform
@@ -24,9 +26,6 @@ CHUNK_CPU = 512
 # On CUDA a chunk fills a budget, and has at least 1024 tokens: summing dW in float32 costs about 250 / chunk.
 CHUNK_CUDA, BUDGET_CUDA = 1024, 1 << 30
 NOTHING = TokenContext()
-# Entries of gate * (pi - onehot) are small: float16 would make most of them subnormal. A chunk is scaled, by a power of
-# two, until its largest entry is at most this; products by it are taken back in float32.
-LARGEST_FLOAT16 = 1024.0
 
 
 class Inputs(NamedTuple):
@@ -87,7 +86,12 @@ class Plan:
             from deft_lightning.ops.triton_rows import TritonRows
 
             return TritonRows(product, self.transform)
-        return TorchRows(product, self.transform, len(product), reference=self.reference is not None)
+        return TorchRows(product, self.transform, len(product), self.reference is not None, keep=self.needs_batch)
+
+    @property
+    def needs_batch(self) -> bool:
+        """Return whether the objective wants the statistics of all tokens before its loss."""
+        return bool(getattr(self.objective, "needs_batch", False))
 
 
 class Gradients(NamedTuple):
@@ -132,9 +136,11 @@ class _Chunks:
         self._reference_buffer = None if plan.reference is None else torch.empty_like(self._buffer)
         self.kernel = plan.rows(self._buffer)
 
-    def product(self, piece: slice) -> Tensor:
-        """Return the product of a chunk; that of the reference, where there is one, is made beside it."""
+    def product(self, piece: slice, there: bool = False) -> Tensor:
+        """Return the product of a chunk, and make that of the reference beside it; ``there``: it was made last."""
         out = self._buffer[: piece.stop - piece.start]
+        if there:
+            return out
         reference, beside = self._reference, self._reference_buffer
         if reference is not None and beside is not None:
             head_product(reference, piece, beside[: len(out)])
@@ -210,22 +216,6 @@ def _value_and_slopes(objective: LossFn, stats: TokenStats) -> tuple[Tensor, _Sl
     return loss.detach(), _Slopes(torch.zeros_like(log_prob) if slope is None else slope, pull)
 
 
-def _range_of(slopes: _Slopes) -> Tensor:
-    """Return a power of two that brings the largest slope to between half of :data:`LARGEST_FLOAT16` and that."""
-    largest = slopes.slope.abs().max()
-    if slopes.pull is not None:
-        largest = torch.maximum(largest, slopes.pull.abs().max())
-    largest = largest.clamp_min(torch.finfo(torch.float32).tiny)
-    return LARGEST_FLOAT16 * torch.exp2(-torch.ceil(torch.log2(largest))).clamp(1e-30, 1e30)
-
-
-def _multiply(product: Tensor, factor: Tensor, out: Tensor, inverse: Tensor | None) -> None:
-    if inverse is None:
-        torch.mm(product, factor, out=out)
-    else:
-        out.copy_(torch.mm(product, factor)).mul_(inverse)
-
-
 def statistics(inputs: Inputs, plan: Plan) -> TokenStats:
     """Return statistics of all tokens: one product, no gradient buffers."""
     with torch.autocast(inputs.hidden.device.type, enabled=False):
@@ -256,15 +246,16 @@ def loss_and_gradients(inputs: Inputs, plan: Plan, wanted: tuple[bool, ...]) -> 
             None if up is None else WeightGradient(up, dtype, count),
         )
         whole: TokenStats | None = None
-        if getattr(plan.objective, "needs_batch", False):
-            whole = chunks.statistics()
+        pieces = chunks.pieces
+        if plan.needs_batch:
+            whole, pieces = chunks.statistics(), pieces[::-1]
             known = plan.context._replace(weight=inputs.token_weight)
             whole_loss, whole_slopes = _value_and_slopes(plan.objective, whole.within(known))
         losses: list[Tensor] = []
         parts: list[TokenStats] = []
         inverse: Tensor | None = None
-        for piece in chunks.pieces:
-            product = chunks.product(piece)
+        for place, piece in enumerate(pieces):
+            product = chunks.product(piece, there=whole is not None and place == 0)
             for block, at in chunks.blocks(piece):
                 if whole is None:
                     stats = chunks.block_statistics(product, block, at)
@@ -278,12 +269,12 @@ def loss_and_gradients(inputs: Inputs, plan: Plan, wanted: tuple[bool, ...]) -> 
                 if inputs.token_weight is not None:
                     slopes = slopes.times(inputs.token_weight[at])
                 if half:  # its kernel takes a chunk at once
-                    scale = _range_of(slopes)
+                    scale = range_of(slopes.slope, slopes.pull)
                     slopes, inverse = slopes.times(scale), 1 / scale
                 chunks.kernel.gradient_(product[block], inputs.targets[at], stats, *slopes)
             for gradient, factor in ((found.hidden, chunks.weight), (found.low, chunks.up)):
                 if gradient is not None and factor is not None:
-                    _multiply(product, factor, gradient[piece], inverse)
+                    multiply(product, factor, gradient[piece], inverse)
             if found.weight is not None:
                 found.weight.add(product, inputs.hidden[piece], inverse)
             if found.bias is not None:

@@ -72,9 +72,12 @@ class TorchRows:
         transform: Scale, soft-capping and top-k.
         chunk: Rows of a chunk.
         reference: Whether it will see the products of a reference model too.
+        keep: Whether statistics leave the products as they are.
     """
 
-    def __init__(self, like: Tensor, transform: Transform, chunk: int, reference: bool = False) -> None:
+    def __init__(
+        self, like: Tensor, transform: Transform, chunk: int, reference: bool = False, keep: bool = False
+    ) -> None:
         vocabulary, wide = like.shape[1], accumulation_dtype(like.dtype)
         self.transform = transform
         self.block = min(chunk, max(1, BLOCK_CPU // max(vocabulary, 1))) if like.device.type == "cpu" else chunk
@@ -83,10 +86,10 @@ class TorchRows:
             return like.new_empty((self.block, vocabulary), dtype=wide) if needed else None
 
         self._pi = like.new_empty((self.block, vocabulary), dtype=wide)
-        self._z = buffer(wide != like.dtype)  # the product itself otherwise
+        self._z = buffer(keep or wide != like.dtype)  # the product itself otherwise
         self._chain = buffer(bool(transform.softcap))
         # Of the reference: logits, and its prediction, which stays for the gradient.
-        self._z0 = buffer(reference and wide != like.dtype)
+        self._z0 = buffer(reference and (keep or wide != like.dtype))
         self._pi0 = buffer(reference)
 
     def _logits(self, product: Tensor) -> Tensor:

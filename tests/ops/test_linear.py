@@ -527,3 +527,35 @@ def test_only_a_head_that_trains_makes_a_gradient_of_its_size(objective: Objecti
     own = weight.untyped_storage().data_ptr()
     fresh = [entries for address, entries in watch.made if entries == VOCAB * 4 and address != own]
     assert bool(fresh) != frozen
+
+
+class HeadProducts(TorchDispatchMode):
+    """Counts the products that make logits, and the tokens in them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket is torch.ops.aten.mm and out.shape[1] == VOCAB:
+            self.tokens.append(len(out))
+        return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("objective", "n", "products"),
+    [
+        (DEFT(), 300, [300]), (DEFT(), 1100, [512, 512, 76]), (Cayley(floor=0.5), 300, [300]),
+        (Cayley(floor=0.5), 1100, [512, 512, 76, 512, 512]),
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_the_last_chunk_of_an_objective_that_wants_all_tokens_first_is_not_multiplied_again(
+    objective: Objective, n: int, products: list[int], dtype: torch.dtype
+) -> None:
+    case = problem(n, VOCAB, dim=4, masked=0.0).to(dtype)
+    with HeadProducts() as watch:
+        linear_loss(case.hidden.requires_grad_(), case.weight.requires_grad_(), case.targets, objective)
+    assert watch.tokens == products
