@@ -38,8 +38,8 @@ class NoiseEstimate(TokenMonitor):
 
     Args:
         chance: What a whole answer is compared with: `unigram`, the frequencies of its tokens in the training labels,
-            suits short answers. `unprompted`, the model's probability of it after other answers, without the prompt,
-            suits real text; it costs one pass over the answers before training.
+            suits short answers. `unprompted`, the model's probability of it behind other answers, without the prompt,
+            suits real text; it costs one forward pass over the answers of logged steps.
 
     Raises:
         UserError: Another word.
@@ -64,7 +64,8 @@ class NoiseEstimate(TokenMonitor):
         elif stage == "fit" and getattr(module, "pretrained", None) and not _estimates(module):
             rank_zero_info(
                 "noise/estimated compares answers with token frequencies, which miss wrong answers in the "
-                "usual format; --noise_estimate.chance unprompted finds them, for one pass over the answers"
+                "usual format; --noise_estimate.chance unprompted finds them, for one pass over the answers of logged"
+                " steps"
             )
 
     def state_dict(self) -> dict[str, Any]:
@@ -100,6 +101,8 @@ class NoiseEstimate(TokenMonitor):
             return
         if not len(stats.log_prob):
             return
+        if self.chance == "unprompted" and stats.answer_chance is None and not _estimates(module):
+            return  # a last step that nobody knew to be logged: its answers were not read
         posterior = Contaminated().with_(rates=self.rates).posterior(stats)
         share = 1 / posterior.size
         packed.update(ANSWERS, 1 - posterior.answer, weight=share)

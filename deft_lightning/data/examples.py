@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,6 +66,24 @@ class Example:
         return bool(self.messages) and (self.messages or ())[-1]["role"] == "assistant"
 
 
+class Unprompted(NamedTuple):
+    """The answer of an example without its prompt, and what a model reads before it.
+
+    Attributes:
+        input_ids: Its tokens with the headers of its turns, shape ``(S,)``; none where there is no prompt to leave out.
+        labels: What is learnt of them, -100 where nothing is; all labels of the example, in order.
+        ahead: Tokens in front of it: the frame that all prompts share, and other answers.
+        frame: How many of those are the frame.
+        key: The same number, the same ``ahead``.
+    """
+
+    input_ids: Ints
+    labels: Ints
+    ahead: Ints
+    frame: int
+    key: int
+
+
 @dataclass(frozen=True, eq=False)
 class Prepared:
     """One example ready to train on; every array has shape ``(T,)``.
@@ -81,7 +99,7 @@ class Prepared:
         weight: Factor on the loss of each label, float32: finite, above 0 where the label is learnt and 0 where it is
             -100, so that a weight of 0 is a masked label and nothing else. None where every label counts 1.
         source: Place of its source among those that are read, from 0.
-        unprompted: ``log q`` of each label, what a model says of it without the prompt; None where nobody asked.
+        unprompted: Its answer without the prompt; None where nobody asks what a model says of that.
     """
 
     id: str
@@ -92,7 +110,7 @@ class Prepared:
     skipped: int = 0
     weight: Floats | None = None
     source: int = 0
-    unprompted: Floats | None = None
+    unprompted: Unprompted | None = None
 
     def truncate(self, length: int, keep: str = "start") -> Prepared:
         """Return the first ``length`` tokens, or the last; nothing predicts the first token that is left."""

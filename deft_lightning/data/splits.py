@@ -198,7 +198,7 @@ class Splits:
             )
             return None
         rows = PreparedDataset(train.examples, [[at] for at in positions], noise, train.words, train.sources)
-        rows.unprompted = train.unprompted
+        rows.company = train.company
         return rows
 
 

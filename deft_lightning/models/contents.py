@@ -107,7 +107,8 @@ OWN: dict[str, tuple[Test, bool]] = {
     "tokens_seen": (_whole, False),
     "training": (lambda value: _numbers(value) and len(value) <= 8, False),
     "rates": (lambda value: _numbers(value) and len(value) <= MOST, False),
-    "start_model": (_text, False),
+    "start_model": (_text, False),  # of checkpoints before 0.2
+    "unprompted_alone": (lambda value: isinstance(value, bool), False),
     "marginal": (_numbers, False),
     "began_from": (_text, False),
     "card": (_maybe(_facts), False),

@@ -103,9 +103,9 @@ class ContextSource:
         self, objective: Objective | None = None, unigram: Tensor | None = None, vocabulary: int = 0,
         watched: Needs = NOTHING,
     ) -> None:  # fmt: skip
-        own = Needs() if objective is None else objective.needs
+        self.trained = Needs() if objective is None else objective.needs
         # What callbacks want is theirs where the objective does not say.
-        self.needs = own._replace(answer_chance=own.answer_chance or watched.answer_chance)
+        self.needs = self.trained._replace(answer_chance=self.trained.answer_chance or watched.answer_chance)
         self.own = () if objective is None else objective.sources
         self.unigram, self.legend = unigram, repr(objective)
         self.marginal = Marginal(vocabulary) if self._kinds & {"marginal", "least", "best"} else None
@@ -146,8 +146,13 @@ class ContextSource:
 
     @property
     def unprompted(self) -> bool:
-        """Return whether batches have to say what the model finds of their labels without the prompt."""
-        return bool(self._kinds & {"unprompted", "best"})
+        """Return whether anybody looks at what the model finds of the labels without the prompt."""
+        return _asks(self.needs)
+
+    @property
+    def trains_on_unprompted(self) -> bool:
+        """Return whether the objective does, and not callbacks alone, which look at logged steps."""
+        return _asks(self.trained)
 
     @property
     def prediction_sum(self) -> Tensor | None:
@@ -173,8 +178,8 @@ class ContextSource:
             source=self._sources(batch),
         )
         if complete:
-            self._check(self.needs.chance, context.chance)
-            self._check(None if self._same else self.needs.answer_chance, context.answer_chance)
+            self._check(self.trained.chance, context.chance)
+            self._check(None if self._same else self.trained.answer_chance, context.answer_chance)
         return context
 
     def _check(self, kind: str | None, chance: Tensor | None) -> None:
@@ -192,9 +197,16 @@ class ContextSource:
         return self.needs.answer_chance in (None, self.needs.chance)
 
     def _chance(self, kind: str, batch: Batch, targets: Tensor) -> Tensor | None:
-        """Return one chance of every label; None where it is not known."""
+        """Return one chance of every label; None where it is not known.
+
+        An example without a prompt that could be left out has NaN in ``unprompted``: the unigram stands for it. A label
+        that was not read has 0: it is no evidence.
+        """
         if kind == "unprompted":
-            return batch["unprompted"][:, 1:] if "unprompted" in batch else None
+            if "unprompted" not in batch:
+                return None
+            asked, known = batch["unprompted"][:, 1:], self._chance("unigram", batch, targets)
+            return asked if known is None else torch.where(asked.isnan(), known, asked)
         if kind == "marginal":
             table = self._marginal(targets)
         elif self.unigram is None:
@@ -209,11 +221,12 @@ class ContextSource:
         kind = str(self.needs.answer_chance)
         if kind != "best":
             return self._chance(kind, batch, targets)
-        known, asked = self._chance("least", batch, targets), self._chance("unprompted", batch, targets)
-        if known is None or asked is None or example is None:
+        known = self._chance("least", batch, targets)
+        if known is None or "unprompted" not in batch or example is None:
             return None
+        asked = torch.where((asked := batch["unprompted"][:, 1:]).isnan(), known, asked)
         # Of two explanations of a whole answer by chance the better one counts, for all its tokens.
-        learnt, place = targets != IGNORE_INDEX, example.clamp_min(0)
+        learnt, place = (targets != IGNORE_INDEX) & (asked < 0), example.clamp_min(0)
         gain = torch.where(learnt, asked - known, 0).double().flatten()
         sums = gain.new_zeros(max(int(place.max()) + 1, 1)).index_add_(0, place.flatten(), gain)
         return torch.where(sums[place] > 0, asked, known)
@@ -240,6 +253,10 @@ class ContextSource:
         table = torch.tensor(places, device=batch["source"].device)
         segment = batch["segment"][:, 1:].long().clamp_min(0)  # padding teaches nothing
         return table[batch["source"]][segment]
+
+
+def _asks(needs: Needs) -> bool:
+    return bool({needs.chance, needs.answer_chance} & {"unprompted", "best"})
 
 
 def joined(parts: Sequence[TokenStats]) -> TokenStats:

@@ -83,5 +83,5 @@ def recommend(facts: Facts) -> Recommendation:
     return Recommendation(
         CONTAMINATED, "mixed",
         f"{CONTAMINATED}: {seen}, and the model explains {facts.gain_positive:.2f} of the answers better than chance,"
-        " so that it can tell which (measured on small models; on a pretrained one, SmolLM2-135M, DEFT kept more)",
+        " so that it can tell which (measured on small models; on a pretrained one, SmolLM2-135M, DEFT keeps as much)",
     )  # fmt: skip

@@ -112,7 +112,7 @@ def probe_data(
                 with part.model, precision.forward_context():
                     rows, kept = part.positions, part.kept
                     if unprompted:
-                        bare = bare_pass(module, data, SPLIT, rows, device, context.unprompted, kept)
+                        bare = bare_pass(module, data, SPLIT, rows, device, kept)
                         bares.append(bare)
                     for batch in read_rows(module, data, rows, device, tally.topks, bare, kept):
                         sampler.update(batch.by_topk, batch.keep, batch.positions, batch.codes)

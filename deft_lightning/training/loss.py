@@ -21,6 +21,7 @@ from deft_lightning.models import (
     check_packing,
     fused_forward,
 )
+from deft_lightning.models.unprompted import UnpromptedReader
 from deft_lightning.objectives import Needs, Objective
 from deft_lightning.objectives.context import ContextSource
 
@@ -87,18 +88,22 @@ class BatchLoss:
             the batch itself says.
         reference: What predictions are compared with, None for nothing.
         forgetting: Whether batches without gradient are compared, whatever the objective.
+        unprompted: Reads answers without their prompts.
+        watching: Whether callbacks look at the batch at hand.
     """
 
     def __init__(self, model: Any, seam: HeadSeam | None, router_factor: float | None) -> None:
         self.model, self.seam, self.router_factor = model, seam, router_factor
         self.context = ContextSource()
         self.reference: Reference | None = None
-        self.checked = self.forgetting = False
+        self.checked = self.forgetting = self.watching = False
+        self.unprompted = UnpromptedReader(model, seam)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint keeps."""
         known = "" if self.reference is None else self.reference.fingerprint
-        return {**self.context.state_dict(), **({"began_from": known} if known else {})}
+        alone = {} if self.unprompted.alone is None else {"unprompted_alone": self.unprompted.alone}
+        return {**self.context.state_dict(), **({"began_from": known} if known else {}), **alone}
 
     def load_state_dict(self, state: Mapping[str, Any], pretrained: str | None) -> None:
         """Go on from a checkpoint.
@@ -108,6 +113,7 @@ class BatchLoss:
             pretrained: Name of the model that this run was made with, None where it has none.
         """
         self.context.load_state_dict(state)
+        self.unprompted.alone = state.get("unprompted_alone")
         if self.reference is not None:
             self.reference.check(state.get("began_from"), pretrained)
 
@@ -132,6 +138,7 @@ class BatchLoss:
         objective: Any = current if instead is None else instead
         targets = batch["labels"][:, 1:]
         keep = targets != IGNORE_INDEX
+        batch = self._asked(batch, complete=instead is None)
         context = self.context(batch, complete=instead is None)
         predictions = self.context.prediction_sum if torch.is_grad_enabled() else None
         inputs, reference = self._inputs(batch), self._reference(objective)
@@ -151,6 +158,20 @@ class BatchLoss:
             with nullcontext() if reference is None else reference.compared(inputs) as head:
                 loss, stats, aux = fused_forward(*given, head)
         return StepOutput(loss, stats.detach(), keep, self._router(aux, stats))
+
+    def _asked(self, batch: dict[str, Any], complete: bool) -> dict[str, Any]:
+        """Return a batch with what the model says of its answers without their prompts, if somebody looks at that.
+
+        ``unprompted``, shape ``(B, T)``, is ``log q`` of each label that was read, below 0; 0 for the rest of a long
+        answer, which is no evidence then; NaN for an answer that has no prompt.
+        """
+        wanted = (complete and self.context.trains_on_unprompted) or (self.watching and self.context.unprompted)
+        if not wanted or "unprompted" in batch or "unprompted_ids" not in batch:
+            return batch
+        found, places = self.unprompted(batch).clamp_max(-torch.finfo(torch.float32).eps), batch["unprompted_at"]
+        prompted = batch["has_prompt"][batch["segment"].clamp_min(0)]
+        values = torch.where(prompted, torch.zeros(places.shape, dtype=found.dtype, device=found.device), torch.nan)
+        return {**batch, "unprompted": values.masked_scatter(places, found)}
 
     def _reference(self, objective: Any) -> Reference | None:
         """Return the reference where it is asked for: by the objective, or where forgetting is measured."""

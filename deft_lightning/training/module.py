@@ -39,7 +39,7 @@ from deft_lightning.training.optimizers import make_optimizer, step_plateaus
 from deft_lightning.training.protocols import PromptSource, check_strategy, computes_loss, stop_tokens_of, test_sets_of
 from deft_lightning.training.restored import restored
 from deft_lightning.training.seeding import reseed
-from deft_lightning.training.unprompted import settle_unprompted
+from deft_lightning.training.unprompted import put_in_company, settle_unprompted
 
 OptimizerCallable = Callable[[Iterable[Any]], Optimizer]
 SchedulerCallable = Callable[[Optimizer], LRScheduler]
@@ -118,7 +118,6 @@ class SFTModule(LightningModule):
         self.lr: float | None = None  # set by Lightning's lr_find: the peak in place of the optimizer's own
         self.stop_asked = self.stop_agreed = False
         self.watched_needs = Needs()  # of callbacks
-        self.start_model: str | None = None  # what the weights were before training, where the objective asked them
         self.course, self._about = Course(), dict[str, Any]()
 
     @property
@@ -183,6 +182,7 @@ class SFTModule(LightningModule):
             context_of(self.objective, self.model, self.prompts, self.watched_needs),
         )
         self.batch_loss.context.go_on_from(before)
+        put_in_company(self, self.prompts)
         tell_memory(self)
 
     def _build(self) -> CausalLM:
@@ -216,21 +216,17 @@ class SFTModule(LightningModule):
         """Put the sums where the tokens are; forget the micro-batches of a fit that was interrupted."""
         self.meters.to(self.device)
         self.normaliser.forget()
-        self.settle_chance()
+        settle_unprompted(self, self.prompts)
         if not self.normaliser.memory and not self.tokens_seen:
             self.normaliser.memory = begin_rates(self, self.current_objective.tracks)
             self.course.begin(self.objective, True, self.normaliser.memory)
         self.course.plan(self.trainer, self.objective)
 
-    def settle_chance(self) -> None:
-        """See to it that the rows have what the objective wants to know of their labels; every rank has to call it."""
-        if self.batch_loss.context.unprompted:
-            self.start_model = settle_unprompted(self, self.prompts, self.start_model)
-
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Count the supervised tokens of the optimizer step; its first micro-batch settles `current_objective`."""
         if self.normaliser.begins_step:
             self.course.advance(self.objective, self.trainer.global_step, self.normaliser.memory)
+        self.batch_loss.watching = is_logging_step(self.trainer)
         self.normaliser.count(batch["labels"], batch.get("token_weight"))
         reseed(self.current_epoch, batch_idx, self.global_rank)
 
@@ -274,7 +270,8 @@ class SFTModule(LightningModule):
     def on_validation_start(self) -> None:
         """Put the sums where the tokens are."""
         self.meters.to(self.device)
-        self.settle_chance()
+        self.batch_loss.watching = False
+        settle_unprompted(self, self.prompts)
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
         """Add a batch to the validation sums; of the second loader, the corrupted tokens alone."""
@@ -325,8 +322,7 @@ class SFTModule(LightningModule):
             stops = self.prompts.stop_token_ids if self.prompts is not None else []
             self._about = describe(self.model, self.tokenizer, self.lora, stops)
         checkpoint["state_dict"] = self.base_weights.leave_out(self.model, checkpoint["state_dict"], self._about)
-        run = self.course.state_dict(self.objective)
-        run |= self.batch_loss.state_dict() | ({"start_model": self.start_model} if self.start_model else {})
+        run = self.course.state_dict(self.objective) | self.batch_loss.state_dict()
         card = {CARD: facts_of_run(self).plain()}
         checkpoint[KEY] = {**self._about, **run, **self.normaliser.state_dict(), **card}
 
@@ -340,4 +336,3 @@ class SFTModule(LightningModule):
         about = self.course.load_state_dict(self.objective, about)
         self.normaliser.load_state_dict(about)
         self.batch_loss.load_state_dict(about, None if self.source.given else self.pretrained)
-        self.start_model = about.get("start_model")

@@ -1,144 +1,93 @@
-"""The chance of an answer: how probable the model finds it, before training, without the prompt."""
+"""The chance of an answer: how probable the model finds it without the prompt, read anew in each step."""
 
 from __future__ import annotations
 
-import hashlib
-from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor
 
-from deft_lightning._version import __version__
+from deft_lightning._lightning import trainer_of
 from deft_lightning.data import InstructionDataModule
-from deft_lightning.data.examples import Floats
+from deft_lightning.data.loading.collate import unprompted_fields
+from deft_lightning.data.loading.company import Company
 from deft_lightning.data.loading.dataset import PreparedDataset
-from deft_lightning.data.loading.unprompted import Unprompted
-from deft_lightning.data.prepared.cache import cache_root
-from deft_lightning.data.progress import progress
 from deft_lightning.errors import UserError
-from deft_lightning.models.fingerprint import fingerprint
-from deft_lightning.probe.bare import AnswerReader
-from deft_lightning.training.distributed import gather, ranks
+from deft_lightning.evaluation.generate import positions
+from deft_lightning.training.distributed import gather
+from deft_lightning.training.protocols import computes_loss
 
-WINDOW = 64  # groups of answers whose rows are put into batches of like length
+TRIED = 32  # answers that are read alone and behind others, to see which the model does better
+AT_ONCE = 8
+MOST = 64  # labels of an answer that a step reads: whether it belongs to its prompt shows in them
 
 
-class UnpromptedPass:
-    """Computes ``log q`` of every label of the prepared rows, once for a model and its data, and keeps it.
+def put_in_company(module: Any, prompts: Any) -> None:
+    """Have the rows of every split bring their answers without prompts along, where somebody asks for these.
 
     Args:
-        module: Has the model, and ``statistics`` of a batch.
-        folder: Where results are kept; None keeps none.
-        about: What the rows are, in words that change with them.
+        module: An SFTModule with its model.
+        prompts: Its data module.
+
+    Raises:
+        UserError: There is no data module of this package.
     """
-
-    def __init__(self, module: Any, folder: Path | None, about: object) -> None:
-        self.module, self.folder, self.about = module, folder, about
-
-    def key(self, split: str, model: str) -> str:
-        """Return the name of the result for a split and the fingerprint of a model."""
-        return hashlib.sha256(repr([__version__, "better read", self.about, split, model]).encode()).hexdigest()[:16]
-
-    def attach(self, split: str, rows: PreparedDataset, model: str, pad_id: int, now: bool) -> None:
-        """Give rows the chance of their labels; every rank has to call it.
-
-        Args:
-            split: Their name.
-            rows: The rows.
-            model: Fingerprint of the model that training began with.
-            pad_id: Token that fills rows up.
-            now: Whether the model is still that one, so that what is not kept can be computed.
-
-        Raises:
-            UserError: Token noise changes from epoch to epoch, or the result of a run that goes on is gone.
-        """
-        if rows.changes:
-            raise UserError(
-                "chance unprompted: no pass before training knows the labels of TokenReplace when its rates change from"
-                " epoch to epoch (--data.noise.ops); give one rate, or use chance unigram"
-            )
-        file = None if self.folder is None else self.folder / f"{self.key(split, model)}.npz"
-        kept = None if file is None else Unprompted.load(file, len(rows.examples))
-        if all(gather(kept is not None)):  # machines may have caches of their own
-            rows.unprompted = kept
-            return
-        if not now:
-            raise UserError(
-                f"chance unprompted: what the model said before training is not kept any more ({file}); start the run"
-                " anew, or give the folder back (--data.cache_dir, --data.cache)"
-            )
-        rows.unprompted = self._compute(split, rows, pad_id)
-        if file is not None and self.module.global_rank == 0:
-            rows.unprompted.save(file)
-
-    def _compute(self, split: str, rows: PreparedDataset, pad_id: int) -> Unprompted:
-        count, world, rank = len(rows.examples), ranks(), self.module.global_rank
-        reader = AnswerReader(self.module, (count, rows.example), pad_id, self.module.device)
-        values, whole = dict[int, Floats](), 0
-        was_training = self.module.training
-        self.module.eval()
-        try:
-            groups = reader.groups(range(count))
-            own = groups[rank::world]
-            windows = [own[at : at + WINDOW] for at in range(0, len(own), WINDOW)]
-            with progress(None, f"{split}: answers without their prompts", sum(len(g.members) for g in own)) as bar:
-                for step in range(max(gather(len(windows)))):  # ranks that share weights run the model together
-                    fresh = step < len(windows)  # a rank without examples reads the first ones again
-                    chains, without = reader.chains(windows[step] if fresh else groups[:1])
-                    whole += len(without) if fresh else 0
-                    batches = reader.batches(chains)
-                    for turn in range(max(gather(len(batches)))):
-                        batch = batches[min(turn, len(batches) - 1)]
-                        values |= reader.read(batch)
-                        new = fresh and turn < len(batches)
-                        bar.update(sum(len(chain.members) for chain in batch) if new else 0)
-        finally:
-            self.module.train(was_training)
-        merged = {at: row for part in gather(values) for at, row in part.items()}
-        whole = sum(gather(whole))
-        way = "one after another" if any(len(group.members) > 1 for group in groups) else "each alone"
-        rank_zero_info(
-            f"{split}: chance of {count:,} answers without their prompts, read {way}; {reader.frame.before} tokens in"
-            f" front and {reader.frame.after} before each answer stay"
-        )
-        if whole:
-            rank_zero_warn(
-                f"{split}: {whole:,} of {count:,} examples have no prompt that could be left out: their"
-                " chance is what the model says of them"
-            )
-        return Unprompted.of([merged[at] for at in range(count)])
+    trainer = trainer_of(module)
+    if not module.batch_loss.context.unprompted or trainer is None or not computes_loss(trainer):
+        return
+    if not isinstance(prompts, InstructionDataModule):
+        raise UserError("chance unprompted needs the rows of InstructionDataModule")
+    # A token that is judged by itself has to be read, wherever it stands.
+    most = None if _judges_tokens(module) else MOST
+    for split, rows in prompts.splits.items():
+        if len(rows) and rows.company is None:
+            count = len(rows.examples)
+            limit = positions(module.model)
+            rows.company = Company(count, rows.example, rows.examples.lengths(), limit, most)
+            if rows.company.whole:
+                rank_zero_warn(
+                    f"{split}: {rows.company.whole:,} of {rows.company.looked:,} examples that were looked at have no"
+                    " prompt that could be left out: chance of their answers is how frequent their tokens are"
+                )
 
 
-def settle_unprompted(module: Any, prompts: Any, start: str | None) -> str:
-    """Give all prepared rows the chance of their labels, computed now if it is not kept; every rank has to call it.
+def settle_unprompted(module: Any, prompts: Any) -> None:
+    """Find out whether the model reads answers better alone, unless the run knows; every rank has to call it.
 
     Args:
         module: An SFTModule whose model is where it trains.
         prompts: Its data module.
-        start: Fingerprint of the model that training began with; None where it begins now.
-
-    Returns:
-        That fingerprint.
-
-    Raises:
-        UserError: There is no data module of this package, or a result that was computed before is gone.
     """
-    if not isinstance(prompts, InstructionDataModule):
-        raise UserError("chance unprompted needs the rows of InstructionDataModule")
-    now = fingerprint(module.model)
-    work = UnpromptedPass(module, _folder(prompts), _identity(prompts))
-    for split, rows in prompts.splits.items():
-        if len(rows) and rows.unprompted is None:
-            work.attach(split, rows, start or now, prompts.tokenizer.pad_token_id, start in (None, now))
-    return start or now
+    if not module.batch_loss.context.unprompted:
+        return
+    reader = module.batch_loss.unprompted
+    if None not in (reader.alone, reader.once):
+        return
+    rows: PreparedDataset = prompts.splits["train"]
+    if not len(rows):
+        rows = next(rows for _, rows in prompts.splits.items() if len(rows))
+    assert rows.company is not None
+    reader.settle(_sample(rows, prompts.tokenizer.pad_token_id, module.device), lambda verdict: gather(verdict)[0])
+    frame, tokens = rows.company.frame, 0 if reader.alone else rows.company.ahead
+    first = "" if _judges_tokens(module) else f"{MOST} tokens of each at most, "
+    rank_zero_info(
+        f"chance unprompted: each step reads its answers again, {first}without their prompts"
+        + (f" and behind {tokens} tokens of other answers" if tokens else ", each alone")
+        + f". {frame.before} tokens in front and {frame.after} before each answer stay."
+        + ("" if reader.once else " This model reads the tokens in front again before every answer.")
+    )
 
 
-def _folder(prompts: InstructionDataModule) -> Path | None:
-    """Return where results are kept, beside the prepared data; None where nothing is."""
-    settings = prompts.settings
-    return cache_root(settings.cache_dir) / "unprompted" if settings.cache else None
+def _judges_tokens(module: Any) -> bool:
+    return str(module.batch_loss.context.needs.chance) == "unprompted"
 
 
-def _identity(prompts: InstructionDataModule) -> str:
-    """Return what the rows are known by, token noise that is applied as they are read included."""
-    return f"{prompts.splits.folder.name} {prompts.noise!r}"
+def _sample(rows: PreparedDataset, pad_id: int, device: torch.device) -> list[dict[str, Any]]:
+    """Return answers of some examples in batches, the same on every rank."""
+    count = len(rows.examples)
+    drawn = np.random.default_rng([count, 1]).permutation(count)[:TRIED].tolist()
+    answers = [answer for at in drawn if (answer := rows.example(at).unprompted) is not None]
+    parts = [unprompted_fields(answers[at : at + AT_ONCE], pad_id) for at in range(0, len(answers), AT_ONCE)]
+    return [{k: v.to(device) if isinstance(v, Tensor) else v for k, v in part.items()} for part in parts]

@@ -17,7 +17,6 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -33,11 +32,11 @@ from torch import Tensor
 from deft_lightning import InstructionDataModule
 from deft_lightning.atomic import whole_file
 from deft_lightning.data.examples import Prepared
-from deft_lightning.data.loading.company import Group, better_read, by_member, chains_of, groups_of
-from deft_lightning.data.loading.unprompted import Frame, frame_of_split
+from deft_lightning.data.loading.company import Company, written_out
 from deft_lightning.data.noise import AnswerCorrupt, Noise, NoiseOp, ResponseSwap, TokenReplace
-from deft_lightning.functional import token_stats
+from deft_lightning.functional import IGNORE_INDEX, token_stats
 from deft_lightning.hashing import uniform
+from deft_lightning.probe.bare import TRIED
 from deft_lightning.probe.scores import Tokens, last_numbers, score_rows
 from deft_lightning.probe.truth import truth_record
 
@@ -142,32 +141,34 @@ def marked(data: InstructionDataModule) -> list[tuple[bool, Prepared]]:
     return [(bool(truth[row.id]), row) for row in rows]
 
 
-def read(reader: Reader, rows: Sequence[Prepared], frame: Frame, say: Callable[[int], None]) -> list[dict[str, Any]]:
+def read(reader: Reader, rows: Sequence[Prepared], say: Callable[[int], None]) -> list[dict[str, Any]]:
     """Return the arrays of every row, those of its tokens behind the prompt and without it."""
     values = []
     for row in rows:
         values.append(dict(zip(FIELDS, reader.stats(row), strict=True)))
         say(len(values))
-    for at, chance in in_company(rows, frame, reader).items():
+    for at, chance in in_company(rows, reader).items():
         values[at]["bare"] = chance
     return values
 
 
-def in_company(rows: Sequence[Prepared], frame: Frame, reader: Reader) -> dict[int, Any]:
-    """Return ``log q`` of the labels of each row, after other answers and without its prompt."""
-    values: dict[int, Any] = {}
+def in_company(rows: Sequence[Prepared], reader: Reader) -> dict[int, Any]:
+    """Return ``log q`` of the labels of each row, behind other answers; NaN where it has no prompt to leave out."""
+    company = Company(len(rows), rows.__getitem__, np.array([len(row.input_ids) for row in rows]))
+    answers = [company.of(at, row) for at, row in enumerate(rows)]
 
-    def read(groups: Sequence[Group]) -> float:
-        total = 0.0
-        for group in groups:
-            chains, whole = chains_of(group, rows.__getitem__, frame)
-            found = by_member(chains, [reader.stats(chain.row)[2] for chain in chains])
-            values.update({at: np.full_like(row, np.nan) if at in whole else row for at, row in found.items()})
-            total += sum(float(row.sum()) for row in found.values())
-        return total
+    def log_prob(at: int, alone: bool) -> Any:
+        answer = answers[at]
+        behind = answer._replace(ahead=answer.ahead[: answer.frame]) if alone else answer
+        ids, labels = written_out(behind)
+        return reader.stats(replace(rows[at], input_ids=ids, labels=labels, noise_code=np.zeros_like(labels)))[2]
 
-    read(better_read(groups_of(range(len(rows))), read))
-    return values
+    asked = [at for at, answer in enumerate(answers) if len(answer.input_ids)]
+    few = np.random.default_rng([len(asked), 1]).permutation(len(asked))[:TRIED].tolist()
+    by_itself, behind = (sum(float(log_prob(asked[i], way).sum()) for i in few) for way in (True, False))
+    values = {at: log_prob(at, by_itself > behind) for at in asked}
+    labels = {at: int((row.labels[1:] != IGNORE_INDEX).sum()) for at, row in enumerate(rows)}
+    return {at: values.get(at, np.full(count, np.nan, np.float32)) for at, count in labels.items()}
 
 
 def scored(rows: Sequence[Any], text: Callable[[int], str]) -> tuple[Tokens, list[bool]]:
@@ -208,13 +209,13 @@ def main(args: Sequence[str] | None = None) -> None:
     if options.only:
         files = {options.only: files[options.only]}
     reader = Reader(options.model, Path(options.cache) if options.cache else None)
-    frame, result = frame_of_split(clean.size("train"), partial(clean.example, "train")), {}
+    result = {}
     for name, labelled in files.items():
 
         def say(row: int, name: str = name, of: int = len(labelled)) -> None:
             print(f"{name}: {row} of {of} rows", file=sys.stderr)
 
-        found = read(reader, [row for _, row in labelled], frame, say)
+        found = read(reader, [row for _, row in labelled], say)
         rows = [(noisy, values) for (noisy, _), values in zip(labelled, found, strict=True)]
         tokens, noisy = scored(rows, lambda token: str(data["clean"].tokenizer.decode([token])))
         if options.keep:

@@ -13,11 +13,10 @@ from transformers import AutoModelForCausalLM
 from worlds import write_rows
 
 from deft_lightning import InstructionDataModule, SFTModule, Trainer
-from deft_lightning.data.loading import company
-from deft_lightning.data.loading.company import groups_of
-from deft_lightning.data.loading.unprompted import frame_of, without_prompt
+from deft_lightning.data.loading.company import Company
 from deft_lightning.errors import UserError
 from deft_lightning.functional import TokenStats
+from deft_lightning.models.unprompted import UnpromptedReader
 from deft_lightning.objectives import NLL, Contaminated, Objective
 from deft_lightning.probe.bare import Bare, bare_pass
 from deft_lightning.probe.evidence import GRID, Answers, EvidenceTally
@@ -164,31 +163,33 @@ def set_up(root: Path, pretrained: str, source: Any, objective: Objective) -> tu
     return module, data
 
 
+@pytest.mark.parametrize("alone", [False, True])
 def test_second_pass_is_the_model_without_the_prompt(
-    pretrained: str, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    alone: bool, pretrained: str, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(company, "TRIED", 0)  # after other answers, whichever way the model reads better
     module, data = set_up(tmp_path, pretrained, source, NLL())
+
+    def settle(reader: UnpromptedReader, batches: Any) -> None:
+        reader.alone, reader.once = alone, True
+
+    monkeypatch.setattr(UnpromptedReader, "settle", settle)
     with torch.no_grad():
-        found = bare_pass(module, data, "train", [4, 1, 3], torch.device("cpu"), False)
+        found = bare_pass(module, data, "train", [4, 1, 3], torch.device("cpu"))
     model = AutoModelForCausalLM.from_pretrained(pretrained).double().eval()
-    examples = [data.example("train", at) for at in range(6)]
-    frame = frame_of(examples)
-    assert found.log_prob.keys() == {1, 3, 4} and not found.whole
-    read = 0
-    for group in groups_of([4, 1, 3]):
-        rows = [without_prompt(examples[at], frame) for at in (*group.ahead, *group.members)]
-        assert len(rows) == 3 and all(row is not None for row in rows)
-        # What every row begins with stands once; of the three answers the last is judged.
-        ids = np.concatenate([row.input_ids[frame.before * (place > 0) :] for place, row in enumerate(rows) if row])
-        read += len(ids)
+    examples = [data.example("train", at) for at in range(data.size("train"))]
+    lengths = np.array([len(example.input_ids) for example in examples])
+    company = Company(len(examples), examples.__getitem__, lengths)
+    assert found.log_prob.keys() == {1, 3, 4} and not found.whole and company.ahead
+    for at in (1, 3, 4):
+        answer = company.of(at, examples[at])
+        ahead = answer.ahead[: answer.frame] if alone else answer.ahead
+        ids = np.concatenate([ahead, answer.input_ids])
         with torch.no_grad():
             log_pi = model(input_ids=torch.from_numpy(ids)[None]).logits[0].log_softmax(-1)
-        (at,) = group.members
-        own = rows[-1].labels[rows[-1].labels >= 0]  # type: ignore[union-attr]
+        own = examples[at].labels[examples[at].labels >= 0]
         wanted = log_pi[-1 - len(own) : -1].gather(-1, torch.from_numpy(own)[:, None]).squeeze(-1).tolist()
         assert found.log_prob[at] == pytest.approx(wanted, rel=1e-4, abs=1e-4)
-    assert read <= found.read < 1.5 * read
+    assert found.read > sum(len(company.of(at, examples[at]).input_ids) for at in (1, 3, 4))
 
 
 def test_text_without_a_prompt_is_compared_with_frequencies(pretrained: str, tmp_path: Path) -> None:
@@ -216,7 +217,7 @@ def test_an_objective_that_compares_with_it_is_probed(
     module.eval()
     positions = list(range(len(ROWS)))
     with torch.no_grad():
-        bare = bare_pass(module, data, "train", positions, torch.device("cpu"), True)
+        bare = bare_pass(module, data, "train", positions, torch.device("cpu"))
         gates: list[Tensor] = []
         for at in positions:
             ((_, batch),) = data.batches_of("train", [at])

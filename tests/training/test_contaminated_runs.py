@@ -88,8 +88,6 @@ def test_two_ranks_are_one_process(kind: str, strategy: str, world: Path) -> Non
     run_ranks(Path(__file__).with_name("contaminated_worker.py"), world, strategy, kind)
     one = train(world, objective=BEST if kind == "best" else NOISY)
     assert_same(torch.load(world / f"{strategy}.pt", weights_only=True), found(one))
-    if kind == "best":
-        assert list((world / f"cache of {strategy}" / "unprompted").glob("*.npz")), "the pass was made on both ranks"
 
 
 @pytest.mark.parametrize("cut", [3, 4])  # in the middle of an epoch of four steps, and at its end

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from deft_lightning.data.examples import Floats, Ints, Prepared, Prompt, weight_of
+from deft_lightning.data.examples import Floats, Ints, Prepared, Prompt, Unprompted, weight_of
 from deft_lightning.functional import IGNORE_INDEX
 
 
@@ -33,8 +33,9 @@ class TrainCollator:
     rows have ``position_ids`` that start again with each example in place of the attention mask; padding counts as an
     example of its own. With ``weighted``, ``token_weight`` (float32) is the factor on the loss of each label, 1 for
     those of examples without weights, 0 where nothing is learnt and for padding. With ``sources``, ``source`` (int64,
-    shape ``(examples,)``) is the place of each example of ``example_id`` in ``source_names``. ``unprompted`` (float32)
-    is what a model says of each label without the prompt, where somebody has asked it.
+    shape ``(examples,)``) is the place of each example of ``example_id`` in ``source_names``. Where somebody asks
+    what a model says of answers without their prompts, there is also what :func:`unprompted_fields` gives, and
+    ``unprompted_at`` (bool, ``(B, T)``), the places of its labels among those of the batch.
 
     Args:
         pad_id: Token that fills rows up.
@@ -79,9 +80,11 @@ class TrainCollator:
         if self.weighted:
             weights = [np.concatenate([weight_of(e.labels, e.weight) for e in row]) for row in parts]
             batch["token_weight"] = _pad(weights, longest, 0, torch.float32)
-        if examples[0].unprompted is not None:
-            chance = [np.concatenate([e.unprompted for e in row if e.unprompted is not None]) for row in parts]
-            batch["unprompted"] = _pad(chance, longest, 0, torch.float32)
+        answers = [e.unprompted for e in examples if e.unprompted is not None]
+        if answers:
+            batch |= unprompted_fields(answers, self.pad_id)
+            places = [np.concatenate([_read(e) for e in row]) for row in parts]
+            batch["unprompted_at"] = _pad(places, longest, 0, torch.bool)
         if self.sources:
             batch |= {"source": torch.tensor([e.source for e in examples]), "source_names": self.sources}
         if self.packed:
@@ -93,6 +96,39 @@ class TrainCollator:
         else:
             batch["attention_mask"] = (torch.arange(longest) < lengths.unsqueeze(1)).to(torch.int64)
         return batch
+
+
+def _read(example: Prepared) -> Ints:
+    """Return 1 where the label of an example is one of its answer without the prompt; shape ``(T,)``."""
+    learnt = example.labels != IGNORE_INDEX
+    count = 0 if example.unprompted is None else int((example.unprompted.labels != IGNORE_INDEX).sum())
+    return (learnt & (np.cumsum(learnt) <= count)).astype(np.int64)
+
+
+def unprompted_fields(answers: Sequence[Unprompted], pad_id: int) -> dict[str, Any]:
+    """Return what a model needs to read the answers of a batch without their prompts.
+
+    Args:
+        answers: Of all its examples, in order.
+        pad_id: Token that fills rows up.
+
+    Returns:
+        ``unprompted_ids`` and ``unprompted_labels`` (int64, ``(examples, S)``), right-padded; ``ahead_ids`` (int64,
+        ``(K, P)``), the rows in front of them, of which the first ``frame`` (int) tokens are the frame of all prompts;
+        ``ahead`` (int64, ``(examples,)``), which of these stands in front of each; ``has_prompt`` (bool,
+        ``(examples,)``), whether an example has one that could be left out.
+    """
+    longest = max(2, *(len(answer.input_ids) for answer in answers))
+    rows = {answer.key: answer.ahead for answer in answers}
+    places = {key: place for place, key in enumerate(rows)}
+    return {
+        "unprompted_ids": _pad([answer.input_ids for answer in answers], longest, pad_id, torch.int64),
+        "unprompted_labels": _pad([answer.labels for answer in answers], longest, IGNORE_INDEX, torch.int64),
+        "ahead_ids": torch.from_numpy(np.stack(list(rows.values()))),
+        "ahead": torch.tensor([places[answer.key] for answer in answers]),
+        "has_prompt": torch.tensor([len(answer.input_ids) > 0 for answer in answers]),
+        "frame": answers[0].frame,
+    }
 
 
 @dataclass(frozen=True)

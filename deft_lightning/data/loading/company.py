@@ -1,53 +1,26 @@
-"""Answers in company: one after another without their prompts, so that a model sees what answers of a file are like.
+"""Answers in company: behind a few other answers and without their prompts, so that a model sees what answers are like.
 
 What a model says of an answer that stands alone is mostly surprise at the format: which words answers begin with, how
 long they are, what they are about. Any prompt of the file takes that surprise away, also from an answer that belongs to
-another prompt. After a few other answers there is none, and what a prompt adds is what it asks. A model that has seen
-single rows alone makes nothing of others in front: it reads each answer alone (:func:`better_read`).
+another prompt. After a few other answers there is none, and what a prompt adds is what it asks.
+
+All answers of a source stand behind the same others, so that a model has to read these once a batch.
 """
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 
-from deft_lightning.data.examples import Floats, Ints, Prepared
-from deft_lightning.data.loading.unprompted import Frame, first_learnt, without_prompt
+from deft_lightning.data.examples import Ints, Prepared, Unprompted
+from deft_lightning.data.loading.unprompted import LOOKED_AT, Frame, first_learnt, frame_of, without_prompt
 from deft_lightning.functional import IGNORE_INDEX
 
-MEMBERS = 16  # answers of a group
-AHEAD, AHEAD_TOKENS = 4, 64  # other answers that are read before the first one of a chain, and their tokens, at most
-LONGEST = 384  # tokens of a chain, unless one answer is longer
-TRIED = 2  # groups that are read both ways
-
-
-class Group(NamedTuple):
-    """Examples that are read together.
-
-    Attributes:
-        ahead: Positions of examples that are only read.
-        members: Positions of those whose answers are judged.
-    """
-
-    ahead: tuple[int, ...]
-    members: tuple[int, ...]
-
-
-class Chain(NamedTuple):
-    """Answers one after another, in one row.
-
-    Attributes:
-        row: The row; its labels are those of the members.
-        members: Position of each example that is judged, in order.
-        counts: Labels of each.
-    """
-
-    row: Prepared
-    members: tuple[int, ...]
-    counts: tuple[int, ...]
+ROOM = 64  # tokens of other answers that are read first
+NOTHING = np.zeros(0, dtype=np.int64)
 
 
 class _Turn(NamedTuple):
@@ -55,124 +28,134 @@ class _Turn(NamedTuple):
 
     Attributes:
         at: Position of its example.
-        row: The example without its prompts.
-        before: First tokens of that, which every row begins with.
+        tokens: Without what every row begins with.
     """
 
     at: int
-    row: Prepared
-    before: int
-
-    @property
-    def tokens(self) -> Ints:
-        """Return its tokens, without what every row begins with."""
-        return self.row.input_ids[self.before :]
+    tokens: Ints
 
 
-def groups_of(positions: Sequence[int]) -> list[Group]:
-    """Return the examples in groups, in an order that is drawn: neighbours in a file may be of one kind.
+class _Ahead(NamedTuple):
+    """Other answers.
 
-    Who meets whom is a function of the positions alone. An example is never ahead of itself.
-
-    Args:
-        positions: Of the examples, each once.
+    Attributes:
+        members: Positions of their examples.
+        tokens: Theirs, the nearest last.
     """
-    count = len(positions)
-    drawn = [positions[place] for place in np.random.default_rng(count).permutation(count)]
-    size = max(1, min(MEMBERS, count // 2))
-    groups = []
-    for start in range(0, count, size):
-        members = tuple(drawn[start : start + size])
-        ahead = tuple(drawn[place % count] for place in range(start - min(AHEAD, count - len(members)), start))
-        groups.append(Group(ahead, members))
-    return groups
+
+    members: frozenset[int]
+    tokens: Ints
 
 
-def chains_of(
-    group: Group, example: Callable[[int], Prepared], frame: Frame, limit: int | None = None
-) -> tuple[list[Chain], tuple[int, ...]]:
-    """Return the answers of a group in as few rows as hold them.
+class Company:
+    """Puts each answer of a split behind other answers of it, without its prompt.
 
-    Each row begins with the frame that all prompts share, and with a few other answers, of which nothing is learnt. An
-    example without a prompt that could be left out is a row of its own, as it is.
+    Of each source there are two rows of other answers: one for all of its answers, and one for those that stand in the
+    first. Who stands there is a function of the examples alone.
 
     Args:
-        group: The examples.
+        count: Examples of the split.
         example: Returns the one at a position.
-        frame: What prompts share.
+        lengths: Tokens of each, shape ``(count,)``.
         limit: Tokens that the model has positions for; None where nothing limits them.
+        most: Labels after which an answer ends; None for whole answers.
 
-    Returns:
-        The rows, and the positions of members without a prompt that could be left out.
+    Attributes:
+        frame: What nine of ten prompts share: it stays.
+        ahead: Tokens of other answers in front of each.
+        looked: Examples that were looked at.
+        whole: How many of them have no prompt that could be left out.
     """
-    bare = {at: without_prompt(example(at), frame) for at in (*group.ahead, *group.members)}
-    turns = {
-        at: _Turn(at, row, min(frame.before, first_learnt(row.labels))) for at, row in bare.items() if row is not None
-    }
-    read = [turns[at] for at in group.ahead if at in turns]
-    room = min(LONGEST, limit or LONGEST)
-    chains, ahead, members = list[Chain](), list[Ints](), list[_Turn]()
-    # Answers of one source after each other: those of another may look different.
-    for turn in sorted((turns[at] for at in group.members if at in turns), key=lambda turn: turn.row.source):
-        own = len(turn.row.input_ids)
-        if members and own + sum(map(len, (*ahead, *(part.tokens for part in members)))) > room:
-            chains.append(_chain(ahead, members))
-            members = []
-        if not members:
-            ahead = _latest(read, AHEAD_TOKENS if limit is None else min(AHEAD_TOKENS, limit - own))
-        members.append(turn)
-        read.append(turn)
-    if members:
-        chains.append(_chain(ahead, members))
-    whole = tuple(at for at in group.members if at not in turns)
-    for at, row in ((at, example(at)) for at in whole):
-        chains.append(Chain(row, (at,), (int((row.labels[1:] != IGNORE_INDEX).sum()),)))
-    return chains, whole
+
+    def __init__(
+        self, count: int, example: Callable[[int], Prepared], lengths: Ints, limit: int | None = None,
+        most: int | None = None,
+    ) -> None:  # fmt: skip
+        self._most = most
+        drawn = np.random.default_rng(count).permutation(count)[:LOOKED_AT].tolist()
+        few = {at: example(at) for at in drawn}
+        self.frame, self.looked = frame_of(list(few.values())), len(few)
+        self._front = _front(list(few.values()), self.frame.before)
+        turns: dict[int, list[_Turn]] = defaultdict(list)
+        for at, one in few.items():
+            if (bare := self._bare(one)) is not None:
+                turns[one.source].append(_Turn(at, bare[0]))
+        self.whole = self.looked - sum(map(len, turns.values()))
+        self._sources = sorted(turns)
+        rows = [row for source in self._sources for row in _both(source, turns)]
+        self.ahead = min(
+            [ROOM if rows else 0, *(len(row.tokens) for row in rows), *self._room(example, lengths, limit)]
+        )
+        self._rows = [_Ahead(row.members, self._behind_front(row.tokens)) for row in rows]
+        self._alone = self._behind_front(NOTHING)
+
+    def of(self, at: int, example: Prepared) -> Unprompted:
+        """Return an example's answer without its prompt, and what stands in front of it; nothing without a prompt.
+
+        Args:
+            at: Its position.
+            example: It, as it is trained on in an epoch.
+        """
+        bare = self._bare(example, self._most) or (NOTHING, NOTHING)
+        # An answer of a source that was not looked at stands behind those of the first.
+        place = 2 * self._sources.index(example.source) if example.source in self._sources else 0
+        if not self._rows:
+            return Unprompted(*bare, self._alone, len(self._front), 0)
+        place += at in self._rows[place].members
+        return Unprompted(*bare, self._rows[place].tokens, len(self._front), place)
+
+    def _bare(self, example: Prepared, most: int | None = None) -> tuple[Ints, Ints] | None:
+        """Return tokens and labels of an answer with its headers; None without a prompt that could be left out."""
+        if without_prompt(example, self.frame) is None:
+            return None
+        row = without_prompt(example, Frame(0, self.frame.after))
+        assert row is not None  # less of it stays than above
+        learnt = np.flatnonzero(row.labels != IGNORE_INDEX)[:most]
+        return row.input_ids[: learnt[-1] + 1], row.labels[: learnt[-1] + 1]
+
+    def _behind_front(self, tokens: Ints) -> Ints:
+        return np.concatenate([self._front, tokens[len(tokens) - self.ahead :]])
+
+    def _room(self, example: Callable[[int], Prepared], lengths: Ints, limit: int | None) -> list[int]:
+        """Return how many tokens the model has positions for beside frame and longest answer; nothing if all fit."""
+        if limit is None:
+            return []
+        room = limit - len(self._front)
+        long = np.flatnonzero(lengths > room - ROOM).tolist()
+        rows = (self._bare(example(at), self._most) for at in long)
+        return [max(0, room - len(row[0])) for row in rows if row is not None]
 
 
-def better_read(groups: list[Group], log_prob: Callable[[Sequence[Group]], float]) -> list[Group]:
-    """Return groups as the model reads them better: as they are, or each answer alone.
-
-    Args:
-        groups: As :func:`groups_of` returns them; the first :data:`TRIED` are read both ways.
-        log_prob: Returns ``sum log q`` of the labels of all members, in nats.
-    """
-    tried = groups[:TRIED]
-    return apart(groups) if log_prob(apart(tried)) > log_prob(tried) else groups
-
-
-def apart(groups: Sequence[Group]) -> list[Group]:
-    """Return the same examples in the same order, each a group of its own with nothing ahead of it."""
-    return [Group((), (at,)) for group in groups for at in group.members]
-
-
-def by_member(chains: Sequence[Chain], rows: Sequence[Floats]) -> dict[int, Floats]:
-    """Return the values of each example, from those of all labels of each row."""
-    values = dict[int, Floats]()
-    for chain, row in zip(chains, rows, strict=True):
-        values |= dict(zip(chain.members, np.split(row, np.cumsum(chain.counts)[:-1]), strict=True))
-    return values
-
-
-def _latest(read: Sequence[_Turn], room: int) -> list[Ints]:
-    """Return the last answers that were read, as many as fit; of one that alone is too long, its end."""
-    latest = list[Ints]()
-    for turn in reversed(read[-AHEAD:]):
-        if latest and len(turn.tokens) > room:
-            break
-        if room > 0:
-            latest.append(turn.tokens[-room:])
-            room -= len(latest[-1])
-    return latest[::-1]
-
-
-def _chain(ahead: Sequence[Ints], members: Sequence[_Turn]) -> Chain:
-    first = members[0]
-    ids = np.concatenate([first.row.input_ids[: first.before], *ahead, *(turn.tokens for turn in members)])
-    judged = np.concatenate([turn.row.labels[turn.before :] for turn in members])
-    labels = np.concatenate([np.full(len(ids) - len(judged), IGNORE_INDEX, dtype=judged.dtype), judged])
-    row = replace(
-        first.row, input_ids=ids, labels=labels, noise_code=np.zeros_like(labels), clean_labels=None, weight=None
+def _front(examples: Sequence[Prepared], before: int) -> Ints:
+    """Return the tokens that most rows begin with."""
+    begins = Counter(
+        tuple(example.input_ids[:before].tolist()) for example in examples if first_learnt(example.labels) >= before
     )
-    counts = tuple(int((turn.row.labels != IGNORE_INDEX).sum()) for turn in members)
-    return Chain(row, tuple(turn.at for turn in members), counts)
+    return np.array(begins.most_common(1)[0][0] if begins else [], dtype=np.int64)
+
+
+def _both(source: int, turns: dict[int, list[_Turn]]) -> tuple[_Ahead, _Ahead]:
+    """Return what stands ahead of the answers of a source, and ahead of those that stand there."""
+    own = turns[source]
+    others = [turn for other, those in turns.items() if other != source for turn in those]
+    first = _joined([*own[: max(1, len(own) // 2)], *others])
+    return first, _joined([*(turn for turn in own if turn.at not in first.members), *others])
+
+
+def _joined(turns: Sequence[_Turn]) -> _Ahead:
+    """Return as many answers as there is room for, the first one last."""
+    taken: list[_Turn] = []
+    for turn in turns:
+        if sum(len(other.tokens) for other in taken) >= ROOM:
+            break
+        taken.insert(0, turn)
+    return _Ahead(frozenset(turn.at for turn in taken), np.concatenate([NOTHING, *(turn.tokens for turn in taken)]))
+
+
+def written_out(answer: Unprompted) -> tuple[Ints, Ints]:
+    """Return tokens and labels of a row that has everything in it: what stands in front, and the answer."""
+    labels = np.concatenate([np.full(len(answer.ahead), IGNORE_INDEX, dtype=np.int64), answer.labels])
+    return np.concatenate([answer.ahead, answer.input_ids]), labels
+
+
+__all__ = ["Company", "written_out"]

@@ -9,7 +9,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from deft_lightning.data.examples import Ints, Prepared
-from deft_lightning.data.loading.unprompted import Unprompted
+from deft_lightning.data.loading.company import Company
 from deft_lightning.data.noise import Noise, TokenNoise
 from deft_lightning.data.noise.apply import corrupt_example
 from deft_lightning.data.noise.vocabulary import Vocabulary
@@ -27,7 +27,7 @@ class PreparedDataset(Dataset[Any]):
         sources: Names of the sources that figures are told apart by; none where there is but one.
 
     Attributes:
-        unprompted: What a model says of the labels without their prompts; None until somebody has asked it.
+        company: Puts answers behind others, without their prompts; None where nobody asks what a model says of that.
     """
 
     def __init__(
@@ -36,13 +36,7 @@ class PreparedDataset(Dataset[Any]):
     ) -> None:  # fmt: skip
         self.examples, self.rows, self.words, self.sources = examples, rows, words, sources
         self.noise = noise if any(isinstance(op, TokenNoise) for op in noise.ops) else None
-        self.unprompted: Unprompted | None = None
-
-    @property
-    def changes(self) -> bool:
-        """Return whether labels of one epoch are not those of another."""
-        ops = () if self.noise is None else self.noise.ops
-        return any(isinstance(op, TokenNoise) and op.at_epoch(1) is not op for op in ops)
+        self.company: Company | None = None
 
     @property
     def weighted(self) -> bool:
@@ -58,8 +52,8 @@ class PreparedDataset(Dataset[Any]):
         example = self.examples[at]
         if self.noise is not None and self.words is not None:
             example = corrupt_example(example, self.noise, self.words, epoch)
-        if self.unprompted is not None:
-            example = replace(example, unprompted=self.unprompted.at(at, example.labels))
+        if self.company is not None:
+            example = replace(example, unprompted=self.company.of(at, example))
         return example
 
     def __getitem__(self, key: int) -> list[Prepared]:

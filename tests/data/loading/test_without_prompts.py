@@ -1,17 +1,13 @@
-"""Answers without their prompts: which tokens stay, and where the values of a pass belong."""
+"""Answers without their prompts: which tokens stay."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deft_lightning.data.examples import Prepared
-from deft_lightning.data.loading.unprompted import Frame, Unprompted, frame_of, without_prompt
-from deft_lightning.errors import UserError
+from deft_lightning.data.loading.unprompted import Frame, frame_of, without_prompt
 
 SYSTEM, HEADER, END = [1, 2], [7, 8], 9  # what every prompt has in front and behind
 
@@ -78,39 +74,3 @@ def test_no_label_is_lost_or_moved(tokens: list[tuple[int, bool]], before: int, 
     assert len(bare.input_ids) < len(ids)
     if weight is not None:
         assert bare.weight is not None and bare.weight[kept].tolist() == weight[learnt].tolist()
-
-
-def test_values_stand_at_the_labels_of_their_example() -> None:
-    values = Unprompted.of([np.array([-1.0, -2.0], np.float32), np.array([], np.float32), np.array([-3.0], np.float32)])
-    assert values.at(0, np.array([-100, 5, -100, 6])).tolist() == [0, -1, 0, -2]
-    assert values.at(1, np.array([-100, -100])).tolist() == [0, 0]
-    assert values.at(2, np.array([-100, 4])).tolist() == [0, -3]
-
-
-def test_values_for_another_number_of_labels_are_no_match() -> None:
-    values = Unprompted.of([np.array([-1.0], np.float32)])
-    with pytest.raises(UserError, match="1 values for 2 labels of example 0"):
-        values.at(0, np.array([-100, 5, 6]))
-
-
-def damaged(kind: str, file: Path) -> None:
-    if kind == "cut off":
-        file.write_bytes(file.read_bytes()[:-30])
-    elif kind == "another file":
-        file.write_text("no archive", encoding="utf-8")
-    elif kind == "above 0":
-        np.savez(file.open("wb"), values=np.array([1.0], np.float32), starts=np.array([0, 1]))
-    elif kind == "fewer values":
-        np.savez(file.open("wb"), values=np.zeros(1, np.float32), starts=np.array([0, 2]))
-
-
-@pytest.mark.parametrize("kind", ["cut off", "another file", "above 0", "fewer values", "another number of examples"])
-def test_a_kept_file_that_is_damaged_counts_as_none(kind: str, tmp_path: Path) -> None:
-    file = tmp_path / "new folder" / "kept.npz"
-    values = Unprompted.of([np.array([-1.5], np.float32)])
-    values.save(file)
-    kept = Unprompted.load(file, 1)
-    assert kept is not None and kept.values.tolist() == [-1.5] and kept.starts.tolist() == [0, 1]
-    damaged(kind, file)
-    assert Unprompted.load(file, 2 if kind == "another number of examples" else 1) is None
-    assert Unprompted.load(tmp_path / "absent.npz", 1) is None
