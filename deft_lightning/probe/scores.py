@@ -23,7 +23,7 @@ TAIL = (0.8, 0.95)
 TAIL_OF_NUMBERS = (0.7, 0.9)
 LEAST = 0.25  # nats: scale of a tail at least, where a model knows a file by heart
 LOUDEST = 3.0  # nats that one token says for or against the prompt at most
-RIGHT = 0.25  # share of the answers that a prompt has to help
+RIGHT = 0.1  # share of the answers that a prompt must help, as for the noise rate
 
 
 class Tokens(NamedTuple):
@@ -205,10 +205,10 @@ def rarest(tokens: Tokens, nats: Numbers, among: Flags) -> Numbers:
 def elsewhere(tokens: Tokens) -> Numbers:
     """Return the evidence that each answer belongs to another prompt, in nats, shape ``(n,)``; 0 without a prompt.
 
-    ``sum log q / p``, each token within :data:`LOUDEST`: what the model says of the answer after other answers alone,
+    ``sum log q / p``, each token within :data:`LOUDEST`: what the model says of the answer behind other answers alone,
     against what it says behind the prompt. A right answer becomes more probable by its prompt; that of another prompt
     does not. The bound keeps one wrong number, which the prompt makes improbable, from being an answer to another
-    prompt. Where the prompt helps fewer than a quarter of the answers, it is 0 for all: such a model reads no prompts.
+    prompt. Where the prompt helps fewer than a tenth of the answers, it is 0 for all: such a model reads no prompts.
     """
     total = tokens.summed(np.clip(tokens.bare - tokens.log_prob, -LOUDEST, LOUDEST))
     asked = np.isfinite(total) & (tokens.counts > 0)
