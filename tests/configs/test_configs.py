@@ -62,6 +62,7 @@ def test_it_says_what_to_take_out_for_a_model_of_ones_own(
 ) -> None:
     """Its rate is that of a tiny model, its noise would swap the user's answers."""
     header, _, rest = config.read_text(encoding="utf-8").partition("\nseed_everything")
+    header = header.replace("\n# ", " ")
     assert "`model.optimizer` and `data.noise`" in header
     options = yaml.safe_load(f"seed_everything{rest}")
     assert options["model"]["optimizer"]["init_args"]["lr"] == rate and options["data"]["noise"]["ops"]

@@ -134,7 +134,7 @@ def test_the_state_of_another_objective_is_not_gone_on_from(tmp_path: Path) -> N
     options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 3}
     trained(tmp_path, compute_loss_func(Rescaled(decay=0.9)), GateCallback(), **options)
     loss = compute_loss_func(Contaminated(chance="unigram", answer_chance=None))
-    with pytest.warns(UserWarning, match=r"^GateCallback: the checkpoint is of Rescaled\(.*begins anew$"):
+    with pytest.warns(UserWarning, match=r"^GateCallback: the checkpoint is of Rescaled\(.*starts over$"):
         trained(tmp_path, loss, GateCallback(), **options, resume=str(tmp_path / "checkpoint-3"))
 
 

@@ -152,7 +152,7 @@ def test_the_help_and_a_wrong_share_are_one_line(
         main()
     text = " ".join(capsys.readouterr().out.split())
     assert re.search(r"--data.exclude EXCLUDE Audit of the training rows", text)
-    assert "a share of those that it ranks (5%), or a count (50)" in text
+    assert "a share of the ranked rows (5%), or a count (50)" in text
     source = write_rows(tmp_path / "rows.jsonl", table())
     for given in ("5 percent", "0.05"):
         monkeypatch.setattr("sys.argv", [

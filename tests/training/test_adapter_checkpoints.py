@@ -279,7 +279,7 @@ def test_adapters_that_change_the_base_are_kept_with_it(init: str, tmp_path: Pat
             for model in (whole.model, AutoModelForCausalLM.from_pretrained(tmp_path / "merged"))
         )
     torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
-    with pytest.raises(UserError, match=r"initialisation of these adapters.*init_lora_weights"):
+    with pytest.raises(UserError, match=r"initialisation of the adapters.*init_lora_weights"):
         fit(tmp_path / "anchored", module_of(base, **kind, forgetting=True), 1)
 
 

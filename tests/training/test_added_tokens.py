@@ -186,5 +186,5 @@ def test_what_is_no_list_of_spellings_is_refused(tokens: Any) -> None:
 
 
 def test_adapters_on_what_is_trained_whole_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"--model\.lora\.target_modules: lm_head is trained whole"):
+    with pytest.raises(UserError, match=r"--model\.lora\.target_modules: lm_head is trained in full"):
         fitted(tmp_path, module_of(base(tmp_path), lora=LoRA(r=2, target_modules=["q_proj", "lm_head"])), 1)
