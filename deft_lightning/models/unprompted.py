@@ -142,6 +142,3 @@ def _casts_of_its_own(device: torch.device) -> Iterator[None]:
         return
     with torch.autocast(kind, dtype=torch.get_autocast_dtype(kind), cache_enabled=False):
         yield
-
-
-__all__ = ["UnpromptedReader"]

@@ -156,6 +156,3 @@ def written_out(answer: Unprompted) -> tuple[Ints, Ints]:
     """Return tokens and labels of a row that has everything in it: what stands in front, and the answer."""
     labels = np.concatenate([np.full(len(answer.ahead), IGNORE_INDEX, dtype=np.int64), answer.labels])
     return np.concatenate([answer.ahead, answer.input_ids]), labels
-
-
-__all__ = ["Company", "written_out"]
