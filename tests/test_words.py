@@ -12,12 +12,6 @@ from wording import CODE, FILLED, LISTED, Said, against, comments, kinds, messag
 from worlds import ROOT
 
 MEDIAN = 18
-# Still to be rewritten, with the numbers that they hold.
-NOT_YET = {
-    "deft_lightning/objectives/context.py", "deft_lightning/training/loss.py", "deft_lightning/training/module.py",
-    "deft_lightning/training/unprompted.py",
-    "docs/concepts/noise_model.md", "docs/evidence/noise_study.md", "docs/guides/probe.md",
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -33,15 +27,12 @@ def measured() -> dict[str, list[str]]:
 def test_messages_use_the_words_of_the_glossary(said: list[Said]) -> None:
     assert sum(message.kind == "error" for message in said) > 500
     assert sum(message.kind == "line" for message in said) > 80
-    kept = [message for message in said if message.place.partition(":")[0] not in NOT_YET]
-    assert [(message.place, found) for message in kept if (found := against(message.text))] == []
+    assert [(message.place, found) for message in said if (found := against(message.text))] == []
 
 
 def test_help_uses_the_words_of_the_glossary(measured: dict[str, list[str]]) -> None:
     assert len(measured["help"]) > 150
-    later = " ".join(" ".join((ROOT / name).read_text(encoding="utf-8") for name in NOT_YET).split())
-    wrong = {text: found for text in measured["help"] if (found := against(text))}
-    assert {text: found for text, found in wrong.items() if text.partition(":")[0] not in later} == {}
+    assert {text: found for text in measured["help"] if (found := against(text))} == {}
 
 
 def test_comments_of_configurations_use_the_words_of_the_glossary() -> None:
@@ -55,15 +46,8 @@ def test_pages_use_the_words_of_the_glossary() -> None:
     for page in pages():
         name = page.relative_to(ROOT).as_posix()
         text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
-        wrong += [(name, found) for line in text.split("\n") if name not in NOT_YET and (found := against(prose(line)))]
+        wrong += [(name, found) for line in text.split("\n") if (found := against(prose(line)))]
     assert wrong == []
-
-
-def test_what_is_still_to_be_rewritten_is_there_and_needs_it() -> None:
-    for name in NOT_YET:
-        assert against((ROOT / name).read_text(encoding="utf-8")), (
-            f"{name} keeps to the glossary: take it out of NOT_YET"
-        )
 
 
 def test_half_of_all_sentences_are_short_and_none_is_long(measured: dict[str, list[str]]) -> None:

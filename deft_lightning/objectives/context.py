@@ -36,7 +36,7 @@ def unigram_log_prob(counts: NDArray[np.int64], vocabulary: int) -> Tensor:
         UserError: There is no label, or one that is no token of the vocabulary.
     """
     if len(counts) > vocabulary or not counts.sum():
-        raise UserError(f"{int(counts.sum())} labels of {len(counts)} tokens are no unigram over {vocabulary}")
+        raise UserError(f"{int(counts.sum())} labels of {len(counts)} tokens do not make a unigram over {vocabulary}")
     full = np.zeros(vocabulary)
     full[: len(counts)] = counts
     return _smoothed(torch.from_numpy(full / full.sum()))

@@ -180,7 +180,7 @@ class BatchLoss:
         if not wanted:
             return None
         if self.reference is None:
-            raise UserError(f"{objective!r}: the model was built without a reference; make a module anew to train it")
+            raise UserError(f"{objective!r}: the model was built without a reference; make a new module to train it")
         self.reference.follow(self.model)
         return self.reference
 

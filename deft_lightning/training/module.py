@@ -66,7 +66,7 @@ class SFTModule(LightningModule):
         attention: transformers' `attn_implementation` (sdpa, eager, flash_attention_2); default: its choice.
         gradient_checkpointing: Recompute activations in backward, to save memory.
         compile: Compile the layers of the body with torch.compile; the head stays as it is.
-        on_nonfinite: What is done when a loss or gradient is not finite: `raise` stops, `skip` leaves the step out.
+        on_nonfinite: Action on a loss or gradient that is not finite: `raise` stops, `skip` leaves the step out.
         generation: How `test` and `predict` generate.
         trust_remote_code: Run code that the folder or hub id of the model or the tokenizer brings along.
         add_tokens: Spellings that become tokens, `'[<tool>, </tool>]'`; their rows begin at the mean of the others.

@@ -466,7 +466,10 @@ def test_a_checkpoint_brings_its_tokenizer_although_the_training_rows_changed(
 @pytest.mark.parametrize(
     ("args", "wanted"),
     [
-        (["--model.architecture.hidden_size", "64"], ["different model", "model.lm_head.weight", "--model.architecture"]),
+        (
+            ["--model.architecture.hidden_size", "64"],
+            ["different model", "model.lm_head.weight", "--model.architecture"],
+        ),
         (["--ckpt_path", str(ROOT / "README.md")], ["README.md", "--ckpt_path"]),
         (["--ckpt_path", str(ROOT)], ["is not a complete checkpoint", "--ckpt_path"]),
         (["--model.optimizer.lr", "-1"], ["--model.optimizer", "-1"]),
