@@ -14,7 +14,7 @@ from deft_lightning.data.examples import Floats
 from deft_lightning.errors import UserError
 from deft_lightning.probe.adapter import RANK, adapted
 from deft_lightning.probe.bare import Bare
-from deft_lightning.probe.folds import ROWS, digest_of, folds_of
+from deft_lightning.probe.folds import digest_of, folds_of
 from deft_lightning.probe.kept import Kept
 
 COST = 3.0  # passes without a gradient that one with a gradient takes
@@ -27,11 +27,13 @@ class Part(NamedTuple):
         positions: Of the rows in the training split.
         kept: Where their results are kept.
         model: A context in which the module has that model.
+        steps: Optimizer steps of its adapter; 0 without one.
     """
 
     positions: list[int]
     kept: Kept
     model: AbstractContextManager[None]
+    steps: int = 0
 
 
 def parts_of(
@@ -62,7 +64,8 @@ def parts_of(
         # An adapter that has learnt other rows is another model.
         own = None if folder is None else folder / f"fold-{fold.number}"
         kept = Kept(own, (*about, digest_of(data, fold.others)))
-        parts.append(Part(fold.positions, kept, adapted(module, data, fold, precision, device, kept.folder)))
+        model = adapted(module, data, fold, precision, device, kept.folder)
+        parts.append(Part(fold.positions, kept, model, fold.steps))
     return parts
 
 
@@ -89,9 +92,9 @@ def joined(parts: Iterable[Bare]) -> Bare:
 
 def fold_record(parts: Sequence[Part]) -> JsonObject:
     """Return what a report says of folds: how many, their rows, the optimizer steps of each adapter and its rank."""
-    rows = [len(part.positions) for part in parts]
     return {
-        "count": len(parts), "rows": rows, "steps": [-(-(sum(rows) - own) // ROWS) for own in rows], "rank": RANK,
+        "count": len(parts), "rows": [len(part.positions) for part in parts], "steps": [part.steps for part in parts],
+        "rank": RANK,
     }  # fmt: skip
 
 

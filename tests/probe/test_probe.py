@@ -24,6 +24,7 @@ from deft_lightning.errors import UserError
 from deft_lightning.figures import TokenSample
 from deft_lightning.functional import TokenContext, TokenStats
 from deft_lightning.metrics import exact_auroc
+from deft_lightning.models.unprompted import UnpromptedReader
 from deft_lightning.objectives import (
     DEFT,
     EAFT,
@@ -520,6 +521,11 @@ def probe_verb(monkeypatch: pytest.MonkeyPatch, *args: str) -> None:
 def test_audit_ranks_wrong_answers_first_and_points_at_them(
     learned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    def alone(reader: UnpromptedReader, batches: Any) -> None:
+        reader.alone = reader.once = True
+
+    # The model has learnt single rows: behind others it may find answers more probable, but reads one digit worse.
+    monkeypatch.setattr(UnpromptedReader, "settle", alone)
     wrong = {"3x4": "13", "5x4": "35", "2x2": "5"}
     spoilt = table()
     for row in spoilt:
@@ -552,8 +558,8 @@ def test_audit_ranks_wrong_answers_first_and_points_at_them(
     report = json.loads((tmp_path / "out" / "probe.json").read_text())
     truth = report["truth"]
     assert (truth["field"], truth["known"], truth["noisy"], truth["auroc"]) == ("bad", 16, 3, 1.0)
-    # Of whole answers: one digit is a matter of tokens, and some of the 39 pairs are the wrong way round.
-    assert 0.8 < truth["auroc_evidence"] <= 1.0
+    # Of whole answers: one digit is a matter of tokens. On some machines one of 39 pairs is the wrong way round.
+    assert truth["auroc_evidence"] in (pytest.approx(1 - 1 / 39), 1.0)
     assert list(truth["scores"]) == ["audit", "odd", "answer", "elsewhere", "conflict", "nll", "length"]
     assert truth["first"] == {"3": 1.0} and truth["base"] == 3 / 16
     estimate = report["noise_estimate"]
