@@ -13,12 +13,20 @@ This module needs torch alone and is the oracle for the fused head in :mod:`deft
 
 from __future__ import annotations
 
+import sys
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from deft_lightning.tokens import IGNORE_INDEX, LossFn, TokenContext, TokenStats
+from deft_lightning.tokens import (
+    IGNORE_INDEX,
+    LossFn,
+    TokenContext,
+    TokenStats,
+    accumulation_dtype,
+    topk_entropy_of,
+)
 
 __all__ = [
     "IGNORE_INDEX",
@@ -32,11 +40,6 @@ __all__ = [
     "topk_entropy_of",
     "weighted_loss",
 ]
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype statistics are computed in: float64 for float64, float32 for everything else."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def deformed_log(log_prob: Tensor, alpha: Tensor | float) -> Tensor:
@@ -69,13 +72,14 @@ class _DeformedLog(torch.autograd.Function):
         exponent = alpha * log_prob
         limit = exponent.abs() < torch.finfo(log_prob.dtype).eps / 4
         ctx.save_for_backward(exponent)
-        return torch.where(limit, -log_prob, -torch.expm1(exponent) / torch.where(limit, 1, alpha))
+        # Where the limit is taken the quotient may be anything, 0 / 0 too.
+        return torch.where(limit, log_prob, torch.expm1(exponent).div_(alpha)).neg_()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (exponent,) = ctx.saved_tensors
-        return -grads[0] * exponent.exp(), None
+        return exponent.exp().mul_(grads[0]).neg_(), None
 
 
 class _LogSoftmaxStats(torch.autograd.Function):
@@ -135,15 +139,6 @@ def _divergence(reference: Tensor, shifted: Tensor, log_sum: Tensor) -> Tensor:
     return ((apart.softmax(-1) * between).sum(-1) + (log_sum - torch.log1p(tail))).clamp_min(0)
 
 
-def topk_entropy_of(shifted: Tensor, k: int) -> Tensor:
-    """Return the entropy of the ``k`` largest probabilities renormalised; the largest of the logits is 0."""
-    largest = shifted.topk(min(k, shifted.shape[-1]), dim=-1).values[..., 1:]
-    exps = largest.exp()
-    tail = exps.sum(-1)
-    weighted = torch.where(exps > 0, exps * largest, torch.zeros_like(exps))
-    return torch.log1p(tail) - weighted.sum(-1) / (1 + tail)
-
-
 def token_stats(
     logits: Tensor,
     targets: Tensor,
@@ -172,9 +167,36 @@ def token_stats(
     """
     keep = targets != ignore_index
     reference = None if reference_logits is None else reference_logits.detach()
-    fields = _LogSoftmaxStats.apply(logits, targets.masked_fill(~keep, 0), topk, reference)
-    stats = TokenStats(*cast("tuple[Any, ...]", fields))
+    given = targets.masked_fill(~keep, 0)
+    if _by_rows(logits):
+        stats = _row_stats(logits, given.flatten(), None, topk, reference).map(lambda field: field.view(targets.shape))
+    else:
+        stats = _textbook_stats(logits, given, topk, reference)
     return stats.map(lambda field: torch.where(keep, field, field.new_zeros(())))
+
+
+def _textbook_stats(logits: Tensor, targets: Tensor, topk: int, reference: Tensor | None) -> TokenStats:
+    return TokenStats(*cast("tuple[Any, ...]", _LogSoftmaxStats.apply(logits, targets, topk, reference)))
+
+
+def _by_rows(logits: Tensor) -> bool:
+    """Return whether the row kernel of the fused head computes statistics of these logits.
+
+    Float64 shares no code with it: the fused head and the fast path are tested against that. A compiler makes loops of
+    its own from the textbook formula, and a distributed tensor takes no buffers.
+    """
+    distributed: Any = sys.modules.get("torch.distributed.tensor")
+    return not (
+        logits.dtype == torch.float64
+        or torch.compiler.is_compiling()
+        or (distributed is not None and isinstance(logits, distributed.DTensor))
+    )
+
+
+def _row_stats(logits: Tensor, targets: Tensor, at: Tensor | None, topk: int, reference: Tensor | None) -> TokenStats:
+    from deft_lightning.ops.dense import dense_stats  # on the first call: ops stands on the types that this module has
+
+    return dense_stats(logits, targets, at, topk, reference)
 
 
 def weighted_loss(objective: LossFn, stats: TokenStats) -> Tensor:
@@ -223,11 +245,20 @@ def token_loss(
         tensor([0.3466, 0.2539, 0.0000])
     """
     keep = targets != ignore_index
-    stats = token_stats(
-        logits[keep], targets[keep], ignore_index=ignore_index, topk=getattr(objective, "topk", 0),
-        reference_logits=None if reference_logits is None else reference_logits[keep],
-    )  # fmt: skip
+    topk = int(getattr(objective, "topk", 0))
+    reference = None if reference_logits is None else reference_logits.detach()
     known = context or TokenContext()
     known = known if token_weight is None else known._replace(weight=token_weight)
-    loss = weighted_loss(objective, stats.within(known.select(keep)))
-    return loss.new_zeros(targets.shape).masked_scatter(keep, loss)
+    if not _by_rows(logits):
+        beside = None if reference is None else reference[keep]
+        stats = _textbook_stats(logits[keep], targets[keep], topk, beside)
+        loss = weighted_loss(objective, stats.within(known.select(keep)))
+        return loss.new_zeros(targets.shape).masked_scatter(keep, loss)
+    flat = targets.flatten()
+    if bool(keep.all()):
+        stats = _row_stats(logits, flat, None, topk, reference)
+        return weighted_loss(objective, stats.within(known.map(Tensor.flatten))).view(targets.shape)
+    at = keep.flatten().nonzero().squeeze(1)
+    stats = _row_stats(logits, flat[at], at, topk, reference)
+    loss = weighted_loss(objective, stats.within(known.map(lambda field: field.flatten()[at])))
+    return loss.new_zeros(targets.numel()).index_copy(0, at, loss).view(targets.shape)

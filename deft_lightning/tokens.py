@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -65,13 +65,21 @@ class TokenStats(NamedTuple):
         total = self.weight.sum()
         return (self.weight * values).sum() / torch.where(total > 0, total, 1)
 
+    @staticmethod
+    def joined(parts: Sequence[TokenStats]) -> TokenStats:
+        """Return the statistics of several lots of tokens, at least one, as one; all have the same fields."""
+        if len(parts) == 1:
+            return parts[0]
+        found: Any = (None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True))
+        return TokenStats(*found)
+
     def map(self, function: Callable[[Tensor], Tensor]) -> TokenStats:
         """Return the statistics with ``function`` applied to every field that is there; not all of them are floats."""
         found: Any = (None if field is None else function(field) for field in self)
         return TokenStats(*found)
 
-    def select(self, index: Tensor) -> TokenStats:
-        """Return the statistics of the tokens that ``index`` (a mask or positions) picks, flattened."""
+    def select(self, index: Tensor | slice) -> TokenStats:
+        """Return the statistics of the tokens that ``index`` (a mask, positions or a slice) picks, flattened."""
         return self.map(lambda field: field[index])
 
     def detach(self) -> TokenStats:
@@ -101,3 +109,17 @@ class TokenContext(NamedTuple):
 
 
 LossFn = Callable[[TokenStats], Tensor]  # an objective, as the heads see it: losses of shape (N,)
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype statistics are computed in: float64 for float64, float32 for everything else."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def topk_entropy_of(shifted: Tensor, k: int) -> Tensor:
+    """Return the entropy of the ``k`` largest probabilities renormalised; the largest of the logits is 0."""
+    largest = shifted.topk(min(k, shifted.shape[-1]), dim=-1).values[..., 1:]
+    exps = largest.exp()
+    tail = exps.sum(-1)
+    weighted = torch.where(exps > 0, exps * largest, torch.zeros_like(exps))
+    return torch.log1p(tail) - weighted.sum(-1) / (1 + tail)

@@ -23,6 +23,9 @@ from deft_lightning.ops.torch_rows import RowKernel, TorchRows, Transform
 # Tokens a chunk on the CPU: enough rows to keep the products efficient, few enough that a chunk of bfloat16 logits
 # over 152k entries stays at 150 MB.
 CHUNK_CPU = 512
+# Of a small vocabulary a chunk has more tokens, this many logits: below that the calls of a chunk cost more than its
+# arithmetic.
+SMALL_CPU = 1 << 18
 # On CUDA a chunk fills a budget, and has at least 1024 tokens: summing dW in float32 costs about 250 / chunk.
 CHUNK_CUDA, BUDGET_CUDA = 1024, 1 << 30
 NOTHING = TokenContext()
@@ -73,7 +76,7 @@ class Plan:
     def chunk(self, hidden: Tensor, vocabulary: int) -> int:
         """Return the number of tokens of a chunk."""
         if hidden.device.type == "cpu":
-            return CHUNK_CPU
+            return max(CHUNK_CPU, SMALL_CPU // max(vocabulary, 1))
         # In torch the softmax and the wide logits stand beside the product.
         wide = 0 if self.kernel == "triton" else 2 * accumulation_dtype(hidden.dtype).itemsize
         heads = 1 if self.reference is None else 2

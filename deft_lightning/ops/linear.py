@@ -124,6 +124,8 @@ def _prepare(
     kept = None
     if ignore_index is not None:
         kept = (targets != ignore_index).nonzero().squeeze(1)  # how many there are is the only thing CUDA waits for
+        kept = None if len(kept) == len(targets) else kept
+    if kept is not None:
         hidden, targets = hidden[kept], targets[kept]
         low = None if low is None else low[kept]
         if reference is not None:

@@ -12,13 +12,15 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from deft_lightning.functional import TokenStats, accumulation_dtype, topk_entropy_of
+from deft_lightning.tokens import TokenStats, accumulation_dtype, topk_entropy_of
 
 # Elements of a block of rows on the CPU: two float32 buffers of 4 MB stay in a shared cache of 16 MB or more. Of 4, 8,
 # 16 and 32 rows of 152k entries, 4 and 8 were fastest (16 rows: +15 %, 32: +60 %).
 BLOCK_CPU = 1 << 20
 # Entries whose maximum is found first. The arg-max then searches the maxima: 0.1 instead of 0.6 ns an entry.
 STRIPE = 128
+# Stripes from which on that pays where no more than the maximum is wanted.
+STRIPES = 24
 
 
 @dataclass(frozen=True)
@@ -106,40 +108,50 @@ class TorchRows:
     def statistics(self, product: Tensor, targets: Tensor, reference: Tensor | None = None) -> TokenStats:
         """Return the statistics of a block; both softmaxes stay in their buffers for :meth:`gradient_`."""
         z, pi = self._logits(product), self._pi[: len(product)]
-        top, arg, largest = _largest(z, self.transform.topk)
+        top, arg, largest = _largest(z, self.transform.topk, pi)
         z.sub_(top)
-        peak, tail, log_sum = _softmax(z, arg, pi)
-        sure = tail < 0.5
-        log_prob = z.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - log_sum
+        peak, log_peak = _softmax(z, arg, pi)
+        log_prob = z.gather(-1, targets.unsqueeze(-1)).add_(log_peak).squeeze(-1)
         # An entry without mass (a bias of -inf) has 0 * -inf in its products: the finite minimum keeps that a zero.
         z.clamp_min_(torch.finfo(z.dtype).min)
-        divergence = None if reference is None else self._divergence(reference, z, log_sum)
-        # The entry is off by what the softmax's own sum lost next to it; this way it is 1 - tail, and a NaN stays one.
-        most = peak.squeeze(-1)
-        most = torch.where(sure, most + (1 - tail - most), most)
-        collision, entropy = self._spread(z, pi, most, log_sum)
+        log_peak = log_peak.squeeze(-1)
+        divergence = None if reference is None else self._divergence(reference, z, log_peak)
+        # The entry itself is off by what the softmax's own sum lost next to it.
+        collision, entropy = self._spread(z, pi, log_peak.exp(), log_peak.neg())
         pi.scatter_(-1, arg, peak)
         topk_entropy = None if largest is None else topk_entropy_of(largest - top, self.transform.topk)
         arg = arg.squeeze(-1)
         stats = TokenStats(log_prob, collision, entropy, arg == targets, topk_entropy, arg)
         return stats._replace(reference_kl=divergence)
 
-    def _divergence(self, reference: Tensor, z: Tensor, log_sum: Tensor) -> Tensor:
+    def _divergence(self, reference: Tensor, z: Tensor, log_peak: Tensor) -> Tensor:
         """Return ``KL(pi0 || pi)`` for logits ``z`` whose maximum is 0, finite; keeps ``pi0``."""
         assert self._pi0 is not None
-        pi0, z0 = self._pi0[: len(reference)], _widened(reference, self._z0)
-        scale, cap = self.transform.logit_scale, self.transform.softcap
-        if scale != 1.0:
-            z0.mul_(scale)
-        if cap:
-            z0.div_(cap).tanh_().mul_(cap)
-        top, arg, _ = _largest(z0, 0)
+        pi0, z0 = self._pi0[: len(reference)], self._reference_logits(reference)
+        top, arg, _ = _largest(z0, 0, pi0)
         z0.sub_(top)
-        peak, _, log_sum0 = _softmax(z0, arg, pi0)
+        peak, log_peak0 = _softmax(z0, arg, pi0)
         pi0.scatter_(-1, arg, peak)
         # Differences first: where the two agree, so do their roundings.
         apart = z0.clamp_min_(torch.finfo(z0.dtype).min).sub_(z).mul_(pi0).sum(-1)
-        return (apart + (log_sum - log_sum0)).clamp_min_(0)
+        return (apart + (log_peak0.squeeze(-1) - log_peak)).clamp_min_(0)
+
+    def _reference_logits(self, reference: Tensor) -> Tensor:
+        """Return the logits of a product of the reference in the accumulation dtype."""
+        z0, scale, cap = _widened(reference, self._z0), self.transform.logit_scale, self.transform.softcap
+        if scale != 1.0:
+            z0.mul_(scale)
+        return z0.div_(cap).tanh_().mul_(cap) if cap else z0
+
+    def predict(self, product: Tensor, reference: Tensor | None = None) -> None:
+        """Make both softmaxes of a block as :meth:`statistics` leaves them, and nothing else."""
+        torch.softmax(self._logits(product), dim=-1, out=self._pi[: len(product)])
+        if reference is not None and self._pi0 is not None:
+            torch.softmax(self._reference_logits(reference), dim=-1, out=self._pi0[: len(reference)])
+
+    def settle(self) -> None:
+        """Free what :meth:`gradient_` does not need, once no more rows are to be read."""
+        self._z = self._z0 = None
 
     def prediction_sum(self, product: Tensor) -> Tensor:
         """Return the sum of the predictions of the block that :meth:`statistics` saw last, shape ``(V,)``."""
@@ -147,9 +159,9 @@ class TorchRows:
 
     def _spread(self, z: Tensor, pi: Tensor, peak: Tensor, log_sum: Tensor) -> tuple[Tensor, Tensor]:
         """Collision probability and entropy; ``pi`` lacks its peak, ``z`` is 0 there and is used up."""
-        rest = torch.linalg.vector_norm(pi, dim=-1).square()
+        rest = torch.linalg.vector_norm(pi, dim=-1).square_()
         weighted = z.mul_(pi).sum(-1)
-        return peak.square() + rest, log_sum - weighted
+        return rest.add_(peak.square()), log_sum - weighted
 
     def gradient_(
         self, product: Tensor, targets: Tensor, stats: TokenStats, slope: Tensor, pull: Tensor | None = None
@@ -176,30 +188,37 @@ def _widened(product: Tensor, buffer: Tensor | None) -> Tensor:
     return product if buffer is None else buffer[: len(product)].copy_(product)
 
 
-def _softmax(z: Tensor, arg: Tensor, pi: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _softmax(z: Tensor, arg: Tensor, pi: Tensor) -> tuple[Tensor, Tensor]:
     """Write the softmax of logits whose maximum is 0, without the largest entry, into ``pi``.
 
     Returns:
-        The largest entry, shape ``(n, 1)``; the sum of the others and the log of the sum of ``exp(z)``, shape ``(n,)``.
+        The largest entry and its logarithm, minus the log of the sum of ``exp(z)``, shape ``(n, 1)``.
     """
     torch.softmax(z, dim=-1, out=pi)
     peak = pi.gather(-1, arg)
     # Without its largest entry the sum keeps its relative accuracy when the prediction is nearly certain; when it is
-    # flat, 1 - tail does not, and the entry itself does.
+    # flat, 1 - tail does not, and the entry itself does. An entry that is not a number stays one.
     pi.scatter_(-1, arg, 0.0)
-    tail = pi.sum(-1)
-    return peak, tail, torch.where(tail < 0.5, -torch.log1p(-tail), -peak.squeeze(-1).log())
+    others = pi.sum(-1, keepdim=True)
+    return peak, torch.where(peak > 0.5, others.neg_().log1p_(), peak.log())
 
 
-def _largest(z: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor | None]:
+def _largest(z: Tensor, k: int, scratch: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return the maximum and first arg-max of each row, shape ``(n, 1)``, and the ``k`` largest values if ``k``.
 
     On the CPU both are looked for in the stripes of :data:`STRIPE` entries that can hold them: torch's ``max`` with
-    indices takes ten times as long as ``amax``, and ``topk`` longer still.
+    indices takes ten times as long as ``amax``, and ``topk`` longer still. Where stripes are few, the first of the
+    largest entries is that with the largest number, counted from the end; ``scratch`` has the shape and dtype of ``z``.
     """
     vocabulary = z.shape[1]
     stripes = vocabulary // STRIPE
     k = min(k, vocabulary)
+    if z.device.type == "cpu" and stripes < STRIPES and not k:
+        top = z.amax(-1, keepdim=True)
+        from_end = torch.arange(vocabulary, 0, -1, dtype=z.dtype)
+        # As floats: comparisons to booleans take six times as long. A row that is not a number has no largest entry.
+        last = torch.eq(z, top, out=scratch) if scratch is not None else (z == top).to(z.dtype)
+        return top, (vocabulary - last.mul_(from_end).amax(-1, keepdim=True).long()).clamp_max_(vocabulary - 1), None
     if z.device.type != "cpu" or stripes < max(k, 8):
         top, arg = z.max(dim=-1, keepdim=True)
         return top, arg, z.topk(k, dim=-1).values if k else None

@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from deft_lightning.functional import TokenStats, topk_entropy_of
 from deft_lightning.ops.torch_rows import Transform
+from deft_lightning.tokens import TokenStats, topk_entropy_of
 
 # Five accumulators of 16 lanes a thread are 80 registers: nothing spills.
 BLOCK, WARPS = 4096, 8

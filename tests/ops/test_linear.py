@@ -45,7 +45,9 @@ from deft_lightning.objectives import (
     Tsallis,
     known_objectives,
 )
+from deft_lightning.ops import chunked
 from deft_lightning.ops.linear import linear_loss, linear_token_stats
+from deft_lightning.ops.torch_rows import Transform
 
 OBJECTIVES: list[Objective] = [
     *(cls() for cls in known_objectives().values() if cls.__module__.startswith("deft_lightning.")),
@@ -559,3 +561,29 @@ def test_the_last_chunk_of_an_objective_that_wants_all_tokens_first_is_not_multi
     with HeadProducts() as watch:
         linear_loss(case.hidden.requires_grad_(), case.weight.requires_grad_(), case.targets, objective)
     assert watch.tokens == products
+
+
+@pytest.mark.parametrize(("vocabulary", "tokens"), [(1, 1 << 18), (64, 4096), (260, 1008), (512, 512), (152_000, 512)])
+def test_a_chunk_has_more_tokens_where_the_vocabulary_is_small(
+    vocabulary: int, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chunked, "SMALL_CPU", 1 << 18)  # this folder's tests run without it
+    plan = chunked.Plan(NLL(), Transform(), "torch")
+    assert plan.chunk(torch.empty(1, 8), vocabulary) == tokens
+
+
+@pytest.mark.parametrize("ignored", [0, 1])
+def test_hidden_states_are_copied_only_where_some_are_ignored(ignored: int) -> None:
+    case = problem(40, 30, dim=64, masked=0.0)
+    hidden = case.hidden.requires_grad_()
+    targets = case.targets.clone()
+    targets[:ignored] = -100
+    saved: list[int] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(tensor.data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        linear_loss(hidden, case.weight, targets, NLL())
+    assert (hidden.data_ptr() in saved) == (not ignored)
