@@ -7,6 +7,7 @@ of that block.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any, cast
 
 import torch
@@ -56,13 +57,15 @@ def _as_matrix(logits: Tensor) -> tuple[Tensor, Tensor | None]:
     step = min((stride for _, stride in moving), default=0)
     if logits.stride(-1) != 1 or step < vocabulary or any(stride % step for _, stride in moving):
         return logits.reshape(-1, vocabulary), None
-    # Rows that are not wanted lie between them: behind each sequence of a view that is shifted.
+    # They may lie in another order, and others between them: behind each sequence of a view that is shifted.
     count = 1 + sum((size - 1) * stride // step for size, stride in moving)
     matrix = logits.as_strided((count, vocabulary), (step, 1), logits.storage_offset())
+    if all(outer[1] == inner[0] * inner[1] for outer, inner in pairwise(moving)):
+        return matrix, None
     places = torch.zeros((), dtype=torch.int64, device=logits.device)
     for size, stride in zip(sizes, strides, strict=True):
         places = places.unsqueeze(-1) + torch.arange(size, device=logits.device) * (stride // step)
-    return matrix, None if count == places.numel() else places.flatten()
+    return matrix, places.flatten()
 
 
 class _DenseStats(torch.autograd.Function):
