@@ -35,6 +35,7 @@ __all__ = [
     "TokenStats",
     "accumulation_dtype",
     "deformed_log",
+    "supervised_stats",
     "token_loss",
     "token_stats",
     "topk_entropy_of",
@@ -199,6 +200,49 @@ def _row_stats(logits: Tensor, targets: Tensor, at: Tensor | None, topk: int, re
     return dense_stats(logits, targets, at, topk, reference)
 
 
+def supervised_stats(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    ignore_index: int = IGNORE_INDEX,
+    topk: int = 0,
+    reference_logits: Tensor | None = None,
+) -> TokenStats:
+    """Return statistics of the supervised tokens alone, in their order; the logits of the others are not looked at.
+
+    Equal to ``token_stats(logits[keep], targets[keep])`` with ``keep = targets != ignore_index``, without the copy.
+
+    Args:
+        logits: As in :func:`token_stats`.
+        targets: As there.
+        ignore_index: As there.
+        topk: As there.
+        reference_logits: As there.
+
+    Returns:
+        Statistics of shape ``(n,)``, float32 (float64 for float64 logits).
+
+    Example:
+        >>> supervised_stats(torch.zeros(2, 3, 4), torch.tensor([[0, -100, 1], [-100, 2, 3]])).entropy.exp()
+        tensor([4., 4., 4., 4.])
+    """
+    return _supervised(logits, targets, ignore_index, topk, reference_logits)[0]
+
+
+def _supervised(
+    logits: Tensor, targets: Tensor, ignore_index: int, topk: int, reference: Tensor | None
+) -> tuple[TokenStats, Tensor | None]:
+    """Return the statistics of supervised tokens, and which they are; None for all of them."""
+    keep, reference = targets != ignore_index, None if reference is None else reference.detach()
+    if not _by_rows(logits):
+        beside = None if reference is None else reference[keep]
+        return _textbook_stats(logits[keep], targets[keep], topk, beside), keep
+    if bool(keep.all()):
+        return _row_stats(logits, targets.flatten(), None, topk, reference), None
+    at = keep.flatten().nonzero().squeeze(1)
+    return _row_stats(logits, targets.flatten()[at], at, topk, reference), keep
+
+
 def weighted_loss(objective: LossFn, stats: TokenStats) -> Tensor:
     """Return the loss of each token, times its weight where tokens have one."""
     loss = objective(stats)
@@ -244,21 +288,10 @@ def token_loss(
         >>> token_loss(logits, torch.tensor([0, 0, -100]), NLL(), token_weight=torch.tensor([0.5, 2.0, 1.0]))
         tensor([0.3466, 0.2539, 0.0000])
     """
-    keep = targets != ignore_index
-    topk = int(getattr(objective, "topk", 0))
-    reference = None if reference_logits is None else reference_logits.detach()
+    stats, at = _supervised(logits, targets, ignore_index, int(getattr(objective, "topk", 0)), reference_logits)
     known = context or TokenContext()
     known = known if token_weight is None else known._replace(weight=token_weight)
-    if not _by_rows(logits):
-        beside = None if reference is None else reference[keep]
-        stats = _textbook_stats(logits[keep], targets[keep], topk, beside)
-        loss = weighted_loss(objective, stats.within(known.select(keep)))
-        return loss.new_zeros(targets.shape).masked_scatter(keep, loss)
-    flat = targets.flatten()
-    if bool(keep.all()):
-        stats = _row_stats(logits, flat, None, topk, reference)
+    if at is None:
         return weighted_loss(objective, stats.within(known.map(Tensor.flatten))).view(targets.shape)
-    at = keep.flatten().nonzero().squeeze(1)
-    stats = _row_stats(logits, flat[at], at, topk, reference)
-    loss = weighted_loss(objective, stats.within(known.map(lambda field: field.flatten()[at])))
-    return loss.new_zeros(targets.numel()).index_copy(0, at, loss).view(targets.shape)
+    loss = weighted_loss(objective, stats.within(known.select(at)))
+    return loss.new_zeros(targets.shape).masked_scatter(at, loss)

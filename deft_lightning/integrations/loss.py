@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from deft_lightning.errors import UserError
-from deft_lightning.functional import IGNORE_INDEX, TokenStats, token_stats, weighted_loss
+from deft_lightning.functional import IGNORE_INDEX, TokenStats, supervised_stats, weighted_loss
 from deft_lightning.integrations.run import CALLBACK, ObjectiveRun
 from deft_lightning.objectives import Objective
 from deft_lightning.objectives.parse import as_objective
@@ -67,14 +67,14 @@ class ObjectiveLoss:
         Raises:
             UserError: Logits and labels do not fit, or the objective lacks what it looks at.
         """
-        stats, picked = self.measured(outputs, labels, token_weight, source)
-        divisor = None if num_items_in_batch is None else torch.as_tensor(num_items_in_batch, device=picked.device)
+        stats, logits, keep = self.measured(outputs, labels, token_weight, source)
+        divisor = None if num_items_in_batch is None else torch.as_tensor(num_items_in_batch, device=logits.device)
         if divisor is not None and divisor.ndim:
             raise UserError("compute_loss_func: start one process per device (torchrun), not one for all")
         total = weighted_loss(self.run.current, stats).sum()
-        own = torch.tensor(len(picked), device=total.device) if stats.weight is None else stats.weight.sum()
+        own = torch.tensor(len(stats.log_prob), device=total.device) if stats.weight is None else stats.weight.sum()
         if torch.is_grad_enabled():
-            self.run.add(stats.detach(), picked, divisor)
+            self.run.add(stats.detach(), logits, keep, divisor)
             if (aux := _field(outputs, "aux_loss")) is not None:
                 if not isinstance(aux, Tensor):  # 0 where transformers has recorded no router
                     raise UserError(
@@ -89,10 +89,11 @@ class ObjectiveLoss:
 
     def measured(
         self, outputs: Any, labels: Tensor | None, token_weight: Tensor | None = None, source: Tensor | None = None
-    ) -> tuple[TokenStats, Tensor]:
-        """Return the statistics of the N label tokens of a batch, as the objective looks at them, and their logits.
+    ) -> tuple[TokenStats, Tensor, Tensor]:
+        """Return the statistics of the N label tokens of a batch, as the objective looks at them.
 
-        The arguments are those of the call.
+        The arguments are those of the call. Beside them are the logits that predict a label, shape ``(B, T - 1, V)``,
+        and which of them count, shape ``(B, T - 1)``.
         """
         logits = _field(outputs, "logits")
         if labels is None or logits is None:
@@ -108,8 +109,9 @@ class ObjectiveLoss:
         context = self.run.context(self._batch(labels, token_weight), logits.shape[-1])
         if current.sources:
             context = context._replace(source=self._sources(source, labels))
-        picked = logits[:, :-1][keep]
-        return token_stats(picked, targets[keep], topk=current.topk).within(context.select(keep)), picked
+        logits = logits[:, :-1]
+        stats = supervised_stats(logits, targets, topk=current.topk).within(context.select(keep))
+        return stats, logits, keep
 
     def _batch(self, labels: Tensor, token_weight: Tensor | None) -> dict[str, Any]:
         batch = {"labels": labels, "segment": segments(labels, self.run.position_ids)}

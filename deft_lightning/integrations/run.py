@@ -111,17 +111,18 @@ class ObjectiveRun:
                 self._context.load_state_dict({"marginal": self._mean.tolist()})
         return self._context(batch)
 
-    def add(self, stats: TokenStats, logits: Tensor, divisor: Tensor | None) -> None:
+    def add(self, stats: TokenStats, logits: Tensor, keep: Tensor, divisor: Tensor | None) -> None:
         """Take note of a micro-batch of training, of its N learnt tokens.
 
         Args:
             stats: Detached.
-            logits: Shape ``(N, V)``.
+            logits: Shape ``(..., V)``.
+            keep: Which of them are those of learnt tokens, shape ``(...)``.
             divisor: What the trainer divides the step by.
         """
         predictions = None if self._context is None else self._context.prediction_sum
         if predictions is not None:
-            predictions += logits.detach().float().softmax(-1).sum(0)
+            predictions += logits.detach()[keep].float().softmax(-1).sum(0)
         if self.state is None:
             return  # nobody tells when a step begins
         self.stats.append(stats)

@@ -68,5 +68,5 @@ def _stats(loss: ObjectiveLoss, model: Any, batch: Any, device: torch.device) ->
     inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
     labels = inputs.pop("labels", None)
     beside = {name: inputs.pop(name) for name in ("token_weight", "source") if name in inputs}
-    stats, _ = loss.measured(model(**inputs, use_cache=False), labels, **beside)
+    stats, *_ = loss.measured(model(**inputs, use_cache=False), labels, **beside)
     return stats.detach()

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from deft_lightning.annotations import Batch, CausalLM
-from deft_lightning.functional import IGNORE_INDEX, TokenStats, token_stats
+from deft_lightning.functional import IGNORE_INDEX, TokenStats, supervised_stats
 from deft_lightning.models.checks import evaluating
 from deft_lightning.models.fused import fused_forward, hidden_states
 from deft_lightning.models.head import HeadSeam, base_causal_lm
@@ -81,8 +81,7 @@ class UnpromptedReader:
             targets = pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
             if self.seam is not None:
                 return fused_forward(self.model, self.seam, inputs, targets, _nll).stats.log_prob
-            keep = targets != IGNORE_INDEX
-            return token_stats(self.model(**inputs).logits[keep], targets[keep]).log_prob
+            return supervised_stats(self.model(**inputs).logits, targets).log_prob
 
     def _in_front(self, ahead: Tensor, places: Tensor) -> dict[str, Any]:
         """Return keywords that put rows in front of answers.

@@ -18,8 +18,8 @@ from deft_lightning.ops.backend import Backend, choose_kernel
 from deft_lightning.ops.torch_rows import BLOCK_CPU, RowKernel, TorchRows, Transform
 from deft_lightning.tokens import TokenStats
 
-# Elements of a block on CUDA: two float32 buffers of it are 1 GiB.
-BLOCK_CUDA = 1 << 27
+# Elements of a block on CUDA: two float32 buffers of it are 256 MiB.
+BLOCK_CUDA = 1 << 25
 
 
 class _Rows:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from deft_lightning.errors import UserError
-from deft_lightning.functional import IGNORE_INDEX, TokenStats, token_stats, weighted_loss
+from deft_lightning.functional import IGNORE_INDEX, TokenStats, supervised_stats, weighted_loss
 from deft_lightning.metrics import TokenSources
 from deft_lightning.models import (
     HeadSeam,
@@ -145,11 +145,13 @@ class BatchLoss:
         if self.seam is None:
             beside = None if reference is None else reference.logits(inputs)[:, :-1][keep]
             output = self.model(**inputs)
-            logits = output.logits[:, :-1][keep]
-            stats = token_stats(logits, targets[keep], topk=objective.topk, reference_logits=beside)
+            logits, learnt = output.logits[:, :-1], targets
+            if beside is not None:  # of a reference no more than what is compared is kept while the model runs
+                logits, learnt = logits[keep], targets[keep]
+            stats = supervised_stats(logits, learnt, topk=objective.topk, reference_logits=beside)
             stats = stats.within(context.select(keep))
             if predictions is not None:
-                predictions += logits.detach().float().softmax(-1).sum(0)
+                predictions += logits.detach()[learnt != IGNORE_INDEX].float().softmax(-1).sum(0)
             loss, aux = weighted_loss(objective, stats).sum(), getattr(output, "aux_loss", None)
         else:
             shifted = torch.nn.functional.pad(targets, (0, 1), value=IGNORE_INDEX)

@@ -18,7 +18,7 @@ from torch import Tensor
 from worlds import noise_models, random_context
 
 from deft_lightning.errors import UserError
-from deft_lightning.functional import TokenContext, TokenStats, token_loss, token_stats
+from deft_lightning.functional import TokenContext, TokenStats, supervised_stats, token_loss, token_stats
 from deft_lightning.objectives import (
     DEFT,
     DFT,
@@ -282,6 +282,17 @@ class TestInTriton:
         assert_stats_close(
             to_dtype(TokenStats(*stats).detach(), torch.float64), wanted.detach().select(keep), rtol=1e-5, atol=2e-6
         )
+
+
+@narrow
+@pytest.mark.parametrize("masked", [0.0, 0.4, 1.0])
+def test_statistics_of_supervised_tokens_are_those_picked_of_all(dtype: torch.dtype, masked: float) -> None:
+    logits, targets = case((3, 5), 37, dtype, 17, masked, "shifted")
+    keep = targets != -100
+    for given_logits in (logits, logits.double()):
+        found = supervised_stats(given_logits, targets, topk=3, reference_logits=given_logits / 2)
+        wanted = token_stats(given_logits[keep], targets[keep], topk=3, reference_logits=given_logits[keep] / 2)
+        torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-7)
 
 
 def test_weights_of_a_context_count_as_those_of_the_argument() -> None:

@@ -15,10 +15,10 @@ from torch.utils._pytree import tree_leaves
 
 from deft_lightning.annotations import CausalLM
 from deft_lightning.data.loading.shape import BatchShape
-from deft_lightning.functional import token_stats
 from deft_lightning.models import find_head
 from deft_lightning.models.fused import hidden_states
 from deft_lightning.models.shard import layers_of
+from deft_lightning.ops.dense import dense_stats
 from deft_lightning.training.memory.head import HeadBytes, HeadShape, head_bytes
 from deft_lightning.training.memory.live import LiveBytes
 
@@ -164,9 +164,8 @@ def _forward(
     if not fused:
         logits = model(**inputs).logits
         kept = live.now
-        wanted = logits[:, :-1].flatten(0, 1)[:count].clone()
-        targets = torch.zeros(count, dtype=torch.int64)
-        return -token_stats(wanted, targets).log_prob.sum(), HeadBytes(0, 0, 0), kept
+        targets, at = torch.zeros(count, dtype=torch.int64), torch.arange(count)
+        return -dense_stats(logits[:, :-1], targets, at).log_prob.sum(), HeadBytes(0, 0, 0), kept
     seam = find_head(model, "torch")
     beside = None
     if reference:
