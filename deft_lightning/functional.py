@@ -8,7 +8,8 @@ For every per-token loss ``l(log p; statistics)`` whose statistics are detached,
 so a function that returns a differentiable ``log p`` beside detached statistics serves every objective. Beside the
 prediction ``pi0`` of a reference, ``KL(pi0 || pi)`` is a second differentiable statistic, with the derivative
 ``pi - pi0`` by the logits.
-This module needs torch alone and is the oracle for the fused head in :mod:`deft_lightning.ops`.
+This module needs torch alone. In float64 it is the oracle for the fused head in :mod:`deft_lightning.ops`, whose row
+kernel the other dtypes share.
 """
 
 from __future__ import annotations
@@ -183,7 +184,7 @@ def _textbook_stats(logits: Tensor, targets: Tensor, topk: int, reference: Tenso
 def _by_rows(logits: Tensor) -> bool:
     """Return whether the row kernel of the fused head computes statistics of these logits.
 
-    Float64 shares no code with it: the fused head and the fast path are tested against that. A compiler makes loops of
+    Float64 does without it: the fused head and these rows are tested against the textbook formula. A compiler makes loops of
     its own from the textbook formula, and a distributed tensor takes no buffers.
     """
     distributed: Any = sys.modules.get("torch.distributed.tensor")

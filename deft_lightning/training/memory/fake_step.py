@@ -18,8 +18,7 @@ from deft_lightning.data.loading.shape import BatchShape
 from deft_lightning.models import find_head
 from deft_lightning.models.fused import hidden_states
 from deft_lightning.models.shard import layers_of
-from deft_lightning.ops.dense import dense_stats
-from deft_lightning.ops.torch_rows import BLOCK_CPU
+from deft_lightning.ops.dense import BLOCK_CPU, dense_stats
 from deft_lightning.training.memory.head import HeadBytes, HeadShape, head_bytes
 from deft_lightning.training.memory.live import LiveBytes
 
@@ -165,8 +164,8 @@ def _forward(
     if not fused:
         logits = model(**inputs).logits
         kept = live.now
-        # Their gradient is of all logits, however few are read: more than two blocks take time and no more memory.
-        few = min(count, 2 * max(1, BLOCK_CPU // logits.shape[-1]))
+        # Their gradient is of all logits, however few are read: more than three blocks take time and no more memory.
+        few = min(count, 3 * max(1, BLOCK_CPU // logits.shape[-1]))
         targets, at = torch.zeros(few, dtype=torch.int64), torch.arange(few)
         return -dense_stats(logits[:, :-1], targets, at).log_prob.sum(), HeadBytes(0, 0, 0), kept
     seam = find_head(model, "torch")
