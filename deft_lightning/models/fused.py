@@ -128,7 +128,16 @@ def _loss(
         "bias": bias, "adapter": seam.adapter(rows), "ignore_index": None, "reference": reference, **seam.options()
     }  # fmt: skip
     if torch.is_grad_enabled():
-        return linear_loss(rows, weight, targets, objective, context=context, prediction_sum=prediction_sum, **options)
+        return linear_loss(
+            rows,
+            weight,
+            targets,
+            objective,
+            context=context,
+            prediction_sum=prediction_sum,
+            sparsity=seam.sparsity,
+            **options,
+        )
     stats = linear_token_stats(rows, weight, targets, topk=int(getattr(objective, "topk", 0)), **options)
     stats = stats.within(context)
     return weighted_loss(objective, stats).sum(), stats

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from deft_lightning.annotations import CausalLM, Settings
 from deft_lightning.errors import UserError
+from deft_lightning.ops import ColumnSparsity
 
 DENSE = "; use --model.head dense"
 
@@ -25,6 +26,7 @@ class HeadSeam:
         softcap: Final soft-capping, or None.
         logit_scale: Factor on the logits.
         backend: Row kernel of the fused head: ``auto``, ``torch`` or ``triton``.
+        sparsity: How much of the gradient of the logits training may leave out, and what it left out; None: nothing.
     """
 
     causal: nn.Module
@@ -32,6 +34,7 @@ class HeadSeam:
     softcap: float | None
     logit_scale: float
     backend: str = "auto"
+    sparsity: ColumnSparsity | None = None
 
     @property
     def projection(self) -> nn.Linear:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from deft_lightning.functional import LossFn, TokenContext, TokenStats, accumulation_dtype
-from deft_lightning.ops.float16 import multiply, range_of
+from deft_lightning.ops.columns import AllColumns, ColumnSparsity, ColumnSums
+from deft_lightning.ops.float16 import range_of
 from deft_lightning.ops.gradient import WeightGradient
 from deft_lightning.ops.reference import ReferenceHead, head_product
 from deft_lightning.ops.torch_rows import RowKernel, TorchRows, Transform
@@ -64,6 +65,7 @@ class Plan:
         context: What is known of the N tokens beside the prediction, their weights left out: those are an input.
         prediction_sum: Shape ``(V,)``; the predictions of all tokens are added to it, where it is there.
         reference: What predictions are compared with, in the dtype of the products; None for nothing.
+        sparsity: How much of the gradient of the logits may be left out, by columns; None for nothing.
     """
 
     objective: LossFn | None
@@ -72,6 +74,7 @@ class Plan:
     context: TokenContext = NOTHING
     prediction_sum: Tensor | None = None
     reference: ReferenceHead | None = None
+    sparsity: ColumnSparsity | None = None
 
     def chunk(self, hidden: Tensor, vocabulary: int) -> int:
         """Return the number of tokens of a chunk."""
@@ -134,14 +137,14 @@ class _Chunks:
         self.weight = inputs.weight.to(dtype)
         self._bias = None if inputs.bias is None else inputs.bias.to(dtype)
         self.up = None if inputs.up is None else inputs.up.to(dtype)
-        self._buffer = inputs.hidden.new_empty((size, vocabulary))
+        self.buffer = inputs.hidden.new_empty((size, vocabulary))
         self._reference = plan.reference
-        self._reference_buffer = None if plan.reference is None else torch.empty_like(self._buffer)
-        self.kernel = plan.rows(self._buffer)
+        self._reference_buffer = None if plan.reference is None else torch.empty_like(self.buffer)
+        self.kernel = plan.rows(self.buffer)
 
     def product(self, piece: slice, there: bool = False) -> Tensor:
         """Return the product of a chunk, and make that of the reference beside it; ``there``: it was made last."""
-        out = self._buffer[: piece.stop - piece.start]
+        out = self.buffer[: piece.stop - piece.start]
         if there:
             return out
         reference, beside = self._reference, self._reference_buffer
@@ -257,6 +260,9 @@ def loss_and_gradients(inputs: Inputs, plan: Plan, wanted: tuple[bool, ...]) -> 
         losses: list[Tensor] = []
         parts: list[TokenStats] = []
         inverse: Tensor | None = None
+        sums: ColumnSums | None = None
+        if plan.sparsity is not None and plan.reference is None and not half and any(wanted):
+            sums = ColumnSums(chunks.buffer, accumulation_dtype(dtype), plan.sparsity)
         for place, piece in enumerate(pieces):
             product = chunks.product(piece, there=whole is not None and place == 0)
             for block, at in chunks.blocks(piece):
@@ -274,17 +280,18 @@ def loss_and_gradients(inputs: Inputs, plan: Plan, wanted: tuple[bool, ...]) -> 
                 if half:  # its kernel takes a chunk at once
                     scale = range_of(slopes.slope, slopes.pull)
                     slopes, inverse = slopes.times(scale), 1 / scale
-                chunks.kernel.gradient_(product[block], inputs.targets[at], stats, *slopes)
+                chunks.kernel.gradient_(product[block], inputs.targets[at], stats, *slopes, sums)
+            few = None if sums is None else sums.choose(product, inputs.targets[piece])
+            by_logits = few or AllColumns(product, inverse)
             for gradient, factor in ((found.hidden, chunks.weight), (found.low, chunks.up)):
                 if gradient is not None and factor is not None:
-                    multiply(product, factor, gradient[piece], inverse)
-            if found.weight is not None:
-                found.weight.add(product, inputs.hidden[piece], inverse)
+                    by_logits.multiply(factor, gradient[piece])
+            for summed, rows in ((found.weight, inputs.hidden), (found.up, inputs.low)):
+                if summed is not None and rows is not None:
+                    by_logits.add_to(summed, rows[piece])
             if found.bias is not None:
                 total = product.sum(0, dtype=found.bias.dtype)
                 found.bias.add_(total if inverse is None else total * inverse)
-            if found.up is not None and inputs.low is not None:
-                found.up.add(product, inputs.low[piece], inverse)
         if whole is not None:
             return whole_loss, whole, found
         stats = chunks.concatenate(parts)

@@ -61,12 +61,35 @@ class WeightGradient:
                 block.add_(found) if self._started else block.copy_(found)
         self._started = True
 
+    def add_rows(self, index: Tensor, rows: Tensor, share: Tensor, rest: Tensor) -> None:
+        """Add a sum that is known by some of its rows; the others are shares of one vector.
+
+        Args:
+            index: Which rows are known, ascending, shape ``(k,)``.
+            rows: Shape ``(k, D)``.
+            share: Of each row in the vector, 0 where the row is known; shape ``(V,)``.
+            rest: The vector, shape ``(D,)``.
+        """
+        starts = torch.tensor([piece.start for piece in self._slices], device=index.device)
+        edges = [*torch.searchsorted(index, starts).tolist(), len(index)]
+        for i, (piece, block) in enumerate(zip(self._slices, self._blocks, strict=True)):
+            assert block is not None
+            within = slice(edges[i], edges[i + 1])
+            share_of, part = share[piece].to(block.dtype), rows[within].to(block.dtype)
+            torch.addr(block, share_of, rest.to(block.dtype), beta=float(self._started), out=block)
+            # Indexed addition goes row by row on the CPU; these rows are all different.
+            at = index[within] - piece.start
+            block.index_copy_(0, at, block.index_select(0, at).add_(part) if self._started else part)
+        self._started = True
+
     def finish(self, factor: Tensor) -> Tensor:
         """Return the sum times a scalar tensor of a wide dtype, in the dtype of the parameter; the sum is used up."""
         if not self._started:
             return torch.zeros_like(self._like)
-        if self._whole is not None and self._dtype == factor.dtype:
-            return self._whole.mul_(factor)
+        # A sum is usually differentiated with 1: the pass over dW is left out then. CUDA would wait for the look.
+        one = factor.device.type == "cpu" and bool(factor == 1)
+        if self._whole is not None and (one or self._dtype == factor.dtype):
+            return self._whole if one else self._whole.mul_(factor)
         result = self._like.new_empty(self._like.shape) if self._whole is None else self._whole
         for i, piece in enumerate(self._slices):
             block = self._blocks[i]

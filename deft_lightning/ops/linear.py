@@ -12,6 +12,7 @@ from deft_lightning.errors import UserError
 from deft_lightning.functional import IGNORE_INDEX, LossFn, TokenContext, TokenStats, accumulation_dtype
 from deft_lightning.ops.backend import Backend, choose_kernel
 from deft_lightning.ops.chunked import Inputs, Plan, loss_and_gradients, statistics
+from deft_lightning.ops.columns import ColumnSparsity
 from deft_lightning.ops.reference import ReferenceHead
 from deft_lightning.ops.torch_rows import Transform
 
@@ -158,6 +159,7 @@ def linear_loss(
     adapter: tuple[Tensor, Tensor] | None = None,
     prediction_sum: Tensor | None = None,
     reference: ReferenceHead | None = None,
+    sparsity: ColumnSparsity | None = None,
 ) -> tuple[Tensor, TokenStats]:
     """Summed loss of ``softmax(cap(scale * (hidden @ weight.T + bias)))`` under any objective, without ``(N, V)``.
 
@@ -185,6 +187,9 @@ def linear_loss(
         reference: Head of a reference model and its hidden states of the same N tokens, detached: with it the objective
             gets ``reference_kl``, whose gradient ``pi - pi0`` is taken chunk by chunk as well. Rows are then done in
             torch, whatever the backend.
+        sparsity: Leaves columns of the gradient of the logits out of the two products behind it, up to a share of the
+            gradient's norm (:mod:`deft_lightning.ops.columns`), and keeps what came of it; None: nothing is left out.
+            Loss and statistics are the same. Nothing is left out beside a reference, or in float16.
 
     Returns:
         The sum over supervised tokens, a float32 scalar (float64 for float64 input) differentiable in ``hidden``,
@@ -199,7 +204,9 @@ def linear_loss(
     known = known if token_weight is None else known._replace(weight=token_weight)
     known = known.map(Tensor.detach) if call.kept is None else known.map(lambda field: field.detach()[call.kept])
     weight_of = None if known.weight is None else known.weight.to(accumulation_dtype(hidden.dtype))
-    plan = Plan(objective, transform, call.kernel, known._replace(weight=None), prediction_sum, call.reference)
+    plan = Plan(
+        objective, transform, call.kernel, known._replace(weight=None), prediction_sum, call.reference, sparsity
+    )
     total, *fields = cast("tuple[Any, ...]", _FusedHead.apply(plan, *call[:6], weight_of))
     return total, call.scatter(TokenStats(*fields).within(known), len(targets))
 

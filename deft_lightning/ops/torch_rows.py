@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from deft_lightning.ops.columns import ColumnSums
 from deft_lightning.tokens import TokenStats, accumulation_dtype, topk_entropy_of
 
 # Elements of a block of rows on the CPU: two float32 buffers of 4 MB stay in a shared cache of 16 MB or more. Of 4, 8,
@@ -56,12 +57,18 @@ class RowKernel(Protocol):
         ...
 
     def gradient_(
-        self, product: Tensor, targets: Tensor, stats: TokenStats, slope: Tensor, pull: Tensor | None = None
+        self,
+        product: Tensor,
+        targets: Tensor,
+        stats: TokenStats,
+        slope: Tensor,
+        pull: Tensor | None = None,
+        sums: ColumnSums | None = None,
     ) -> None:
         """Replace the product that :meth:`statistics` saw last by the gradient by it.
 
         It is ``slope * d(log p)/d(product)``, and ``pull * d(reference_kl)/d(product)`` where there is a reference;
-        slope and pull of shape ``(n,)``.
+        slope and pull of shape ``(n,)``. Without a reference its columns are added to ``sums``, where they are given.
         """
         ...
 
@@ -164,7 +171,13 @@ class TorchRows:
         return rest.add_(peak.square()), log_sum - weighted
 
     def gradient_(
-        self, product: Tensor, targets: Tensor, stats: TokenStats, slope: Tensor, pull: Tensor | None = None
+        self,
+        product: Tensor,
+        targets: Tensor,
+        stats: TokenStats,
+        slope: Tensor,
+        pull: Tensor | None = None,
+        sums: ColumnSums | None = None,
     ) -> None:
         """Write ``slope * (onehot - pi) + pull * (pi - pi0)``, through soft-capping and scale, over the product."""
         pi, target = self._pi[: len(product)], targets.unsqueeze(-1)
@@ -180,6 +193,8 @@ class TorchRows:
             pi.add_(toward)
         if self._chain is not None:
             pi.mul_(self._chain[: len(product)])
+        if sums is not None:
+            sums.add(pi, targets, signs=bool((slope > 0).any()), sums_to_zero=self._chain is None)
         product.copy_(pi)
 
 

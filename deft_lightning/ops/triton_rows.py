@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from deft_lightning.ops.columns import ColumnSums
 from deft_lightning.ops.torch_rows import Transform
 from deft_lightning.tokens import TokenStats, topk_entropy_of
 
@@ -165,7 +166,13 @@ class TritonRows:
         return total
 
     def gradient_(
-        self, product: Tensor, targets: Tensor, stats: TokenStats, slope: Tensor, pull: Tensor | None = None
+        self,
+        product: Tensor,
+        targets: Tensor,
+        stats: TokenStats,
+        slope: Tensor,
+        pull: Tensor | None = None,
+        sums: ColumnSums | None = None,
     ) -> None:
         """Write ``slope * (onehot - pi)``, through soft-capping and scale, over the product."""
         assert pull is None, "a plan with a reference takes the rows in torch"
@@ -177,6 +184,9 @@ class TritonRows:
                 product, product.stride(0), targets, self._top, self._log_sum, slope,
                 -torch.expm1(stats.log_prob) * slope, **options,
             )  # fmt: skip
+        if sums is not None:
+            # Magnitudes whatever the signs: to look at them first would make the host wait.
+            sums.add(product, targets, signs=True, sums_to_zero=not self.transform.softcap)
 
 
 def _on(tensor: Tensor) -> AbstractContextManager[Any]:

@@ -18,6 +18,7 @@ from deft_lightning.models import LoRA
 from deft_lightning.models.contents import KEY
 from deft_lightning.objectives import Objective, known_objectives
 from deft_lightning.objectives.parse import parse_objective
+from deft_lightning.training.head_sparsity import check_sparsity
 from deft_lightning.training.optim import CosineWithWarmup, MuonAdamW
 from deft_lightning.training.resume.settings import of_optimizer, of_scheduler, plain
 
@@ -31,8 +32,9 @@ OPTIMIZERS: dict[str, type[Optimizer]] = {
 }
 SWITCHES = ("gradient_checkpointing", "forgetting")
 PLAIN = (
-    "pretrained", "architecture", "head", "head_backend", "dtype", "attention", "gradient_checkpointing", "compile",
-    "on_nonfinite", "trust_remote_code", "add_tokens", "resize_vocabulary", "forgetting",
+    "pretrained", "architecture", "head", "head_backend", "head_sparsity", "dtype", "attention",
+    "gradient_checkpointing", "compile", "on_nonfinite", "trust_remote_code", "add_tokens", "resize_vocabulary",
+    "forgetting",
 )  # fmt: skip
 
 
@@ -94,6 +96,10 @@ def settings_of(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Any], list[str
         "objective": _objective, "optimizer": _optimizer, "scheduler": _scheduler, "generation": _generation,
         **{name: partial(_plain, name) for name in ("head", "head_backend", "on_nonfinite", *SWITCHES)},
     }  # fmt: skip
+    if "head_sparsity" in held:
+        readers["head_sparsity"] = _sparsity
+    else:  # a checkpoint from before the option: nothing was left out
+        arguments["head_sparsity"] = "off"
     for name, read in readers.items():
         try:
             arguments[name] = read(held[name])
@@ -151,6 +157,11 @@ def _arguments(cls: type, described: Record) -> Settings:
 def _generation(described: Record) -> Generation:
     known = {field.name for field in fields(Generation)}
     return Generation(**{name: value for name, value in described.items() if name in known})
+
+
+def _sparsity(value: Any) -> Any:
+    check_sparsity(value)
+    return value
 
 
 def _plain(name: str, value: Any) -> Any:

@@ -24,6 +24,7 @@ from deft_lightning.models import (
 from deft_lightning.models.unprompted import UnpromptedReader
 from deft_lightning.objectives import Needs, Objective
 from deft_lightning.objectives.context import ContextSource
+from deft_lightning.ops import ColumnSparsity
 
 
 class NoObjective(NamedTuple):
@@ -98,6 +99,11 @@ class BatchLoss:
         self.reference: Reference | None = None
         self.checked = self.forgetting = self.watching = False
         self.unprompted = UnpromptedReader(model, seam)
+
+    @property
+    def sparsity(self) -> ColumnSparsity | None:
+        """Return what the head is asked to leave out; None for nothing."""
+        return None if self.seam is None else self.seam.sparsity
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint keeps."""

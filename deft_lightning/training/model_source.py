@@ -36,6 +36,7 @@ from deft_lightning.models import (
 )
 from deft_lightning.models.load import Dtype, ready
 from deft_lightning.ops import Backend
+from deft_lightning.training.head_sparsity import Sparsity, check_sparsity, sparsity_of
 from deft_lightning.training.loss import BatchLoss
 from deft_lightning.training.protocols import shards
 from deft_lightning.trust import check_attention
@@ -54,6 +55,7 @@ class ModelSource:
     trust_remote_code: bool
     head: str
     head_backend: Backend
+    head_sparsity: Sparsity
     compile: bool
     add_tokens: list[str] | None = None
     resize_vocabulary: bool = False
@@ -77,6 +79,7 @@ class ModelSource:
             raise UserError(f"--model.head must be fused or dense, not {self.head!r}")
         if self.head_backend not in ("auto", "torch", "triton"):
             raise UserError(f"--model.head_backend must be auto, torch or triton, not {self.head_backend!r}")
+        check_sparsity(self.head_sparsity)
         check_attention(self.attention, self.trust_remote_code, "--model.attention")
         check_tokens(self.add_tokens)
         if self.given:
@@ -209,6 +212,9 @@ class ModelSource:
         else:
             model = build()
         seam = find_head(model, self.head_backend) if self.head == "fused" else None
+        if seam is not None:
+            device = "cpu" if strategy is None else strategy.root_device.type
+            seam = replace(seam, sparsity=sparsity_of(self.head_sparsity, seam, device, reference))
         loss = BatchLoss(model, seam, router_loss_factor(model))
         if reference:
             loss.reference = make_reference(model, seam, copied)

@@ -27,6 +27,7 @@ from deft_lightning.training.context import context_of
 from deft_lightning.training.course import Course
 from deft_lightning.training.distributed import ranks
 from deft_lightning.training.first_rates import begin_rates
+from deft_lightning.training.head_sparsity import Sparsity, log_head
 from deft_lightning.training.hyper_parameters import hyper_parameters
 from deft_lightning.training.loss import NoObjective, facts_of
 from deft_lightning.training.memory.advice import tell_memory
@@ -61,6 +62,8 @@ class SFTModule(LightningModule):
         scheduler: Called with the optimizer; stepped each optimizer step. `null` is a constant rate.
         head: `fused` never holds the logits of a batch; `dense` uses the model's own.
         head_backend: Row kernel of the fused head: `triton` (CUDA), `torch`, or `auto`, Triton where it runs.
+        head_sparsity: Share of the norm of the gradient of the logits that the fused head may leave out, by columns:
+            a number, `off`, or `auto`, 2^-11 on a CPU where the vocabulary has 16,384 entries or more.
         lora: Train low-rank adapters only; `--model.lora.r 16` switches them on.
         dtype: Dtype the weights are loaded in. For bf16 with float32 weights use `--trainer.precision bf16-mixed`.
         attention: transformers' `attn_implementation` (sdpa, eager, flash_attention_2); default: its choice.
@@ -86,6 +89,7 @@ class SFTModule(LightningModule):
         scheduler: SchedulerCallable | None = CosineWithWarmup,
         head: Literal["fused", "dense"] = "fused",
         head_backend: Backend = "auto",
+        head_sparsity: Sparsity = "auto",
         lora: LoRA | None = None,
         dtype: Literal["float32", "bfloat16"] = "float32",
         attention: str | None = None,
@@ -264,6 +268,7 @@ class SFTModule(LightningModule):
         if is_logging_step(self.trainer) and not is_accumulating(self.trainer):
             log_now(self.trainer, self.meters.log_training(self.log, self.trainer.global_step))
             self.log_dict(self.normaliser.logged())
+            log_head(self.log, self.batch_loss.sparsity)
             for tag, value in self.course.logged(self.objective).items():
                 self.log(tag, value, prog_bar=tag == "noise/estimated")
 

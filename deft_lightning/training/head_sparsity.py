@@ -1,0 +1,69 @@
+"""The option `head_sparsity`: what the fused head may leave out of the gradient of the logits, and what it left out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+from lightning_utilities.core.rank_zero import rank_zero_info
+
+from deft_lightning.errors import UserError
+from deft_lightning.models import HeadSeam
+from deft_lightning.ops import ColumnSparsity
+from deft_lightning.ops.columns import AUTO_TOLERANCE, AUTO_VOCABULARY
+
+Sparsity = float | Literal["off", "auto"]
+OPTION = "--model.head_sparsity"
+
+
+def check_sparsity(sparsity: object) -> None:
+    """Refuse what is not a tolerance.
+
+    Raises:
+        UserError: Names the option.
+    """
+    number = isinstance(sparsity, float | int) and not isinstance(sparsity, bool) and 0 < sparsity < 1
+    if not number and sparsity not in ("off", "auto"):
+        raise UserError(f"{OPTION} must be off, auto, or a tolerance above 0 and below 1, not {sparsity!r}")
+
+
+def sparsity_of(setting: Sparsity, seam: HeadSeam, device: str, reference: bool) -> ColumnSparsity | None:
+    """Return what the head of a run is asked to leave out; a line says so where it is something.
+
+    `auto` leaves columns out on a CPU, where a vocabulary is large enough for that to be faster.
+
+    Args:
+        setting: The option.
+        seam: The head.
+        device: ``cpu`` or ``cuda``.
+        reference: Whether predictions are compared with those of another model: the whole gradient is taken then.
+    """
+    vocabulary = seam.projection.weight.shape[0]
+    if setting == "off":
+        return None
+    if reference:
+        if setting != "auto":
+            rank_zero_info(f"{OPTION} {setting:g} is not used: beside a reference model the whole gradient is taken")
+        return None
+    if setting == "auto" and (device != "cpu" or vocabulary < AUTO_VOCABULARY):
+        return None
+    found = ColumnSparsity(AUTO_TOLERANCE if setting == "auto" else float(setting))
+    rank_zero_info(
+        f"head: leaves columns of the gradient out, up to {found.tolerance:.2%} of its norm ({OPTION} off: none)"
+    )
+    return found
+
+
+def log_head(log: Callable[..., Any], sparsity: ColumnSparsity | None) -> None:
+    """Log what the head left out since the last call, over all ranks.
+
+    Args:
+        log: Of the module.
+        sparsity: Of the head; None where it leaves nothing out.
+    """
+    if sparsity is None:
+        return
+    found = sparsity.taken()
+    # Every rank logs both, whatever its tokens: a collective is waited for by all.
+    log("head/kept_columns", found.get("head/kept_columns", 1.0), sync_dist=True)
+    log("head/dropped", found.get("head/dropped", 0.0), sync_dist=True, reduce_fx="max")
