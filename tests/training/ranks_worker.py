@@ -104,6 +104,7 @@ def train(
         "grad_norm": trainer.callback_metrics["train/grad_norm"].clone(),
         "nll": trainer.callback_metrics["train/nll"].clone(),
         "loss": trainer.callback_metrics["train/loss"].clone(),
+        "metrics": {name: value.clone() for name, value in trainer.callback_metrics.items()},
     }
 
 
@@ -120,6 +121,13 @@ def nothing_supervised(root: Path, world: int) -> Found:
 def accumulated(root: Path, world: int) -> Found:
     """Windows of eight examples and a last one of four."""
     return train(root, world, uneven(12), size=4, accumulate_grad_batches=2, max_epochs=2)
+
+
+def columns_left_out(root: Path, world: int) -> Found:
+    """The gradient of the logits through some of its columns, which each rank chooses for its own tokens."""
+    module = {"head_sparsity": 2.0**-7, "rate": 0.05, "pretrained": str(root / "peaked")}
+    found = train(root, world, uneven(16), model=module, max_epochs=2)
+    return {**found, "kept": found["metrics"]["head/kept_columns"], "dropped": found["metrics"]["head/dropped"]}
 
 
 class Scales(Callback):
@@ -395,6 +403,7 @@ SHAPE = {
 SCENARIOS: dict[str, Callable[[Path, int], Found]] = {
     "uneven": lambda root, world: train(root, world, uneven(16), max_epochs=2),
     "dense": lambda root, world: train(root, world, uneven(16), model={"head": "dense"}),
+    "columns left out": columns_left_out,
     "clipped": lambda root, world: train(root, world, uneven(16), gradient_clip_val=0.1),
     "accumulated": accumulated,
     "one rank masked": one_rank_masked,

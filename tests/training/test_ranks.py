@@ -40,6 +40,7 @@ class Runs(NamedTuple):
 
 def prepare(root: Path) -> None:
     save_tiny_llama(root / "pretrained", 0.3, num_hidden_layers=1)
+    save_tiny_llama(root / "peaked", 1.0, num_hidden_layers=1)
     rows = {
         "train": [{"id": f"r{i}", "question": f"q{i}", "answer": a} for i, a in enumerate(ANSWERS * 2)],
         "val": [{"id": f"v{i}", "question": f"v{i}", "answer": a} for i, a in enumerate(HELD_OUT)],
@@ -114,10 +115,23 @@ def test_the_scenarios_are_what_they_say(runs: Runs) -> None:
     expected = {
         "uneven": 4, "dense": 2, "clipped": 2, "accumulated": 4, "one rank masked": 2, "nothing supervised": 1,
         "lora": 4, "packed": 4, "bf16": 4, "checkpointed": 2, "skipped": 3, "stopped": 2, "scheduled": 4,
+        "columns left out": 4,
         "rescaled": 4, "rescaled, one rank masked": 4, "weighted": 4, "weighted, rescaled": 4,
     }  # fmt: skip
     assert steps == expected
     assert runs.single["clipped"]["grad_norm"] > 0.1, "something is clipped"
+
+
+def test_columns_left_out_are_chosen_by_each_rank_within_the_bound_that_is_logged(runs: Runs) -> None:
+    single, *ranks = (found["columns left out"] for found in (runs.single, *runs.ranks))
+    start = AutoModelForCausalLM.from_pretrained(runs.root / "peaked").state_dict()
+    for key, value in single["weights"].items():
+        assert torch.equal(ranks[0]["weights"][key], ranks[1]["weights"][key])
+        moved = (value - start[key]).norm()
+        assert moved > 0 and (ranks[0]["weights"][key] - value).norm() <= 0.05 * moved, key
+    for found in (single, *ranks):
+        assert 0 < found["kept"] < 0.9 and 0 < found["dropped"] <= 2 * 2.0**-7
+    assert len({(float(rank["kept"]), float(rank["dropped"])) for rank in ranks}) == 1
 
 
 @pytest.mark.parametrize("name", ["rescaled", "rescaled, one rank masked", "weighted, rescaled"])
