@@ -12,6 +12,8 @@ from torchmetrics import MeanMetric, Metric
 from deft_lightning.errors import UserError
 from deft_lightning.functional import IGNORE_INDEX
 from deft_lightning.metrics import SourceSums, TokenMeter, TokenSources
+from deft_lightning.ops import ColumnSparsity
+from deft_lightning.training.head_sparsity import log_head
 from deft_lightning.training.loss import StepOutput, TokenFacts
 
 Log = Callable[..., None]  # LightningModule.log
@@ -30,6 +32,7 @@ class Meters:
         self.val_by_source: SourceSums | None = None
         self.val_noisy_by_source: SourceSums | None = None
         self.forgetting: SourceSums | None = None  # None until predictions are compared with a reference's
+        self.sparsity: ColumnSparsity | None = None  # of the head, where it leaves columns out
         self._routed = self._weighted = False
 
     def to(self, device: torch.device) -> None:
@@ -107,6 +110,7 @@ class Meters:
             log("train/weight", weight)
         if self._routed:
             log("train/router_loss", _taken(self.router))
+        log_head(log, self.sparsity)
         return _by_source("train", self.train_by_source)
 
     def log_validation(self, log: Log, corrupted: bool) -> dict[str, Tensor]:

@@ -27,7 +27,7 @@ from deft_lightning.training.context import context_of
 from deft_lightning.training.course import Course
 from deft_lightning.training.distributed import ranks
 from deft_lightning.training.first_rates import begin_rates
-from deft_lightning.training.head_sparsity import Sparsity, log_head
+from deft_lightning.training.head_sparsity import Sparsity
 from deft_lightning.training.hyper_parameters import hyper_parameters
 from deft_lightning.training.loss import NoObjective, facts_of
 from deft_lightning.training.memory.advice import tell_memory
@@ -180,7 +180,7 @@ class SFTModule(LightningModule):
             compared = (self.objective.needs.reference or self.forgetting) and computes_loss(trainer)
             strategy = getattr(trainer, "strategy", None)
             self.model, self.batch_loss = self.source.place(self._build, strategy, compared)
-            self.batch_loss.forgetting = self.forgetting
+            self.batch_loss.forgetting, self.meters.sparsity = self.forgetting, self.batch_loss.sparsity
         before, self.batch_loss.context = (
             self.batch_loss.context,
             context_of(self.objective, self.model, self.prompts, self.watched_needs),
@@ -268,7 +268,6 @@ class SFTModule(LightningModule):
         if is_logging_step(self.trainer) and not is_accumulating(self.trainer):
             log_now(self.trainer, self.meters.log_training(self.log, self.trainer.global_step))
             self.log_dict(self.normaliser.logged())
-            log_head(self.log, self.batch_loss.sparsity)
             for tag, value in self.course.logged(self.objective).items():
                 self.log(tag, value, prog_bar=tag == "noise/estimated")
 
