@@ -8,96 +8,17 @@ but the last one, which is still there.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from deft_lightning.functional import LossFn, TokenContext, TokenStats, accumulation_dtype
-from deft_lightning.ops.columns import AllColumns, ColumnSparsity, ColumnSums
+from deft_lightning.functional import LossFn, TokenStats, accumulation_dtype
+from deft_lightning.ops.columns import AllColumns, ColumnSums
 from deft_lightning.ops.float16 import range_of
 from deft_lightning.ops.gradient import WeightGradient
+from deft_lightning.ops.plan import CallShape, Inputs, Plan
 from deft_lightning.ops.reference import ReferenceHead, head_product
-from deft_lightning.ops.torch_rows import RowKernel, TorchRows, Transform
-
-# Tokens a chunk on the CPU: enough rows to keep the products efficient, few enough that a chunk of bfloat16 logits
-# over 152k entries stays at 150 MB.
-CHUNK_CPU = 512
-# Of a small vocabulary a chunk has more tokens, this many logits: below that the calls of a chunk cost more than its
-# arithmetic.
-SMALL_CPU = 1 << 18
-# On CUDA a chunk fills a budget, and has at least 1024 tokens: summing dW in float32 costs about 250 / chunk.
-CHUNK_CUDA, BUDGET_CUDA = 1024, 1 << 30
-NOTHING = TokenContext()
-
-
-class Inputs(NamedTuple):
-    """The tensors of a head; all tokens are supervised.
-
-    Attributes:
-        hidden: Shape ``(N, D)``, in the dtype of the products.
-        weight: Shape ``(V, D)``, in the dtype of the parameter.
-        bias: Shape ``(V,)``.
-        low: Low-rank update of the product, shape ``(N, r)``.
-        up: Its other factor, shape ``(V, r)``: the product is ``hidden @ weight.T + low @ up.T + bias``.
-        targets: Shape ``(N,)``.
-        token_weight: Shape ``(N,)``.
-    """
-
-    hidden: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    low: Tensor | None
-    up: Tensor | None
-    targets: Tensor
-    token_weight: Tensor | None
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The part of a call that is not a tensor.
-
-    Attributes:
-        objective: Statistics to loss, per token; None for statistics alone.
-        transform: What turns a product into logits.
-        kernel: ``torch`` or ``triton``.
-        context: What is known of the N tokens beside the prediction, their weights left out: those are an input.
-        prediction_sum: Shape ``(V,)``; the predictions of all tokens are added to it, where it is there.
-        reference: What predictions are compared with, in the dtype of the products; None for nothing.
-        sparsity: How much of the gradient of the logits may be left out, by columns; None for nothing.
-    """
-
-    objective: LossFn | None
-    transform: Transform
-    kernel: str
-    context: TokenContext = NOTHING
-    prediction_sum: Tensor | None = None
-    reference: ReferenceHead | None = None
-    sparsity: ColumnSparsity | None = None
-
-    def chunk(self, hidden: Tensor, vocabulary: int) -> int:
-        """Return the number of tokens of a chunk."""
-        if hidden.device.type == "cpu":
-            return max(CHUNK_CPU, SMALL_CPU // max(vocabulary, 1))
-        # In torch the softmax and the wide logits stand beside the product.
-        wide = 0 if self.kernel == "triton" else 2 * accumulation_dtype(hidden.dtype).itemsize
-        heads = 1 if self.reference is None else 2
-        row = max(1, heads * vocabulary * (hidden.element_size() + wide))
-        return max(CHUNK_CUDA, BUDGET_CUDA // row // 128 * 128)
-
-    def rows(self, product: Tensor) -> RowKernel:
-        """Make the row kernel for chunks like this one."""
-        if self.kernel == "triton":
-            from deft_lightning.ops.triton_rows import TritonRows
-
-            return TritonRows(product, self.transform)
-        return TorchRows(product, self.transform, len(product), self.reference is not None, keep=self.needs_batch)
-
-    @property
-    def needs_batch(self) -> bool:
-        """Return whether the objective wants the statistics of all tokens before its loss."""
-        return bool(getattr(self.objective, "needs_batch", False))
 
 
 class Gradients(NamedTuple):
@@ -127,11 +48,13 @@ class Gradients(NamedTuple):
 class _Chunks:
     """Products of one call, chunk by chunk, in one buffer."""
 
-    def __init__(self, inputs: Inputs, plan: Plan) -> None:
+    def __init__(self, inputs: Inputs, plan: Plan, trained: bool) -> None:
         self.inputs, self.topk, dtype = inputs, plan.transform.topk, inputs.hidden.dtype
         self._prediction_sum = plan.prediction_sum
         n, vocabulary = len(inputs.hidden), len(inputs.weight)
-        size = max(1, min(plan.chunk(inputs.hidden, vocabulary), n))
+        narrow = trained and inputs.weight.dtype == dtype
+        shape = CallShape(n, inputs.hidden.shape[1], vocabulary, dtype, inputs.hidden.is_cpu, narrow)
+        size = plan.chunk(shape)
         self.pieces = [slice(i, min(i + size, n)) for i in range(0, n, size)]
         # Inside a custom Function autocast does not reach the products; a weight is cast here, its gradient is not.
         self.weight = inputs.weight.to(dtype)
@@ -225,7 +148,7 @@ def _value_and_slopes(objective: LossFn, stats: TokenStats) -> tuple[Tensor, _Sl
 def statistics(inputs: Inputs, plan: Plan) -> TokenStats:
     """Return statistics of all tokens: one product, no gradient buffers."""
     with torch.autocast(inputs.hidden.device.type, enabled=False):
-        return _Chunks(inputs, plan).statistics()
+        return _Chunks(inputs, plan, trained=False).statistics()
 
 
 def loss_and_gradients(inputs: Inputs, plan: Plan, wanted: tuple[bool, ...]) -> tuple[Tensor, TokenStats, Gradients]:
@@ -238,7 +161,7 @@ def loss_and_gradients(inputs: Inputs, plan: Plan, wanted: tuple[bool, ...]) -> 
     """
     assert plan.objective is not None
     with torch.autocast(inputs.hidden.device.type, enabled=False):
-        chunks, dtype = _Chunks(inputs, plan), inputs.hidden.dtype
+        chunks, dtype = _Chunks(inputs, plan, trained=wanted[1]), inputs.hidden.dtype
         hidden, weight, bias, low, up = (
             tensor if want else None for tensor, want in zip(inputs[:5], wanted, strict=True)
         )

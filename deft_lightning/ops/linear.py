@@ -11,8 +11,9 @@ from torch import Tensor
 from deft_lightning.errors import UserError
 from deft_lightning.functional import IGNORE_INDEX, LossFn, TokenContext, TokenStats, accumulation_dtype
 from deft_lightning.ops.backend import Backend, choose_kernel
-from deft_lightning.ops.chunked import Inputs, Plan, loss_and_gradients, statistics
+from deft_lightning.ops.chunked import loss_and_gradients, statistics
 from deft_lightning.ops.columns import ColumnSparsity
+from deft_lightning.ops.plan import Inputs, Plan
 from deft_lightning.ops.reference import ReferenceHead
 from deft_lightning.ops.torch_rows import Transform
 

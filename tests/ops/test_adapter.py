@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from deft_lightning.errors import UserError
 from deft_lightning.functional import TokenStats
 from deft_lightning.objectives import DEFT, EAFT, NLL, Cayley, Likelihood, Objective
-from deft_lightning.ops import chunked
+from deft_lightning.ops import plan
 from deft_lightning.ops.linear import linear_loss, linear_token_stats
 
 OBJECTIVES: list[Objective] = [NLL(), DEFT(), Likelihood(), Cayley(floor=0.5), EAFT(k=3)]
@@ -332,7 +332,7 @@ def test_a_lora_is_the_head_whose_weight_it_was_merged_into(head: Callable[[Obje
 def test_the_number_of_chunks_does_not_matter(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     case = adapted(100, 13, 2, seed=10)
     wanted = differentiate(fused_loss(DEFT()), case)
-    monkeypatch.setattr(chunked, "CHUNK_CPU", size)
+    monkeypatch.setattr(plan, "CHUNK_CPU", size)
     assert_close(differentiate(fused_loss(DEFT()), case), wanted, 1e-12)
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from deft_lightning.functional import TokenStats
 from deft_lightning.objectives import DEFT, EAFT, NLL, Cayley, Likelihood, Objective, Tsallis
-from deft_lightning.ops import chunked
+from deft_lightning.ops import plan
 from deft_lightning.ops.linear import linear_loss, linear_token_stats
 
 # --- finite differences ---------------------------------------------------------------------------------------------
@@ -63,7 +63,7 @@ def arguments(given: dict[str, Tensor], options: dict[str, float]) -> dict[str, 
 def test_gradients_of_linear_loss_are_its_finite_differences(
     objective: Objective, weighted: bool, call: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chunked, "CHUNK_CPU", 4)  # two chunks of the six supervised tokens
+    monkeypatch.setattr(plan, "CHUNK_CPU", 4)  # two chunks of the six supervised tokens
     extra, options = CALLS[call]
     given = tensors(extra)
     token_weight = torch.linspace(0.0, 2.0, 8).double() if weighted else None
@@ -78,7 +78,7 @@ def test_gradients_of_linear_loss_are_its_finite_differences(
 @pytest.mark.slow
 @every_call
 def test_gradients_of_log_prob_are_its_finite_differences(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunked, "CHUNK_CPU", 4)
+    monkeypatch.setattr(plan, "CHUNK_CPU", 4)
     extra, options = CALLS[call]
     given = tensors(extra)
 

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from deft_lightning.ops import gradient
 from deft_lightning.ops.gradient import WeightGradient
+from deft_lightning.ops.plan import CHUNK_CPU, CallShape, Plan
+from deft_lightning.ops.torch_rows import Transform
 
 BF16 = torch.finfo(torch.bfloat16).eps
 ROWS, COLUMNS = 37, 24
@@ -181,3 +183,28 @@ def test_rounding_the_sum_holds_no_second_wide_copy(monkeypatch: pytest.MonkeyPa
     # One chunk needs no wide sum, and a float32 parameter takes the sum itself.
     assert NARROW_BYTES <= max(held(torch.bfloat16, 1)) <= NARROW_BYTES + slack
     assert WIDE_BYTES <= max(held(torch.float32, 3)) <= WIDE_BYTES + slack
+
+
+# --- chunks ---------------------------------------------------------------------------------------------------------
+
+
+def call_shape(tokens: int, dtype: torch.dtype = torch.float32, narrow: bool = False, width: int = 64) -> CallShape:
+    return CallShape(tokens, width, vocabulary=1000, dtype=dtype, cpu=True, narrow_weight=narrow)
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 511, 512, 513, 1025, 5000])
+def test_chunks_are_few_and_of_nearly_one_size(tokens: int) -> None:
+    size = Plan(None, Transform(), "torch").chunk(call_shape(tokens))
+    count = -(-tokens // size)
+    assert size <= CHUNK_CPU and count == -(-tokens // CHUNK_CPU)
+    assert count * size - tokens < max(1, count)  # the last one lacks less than a token for each chunk
+
+
+@pytest.mark.parametrize("width", [64, 576])
+def test_one_chunk_where_that_takes_less_than_a_float32_sum_beside_it(width: int) -> None:
+    plan, dtype = Plan(None, Transform(), "torch"), torch.bfloat16
+    most = CHUNK_CPU + 2 * width  # its logits beyond those of a chunk take 2 N V bytes, the sum 4 V D
+    assert plan.chunk(call_shape(most, dtype, True, width)) == most
+    assert plan.chunk(call_shape(most + 1, dtype, True, width)) <= CHUNK_CPU
+    assert plan.chunk(call_shape(most, dtype, False, width)) <= CHUNK_CPU  # no sum: nothing is spared
+    assert plan.chunk(call_shape(most, torch.float32, True, width)) <= CHUNK_CPU

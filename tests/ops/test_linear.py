@@ -549,8 +549,8 @@ class HeadProducts(TorchDispatchMode):
 @pytest.mark.parametrize(
     ("objective", "n", "products"),
     [
-        (DEFT(), 300, [300]), (DEFT(), 1100, [512, 512, 76]), (Cayley(floor=0.5), 300, [300]),
-        (Cayley(floor=0.5), 1100, [512, 512, 76, 512, 512]),
+        (DEFT(), 300, [300]), (DEFT(), 1100, [367, 367, 366]), (Cayley(floor=0.5), 300, [300]),
+        (Cayley(floor=0.5), 1100, [367, 367, 366, 367, 367]),
     ],
     ids=repr,
 )  # fmt: skip

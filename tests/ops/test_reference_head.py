@@ -27,7 +27,7 @@ from deft_lightning.objectives import (
     Schedule,
     Truncated,
 )
-from deft_lightning.ops import ReferenceHead, chunked, linear_loss, linear_token_stats
+from deft_lightning.ops import ReferenceHead, linear_loss, linear_token_stats, plan
 
 N, D, V, R = 70, 6, 13, 3
 ANCHORED: list[Objective] = [
@@ -114,7 +114,7 @@ def assert_same(found: tuple[Tensor, ...], wanted: tuple[Tensor, ...], rtol: flo
 
 @pytest.fixture(params=[512, 16])
 def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(chunked, "CHUNK_CPU", request.param)
+    monkeypatch.setattr(plan, "CHUNK_CPU", request.param)
     return int(request.param)
 
 
@@ -333,7 +333,7 @@ class Sizes(TorchDispatchMode):
 
 
 def test_never_more_than_a_chunk_of_logits_exists_of_either_head(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunked, "CHUNK_CPU", 8)
+    monkeypatch.setattr(plan, "CHUNK_CPU", 8)
     case = Case()
     leaves = case.leaves()
     with Sizes() as sizes:

@@ -40,7 +40,7 @@ from torch import Tensor
 from deft_lightning.errors import UserError
 from deft_lightning.functional import TokenStats
 from deft_lightning.objectives import DEFT, EAFT, NLL, Cayley, Objective, known_objectives
-from deft_lightning.ops import backend, chunked
+from deft_lightning.ops import backend, plan
 from deft_lightning.ops.backend import choose_kernel
 from deft_lightning.ops.linear import linear_loss, linear_token_stats
 from deft_lightning.ops.torch_rows import Transform
@@ -304,7 +304,7 @@ class TestInterpreted:
     def test_several_chunks_match_dense_float64(
         self, objective: Objective, size: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(chunked, "CHUNK_CPU", size)
+        monkeypatch.setattr(plan, "CHUNK_CPU", size)
         case = problem(9, 37, seed=2, masked=0.0, bias=True, weighted=True)
         wanted = differentiate(dense_loss(objective), case)
         assert_close(differentiate(triton_loss(objective), case.to(torch.float32)), wanted, FP32)

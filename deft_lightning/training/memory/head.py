@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 
 from deft_lightning.functional import accumulation_dtype
-from deft_lightning.ops.chunked import Plan
 from deft_lightning.ops.gradient import BLOCK_CPU as GRADIENT_BLOCK_CPU
 from deft_lightning.ops.gradient import BLOCK_CUDA as GRADIENT_BLOCK_CUDA
+from deft_lightning.ops.plan import CallShape, Plan
 from deft_lightning.ops.torch_rows import BLOCK_CPU, Transform
 
 
@@ -60,7 +60,7 @@ class HeadBytes:
 def head_bytes(head: HeadShape) -> HeadBytes:
     """Return what the fused head holds.
 
-    Per call, with C tokens a chunk (:meth:`deft_lightning.ops.chunked.Plan.chunk`): the supervised hidden states and
+    Per call, with C tokens a chunk (:meth:`deft_lightning.ops.plan.Plan.chunk`): the supervised hidden states and
     their gradient, each ``N D``; the logits of a chunk, ``C V``; of a block of rows their softmax, and their wide copy
     where the products are in 16 bits; the weight in the dtype of the products where that is another one, ``V D``; and
     the gradient of the weight, ``V D``, in float32 unless one chunk in the weight's own dtype is all there is.
@@ -92,8 +92,8 @@ def head_bytes(head: HeadShape) -> HeadBytes:
 
 
 def _chunk(head: HeadShape) -> int:
-    """Return the number of tokens of a chunk; of the tensor that is asked of, dtype and device count alone."""
-    like = torch.empty(0, dtype=head.compute, device="cpu" if head.device == "cpu" else "meta")
-    hidden = None if not head.reference else like
-    plan = Plan(None, Transform(), head.kernel, reference=hidden)  # type: ignore[arg-type]
-    return plan.chunk(like, head.vocabulary)
+    """Return the number of tokens of a chunk."""
+    beside = torch.empty(0, dtype=head.compute) if head.reference else None
+    plan = Plan(None, Transform(), head.kernel, reference=beside)  # type: ignore[arg-type]
+    narrow = head.trained and head.weight == head.compute
+    return plan.chunk(CallShape(head.tokens, head.width, head.vocabulary, head.compute, head.device == "cpu", narrow))
