@@ -6,11 +6,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from deft_lightning.ops import chunked
+from deft_lightning.ops import plan
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _chunks_of_512() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chunked, "SMALL_CPU", 0)
+        patch.setattr(plan, "SMALL_CPU", 0)
         yield
