@@ -184,8 +184,8 @@ def _textbook_stats(logits: Tensor, targets: Tensor, topk: int, reference: Tenso
 def _by_rows(logits: Tensor) -> bool:
     """Return whether the row kernel of the fused head computes statistics of these logits.
 
-    Float64 does without it: the fused head and these rows are tested against the textbook formula. A compiler makes loops of
-    its own from the textbook formula, and a distributed tensor takes no buffers.
+    Float64 does without it: the fused head and these rows are tested against the textbook formula. A compiler makes
+    loops of its own from that formula, and a distributed tensor takes no buffers.
     """
     distributed: Any = sys.modules.get("torch.distributed.tensor")
     return not (
