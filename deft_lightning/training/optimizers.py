@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from deft_lightning.annotations import CausalLM, Settings
 from deft_lightning.errors import UserError, did_you_mean
 from deft_lightning.models import is_sharded
+from deft_lightning.training.fused_adam import fuse
 from deft_lightning.training.muon import MuonAdamW, for_muon
 from deft_lightning.training.optim import CosineWithWarmup
 from deft_lightning.training.rounding import warn_of_rounding
@@ -49,6 +50,7 @@ def make_optimizer(
         built = optimizer(groups)
     except (ValueError, TypeError) as error:
         raise UserError(f"--model.optimizer: {error}") from None
+    fuse(built)
     if rate is not None:
         for group in built.param_groups:
             group["lr"] = rate

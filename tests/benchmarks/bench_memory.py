@@ -21,7 +21,6 @@ import sys
 import tempfile
 import time
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +152,7 @@ def needed(model: str, way: str) -> float:
         built = add_adapters(built, LoRA()) if lora else built
     setup = Setup(adamw, "bf16-mixed", kernel="triton", device="cuda")
     if "full`" in way:
-        setup = replace(setup, accumulate=4, optimizer=partial(torch.optim.AdamW, fused=True))
+        setup = replace(setup, accumulate=4)
     if "fsdp2" in way:
         setup = replace(setup, ranks=8, sharded=True)
     batch = BatchShape(rows, 1024, rows * 1023)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from deft_lightning.training.fused_adam import fuse
 from deft_lightning.training.memory.live import LiveBytes
 
 SIDES = (13, 17, 19, 23, 29)  # of the small weights: a side of a state's tensor tells which side of the weight it is
@@ -37,7 +38,7 @@ def optimizer_bytes(
     The optimizer is made for one small weight of each number of dimensions, dtype and group, and makes a step on them
     with a gradient of zeros. Its state on the model's weights has their sides in place of those of the small ones, and
     its buffers grow with the weights: with all of them where it goes through lists (``foreach``, torch's choice on
-    CUDA), with the largest where it takes one after the other.
+    CUDA), with the largest where it takes one after the other; the fused Adam has none.
 
     Args:
         make: Called with parameter groups.
@@ -58,6 +59,7 @@ def optimizer_bytes(
             stands_for.append((own[-1], weights))
         small.append({**group, "params": own})
     optimizer = make([group for group in small if group["params"]])
+    fuse(optimizer)
     for group in optimizer.param_groups:
         if device == "cuda" and group.get("foreach") is None and not group.get("fused"):
             group["foreach"] = True
