@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch.distributed as dist
@@ -34,7 +34,6 @@ def whole(norm: Tensor) -> Tensor:
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 
-def parameters_of(optimizer: Optimizer) -> Iterator[Tensor]:
-    """Yield what an optimizer trains."""
-    for group in optimizer.param_groups:
-        yield from group["params"]
+def gradients_of(optimizer: Optimizer) -> list[Tensor]:
+    """Return the gradients of what an optimizer trains, as far as there are any."""
+    return [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]

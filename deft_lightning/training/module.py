@@ -27,6 +27,7 @@ from deft_lightning.training.context import context_of
 from deft_lightning.training.course import Course
 from deft_lightning.training.distributed import ranks
 from deft_lightning.training.first_rates import begin_rates
+from deft_lightning.training.gradient_hooks import shows_gradients
 from deft_lightning.training.head_sparsity import Sparsity
 from deft_lightning.training.hyper_parameters import hyper_parameters
 from deft_lightning.training.loss import NoObjective, facts_of
@@ -232,7 +233,7 @@ class SFTModule(LightningModule):
             self.course.advance(self.objective, self.trainer.global_step, self.normaliser.memory)
         self.batch_loss.watching = is_logging_step(self.trainer)
         self.normaliser.count(batch["labels"], batch.get("token_weight"))
-        reseed(self.current_epoch, batch_idx, self.global_rank)
+        reseed(self.current_epoch, batch_idx, self.global_rank, self.device)
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """Return the summed loss, and detached statistics for the callbacks that watch."""
@@ -246,7 +247,8 @@ class SFTModule(LightningModule):
     ) -> None:
         """Divide the summed gradients by the supervised tokens of the whole step, then step."""
         given = (optimizer, optimizer_closure, self.trainer.accumulate_grad_batches, lambda: self.stop_asked)
-        with self.normaliser.step(*given, self.current_objective.tracks) as closure:
+        at_once = shows_gradients(self, SFTModule)
+        with self.normaliser.step(*given, self.current_objective.tracks, at_once) as closure:
             super().optimizer_step(epoch, batch_idx, optimizer, closure)
         self.stop_agreed = self.normaliser.stop_agreed
         self.batch_loss.context.end_step(self.normaliser.left_out)
@@ -254,14 +256,8 @@ class SFTModule(LightningModule):
     def configure_gradient_clipping(
         self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
-        """Clip, and keep the norm before clipping; a step that is not finite goes no further."""
-        by_value = gradient_clip_algorithm == "value"
-        norm = self.normaliser.clip_norm(optimizer, None if by_value else gradient_clip_val)
-        # In float16 the loss scaler leaves steps out that are not finite, and lowers its scale.
-        if getattr(self.trainer.precision_plugin, "scaler", None) is None:
-            self.normaliser.check(norm, self.model, self.trainer.global_step + 1)
-        if by_value:
-            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        """Divide and clip, and keep the norm before clipping; a step that is not finite goes no further."""
+        self.normaliser.clip(optimizer, gradient_clip_val, gradient_clip_algorithm == "value", self)
 
     def on_train_batch_end(self, outputs: object, batch: Batch, batch_idx: int) -> None:
         """Log the exact token-weighted means since the last logged step, on every rank alike."""

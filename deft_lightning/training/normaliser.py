@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from deft_lightning.functional import IGNORE_INDEX
 from deft_lightning.objectives import Tracked
-from deft_lightning.training.distributed import local, parameters_of, ranks, whole
+from deft_lightning.training.distributed import gradients_of, local, ranks, whole
 from deft_lightning.training.loss import StepOutput, check_weight
 from deft_lightning.training.nonfinite import NonfiniteGuard, OnNonfinite, SkippedStep
 from deft_lightning.training.totals import StepTotals
@@ -44,6 +45,7 @@ class StepNormaliser:
         self.stop_agreed = self.left_out = False
         self.grad_norm: Tensor | None = None
         self.rate = 0.0
+        self._scale: Tensor | None = None  # on the gradients of the step in hand, until they are multiplied by it
         self._seen_before = 0
         self._seen: Tensor | None = None
 
@@ -103,12 +105,14 @@ class StepNormaliser:
         accumulate: int,
         stop: Callable[[], bool],
         tracked: Tracked | None,
+        at_once: bool = False,
     ) -> Iterator[Callable[[], Any]]:
         """Give the closure for the optimizer step that is made within, and account for the step.
 
-        The closure divides the gradients once the last micro-batch has given its own. Lightning has divided by
-        ``accumulate`` and DDP or FSDP by the number of ranks; both are multiplied back, so a short last window or a
-        rank without supervised tokens weighs what it should.
+        The closure settles what the gradients are divided by, once the last micro-batch has given its own. Lightning
+        has divided by ``accumulate`` and DDP or FSDP by the number of ranks; both are multiplied back, so a short last
+        window or a rank without supervised tokens weighs what it should. :meth:`clip_norm`, which follows, divides and
+        clips in one pass.
 
         Args:
             optimizer: The one that steps.
@@ -116,6 +120,7 @@ class StepNormaliser:
             accumulate: Micro-batches of a full step.
             stop: Whether this rank has been asked to stop; asked after the backward pass, in which it may be.
             tracked: What the objective wants to be added up.
+            at_once: Divide within the closure, for who looks at gradients before they are clipped.
         """
         assert backward is not None
 
@@ -123,10 +128,11 @@ class StepNormaliser:
             result = backward()
             count = self.totals.reduce(stop())
             # Nothing to learn: the gradients are 0 already.
-            scale = ranks() * accumulate / torch.where(count > 0, count, 1).float()
-            grads = local(p.grad for p in parameters_of(optimizer) if p.grad is not None)
-            if grads:  # before clipping, loss-scale removal and the logged norm
-                torch._foreach_mul_(grads, scale)
+            self._scale = ranks() * accumulate / torch.where(count > 0, count, 1).float()
+            grads = gradients_of(optimizer)
+            # The norm of sums over many tokens may be above what float16 holds.
+            if at_once or any(grad.dtype is torch.float16 for grad in grads):
+                self._multiply(grads, None)
             return result
 
         self.rate = float(optimizer.param_groups[0]["lr"])
@@ -153,23 +159,42 @@ class StepNormaliser:
         if bool(torch.isfinite(measured).all()):  # in float16 the loss scaler has left the step out
             self.memory = tracked.fold(self.memory, measured.tolist())
 
-    def clip_norm(self, optimizer: Any, limit: float | None) -> Tensor:
-        """Return the norm of the gradient, after bounding it: computed once for both.
+    def clip(self, optimizer: Any, limit: float | None, by_value: bool, module: Any) -> None:
+        """Divide the gradient of a step and clip it, in one pass; keep its norm before clipping.
 
         Args:
             optimizer: Its gradients are clipped.
-            limit: Largest norm; None, 0 and below leave gradients as they are, as in Lightning.
-        """
-        parameters = [p for p in parameters_of(optimizer) if p.grad is not None]
-        if limit is not None and limit > 0:
-            self.grad_norm = whole(torch.nn.utils.clip_grad_norm_(parameters, limit))
-        else:
-            self.grad_norm = whole(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
-        return self.grad_norm
+            limit: Largest norm, or value; None, 0 and below leave gradients as they are, as in Lightning.
+            by_value: Whether values are clipped, one by one.
+            module: Has the model, whose parameters a message names, and the trainer.
 
-    def check(self, norm: Tensor, model: Any, step: int) -> None:
-        """Stop or skip a step that is not finite: :meth:`NonfiniteGuard.check`."""
-        self.guard.check(norm, self.totals, model, step)
+        Raises:
+            SkippedStep: The step is not finite, and is to be left out.
+            UserError: It is not finite, or too many in a row were not.
+        """
+        norm = self.clip_norm(optimizer, None if by_value else limit)
+        trainer = module.trainer
+        # In float16 the loss scaler leaves steps out that are not finite, and lowers its scale.
+        if getattr(trainer.precision_plugin, "scaler", None) is None:
+            self.guard.check(norm, self.totals, module.model, trainer.global_step + 1)
+        if by_value:
+            module.clip_gradients(optimizer, limit, "value")
+
+    def clip_norm(self, optimizer: Any, limit: float | None) -> Tensor:
+        """Divide the gradient and bound its norm, which is computed once for the log and for that; return it."""
+        grads = gradients_of(optimizer)
+        norm = whole(torch.nn.utils.get_total_norm(grads))
+        self.grad_norm = norm = norm if self._scale is None else norm * self._scale
+        # As torch's clip_grad_norm_ has it.
+        self._multiply(grads, (limit / (norm + 1e-6)).clamp(max=1.0) if limit is not None and limit > 0 else None)
+        return norm
+
+    def _multiply(self, grads: Sequence[Tensor], factor: Tensor | None) -> None:
+        """Multiply gradients by a factor, and by the scale of the step where that has not been done: one pass."""
+        factors = [one for one in (self._scale, factor) if one is not None]
+        self._scale = None
+        if grads and factors:
+            torch._foreach_mul_(local(grads), math.prod(factors[1:], start=factors[0]))
 
     def logged(self) -> dict[str, Any]:
         """Return what is logged of the steps so far, by tag."""
