@@ -55,12 +55,25 @@ class Trainer(LightningTrainer):
             kwargs["max_epochs"] = -1 if limited else 1
         if kwargs.get("num_sanity_val_steps") is None and not kwargs.get("barebones"):
             first = any(isinstance(one, FirstLastValidation) and one.before for one in kwargs["callbacks"])
-            kwargs["num_sanity_val_steps"] = -1 if first else None  # all batches of it, where Lightning checks two
+            # The validation before the first step, which finds what a check would; else one batch, Lightning takes two.
+            kwargs["num_sanity_val_steps"] = -1 if first else 1
         super().__init__(*args, **kwargs)
         Restoring.install(self)
         self.finder, self.run_folder = CheckpointFinder(self), RunFolder(self)
         for logger in self.loggers:
             lasting(logger)
+
+    @property
+    def num_sanity_val_steps(self) -> int | float:
+        """Return how many batches are validated before training: none in a run that is resumed.
+
+        Lightning would check once more, and log a first validation twice, where the checkpoint ends an epoch.
+        """
+        return 0 if self.ckpt_path is not None else self._num_sanity_val_steps
+
+    @num_sanity_val_steps.setter
+    def num_sanity_val_steps(self, count: float) -> None:
+        self._num_sanity_val_steps = count
 
     @property
     def log_dir(self) -> str | None:

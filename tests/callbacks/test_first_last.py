@@ -113,6 +113,26 @@ def test_either_can_be_switched_off(
     assert ("val/nll" in rows) == (before or after)
 
 
+@pytest.mark.parametrize(
+    ("before", "resumed", "expected"), [(True, False, 3), (False, False, 1), (True, True, 0), (False, True, 0)]
+)
+def test_what_is_validated_before_the_first_step_is_all_or_one_batch(
+    before: bool, resumed: bool, expected: int, source: str, tmp_path: Path
+) -> None:
+    class Batches(Callback):
+        count = 0
+
+        def on_validation_batch_end(self, trainer: Any, *args: Any) -> None:
+            self.count += trainer.sanity_checking
+
+    batches, options = Batches(), {"max_epochs": 2, "limit_val_batches": 3}
+    first = [FirstLastValidation(before=before, after=False), Checkpoint()]
+    path = fit(source, tmp_path / "cut", *first, **{**options, "max_epochs": 1}) if resumed else None
+    path = None if path is None else str(path.checkpoint_callback.last_model_path)
+    fit(source, tmp_path, batches, FirstLastValidation(before=before, after=False), ckpt_path=path, **options)
+    assert batches.count == expected
+
+
 def test_the_first_is_logged_at_step_0_with_every_tag_and_says_what_the_start_is_worth(
     source: str, tmp_path: Path
 ) -> None:
