@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -10,9 +11,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from deft_lightning._lightning import is_logging_step, logged_step
 from deft_lightning.annotations import Batch
-from deft_lightning.callbacks.drawings import gate_curve
+from deft_lightning.callbacks.drawings import gate_curve, pixels_of
 from deft_lightning.callbacks.marked import marked
-from deft_lightning.callbacks.monitor import add_figure, has_matplotlib, writers
+from deft_lightning.callbacks.monitor import add_figure, writers
 from deft_lightning.callbacks.sinks import sinks
 from deft_lightning.callbacks.watched import (
     WatchedModule,
@@ -86,7 +87,7 @@ class Dashboard(Callback):
     def _draw(self, trainer: Trainer, objective: Objective) -> None:
         self.drawn = objective
         if self.curve and has_matplotlib():
-            add_figure(trainer, "objective/gate", lambda: gate_curve(objective))
+            add_figure(trainer, "objective/gate", lambda: pixels_of(gate_curve(objective)))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
@@ -123,6 +124,11 @@ class Dashboard(Callback):
             text = marked(tokenizer, batch, gate, self.examples, self.tokens)
             for sink in taking:
                 sink.text(name, text, logged_step(trainer))
+
+
+def has_matplotlib() -> bool:
+    """Return whether the curve can be drawn: matplotlib is an extra (`figures`), and training does without."""
+    return importlib.util.find_spec("matplotlib") is not None
 
 
 def chart_layout(noise: bool, focus: bool, scale: bool) -> Charts:

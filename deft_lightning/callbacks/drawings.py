@@ -1,15 +1,15 @@
-"""Figures drawn while a run goes on, in the look of those of :mod:`deft_lightning.figures`."""
+"""Figures drawn once in a while, in the look of those of :mod:`deft_lightning.figures`, by matplotlib."""
 
 from __future__ import annotations
 
-import math
 import textwrap
 from typing import TYPE_CHECKING
 
-import torch
+import numpy as np
 
+from deft_lightning.callbacks.sinks import Pixels
 from deft_lightning.figures.curves import COLLISIONS, curve_figure
-from deft_lightning.figures.style import dress, panels, styled
+from deft_lightning.figures.style import styled
 from deft_lightning.objectives import Objective
 from deft_lightning.objectives.parse import label
 
@@ -28,31 +28,13 @@ def gate_curve(objective: Objective) -> Figure:
     return curve_figure([objective], "gate", COLLISIONS, title)
 
 
-@styled
-def occupancy(counts: list[list[float]]) -> Figure:
-    """Draw how many tokens lie where in p (to the right) and alpha (up), on a logarithmic scale of grey.
+def pixels_of(figure: Figure) -> Pixels:
+    """Draw a figure without pyplot, and forget it."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    Args:
-        counts: Tokens in bins of p over [0, 1], for each band of alpha over [0, 1] from below.
-    """
-    from matplotlib.colors import LogNorm
-
-    figure, (axes,) = panels(1, 5.0, 3.4)
-    # In a place that is given: to be laid out takes as long as all else, and 1.5 MiB.
-    figure.set_layout_engine("none")
-    axes.set_position((0.12, 0.15, 0.68, 0.74))
-    dress(axes, "Tokens by probability and focus", "target probability p", "focus alpha")
-    axes.grid(False)
-    table = torch.tensor(counts)
-    # Cells without tokens stay white.
-    shown = torch.where(table > 0, table, torch.nan).numpy()
-    most = max(2.0, float(table.max()))
-    scale = LogNorm(1, most)
-    image = axes.imshow(shown, origin="lower", extent=(0, 1, 0, 1), aspect="auto", cmap="Greys", norm=scale)
-    # Ticks by hand: 40 small ones and powers as formulas took half of the time.
-    bar = figure.colorbar(image, cax=figure.add_axes((0.83, 0.15, 0.03, 0.74)))
-    bar.ax.set_title("tokens", fontsize=10, loc="left")
-    bar.set_ticks([10.0**power for power in range(int(math.log10(most)) + 1)], minor=False)
-    bar.ax.yaxis.set_major_formatter("{x:g}")
-    bar.minorticks_off()
-    return figure
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    pixels = np.ascontiguousarray(np.asarray(canvas.buffer_rgba())[..., :3])
+    # Figure and canvas are a cycle: until it is collected, the pixels would add to the peak of the steps that follow.
+    del canvas.renderer
+    return pixels

@@ -9,9 +9,9 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from deft_lightning.callbacks.drawings import occupancy
 from deft_lightning.callbacks.locked import LockWatch
 from deft_lightning.callbacks.monitor import TokenMonitor
+from deft_lightning.callbacks.occupancy import occupancy
 from deft_lightning.callbacks.watched import WatchedModule, is_watched, watched
 from deft_lightning.errors import UserError
 from deft_lightning.functional import TokenStats
@@ -52,7 +52,7 @@ class GateMonitor(TokenMonitor):
     With several sources of data, `gate/SOURCE/mean` is the mean gate of the tokens of each.
 
     Histograms: `gate/hist`, `prob/hist`, `focus/hist`, and `gradient/hist`, over p, each token counted by its
-    `gate * (1 - p)`. With matplotlib, `occupancy/p_alpha` shows how many tokens lie where in p and alpha.
+    `gate * (1 - p)`. `occupancy/p_alpha` shows how many tokens lie where in p and alpha.
 
     Args:
         histograms: Write histograms and occupancy too.

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from deft_lightning._lightning import is_accumulating, is_logging_step, log_now, logged_step
-from deft_lightning.callbacks.sinks import sinks
+from deft_lightning.callbacks.sinks import Pixels, sinks
 from deft_lightning.callbacks.watched import WatchedModule, is_watched, watched
 from deft_lightning.errors import UserError
 from deft_lightning.functional import TokenStats
@@ -127,30 +125,22 @@ class TokenMonitor(Callback):
         for sink in sinks(trainer):
             sink.histogram(tag, row, logged_step(trainer))
 
-    def write_figure(self, trainer: Trainer, tag: str, draw: Callable[[], Any]) -> None:
+    def write_figure(self, trainer: Trainer, tag: str, draw: Callable[[], Pixels]) -> None:
         """Draw a figure for loggers that take some on the first, second, fourth, eighth ... report; on rank zero alone.
 
-        A figure takes longer than a small step: so spaced their cost vanishes as the run goes on, and all phases of
-        training are still seen.
+        So spaced their cost vanishes as the run goes on, and all phases of training are still seen.
         """
-        if self.reports & (self.reports - 1) or not has_matplotlib():
-            return
-        add_figure(trainer, tag, draw)
+        if not self.reports & (self.reports - 1):
+            add_figure(trainer, tag, draw)
 
 
-def add_figure(trainer: Trainer, tag: str, draw: Callable[[], Any]) -> None:
-    """Draw a figure as an image for the loggers that take some, without pyplot; on rank zero alone."""
+def add_figure(trainer: Trainer, tag: str, draw: Callable[[], Pixels]) -> None:
+    """Draw a figure as an image for the loggers that take some; on rank zero alone."""
     if not (taking := [sink for sink in sinks(trainer) if "figures" in sink.kinds]):
         return
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    canvas = FigureCanvasAgg(draw())
-    canvas.draw()
-    pixels = np.ascontiguousarray(np.asarray(canvas.buffer_rgba())[..., :3])
+    pixels = draw()
     for sink in taking:
         sink.figure(tag, pixels, logged_step(trainer))
-    # Figure and canvas are a cycle: until it is collected, the pixels would add to the peak of the steps that follow.
-    del canvas.renderer
 
 
 def writers(trainer: Trainer) -> list[Any]:
@@ -158,8 +148,3 @@ def writers(trainer: Trainer) -> list[Any]:
     if not trainer.is_global_zero:
         return []
     return [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
-
-
-def has_matplotlib() -> bool:
-    """Return whether figures can be drawn: matplotlib is an extra (`figures`), and training does without."""
-    return importlib.util.find_spec("matplotlib") is not None

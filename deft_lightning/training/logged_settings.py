@@ -11,7 +11,6 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning_utilities.core.rank_zero import rank_zero_info
 
 from deft_lightning.annotations import Record
-from deft_lightning.callbacks.monitor import has_matplotlib
 from deft_lightning.callbacks.sinks import KINDS, sink_of
 from deft_lightning.data.prepared.recipe import title
 from deft_lightning.terminal import visible
@@ -112,7 +111,7 @@ def _tell(trainer: Trainer) -> None:
     wanted = set()
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if getattr(callback, "histograms", False):
-            wanted |= {"histograms"} | ({"figures"} if has_matplotlib() else set())
+            wanted |= {"histograms", "figures"}
         wanted |= {"texts"} if getattr(callback, "examples", 0) else set()
     for logger in trainer.loggers:
         lacking = [kind for kind in KINDS if kind in wanted and kind not in sink_of(logger).kinds]

@@ -29,8 +29,7 @@ from worlds import constant, read_events, write_rows
 
 from deft_lightning import InstructionDataModule, SFTModule, Trainer
 from deft_lightning._lightning import logged_step
-from deft_lightning.callbacks import Dashboard, EntropyMonitor, GateMonitor, NoiseMonitor
-from deft_lightning.callbacks import monitor as monitors
+from deft_lightning.callbacks import Dashboard, EntropyMonitor, GateMonitor, NoiseMonitor, dashboard
 from deft_lightning.callbacks.marked import code_span, marked
 from deft_lightning.data.noise import Noise, TokenReplace
 from deft_lightning.objectives import DEFT, NLL, Likelihood, Objective, Rescaled, Schedule
@@ -263,9 +262,11 @@ def test_everything_can_be_turned_off(tmp_path: Path) -> None:
 
 
 def test_without_matplotlib_everything_else_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(monitors.importlib.util, "find_spec", lambda name: None)  # type: ignore[attr-defined]
+    monkeypatch.setattr(dashboard.importlib.util, "find_spec", lambda name: None)  # type: ignore[attr-defined]
     tags = read_events(fit(tmp_path, Dashboard()).log_dir).Tags()
-    assert not tags["images"] and {"custom_scalars__config__", "examples/val/text_summary"} <= set(tags["tensors"])
+    assert tags["images"] == ["occupancy/p_alpha"] and {"custom_scalars__config__", "examples/val/text_summary"} <= set(
+        tags["tensors"]
+    )
 
 
 # --- other loggers --------------------------------------------------------------------------------------------------

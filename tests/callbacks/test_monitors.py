@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from deft_lightning.callbacks import EntropyMonitor, GateMonitor, NoiseMonitor, TokenMonitor, drawings
+from deft_lightning.callbacks.occupancy import occupancy
 from deft_lightning.errors import UserError
 from deft_lightning.functional import TokenStats, token_stats
 from deft_lightning.objectives import DEFT, DFT, EAFT, NLL, Cayley, Likelihood, Objective, Tsallis
@@ -230,14 +232,6 @@ def test_a_step_without_tokens_has_no_quantiles_or_shares(monkeypatch: pytest.Mo
     assert run.scalars.keys() == {"gate/mean", "gate/ess", "gate/locked", "prob/mean", "focus/mean"}
 
 
-def pixels(figure: Any) -> np.ndarray:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3].astype(int)
-
-
 def test_the_curve_of_an_objective_says_what_it_depends_on() -> None:
     """One line for what depends on p alone, three with a legend for what depends on the prediction."""
     axes = {type(o).__name__: drawings.gate_curve(o).axes[0] for o in (NLL(), DEFT(), Likelihood())}
@@ -255,9 +249,18 @@ def test_the_curve_of_an_objective_says_what_it_depends_on() -> None:
 
 
 def test_occupancy_is_darker_where_more_tokens_are() -> None:
-    image = pixels(drawings.occupancy([[0.0, 0.0], [1.0, 1000.0]]))
+    image = occupancy([[0.0, 0.0], [1.0, 1000.0]]).astype(int)
     height, width = image.shape[:2]
     # Well inside the four cells, bar and labels left out.
     low = image[int(0.65 * height), [int(0.28 * width), int(0.6 * width)]].sum(-1)
     high = image[int(0.25 * height), [int(0.28 * width), int(0.6 * width)]].sum(-1)
-    assert low.tolist() == [765, 765] and high[1] < 100 < high[0]
+    assert low.tolist() == [765, 765] and high[1] < 100 < high[0] < 765, "one token is not white"
+
+
+def test_occupancy_needs_no_matplotlib_and_has_its_labels(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    few, many = (occupancy([[most] * 4] * 3) < 128 for most in (5.0, 5000.0))
+    for part in (few[:30, :200], few[300:, 60:400], few[38:290, :50], few[:30, 410:], few[38:300, 432:]):
+        assert part.any(), "title, p, alpha, and of the scale its name and numbers"
+    assert many[:, 432:].sum() > few[:, 432:].sum(), "1 to 1,000 beside the scale, where it was 1 alone"
