@@ -44,6 +44,7 @@ def fused_forward(
     context: TokenContext | None = None,
     prediction_sum: Tensor | None = None,
     reference: Callable[[Tensor], ReferenceHead] | None = None,
+    index: Tensor | None = None,
 ) -> FusedOutput:
     """Run a model with the fused head in place of its own.
 
@@ -57,12 +58,13 @@ def fused_forward(
         prediction_sum: Shape ``(V,)``; in training the predictions of the supervised tokens are added to it.
         reference: From positions among the ``B * T`` to the head of a reference model and what it sees of them; called
             while the weights of the model are gathered.
+        index: Shape ``(N,)``, the positions among the ``B * T`` that are to predict something, where they are known.
 
     Raises:
         UserError: The model does not run its head once, on the hidden states of every position.
     """
-    # Before the body is queued: how many tokens there are is all that CUDA waits for.
-    index = (targets != IGNORE_INDEX).flatten().nonzero().squeeze(1)
+    if index is None:  # before the body is queued: how many tokens there are is all that CUDA waits for
+        index = (targets != IGNORE_INDEX).flatten().nonzero().squeeze(1)
     wanted = targets.flatten()[index]
     known = (context or TokenContext()).map(lambda field: field.flatten()[index])
     head_outputs: list[tuple[Tensor, TokenStats]] = []

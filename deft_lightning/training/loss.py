@@ -130,7 +130,8 @@ class BatchLoss:
             batch: ``input_ids`` and ``labels`` of shape ``(B, T)``, right-padded; ``labels[:, t]`` is what the model
                 should have said before token t, -100 where nothing is learnt. ``position_ids`` that start again keep
                 examples of a packed row apart. ``token_weight``, if it is there, of the same shape: the factor on the
-                loss of each label, finite and at least 0.
+                loss of each label, finite and at least 0. ``supervised_at``, if it is there, shape ``(N,)``: the
+                places of the labels that count, among all ``B * T``.
             current: The objective in force.
             instead: Stands in for it where the statistics alone are wanted.
 
@@ -143,7 +144,7 @@ class BatchLoss:
         # A callable of statistics with `topk`: all that the head asks of an objective.
         objective: Any = current if instead is None else instead
         targets = batch["labels"][:, 1:]
-        keep = targets != IGNORE_INDEX
+        keep, places = targets != IGNORE_INDEX, _places(batch)
         batch = self._asked(batch, complete=instead is None)
         context = self.context(batch, complete=instead is None)
         predictions = self.context.prediction_sum if torch.is_grad_enabled() else None
@@ -164,7 +165,7 @@ class BatchLoss:
             context = context.map(lambda field: torch.nn.functional.pad(field, (0, 1)))
             given = (self.model, self.seam, inputs, shifted, objective, context, predictions)
             with nullcontext() if reference is None else reference.compared(inputs) as head:
-                loss, stats, aux = fused_forward(*given, head)
+                loss, stats, aux = fused_forward(*given, head, None if places is None else places - 1)
         return StepOutput(loss, stats.detach(), keep, self._router(aux, stats))
 
     def _asked(self, batch: dict[str, Any], complete: bool) -> dict[str, Any]:
@@ -218,6 +219,7 @@ class BatchLoss:
         """Refuse a batch or a model with which the objective would not be what trains."""
         if "token_weight" in batch:
             check_weight(batch["token_weight"], batch["labels"])
+        _check_places(batch)
         mask, input_ids = batch.get("attention_mask"), batch["input_ids"]
         if mask is not None and bool((mask.diff(dim=1) > 0).any()):
             raise UserError("the batch is left-padded: training wants right padding (padding_side='right')")
@@ -228,6 +230,31 @@ class BatchLoss:
             check_packing(self.model, few)
         if self.seam is not None:
             check_head(self.model, self.seam, few, current)
+
+
+def _places(batch: dict[str, Any]) -> Tensor | None:
+    """Return the places of the labels that count, where the batch says them; on a CPU a look at them costs nothing."""
+    if batch["labels"].device.type == "cpu":
+        _check_places(batch)
+    places: Tensor | None = batch.get("supervised_at")
+    return places
+
+
+def _check_places(batch: dict[str, Any]) -> None:
+    """Refuse places that are not those of the labels, as where somebody changes labels of a batch that is made.
+
+    Raises:
+        UserError: They are not.
+    """
+    labels, places = batch["labels"], batch.get("supervised_at")
+    if places is None:
+        return
+    learnt = labels != IGNORE_INDEX
+    learnt[:, 0] = False
+    if not torch.equal(learnt.flatten().nonzero().squeeze(1), places):
+        raise UserError(
+            "supervised_at of the batch is not where its labels are: leave it out, or change it with labels"
+        )
 
 
 def check_weight(weight: Tensor, labels: Tensor, values: bool = True) -> None:
@@ -255,21 +282,23 @@ class TokenFacts(TypedDict, total=False):
     sources: TokenSources
 
 
-def facts_of(batch: dict[str, Any], keep: Tensor) -> TokenFacts:
+def facts_of(batch: dict[str, Any], keep: Tensor, noise: bool = True) -> TokenFacts:
     """Return what is known of the supervised tokens beside their statistics.
 
     Args:
         batch: ``noise_code`` and ``clean_labels`` of shape ``(B, T)``, if it has them; if it has ``source``, the place
             of each example in ``source_names``, also ``segment`` of shape ``(B, T)``, the example of each token.
         keep: Shape ``(B, T - 1)``: the positions whose next token is supervised.
+        noise: Whether anybody looks at noise: callbacks do so on logged steps alone.
     """
-    names = ("noise_code", "clean_labels", *(("segment",) if "source" in batch else ()))
+    names = (*(("noise_code", "clean_labels") if noise else ()), *(("segment",) if "source" in batch else ()))
     fields = {name: batch.get(name) for name in names}
     if all(field is None for field in fields.values()):
         return {"noise_code": None, "clean_labels": None}
-    at = keep.nonzero(as_tuple=True)  # a device is waited for once
-    known = {name: None if field is None else field[:, 1:][at] for name, field in fields.items()}
-    facts: TokenFacts = {"noise_code": known["noise_code"], "clean_labels": known["clean_labels"]}
+    if (places := batch.get("supervised_at")) is None:  # a device is waited for once
+        places = torch.nn.functional.pad(keep, (1, 0)).flatten().nonzero().squeeze(1)
+    known = {name: None if field is None else field.flatten()[places] for name, field in fields.items()}
+    facts: TokenFacts = {"noise_code": known.get("noise_code"), "clean_labels": known.get("clean_labels")}
     if (segment := known.get("segment")) is not None:
         facts["sources"] = TokenSources(tuple(batch["source_names"]), batch["source"][segment.long()])
     return facts

@@ -238,7 +238,7 @@ class SFTModule(LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """Return the summed loss, and detached statistics for the callbacks that watch."""
         output = self.batch_loss(batch, self.current_objective)
-        self.meters.add_training(output, facts := facts_of(batch, output.keep))
+        self.meters.add_training(output, facts := facts_of(batch, output.keep, self.batch_loss.watching))
         self.normaliser.add(output, batch.get("example_id", ()), self.current_objective.tracks)
         return {"loss": output.total, "stats": output.stats, **facts}
 

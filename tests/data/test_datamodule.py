@@ -347,7 +347,7 @@ def test_training_batches_are_padded_on_the_right(tmp_path: Path, split: str) ->
     for batch in data.train_dataloader() if split == "train" else validation(data, noisy=True):
         assert set(batch) == {
             "input_ids", "attention_mask", "labels", "noise_code", "example_id", "num_tokens", "clean_labels",
-            "is_noisy", "segment",
+            "is_noisy", "segment", "supervised_at",
         }  # fmt: skip
         mask, shape = batch["attention_mask"], batch["input_ids"].shape
         assert {key: batch[key].dtype for key in ("input_ids", "attention_mask", "labels", "noise_code")} == {
@@ -358,6 +358,8 @@ def test_training_batches_are_padded_on_the_right(tmp_path: Path, split: str) ->
         lengths = mask.sum(1)
         assert mask.tolist() == [[1] * n + [0] * (shape[1] - n) for n in lengths.tolist()]
         assert int(lengths.max()) == shape[1] and batch["num_tokens"] == int(lengths.sum())
+        flat = [i for i, label in enumerate(batch["labels"].flatten().tolist()) if label != -100 and i % shape[1]]
+        assert batch["supervised_at"].tolist() == flat
         behind = mask == 0
         assert (batch["input_ids"][behind] == pad).all() and (batch["labels"][behind] == -100).all()
         assert not batch["noise_code"][behind].any() and not (batch["input_ids"][~behind] == pad).any()

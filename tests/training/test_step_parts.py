@@ -16,6 +16,7 @@ from worlds import adam, bare_trainer, constant, split_data, unit_sgd, weights
 
 from deft_lightning import SFTModule
 from deft_lightning.callbacks import Checkpoint
+from deft_lightning.errors import UserError
 from deft_lightning.training.fused_adam import fuse
 from deft_lightning.training.seeding import reseed
 
@@ -241,3 +242,43 @@ def test_the_seed_of_a_micro_batch_is_that_of_torch_manual_seed(monkeypatch: pyt
     assert len(given) == 1, "nothing is queued for CUDA"
     torch.default_generator.manual_seed(seed)
     assert torch.equal(torch.rand(5), expected)
+
+
+# --- where labels are, and what is known of noise -------------------------------------------------------------------
+
+
+class Facts(Callback):
+    """Keeps what a step says of noise."""
+
+    def __init__(self) -> None:
+        self.known: list[bool] = []
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *_: Any) -> None:
+        self.known.append(outputs["noise_code"] is not None)
+        if self.known[-1]:
+            assert outputs["noise_code"].shape == outputs["clean_labels"].shape == outputs["stats"].log_prob.shape
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_what_is_known_of_noise_is_looked_up_on_logged_steps(
+    accumulate: int, pretrained: str, source: str, tmp_path: Path
+) -> None:
+    facts, options = Facts(), {"log_every_n_steps": 3, "max_steps": 6, "accumulate_grad_batches": accumulate}
+    fit(tmp_path, pretrained, source, facts, **options)
+    logged = [step in (3, 6) for step in range(1, 7)]
+    assert facts.known == [known for known in logged for _ in range(accumulate)]
+
+
+@pytest.mark.parametrize("head", ["fused", "dense"])
+def test_places_of_labels_are_those_of_the_batch_or_found(head: Any, pretrained: str, source: str) -> None:
+    module = SFTModule("Tsallis", pretrained=pretrained, head=head)
+    module.configure_model()
+    loaded = split_data(source, validation_fraction=0.0, tokenizer=pretrained)
+    loaded.setup("fit")
+    batch = next(iter(loaded.train_dataloader()))
+    without = {name: value for name, value in batch.items() if name != "supervised_at"}
+    for one, other in zip(module.loss_and_stats(batch)[1], module.loss_and_stats(without)[1], strict=True):
+        assert (one is None and other is None) or torch.equal(one, other)
+    for stale in (batch["supervised_at"] - 1, batch["supervised_at"][1:]):
+        with pytest.raises(UserError, match="supervised_at of the batch is not where its labels are"):
+            module.loss_and_stats({**batch, "supervised_at": stale})

@@ -28,8 +28,9 @@ class TrainCollator:
     """Right-pad to the longest row of the batch; a row is an example, or several packed ones.
 
     The batch has, of shape ``(B, T)``: ``input_ids``, ``attention_mask``, ``labels``, ``clean_labels`` (int64),
-    ``noise_code`` (int8) and ``segment`` (int32: place in ``example_id``, -1 for padding); the lists ``example_id``
-    (str) and ``is_noisy`` (bool tensor) of its examples in order, and ``num_tokens`` (int, without padding). Packed
+    ``noise_code`` (int8) and ``segment`` (int32: place in ``example_id``, -1 for padding); ``supervised_at`` (int64,
+    ``(N,)``: the places of the N labels that count, among all ``B * T``, in order); the lists ``example_id`` (str) and
+    ``is_noisy`` (bool tensor) of its examples in order, and ``num_tokens`` (int, without padding). Packed
     rows have ``position_ids`` that start again with each example in place of the attention mask; padding counts as an
     example of its own. With ``weighted``, ``token_weight`` (float32) is the factor on the loss of each label, 1 for
     those of examples without weights, 0 where nothing is learnt and for padding. With ``sources``, ``source`` (int64,
@@ -77,6 +78,7 @@ class TrainCollator:
             "is_noisy": torch.tensor([bool(e.noise_code.any()) for e in examples]),
             "num_tokens": int(lengths.sum()),
         }
+        batch["supervised_at"] = supervised_at(batch["labels"])
         if self.weighted:
             weights = [np.concatenate([weight_of(e.labels, e.weight) for e in row]) for row in parts]
             batch["token_weight"] = _pad(weights, longest, 0, torch.float32)
@@ -96,6 +98,18 @@ class TrainCollator:
         else:
             batch["attention_mask"] = (torch.arange(longest) < lengths.unsqueeze(1)).to(torch.int64)
         return batch
+
+
+def supervised_at(labels: torch.Tensor) -> torch.Tensor:
+    """Return where labels count, shape ``(N,)``, among all ``B * T``: the first of a row has nothing before it.
+
+    Found with the batch: a device that looked for them in its step would be waited for.
+
+    Args:
+        labels: Shape ``(B, T)``.
+    """
+    rows, columns = (labels[:, 1:] != IGNORE_INDEX).nonzero(as_tuple=True)
+    return rows * labels.shape[1] + columns + 1
 
 
 def _read(example: Prepared) -> Ints:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
+from deft_lightning.data.loading.collate import supervised_at
 from deft_lightning.data.loading.sampler import ShardedSampler
 from deft_lightning.functional import IGNORE_INDEX
 
@@ -79,6 +80,7 @@ class EvenLoader(DataLoader[Any]):
         filler = {**batch, "filler": True}
         if "labels" in filler:
             filler["labels"] = torch.full_like(batch["labels"], IGNORE_INDEX)
+            filler["supervised_at"] = supervised_at(filler["labels"])
         if "token_weight" in filler:
             filler["token_weight"] = torch.zeros_like(batch["token_weight"])
         seen = getattr(self.batch_sampler, "seen_batch_indices", None)  # Lightning's, in prediction

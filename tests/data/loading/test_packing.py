@@ -273,7 +273,7 @@ def test_packed_rows_are_laid_out_as_written_down_here() -> None:
     batch = TrainCollator(pad_id=0, packed=True)(ROWS)
     assert set(batch) == {
         "input_ids", "labels", "clean_labels", "noise_code", "segment", "example_id", "is_noisy", "num_tokens",
-        "position_ids",
+        "position_ids", "supervised_at",
     }  # fmt: skip
     expected = {
         "input_ids": [[11, 12, 13, 21, 22, 0, 0], [31, 0, 0, 0, 0, 0, 0], [41, 42, 43, 44, 51, 61, 62]],
@@ -282,6 +282,7 @@ def test_packed_rows_are_laid_out_as_written_down_here() -> None:
         "noise_code": [[0, 0, 0, 0, 3, 0, 0], [0] * 7, [0, 0, 0, 0, 0, 0, 3]],
         "segment": [[0, 0, 0, 1, 1, -1, -1], [2, -1, -1, -1, -1, -1, -1], [3, 3, 3, 3, 4, 5, 5]],
         # The padding starts again too: it is an example of its own, which nothing before it can see.
+        "supervised_at": [1, 2, 4, 16, 17, 20],
         "position_ids": [[0, 1, 2, 0, 1, 0, 1], [0, 0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 0, 0, 1]],
     }
     assert {name: batch[name].tolist() for name in expected} == expected
