@@ -1,6 +1,6 @@
 """Kill a real run at random moments and go on, until it ends as one that was left alone.
 
-    python tests/kill_runs.py [--kills 20] [--strategy auto|ddp|fsdp2] [--steps 300] [--seed 0]
+    python tests/kill_runs.py [--kills 20] [--strategy auto|ddp|fsdp2] [--steps 300] [--seed 0] [--asynchronous]
 
 Every run is ``python -m deft_lightning fit`` in a process group of its own, ended by SIGKILL at a moment drawn from
 the seed, some before the first step, and continued with ``--ckpt_path last``; every second one while a checkpoint is
@@ -92,7 +92,9 @@ def final(home: Path, steps: int) -> dict[str, torch.Tensor]:
     return dict(last["state_dict"])
 
 
-def kill_and_go_on(root: Path, kills: int, steps: int, strategy: str, seed: int, longest: float) -> dict[str, Any]:
+def kill_and_go_on(
+    root: Path, kills: int, steps: int, strategy: str, seed: int, longest: float, asynchronous: bool = False
+) -> dict[str, Any]:
     """Return what became of a run that was killed, against one that was not.
 
     Args:
@@ -103,11 +105,13 @@ def kill_and_go_on(root: Path, kills: int, steps: int, strategy: str, seed: int,
         seed: Of the moments.
         longest: Seconds after its start that a run is killed at the latest; every second one is killed up to 50 ms
             after it has begun to write a checkpoint.
+        asynchronous: Whether checkpoints are written while training goes on.
     """
     draw = random.Random(seed)
     rows = ({"question": f"{i} + {i * 7}", "answer": str(8 * i) * (1 + i % 3)} for i in range(90))
     (root / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    arguments, alone, killed = command(root, steps, strategy), root / "alone", root / "killed"
+    option = ["--checkpoint.asynchronous", "true"] if asynchronous else []
+    arguments, alone, killed = [*command(root, steps, strategy), *option], root / "alone", root / "killed"
     process = begin(root, alone, arguments)
     assert process.wait(600) == 0, (alone / "log").read_text()[-2000:]
     moments, saved, halves = [], [], 0
@@ -156,9 +160,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--longest", type=float, default=15.0)
+    parser.add_argument("--asynchronous", action="store_true")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        found = kill_and_go_on(Path(folder), args.kills, args.steps, args.strategy, args.seed, args.longest)
+        moments = (args.seed, args.longest, args.asynchronous)
+        found = kill_and_go_on(Path(folder), args.kills, args.steps, args.strategy, *moments)
     print(json.dumps(found, indent=2))
 
 

@@ -10,6 +10,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from deft_lightning._lightning import FinalCheckpoint, is_accumulating, validates_here
 from deft_lightning.callbacks.monitored import of_validation
+from deft_lightning.errors import UserError
 
 
 class Checkpoint(FinalCheckpoint):
@@ -22,6 +23,10 @@ class Checkpoint(FinalCheckpoint):
         mode: Whether a smaller (min) or larger (max) value of `monitor` is better.
         dirpath: Folder; default: `checkpoints` in the run's log folder.
         save_weights_only: Save only weights; such a checkpoint cannot be resumed.
+        asynchronous: Copy the state, and write it while training goes on; one at a time, and a fit waits for the last.
+
+    Raises:
+        UserError: Sharded checkpoints are asynchronous, or one could not be written.
     """
 
     def __init__(
@@ -32,7 +37,9 @@ class Checkpoint(FinalCheckpoint):
         mode: str = "min",
         dirpath: str | None = None,
         save_weights_only: bool = False,
+        asynchronous: bool = False,
     ) -> None:
+        self.asynchronous = asynchronous
         super().__init__(
             dirpath=dirpath,
             filename="step={step}",
@@ -52,12 +59,19 @@ class Checkpoint(FinalCheckpoint):
             return
         if self.dirpath is None and hasattr(trainer, "run_folder") and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self.dirpath = str(Path(str(trainer.log_dir)) / "checkpoints")
+        if self.asynchronous and getattr(trainer.strategy, "saves_shares", False):
+            raise UserError(
+                "--checkpoint.asynchronous true: a sharded checkpoint is written by all ranks together, not in the"
+                " background; set --checkpoint.asynchronous false, or save_distributed_checkpoint of fsdp2 to false"
+            )
         super().setup(trainer, pl_module, stage)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: object, batch_idx: int
     ) -> None:
         """Save where training stops, before Lightning counts the epoch that is cut there as finished."""
+        if self.asynchronous:  # a write that has failed ends the run here, not at the next save
+            getattr(trainer.strategy.checkpoint_io, "raise_failed", lambda: None)()
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if _stops(trainer) and (self.monitor is None or not validates_here(trainer)):
             # Without a validation a metric of training is known all the same; one of validation is of another state.

@@ -104,16 +104,23 @@ class BackgroundCheckpointIO(CheckpointIO):
         return any(name == str(path) and not task.done() for name, task in self._tasks)
 
     def save_checkpoint(self, checkpoint: Checkpoint, path: str | Path, storage_options: object = None) -> None:
-        """Take a copy of the state as it is, and write it in the background.
+        """Take a copy of the state as it is, in the memory of the host, and write it in the background.
+
+        An earlier one is waited for: there is one copy at a time.
 
         Raises:
             UserError: An earlier one could not be written.
         """
-        copied = apply_to_collection(checkpoint, torch.Tensor, lambda tensor: tensor.detach().clone())
+        self._finish(wait=True)
+        copied = _on_host(checkpoint)
         if "://" not in str(path):  # Lightning links `last.ckpt` to it at once, whoever is faster
             with suppress(OSError):  # the writer meets it too, and tells
                 Path(path).parent.mkdir(parents=True, exist_ok=True)
         self._submit(path, self.inner.save_checkpoint, copied, path, storage_options)
+
+    def raise_failed(self) -> None:
+        """Raise what has failed so far, without waiting."""
+        self._finish(wait=False)
 
     def remove_checkpoint(self, path: str | Path) -> None:
         """Remove a checkpoint once those saved before are written."""
@@ -150,15 +157,37 @@ class BackgroundCheckpointIO(CheckpointIO):
             task.result()
 
 
-def checkpoint_plugins(plugins: Any) -> list[Any]:
+def _on_host(checkpoint: Checkpoint) -> Checkpoint:
+    """Return a copy of a state in the memory of the host; tensors that are one, as tied weights are, stay one."""
+    copies: dict[Any, torch.Tensor] = {}
+
+    def copy(tensor: torch.Tensor) -> torch.Tensor:
+        place = (tensor.device, tensor.dtype, tensor.data_ptr(), tensor.shape, tensor.stride())
+        if place not in copies:
+            copies[place] = tensor.detach().to("cpu", copy=True)
+        return copies[place]
+
+    copied: Checkpoint = apply_to_collection(checkpoint, torch.Tensor, copy)
+    return copied
+
+
+def checkpoint_plugins(plugins: Any, asynchronous: bool = False) -> list[Any]:
     """Return the plugins of a trainer with a checkpoint IO that leaves checkpoints whole; another one stays as it is.
 
     Args:
         plugins: As the trainer takes them. Lightning's ``AsyncCheckpointIO`` becomes :class:`BackgroundCheckpointIO`.
+        asynchronous: Whether a callback wants checkpoints written in the background.
+
+    Raises:
+        UserError: It does, and a checkpoint IO is given that writes at once.
     """
     given = [] if plugins is None else list(plugins) if isinstance(plugins, (list, tuple)) else [plugins]
-    if not any(isinstance(plugin, CheckpointIO) for plugin in given):
-        return [*given, AtomicCheckpointIO()]
+    own = [type(plugin).__name__ for plugin in given if isinstance(plugin, CheckpointIO)]
+    if not own:
+        whole = AtomicCheckpointIO()
+        return [*given, BackgroundCheckpointIO(whole) if asynchronous else whole]
+    if asynchronous and not any(isinstance(plugin, (AsyncCheckpointIO, BackgroundCheckpointIO)) for plugin in given):
+        raise UserError(f"--checkpoint.asynchronous true: {own[0]} of --trainer.plugins writes at once; leave out one")
     return [
         BackgroundCheckpointIO(plugin.checkpoint_io or AtomicCheckpointIO())
         if isinstance(plugin, AsyncCheckpointIO)

@@ -47,7 +47,8 @@ class Trainer(LightningTrainer):
         # The model's line is among the callbacks; Lightning would say of it that there is one.
         kwargs["enable_model_summary"] = None if kwargs.get("barebones") else False
         hush()
-        kwargs["plugins"] = checkpoint_plugins(kwargs.get("plugins"))
+        asynchronous = any(getattr(one, "asynchronous", False) for one in kwargs["callbacks"])
+        kwargs["plugins"] = checkpoint_plugins(kwargs.get("plugins"), asynchronous)
         if kwargs.get("logger") in (None, True) and not kwargs.get("barebones"):
             kwargs["logger"] = TensorBoardLogger(kwargs["default_root_dir"], name="", default_hp_metric=False)
         if kwargs.get("max_epochs") is None and not args:

@@ -122,6 +122,7 @@ def test_sizes_that_were_never_tested_are_refused(options: dict[str, Any]) -> No
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="process groups are looked up in /proc")
-def test_a_run_that_is_killed_twice_ends_as_one_that_was_left_alone(tmp_path: Path) -> None:
-    found = kill_and_go_on(tmp_path, kills=2, steps=200, strategy="auto", seed=3, longest=12.0)
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_run_that_is_killed_twice_ends_as_one_that_was_left_alone(asynchronous: bool, tmp_path: Path) -> None:
+    found = kill_and_go_on(tmp_path, 2, 200, "auto", seed=3, longest=12.0, asynchronous=asynchronous)
     assert found["kills"] >= 1 and found["largest difference of a weight"] == 0.0

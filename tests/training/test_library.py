@@ -360,19 +360,22 @@ def test_lightnings_search_for_a_rate_leaves_the_weights_alone_and_the_run_uses_
     assert trainer.global_step == 3 and not same_state(module.model, start)
 
 
+@pytest.mark.parametrize("by", ["plugin", "option"])
 def test_checkpoints_written_in_the_background_are_whole_and_resumed_to_the_bit(
-    pretrained: str, source: str, tmp_path: Path
+    by: str, pretrained: str, source: str, tmp_path: Path
 ) -> None:
     whole = SFTModule(pretrained=pretrained)
     trainer_in(tmp_path / "whole", max_steps=6, max_epochs=2).fit(whole, split_data(source))
-    kept = Checkpoint(every_n_train_steps=3, save_top_k=-1)
-    trainer = trainer_in(tmp_path / "half", kept, max_steps=6, max_epochs=2, plugins=[AsyncCheckpointIO()])
+    kept = Checkpoint(every_n_train_steps=3, save_top_k=-1, asynchronous=by == "option")
+    plugins: list[Any] = [AsyncCheckpointIO()] if by == "plugin" else []
+    trainer = trainer_in(tmp_path / "half", kept, max_steps=6, max_epochs=2, plugins=plugins)
+    assert isinstance(trainer.strategy.checkpoint_io, BackgroundCheckpointIO)
     trainer.fit(SFTModule(pretrained=pretrained), split_data(source))
     left = sorted(path.name for path in (tmp_path / "half").rglob("*.ckpt"))
     assert left == ["last.ckpt", "step=3.ckpt", "step=6.ckpt"]
     (path,) = (tmp_path / "half").rglob("step=3.ckpt")
     resumed = SFTModule(pretrained=pretrained)
-    trainer_in(tmp_path / "rest", max_steps=6, max_epochs=2, plugins=[AsyncCheckpointIO()]).fit(
+    trainer_in(tmp_path / "rest", max_steps=6, max_epochs=2, plugins=plugins).fit(
         resumed, split_data(source), ckpt_path=str(path)
     )
     assert same_state(whole, resumed)
