@@ -2,12 +2,15 @@
 
     python tests/benchmarks/bench_step.py [--windows 30] [--steps 10] [--output docs/evidence/data/bench_step.json]
     python tests/benchmarks/bench_step.py --pretrained MODEL --rows my.jsonl --steps 1 --windows 12
+    python tests/benchmarks/bench_step.py [--pretrained MODEL] --parts [--windows 30]
 
 The package trains with its own Trainer, monitors and logging as in `fit`, and no validation; after every window of
 steps the bare loop trains a second copy of the model on the same batches: transformers' own cross entropy, clipping,
 AdamW as torch makes it, no schedule and no logging. A ratio compares a window with the one that follows it, so that a
 machine whose speed drifts, or that others use, treats both alike. The first windows, in which allocators, caches and
 imports settle, are left out. Without --pretrained the model and the rows are those of configs/from_scratch.yaml.
+--parts times what follows the backward pass alone, this package's way and torch's in turn: AdamW, clipping after a
+division by the tokens, and the seed of a micro-batch.
 """
 
 from __future__ import annotations
@@ -141,6 +144,60 @@ def compare(args: argparse.Namespace, objective: str) -> dict[str, Any]:
     }
 
 
+def parts(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what the parts of a step behind the backward pass cost, in ms of the processor."""
+    import torch
+    from torch.nn.utils import clip_grad_norm_
+    from transformers import AutoModelForCausalLM
+
+    from deft_lightning.models import from_architecture
+    from deft_lightning.training.fused_adam import fuse
+    from deft_lightning.training.normaliser import StepNormaliser
+    from deft_lightning.training.seeding import reseed
+
+    made, options = recipe(args)
+    if args.pretrained:
+        model = AutoModelForCausalLM.from_pretrained(args.pretrained, dtype=torch.float32)
+    else:
+        data = data_of(args)
+        data.setup("fit")
+        model = from_architecture(made["architecture"], data.tokenizer, "float32")
+    weights, one = list(model.parameters()), torch.tensor(1.0)
+    for weight in weights:
+        weight.grad = torch.randn_like(weight)
+    loop, fused = (torch.optim.AdamW(weights, **options) for _ in range(2))
+    fuse(fused)
+    normaliser = StepNormaliser("raise")
+
+    def two_passes() -> None:
+        torch._foreach_mul_([weight.grad for weight in weights], one)
+        clip_grad_norm_(weights, 1.0)
+
+    def one_pass() -> None:
+        normaliser._scale = one
+        normaliser.clip_norm(fused, 1.0)
+
+    ways: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
+        "AdamW": (loop.step, fused.step), "dividing and clipping": (two_passes, one_pass),
+        "seed": (lambda: torch.manual_seed(1), lambda: reseed(0, 0, 0, torch.device("cpu"))),
+    }  # fmt: skip
+    result = {}
+    for name, pair in ways.items():
+        times: tuple[list[float], list[float]] = ([], [])
+        for _ in range(args.windows):
+            for way, spent in zip(pair, times, strict=True):
+                started = time.process_time()
+                for _ in range(3):
+                    way()
+                spent.append((time.process_time() - started) / 3 * 1e3)
+        ratios = [ours / theirs for theirs, ours in zip(*times, strict=True)][WARM_UP:]
+        result[name] = {
+            "torch_ms": statistics.median(times[0]), "package_ms": statistics.median(times[1]),
+            "ratio": {"min": min(ratios), "median": statistics.median(ratios), "max": max(ratios)},
+        }  # fmt: skip
+    return result
+
+
 def main() -> None:
     """Measure, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -151,8 +208,12 @@ def main() -> None:
     parser.add_argument("--rows", help="file of rows, with --pretrained")
     parser.add_argument("--batch_size", type=int, default=4, help="packed rows of a step, with --pretrained")
     parser.add_argument("--max_length", type=int, default=256, help="tokens of a packed row, with --pretrained")
+    parser.add_argument("--parts", action="store_true", help="what follows the backward pass alone")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
+    if args.parts:
+        print(json.dumps(parts(args), indent=2))
+        return
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     result = {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, OMP_NUM_THREADS={os.environ['OMP_NUM_THREADS']}",
