@@ -34,12 +34,12 @@ FLOORS = [
 ]
 GROUND = {
     "_lightning", "_version", "annotations", "answers", "atomic", "config_sizes", "errors", "functional", "hashing",
-    "ranks", "registry", "shipped_models", "terminal", "tokens", "trust",
+    "progress", "ranks", "registry", "shipped_models", "terminal", "tokens", "trust",
 }  # fmt: skip
 # Names that users and saved configs have for what lies in rooms.
 ADDRESSES = {"__init__", "__main__", "module", "optim", "strategy", "trainer"}
 # The files of data that are in none of its rooms, by floor: states of a row below all rooms, the module above them.
-OF_DATA = {"examples": "data", "lazy": "data", "progress": "data", "protocols": "data", "settings": "data/settings"}
+OF_DATA = {"examples": "data", "lazy": "data", "protocols": "data", "settings": "data/settings"}
 TOP_OF_DATA = {"__init__", "announce", "benchmarks", "module", "preview", "splits"}
 
 # Imports that point up, within a function, each with the reason.

@@ -24,10 +24,10 @@ from deft_lightning.data.prepared.recipe import Recipe, title
 from deft_lightning.data.prepared.report import Report
 from deft_lightning.data.prepared.split import split_rows
 from deft_lightning.data.prepared.spool import ROWS, TOKENS, Writer, row_of
-from deft_lightning.data.progress import progress
 from deft_lightning.data.sources.names import told_apart
 from deft_lightning.data.sources.rows import BadRows
 from deft_lightning.errors import UserError
+from deft_lightning.progress import progress
 
 BAD_ROWS = "bad_rows.tsv"
 COUNTS, ALL_COUNTS = "counts.npy", "all_counts.npy"  # of labels that are trained on, and with those that are left out

@@ -13,10 +13,10 @@ from deft_lightning.data.prepared.findings import Findings
 from deft_lightning.data.prepared.ids import unique_ids
 from deft_lightning.data.prepared.recipe import Recipe, read_examples, title
 from deft_lightning.data.prepared.spool import ROWS, SpooledExamples, Writer, row_of
-from deft_lightning.data.progress import progress
 from deft_lightning.data.sources.given import Settled
 from deft_lightning.errors import UserError
 from deft_lightning.hashing import uniform
+from deft_lightning.progress import progress
 
 
 @dataclass

@@ -28,21 +28,22 @@ class _Lines(tqdm):  # type: ignore[type-arg]
         done = f"{self.n:,} of {self.total:,}" if self.total else f"{self.n:,}"
         rate = self.format_dict["rate"] or self.n / max(self.format_dict["elapsed"], 1e-9)
         left = f", {(self.total - self.n) / rate:,.0f} s left" if self.total and rate and self.n < self.total else ""
-        rank_zero_info(f"{self.desc.removesuffix(': ')}: {done} rows{left}")
+        rank_zero_info(f"{self.desc.removesuffix(': ')}: {done}{self.unit}{left}")
 
     def close(self) -> None:
         """End without a last line: what was made of the rows is told elsewhere."""
         self.disable = True
 
 
-def progress(items: Iterable[Any] | None, text: str, total: int | None = None) -> Any:
+def progress(items: Iterable[Any] | None, text: str, total: int | None = None, unit: str = "rows") -> Any:
     """Show how far something is: a bar if it takes more than a few seconds, off a terminal a line every 30 s.
 
     Args:
         items: What is gone through; None to count by ``update``.
         text: What is done.
         total: How many items, if that is known.
+        unit: Name of the items.
     """
     if sys.stderr.isatty():
-        return tqdm(items, desc=text, total=total, delay=5, unit=" rows", leave=False)
-    return _Lines(items, desc=text, total=total, mininterval=min(EVERY, 1.0), miniters=1, leave=False)
+        return tqdm(items, desc=text, total=total, delay=5, unit=f" {unit}", leave=False)
+    return _Lines(items, desc=text, total=total, unit=f" {unit}", mininterval=min(EVERY, 1.0), miniters=1, leave=False)
