@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from deft_lightning.evaluation.benchmarks import BENCHMARKS, Benchmark, TestSet, find_benchmark
+    from deft_lightning.evaluation.completions import Completion
     from deft_lightning.evaluation.evaluator import Evaluator, prediction_records
-    from deft_lightning.evaluation.generate import Completion, Generation, complete
+    from deft_lightning.evaluation.generate import Generation, complete
     from deft_lightning.evaluation.graders.base import Grade, Grader, known_graders
     from deft_lightning.evaluation.graders.choice import Choice
     from deft_lightning.evaluation.graders.exact import ExactMatch, exact_match
@@ -20,7 +21,7 @@ _HOMES = {
     "BENCHMARKS": "benchmarks",
     "Benchmark": "benchmarks",
     "Choice": "graders.choice",
-    "Completion": "generate",
+    "Completion": "completions",
     "Evaluator": "evaluator",
     "ExactMatch": "graders.exact",
     "FigFont": "graders.figfont",

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
-from lightning_utilities.core.rank_zero import rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 
 from deft_lightning.annotations import Batch, CausalLM, JsonObject, Tokenizer
 from deft_lightning.evaluation.aggregate import figure_names, figures, summary, table
 from deft_lightning.evaluation.benchmarks import TestSet
-from deft_lightning.evaluation.generate import Completion, Generation, complete, position_limit
+from deft_lightning.evaluation.completions import Ask, Completion, Completions, asks_of
+from deft_lightning.evaluation.continuous import why_not
+from deft_lightning.evaluation.generate import Generation, completions_of, position_limit, positions
 from deft_lightning.evaluation.graders.judge import judge
 from deft_lightning.evaluation.grading import Doubts, Item, grade_all
+from deft_lightning.evaluation.vllm import Engine, check_vllm
 from deft_lightning.metrics import ExampleSums
+from deft_lightning.progress import progress
 
 Samples = list[list[Completion]]  # of each prompt of a batch; nothing for a filler
 
@@ -31,24 +36,95 @@ class Evaluator:
         self.generation = generation
         self._doubts = Doubts()
         self._sums: list[ExampleSums] = []
+        self._completions: dict[int, Completions] = {}
+        self._bars: dict[int, Any] = {}
+        self._engine: Engine | None = None
+        self._together = False
 
-    def complete(
-        self, model: CausalLM, tokenizer: Tokenizer, batch: Batch, stops: Sequence[int], **how: Any
-    ) -> Samples:
-        """Complete the left-padded prompts of a batch: :func:`~deft_lightning.evaluation.generate.complete`."""
-        samples = complete(model, tokenizer, batch, self.generation, stops, **how)
-        return [] if batch.get("filler") else samples
-
-    def check_prompts(self, model: CausalLM, test_sets: Iterable[TestSet]) -> None:
-        """Refuse now what would stop the run at its longest prompt; say where the model has no room for its answer.
+    def begin(
+        self,
+        model: CausalLM,
+        test_sets: Sequence[TestSet],
+        together: bool = False,
+        processes: int = 1,
+        write: Callable[[Path], object] | None = None,
+    ) -> None:
+        """Refuse now what would stop the run later; say where it is slower or shorter than was asked for.
 
         Args:
             model: The Hugging Face model that generates.
             test_sets: What each loader's prompts belong to.
+            together: Whether ranks share the weights.
+            processes: Ranks of the run.
+            write: Writes the model as a Hugging Face folder, for vLLM.
 
         Raises:
-            UserError: A prompt fills the model's positions.
+            UserError: A prompt fills the model's positions, or vLLM cannot be used.
         """
+        self._completions, self._bars, self._engine = {}, {}, None
+        self._check_prompts(model, test_sets)
+        if self.generation.backend == "vllm":
+            check_vllm(processes)
+            assert write is not None
+            length = max(tests.longest for tests in test_sets) + self.generation.max_new_tokens
+            self._engine = Engine(model, write, min(length, positions(model) or length))
+        elif reason := "ranks share its weights" if together else why_not(model):
+            rank_zero_info(f"generation: whole batches, in which the longest completion decides: {reason}")
+        self._together = together
+
+    def complete(
+        self,
+        model: CausalLM,
+        tokenizer: Tokenizer,
+        batch: Batch,
+        stops: Sequence[int],
+        longest: int = 0,
+        loader: int = 0,
+        ahead: Callable[[], Sequence[Ask]] = tuple,
+    ) -> Samples:
+        """Complete the left-padded prompts of a batch; those of the batches to come are begun beside them.
+
+        Args:
+            model: The Hugging Face model that generates.
+            tokenizer: Decodes; gives the padding token.
+            batch: As for :func:`~deft_lightning.evaluation.generate.complete`.
+            stops: Tokens that end a completion.
+            longest: Tokens of the longest prompt of all batches.
+            loader: Number of the loader.
+            ahead: Returns all prompts that the loader will give this rank; none where that is not known.
+        """
+        how: dict[str, Any] = {"places": len(batch["example_id"]), "longest": longest, "engine": self._engine}
+        given = (self.generation, stops)
+        if self._together:
+            made = completions_of(model, tokenizer, asks_of(batch), *given, **how, together=True)
+            samples = made.take(range(how["places"]))
+            return [] if batch.get("filler") else samples
+        if loader not in self._completions and (asks := ahead()):
+            self._completions[loader] = completions_of(model, tokenizer, asks, *given, **how)
+        known = self._completions.get(loader)
+        numbers = None if known is None else known.numbers(batch["example_id"])
+        if known is None or numbers is None:  # a loader of one's own
+            return completions_of(model, tokenizer, asks_of(batch), *given, **how).take(range(how["places"]))
+        if loader not in self._bars and getattr(rank_zero_only, "rank", 0) == 0:
+            self._bars[loader] = progress(None, "generate", known.total, "prompts")
+        return known.take(numbers, self._tell(loader))
+
+    def _tell(self, loader: int) -> Callable[[Completions], None] | None:
+        """Return what shows how many prompts of a loader are done."""
+        bar = self._bars.get(loader)
+        if bar is None:
+            return None
+
+        def tell(known: Completions) -> None:
+            if known.done > bar.n:
+                bar.update(known.done - bar.n)
+                if known.done == known.total:
+                    bar.close()
+
+        return tell
+
+    def _check_prompts(self, model: CausalLM, test_sets: Iterable[TestSet]) -> None:
+        """Refuse prompts that fill the model's positions; say where it has no room for its answer."""
         wanted = self.generation.max_new_tokens
         for tests in test_sets:
             left = position_limit(model, tests.longest, tests.benchmark.name) - tests.longest

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal
 
 import torch
 
 from deft_lightning.annotations import Batch, CausalLM, Tokenizer
 from deft_lightning.errors import UserError
-from deft_lightning.evaluation.sampling import KeyedGumbel
+from deft_lightning.evaluation.batchwise import Batchwise
+from deft_lightning.evaluation.completions import Ask, Completion, Completions, Steps, asks_of
+from deft_lightning.evaluation.continuous import Chooser, Decoder, why_not
+from deft_lightning.evaluation.vllm import VLLM, Engine
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,7 @@ class Generation:
         samples: Completions per prompt; more than one needs a temperature.
         seed: Seed of the sampling. What is drawn depends on it, the example id, the number of the sample and the place
             of the token alone: not on the batch, its order, or the ranks.
+        backend: `transformers`, or `vllm` where it is installed: one GPU, and other draws than those of `transformers`.
     """
 
     max_new_tokens: int = 256
@@ -31,6 +35,7 @@ class Generation:
     top_p: float = 1.0
     samples: int = 1
     seed: int = 0
+    backend: Literal["transformers", "vllm"] = "transformers"
 
     def __post_init__(self) -> None:
         """Refuse settings that contradict each other."""
@@ -38,19 +43,51 @@ class Generation:
             raise UserError(
                 "--model.generation needs temperature >= 0, 0 < top_p <= 1, max_new_tokens and samples >= 1"
             )
+        if self.backend not in ("transformers", "vllm"):
+            raise UserError(f"--model.generation.backend must be transformers or vllm, not {self.backend!r}")
         if self.samples > 1 and not self.temperature:
             raise UserError("--model.generation.samples above 1 needs --model.generation.temperature above 0")
 
 
-# What a model's own generation config may ask for and a measurement must not: Qwen2.5-Instruct penalises repetition.
-NEUTRAL = {"num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_length": 0}
+def completions_of(
+    model: CausalLM,
+    tokenizer: Tokenizer,
+    asks: Sequence[Ask],
+    settings: Generation,
+    stops: Sequence[int],
+    *,
+    places: int,
+    longest: int = 0,
+    together: bool = False,
+    engine: Engine | None = None,
+) -> Completions:
+    """Return the completions of prompts: batch by batch where rows of the model cannot come and go, or ranks share it.
 
-
-class Completion(NamedTuple):
-    """One sample: its text without the end token, and whether a length limit cut it off."""
-
-    text: str
-    truncated: bool
+    Args:
+        model: A Hugging Face model in eval mode.
+        tokenizer: Decodes; gives the padding token.
+        asks: The prompts, in the order in which they will be asked for.
+        settings: Length, temperature and number of samples.
+        stops: Tokens that end a completion.
+        places: Prompts at a time.
+        longest: As for :func:`complete`.
+        together: As for :func:`complete`.
+        engine: Of vLLM, where that completes them.
+    """
+    longest = max(longest, *(len(ask.input_ids) for ask in asks))
+    # Past its positions a model has no embedding; what is cut there counts as truncated.
+    limit = min(settings.max_new_tokens, position_limit(model, longest) - longest)
+    warpers, sampled, pad = warpers_of(settings), settings.temperature > 0, tokenizer.pad_token_id or 0
+    steps: Steps
+    if engine is not None:
+        drawn = (settings.temperature, settings.top_p, settings.seed)
+        steps = VLLM(engine, *drawn, stops, limit, settings.samples)
+    elif together or why_not(model):
+        given = (warpers, sampled, settings.seed, stops, limit, settings.samples, places, pad, together)
+        steps = Batchwise(model, *given)
+    else:
+        steps = Decoder(model, Chooser(warpers, sampled, settings.seed), stops, limit, settings.samples, places, pad)
+    return Completions(asks, steps, tokenizer, stops, settings.samples, places)
 
 
 @torch.no_grad()
@@ -79,27 +116,9 @@ def complete(
     Returns:
         For each of the B prompts its samples.
     """
-    input_ids, mask, n = batch["input_ids"], batch["attention_mask"], settings.samples
-    prompt = input_ids.shape[1]
-    left = position_limit(model, max(prompt, longest)) - max(prompt, longest)
-    out = model.generate(
-        input_ids=input_ids.repeat_interleave(n, 0),
-        attention_mask=mask.repeat_interleave(n, 0),
-        # Past its positions a model has no embedding; what is cut there counts as truncated.
-        max_new_tokens=min(settings.max_new_tokens, left),
-        do_sample=False,  # sampling is an arg-max of noisy scores
-        logits_processor=_sampling(batch["example_id"], settings, prompt, input_ids.device),
-        eos_token_id=list(stops),
-        pad_token_id=tokenizer.pad_token_id,
-        use_cache=True,
-        synced_gpus=together,
-        **NEUTRAL,
-    )
-    done: list[Completion] = []
-    for row in out[:, prompt:].tolist():
-        end = next((i for i, token in enumerate(row) if token in stops), None)
-        done.append(Completion(tokenizer.decode(row[:end], skip_special_tokens=True), end is None))
-    return [done[i : i + n] for i in range(0, len(done), n)]
+    asks = asks_of(batch)
+    how: dict[str, Any] = {"places": len(asks), "longest": longest, "together": together}
+    return completions_of(model, tokenizer, asks, settings, stops, **how).take(range(len(asks)))
 
 
 def positions(model: CausalLM) -> int | None:
@@ -128,15 +147,13 @@ def position_limit(model: CausalLM, prompt: int, named: str = "") -> int:
     return limit
 
 
-def _sampling(ids: Sequence[str], settings: Generation, prompt: int, device: Any) -> list[Any]:
-    """Return what turns the scores of a greedy search into draws; nothing at a temperature of 0."""
+def warpers_of(settings: Generation) -> list[Any]:
+    """Return what shapes the scores before the noise; nothing at a temperature of 0."""
     if not settings.temperature:
         return []
     from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
-    numbers = range(settings.samples)
-    rows, samples = [id for id in ids for _ in numbers], [n for _ in ids for n in numbers]
     warpers = [TemperatureLogitsWarper(float(settings.temperature))]
     if settings.top_p < 1:
         warpers.append(TopPLogitsWarper(settings.top_p))
-    return [*warpers, KeyedGumbel(rows, samples, settings.seed, prompt, device)]
+    return warpers

@@ -23,7 +23,7 @@ def splitmix(state: Tensor) -> Tensor:
     return x
 
 
-def gumbel(keys: Tensor, position: int, size: int) -> Tensor:
+def gumbel(keys: Tensor, position: int | Tensor, size: int) -> Tensor:
     r"""Draw ``-log(-log u)`` for every token of a vocabulary, from the stream of each row at a position.
 
     Row i at position t has the SplitMix64 stream that starts from output t of the stream of ``keys[i]``; token v takes
@@ -31,17 +31,22 @@ def gumbel(keys: Tensor, position: int, size: int) -> Tensor:
 
     Args:
         keys: Key of each row, int64, shape ``(B,)``.
-        position: Tokens generated before this one.
+        position: Tokens generated before this one; of all rows, or of each, int64, shape ``(B,)``.
         size: V, tokens of the vocabulary.
 
     Returns:
         float64, shape ``(B, V)``; at most about 37.
     """
-    counts = torch.arange(1, max(size, position + 1) + 1, device=keys.device) * GAMMA
-    start = splitmix(keys + counts[position]).unsqueeze(1)
-    bits = splitmix(start + counts[:size])
+    place = torch.as_tensor(position, dtype=torch.int64, device=keys.device)
+    start = splitmix(keys + (place + 1) * GAMMA).unsqueeze(1)
+    bits = splitmix(start + torch.arange(1, size + 1, device=keys.device) * GAMMA)
     u = (bits >> 11).bitwise_and_((1 << 53) - 1).double().add_(0.5).mul_(2.0**-53)
     return u.log_().neg_().log_().neg_()
+
+
+def stream_key(seed: int, id: str, sample: int) -> int:
+    """Return the key of the stream of a sample of an example, as a signed number of 64 bits."""
+    return key(seed, "sample", id, sample) % 2**64 - 2**63
 
 
 class KeyedGumbel:
@@ -59,7 +64,7 @@ class KeyedGumbel:
     """
 
     def __init__(self, ids: Sequence[str], samples: Sequence[int], seed: int, prompt: int, device: Any) -> None:
-        drawn = [key(seed, "sample", id, n) % 2**64 - 2**63 for id, n in zip(ids, samples, strict=True)]
+        drawn = [stream_key(seed, id, n) for id, n in zip(ids, samples, strict=True)]
         self.keys, self.prompt = torch.tensor(drawn, dtype=torch.int64, device=device), prompt
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, Literal, Self
 
 import torch
@@ -14,8 +15,9 @@ from torch.optim.lr_scheduler import LRScheduler
 from deft_lightning._lightning import is_accumulating, is_logging_step, log_now, trainer_of
 from deft_lightning.annotations import Batch, CausalLM, Checkpoint
 from deft_lightning.evaluation import Completion, Evaluator, Generation, prediction_records
+from deft_lightning.evaluation.ahead import asks_ahead
 from deft_lightning.functional import TokenStats
-from deft_lightning.models import LoRA, check_state, describe, is_sharded
+from deft_lightning.models import LoRA, check_state, describe, is_sharded, save_hugging_face
 from deft_lightning.models.contents import KEY
 from deft_lightning.objectives import DEFT, Needs, Objective
 from deft_lightning.objectives.parse import as_objective
@@ -288,29 +290,37 @@ class SFTModule(LightningModule):
         if metric is None:
             scheduler.step()
 
-    def generate(self, batch: Batch, longest: int = 0) -> list[list[Completion]]:
+    def generate(self, batch: Batch, longest: int = 0, loader: int = 0) -> list[list[Completion]]:
         """Complete the left-padded prompts of a batch; one list of samples for each, none for a filler."""
-        stops, together = stop_tokens_of(self.prompts), ranks() > 1 and is_sharded(self.model)
-        return self.evaluator.complete(self.model, self.tokenizer, batch, stops, longest=longest, together=together)
+        given = (self.model, self.tokenizer, batch, stop_tokens_of(self.prompts), longest, loader)
+        return self.evaluator.complete(*given, lambda: asks_ahead(trainer_of(self), loader))
+
+    def _begin_generation(self) -> None:
+        """Check the prompts, and how completions are made."""
+        together = ranks() > 1 and is_sharded(self.model)
+        given = (self.model, test_sets_of(self.prompts), together, ranks())
+        self.evaluator.begin(
+            *given, partial(save_hugging_face, self.model, self.tokenizer, stop_tokens_of(self.prompts))
+        )
 
     def on_predict_start(self) -> None:
         """Check the prompts."""
-        self.evaluator.check_prompts(self.model, test_sets_of(self.prompts))
+        self._begin_generation()
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
         """Return one record a prompt: what grading it later needs."""
         tests = test_sets_of(self.prompts)[dataloader_idx]
-        return prediction_records(self.generate(batch, tests.longest), batch, tests)
+        return prediction_records(self.generate(batch, tests.longest, dataloader_idx), batch, tests)
 
     def on_test_start(self) -> None:
         """Check the prompts, and start the sums of every loader."""
-        self.evaluator.check_prompts(self.model, test_sets_of(self.prompts))
+        self._begin_generation()
         self.evaluator.start(test_sets_of(self.prompts), self.device, self.trainer.num_devices)
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Generate and grade."""
         tests = test_sets_of(self.prompts)[dataloader_idx]
-        self.evaluator.grade(self.generate(batch, tests.longest), batch, tests, dataloader_idx)
+        self.evaluator.grade(self.generate(batch, tests.longest, dataloader_idx), batch, tests, dataloader_idx)
 
     def on_test_epoch_end(self) -> None:
         """Log the figures of every loader's prompts over all ranks, and print them as one table."""
