@@ -50,7 +50,7 @@ def why_not(model: CausalLM) -> str:
     if getattr(base, "_is_stateful", False):
         return "it keeps a recurrent state"
     if not type(base).__module__.startswith("transformers.models."):
-        return "its code is not that of transformers"
+        return "its code is from outside transformers"
     own = type(base).prepare_inputs_for_generation
     if own is not GenerationMixin.prepare_inputs_for_generation or "attention_mask" not in _takes(base):
         return "it prepares its own inputs"

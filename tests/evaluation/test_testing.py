@@ -202,3 +202,41 @@ def test_held_out_rows_are_graded_by_exact_match_as_before(pretrained: str, tmp_
     found = {name: float(value) for name, value in runner.callback_metrics.items()}
     assert set(found) == {"test/exact_match", "test/exact_match_se", "test/truncated", "test/examples"}
     assert found["test/exact_match"] == pytest.approx(right) and found["test/examples"] == len(WORDS)
+
+
+@pytest.mark.parametrize("limit", [None, 2])
+def test_the_loop_knows_all_prompts_of_a_loader_ahead(
+    limit: int | None, benchmarks: dict[str, str], pretrained: str, tmp_path: Path
+) -> None:
+    """So that places are refilled beyond a batch; what a limit leaves out is not generated."""
+    data = InstructionDataModule(benchmarks=benchmarks, eval_batch_size=2)
+    for verb, option in (("test", "limit_test_batches"), ("predict", "limit_predict_batches")):
+        module = generating(pretrained)
+        runner = Trainer(
+            accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+            enable_model_summary=False, default_root_dir=str(tmp_path), **({} if limit is None else {option: limit}),
+        )  # fmt: skip
+        found = getattr(runner, verb)(module, data)
+        known = module.evaluator._completions
+        expected = [7, 5, 7] if limit is None else [4, 4, 4]
+        assert [one.total for one in known.values()] == [one.done for one in known.values()] == expected
+        if verb == "predict":
+            ids = [row["id"] for batch in found[0] for row in batch]
+            assert ids == [f"w{i}" for i in range(7 if limit is None else 4)], "in the order of the rows"
+
+
+def test_a_model_that_generates_whole_batches_is_told_in_one_line(
+    benchmarks: dict[str, str], pretrained: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    module, data = generating(pretrained), InstructionDataModule(benchmarks=benchmarks, eval_batch_size=3)
+    runner = bare_trainer(tmp_path)
+    with caplog.at_level("INFO"):
+        runner.test(module, data, verbose=False)
+    assert "whole batches" not in caplog.text
+    plain = {name: float(value) for name, value in runner.callback_metrics.items()}
+    module.model.generation_config.remove_invalid_values = True
+    with caplog.at_level("INFO"):
+        runner.test(module, data, verbose=False)
+    (line,) = [one.getMessage() for one in caplog.records if "whole batches" in one.getMessage()]
+    assert line.endswith("its generation config sets remove_invalid_values") and "\n" not in line
+    assert {name: float(value) for name, value in runner.callback_metrics.items()} == plain
