@@ -4,7 +4,7 @@
         [--rows 100] [--batch 64] [--new_tokens 256] [--samples 1] [--temperature 0]
         [--output docs/evidence/data/bench_generation.json]
 
-DIR holds gsm8k_test.jsonl; the model is a folder of an instruct model. Both ways run in turn, a batch at a time, in one
+DIR holds gsm8k_test.jsonl; the model is a folder. Both ways run in turn, a batch at a time, in one
 process with one thread; the time is that of the processor. What differs between them is counted.
 """
 
@@ -30,9 +30,11 @@ from deft_lightning.evaluation.generate import completions_of, warpers_of
 
 
 def asks_of(tokenizer: Any, path: Path, rows: int) -> list[Ask]:
-    """Prompts of the first rows, as chats."""
+    """Prompts of the first rows: chats, or the first 100 letters of questions for a model without a template."""
     with path.open(encoding="utf-8") as file:
         questions = [json.loads(line)["question"] for line, _ in zip(file, range(rows), strict=False)]
+    if tokenizer.chat_template is None:
+        return [Ask(str(i), tokenizer(question[:100]).input_ids) for i, question in enumerate(questions)]
     chats = [[{"role": "user", "content": question}] for question in questions]
     made = [tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True) for chat in chats]
     return [Ask(str(i), list(one["input_ids"])) for i, one in enumerate(made)]
