@@ -14,6 +14,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from deft_lightning.callbacks.pace import Pace, clock_time, gibibytes, over_ranks, peak_memory, steps_of
 from deft_lightning.callbacks.record import ESTIMATED, Point, RunRecord
 from deft_lightning.callbacks.sinks import sinks
+from deft_lightning.models.quantized import parameter_count
 from deft_lightning.terminal import visible
 
 SHARES = (ESTIMATED, "gate/locked")
@@ -150,12 +151,22 @@ def _looked_at(trainer: Trainer) -> list[str]:
 class ModelLine(ModelSummary):
     """Says in one line what model is trained, in place of Lightning's table of a single row."""
 
-    @staticmethod
-    def summarize(
-        summary_data: list[tuple[str, list[str]]], total_parameters: int, trainable_parameters: int, model_size: float,
-        total_training_modes: dict[str, int], total_flops: int, **summarize_kwargs: Any,
+    packed: tuple[int, float] | None = None  # of a base in 4 bits: numbers beside those that are counted, and MB
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Count what a 4-bit weight holds: two numbers a byte."""
+        weights = list(pl_module.parameters())
+        if more := sum(parameter_count(weight) - weight.numel() for weight in weights):
+            self.packed = more, sum(weight.numel() * weight.element_size() for weight in weights) * 1e-6
+        super().on_fit_start(trainer, pl_module)
+
+    def summarize(  # type: ignore[override]  # Lightning calls it on the instance
+        self, summary_data: list[tuple[str, list[str]]], total_parameters: int, trainable_parameters: int,
+        model_size: float, total_training_modes: dict[str, int], total_flops: int, **summarize_kwargs: Any,
     ) -> None:  # fmt: skip
         """Write the line; the table has modes and operations too, which say nothing of a language model."""
+        if self.packed is not None:
+            total_parameters, model_size = total_parameters + self.packed[0], self.packed[1]
         kinds = ", ".join(dict(summary_data).get("Type", []))
         share = "all of them" if trainable_parameters == total_parameters else f"{trainable_parameters:,} of them"
         rank_zero_info(f"model: {kinds}, {total_parameters:,} parameters ({model_size:,.1f} MB), {share} trained")

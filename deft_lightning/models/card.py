@@ -16,10 +16,12 @@ from deft_lightning.trust import read_settings
 
 FILE = "README.md"
 LORA = "LoRA"  # the setting of adapters
-Saved = Literal["adapters", "merged", "whole"]
+QUANTIZED = "base quantised to"  # that of a base in few bits
+Saved = Literal["adapters", "merged", "dequantised", "whole"]
 SAVED: dict[Saved, str] = {
     "adapters": "low-rank adapters, to be loaded on top of the base",
     "merged": "the base with the adapters merged into it, in {dtype}",
+    "dequantised": "the base, quantised for training and dequantised, with the adapters merged into it, in {dtype}",
     "whole": "all weights, in {dtype}",
 }
 LONGEST, MOST = (
@@ -120,6 +122,7 @@ def write_card(folder: str | Path, facts: CardFacts, name: str | None = None) ->
     """
     place = Path(folder)
     saved: Saved = "merged" if LORA in facts.training else "whole"
+    saved = "dequantised" if QUANTIZED in facts.training else saved
     if (place / "adapter_config.json").is_file():
         saved = "adapters"
     settings = read_settings(str(place), "config.json")

@@ -23,6 +23,7 @@ from deft_lightning.models.contents import DTYPES, KEY, is_inside, pickled, prob
 from deft_lightning.models.head import base_causal_lm
 from deft_lightning.models.load import load_pretrained, ready
 from deft_lightning.models.lora import LoRA, add_adapters
+from deft_lightning.models.quantized import check_installed, describe_quantization
 from deft_lightning.models.seal import DIGESTS, Damaged, check_folder, check_sealed, has_end, is_sealed, unbounded
 from deft_lightning.models.shares import METADATA, SHARED, read_weights
 from deft_lightning.models.sizes import check_memory
@@ -93,6 +94,7 @@ def describe(
         "generation_config": causal.generation_config.to_json_string(use_diff=False),
         "dtype": str(causal.dtype).removeprefix("torch."),
         "lora": None if lora is None else lora.settings(),
+        **describe_quantization(model),
         "tokenizer": files,
         "vocabulary": None if tokenizer is None else vocabulary_digest(tokenizer),
         "stop_token_ids": list(stop_token_ids),
@@ -240,7 +242,11 @@ def _adapted(about: Settings, weights: Mapping[str, Any], base: str) -> CausalLM
     from transformers import GenerationConfig
 
     try:
-        model = load_pretrained(base, about["dtype"])
+        held = about.get("quantization", {})
+        if held:
+            check_installed(f"the checkpoint, whose base was quantised to {held['kind']},")
+        compute = held.get("compute_dtype")
+        model = load_pretrained(base, about["dtype"], quantization=held.get("kind"), compute_dtype=compute)
     except UserError as error:
         raise UserError(
             f"--ckpt_path: the checkpoint holds adapters of {base!r}, which cannot be loaded: {error}; if it "

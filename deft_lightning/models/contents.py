@@ -7,15 +7,17 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import fields
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from deft_lightning.models.lora import LoRA
+from deft_lightning.models.quantized import Quantization
 
 KEY = "deft_lightning"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+STORED = re.compile(r"unquantised|\w{3,8} from \w{4,16} on \w{2,16}")  # fingerprints of a quantised base
 MOST = 128  # numbers that a run keeps for its objective
 Test = Callable[[Any], bool]  # of one entry
 PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_. +-]*")  # no step upwards, drive, backslash or control
@@ -75,7 +77,19 @@ def _files(value: object) -> bool:
 def _base(value: object) -> bool:
     if not isinstance(value, dict) or not (_text(value.get("name")) and _files(value.get("weights"))):
         return False
-    return value["weights"].keys() <= DTYPES.keys()
+    return all(name in DTYPES or STORED.fullmatch(name) for name in value["weights"])
+
+
+def _quantization(value: object) -> bool:
+    """Return how a base was quantised: a kind, and the dtype of products with it."""
+    if not isinstance(value, dict) or not {"kind"} <= value.keys() <= {"kind", "compute_dtype"}:
+        return False
+    return value["kind"] in get_args(Quantization) and value.get("compute_dtype") in (
+        None,
+        "float32",
+        "bfloat16",
+        "float16",
+    )
 
 
 def _facts(value: object) -> bool:
@@ -100,6 +114,7 @@ OWN: dict[str, tuple[Test, bool]] = {
     "dtype": (lambda value: _text(value) and value in DTYPES, True),
     "lora": (_maybe(_lora), True),
     "base": (_base, False),
+    "quantization": (_quantization, False),
     "tokenizer": (_files, True),
     "vocabulary": (_maybe(_text), False),
     "stop_token_ids": (lambda value: isinstance(value, list) and all(map(_whole, value)), True),

@@ -14,6 +14,14 @@ from deft_lightning.annotations import CausalLM, Record, Settings, Tokenizer
 from deft_lightning.config_sizes import check_sizes
 from deft_lightning.errors import UserError, did_you_mean, reason_of
 from deft_lightning.models.contents import DTYPES
+from deft_lightning.models.quantized import (
+    Quantization,
+    check_installed,
+    check_unquantized,
+    quantization_config,
+    settle_layers,
+)
+from deft_lightning.models.quantized_shape import quantize_shapes
 from deft_lightning.models.shard import layers_of
 from deft_lightning.models.sizes import check_memory
 from deft_lightning.models.weights import check_loaded, damaged, renaming, without_report
@@ -50,29 +58,49 @@ def check_pretrained(name: str, trust: bool = False, attention: str | None = Non
     return name
 
 
-def load_pretrained(name: str, dtype: Dtype, attention: str | None = None, trust: bool = False) -> CausalLM:
+def load_pretrained(
+    name: str,
+    dtype: Dtype,
+    attention: str | None = None,
+    trust: bool = False,
+    quantization: Quantization | None = None,
+    compute_dtype: Dtype | None = None,
+) -> CausalLM:
     """Load a causal language model from a folder or the hub in train mode; under the meta device, its shapes alone.
 
     Args:
         name: Folder or hub id.
-        dtype: Dtype of the weights.
+        dtype: Dtype of the weights, of those that are not quantised.
         attention: transformers' ``attn_implementation``; None lets it choose.
         trust: Code of the model's own may run.
+        quantization: Of all linear layers but the head; None leaves them as they are.
+        compute_dtype: Of the products with a 4-bit base; None is ``dtype``.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     source = check_pretrained(name, trust, attention)
     settings = check_model(source, trust, attention)
     check_sizes(settings, f"{name}: config.json: ", "--model.pretrained")
+    check_unquantized(settings, name, quantization)
+    products = DTYPES[compute_dtype or dtype]
     options: Settings = {"attn_implementation": attention} if attention else {}
     # Never None: transformers asks on standard input then.
     options |= {"dtype": DTYPES[dtype], "trust_remote_code": trust}
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust)
         if torch.get_default_device().type == "meta":
-            return ready(AutoModelForCausalLM.from_config(config, **options))
-        check_memory(config, options["dtype"], name, "--model.pretrained", trust)
-        return ready(_with_weights(name, source, options))
+            model = AutoModelForCausalLM.from_config(config, **options)
+            if quantization is not None:
+                quantize_shapes(model, quantization, products)
+            return ready(model)
+        check_memory(config, options["dtype"], name, "--model.pretrained", trust, quantization)
+        if quantization is not None:
+            check_installed(f"--model.quantization {quantization}")
+            options["quantization_config"] = quantization_config(quantization, products)
+        model = ready(_with_weights(name, source, options))
+        if quantization is not None:
+            settle_layers(model, name)
+        return model
     except UserError:
         raise
     except Exception as error:  # configs validate themselves, and weights unpickle, with many kinds of exception

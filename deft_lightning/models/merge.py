@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from deft_lightning.annotations import CausalLM
 from deft_lightning.errors import UserError
+from deft_lightning.models.dequantized import dequantized
 from deft_lightning.models.fingerprint import WRAPPED
 from deft_lightning.models.head import base_causal_lm
 from deft_lightning.models.lora import changes_base, untie_adapted_head
+from deft_lightning.models.quantized import quantization_of
 
 Merge = Literal["float32", "base", "none"]
 MUCH = 0.01  # of the update, above which the loss is a warning
@@ -41,16 +43,24 @@ def stand_alone(model: CausalLM) -> bool:
 def merged(model: CausalLM, way: Merge) -> CausalLM:
     """Return a copy of a model, in host memory, with its adapters merged into its weights.
 
-    The sum is made in float32; in the dtype of the base it is rounded once, and the share of the update that rounding
-    has lost is told: ``|rounded - exact| / |exact - base|`` over all weights that the adapters change.
+    A quantised base is dequantised first: it is what the adapters were trained on. The sum is made in float32; in the
+    dtype of the base it is rounded once, and the share of the update that rounding has lost is told: ``|rounded - exact| / |exact - base|`` over all weights that the adapters change.
 
     Args:
         model: With adapters; stays as it is.
         way: `float32`, or `base` for the dtype of the base.
     """
-    dtype = base_causal_lm(model).dtype
+    dtype, kind = base_causal_lm(model).dtype, quantization_of(model)
     start = {WRAPPED.sub("", name): weight for name, weight in model.named_parameters() if _of_base(name)}
-    exact = _in_float32(model)
+    if kind is None:
+        exact = _in_float32(model)
+    else:
+        rank_zero_info(
+            f"merged into the base as dequantised from {kind}, on which the adapters were trained; for the base as it"
+            " was before, load the adapters over it"
+        )
+        exact, before = dequantized(model)
+        start |= {WRAPPED.sub("", name): weight for name, weight in before.items()}
     untie_adapted_head(exact)
     exact = exact.merge_and_unload()
     if dtype == torch.float32:

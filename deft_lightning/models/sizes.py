@@ -8,9 +8,18 @@ import torch
 
 from deft_lightning.annotations import ModelConfig
 from deft_lightning.errors import UserError
+from deft_lightning.models.quantized import Quantization
+from deft_lightning.models.quantized_shape import quantize_shapes
 
 
-def check_memory(config: ModelConfig, dtype: torch.dtype, where: str, option: str, trust: bool = False) -> None:
+def check_memory(
+    config: ModelConfig,
+    dtype: torch.dtype,
+    where: str,
+    option: str,
+    trust: bool = False,
+    quantization: Quantization | None = None,
+) -> None:
     """Refuse a model whose weights do not fit into the memory that is free.
 
     Its shapes are built on the meta device, where weights hold nothing.
@@ -21,6 +30,7 @@ def check_memory(config: ModelConfig, dtype: torch.dtype, where: str, option: st
         where: What is to be built, for the error.
         option: Option that names it.
         trust: Code of the model's own may run.
+        quantization: Of the linear layers but the head, None where they are not quantised.
     """
     from transformers import AutoModelForCausalLM
 
@@ -30,13 +40,16 @@ def check_memory(config: ModelConfig, dtype: torch.dtype, where: str, option: st
     try:
         with torch.device("meta"), torch.random.fork_rng(devices=[]):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust)
+            if quantization is not None:
+                quantize_shapes(model, quantization, dtype)
     except Exception:  # some cannot be built without values; what else is wrong is told by the load that follows
         return
     # Some keep a mask of positions times positions beside their weights.
     needed = sum(t.numel() * t.element_size() for part in (model.parameters(), model.buffers()) for t in part)
     if needed > free:
+        stored = quantization or str(dtype).removeprefix("torch.")
         raise UserError(
-            f"{where}: its weights need {size_of(needed)} of memory in {str(dtype).removeprefix('torch.')},"
+            f"{where}: its weights need {size_of(needed)} of memory in {stored},"
             f" {size_of(free)} are available; choose a smaller model ({option}), --model.dtype bfloat16, or a machine"
             " with more memory"
         )

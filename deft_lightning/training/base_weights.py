@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from deft_lightning.annotations import CausalLM, Settings, State
-from deft_lightning.models import adapter_folder
+from deft_lightning.models import adapter_folder, base_causal_lm
 from deft_lightning.models.base import BASE, OWNER, check_base, completed, describe_base, left_out
 from deft_lightning.training.model_source import ModelSource
 
@@ -67,9 +67,11 @@ class BaseWeights:
 
 
 def _files(source: ModelSource) -> str | None:
-    if source.given or source.pretrained is None:
+    if source.pretrained is None or (source.given and source.quantization is None):
         return None
     adapters = adapter_folder(source.pretrained)
     name = str(source.pretrained if adapters is None else adapters.base)
+    if source.given:  # weights that are quantised come from files
+        name = str(base_causal_lm(source.pretrained).config._name_or_path)
     path = Path(name).expanduser()
     return str(path.resolve()) if path.is_dir() else name

@@ -17,7 +17,7 @@ from deft_lightning.annotations import Checkpoint, Record
 from deft_lightning.callbacks.record import record_of
 from deft_lightning.models.base import BASE
 from deft_lightning.models.base_facts import about_base
-from deft_lightning.models.card import LORA, CardFacts
+from deft_lightning.models.card import LORA, QUANTIZED, CardFacts
 from deft_lightning.models.contents import KEY
 from deft_lightning.training.card_data import facts_of_data
 from deft_lightning.training.hyper_parameters import HYPER_PARAMETERS
@@ -170,6 +170,8 @@ def _training(held: Mapping[str, Any], about: Mapping[str, Any]) -> dict[str, st
             rows["schedule"] = "none: a constant rate"
     if lora := _mapping(held.get("lora")):
         rows[LORA] = _options(lora)
+    if isinstance(held.get("quantization"), str):
+        rows[QUANTIZED] = held["quantization"]
     for name, label in NAMES.items():
         if about.get(name) is not None and about[name] is not False:
             rows[label] = str(about[name])

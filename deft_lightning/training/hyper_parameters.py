@@ -34,7 +34,7 @@ SWITCHES = ("gradient_checkpointing", "forgetting")
 PLAIN = (
     "pretrained", "architecture", "head", "head_backend", "head_sparsity", "dtype", "attention",
     "gradient_checkpointing", "compile", "on_nonfinite", "trust_remote_code", "add_tokens", "resize_vocabulary",
-    "forgetting",
+    "forgetting", "quantization", "compute_dtype",
 )  # fmt: skip
 
 

@@ -35,11 +35,24 @@ from deft_lightning.models import (
     vocabulary_digest,
 )
 from deft_lightning.models.load import Dtype, ready
+from deft_lightning.models.quantized import (
+    Quantization,
+    base_line,
+    check_installed,
+    check_quantization,
+    check_trained_whole,
+    check_unquantized,
+    quantization_of,
+)
+from deft_lightning.models.quantized_shape import settle_products
 from deft_lightning.ops import Backend
 from deft_lightning.training.head_sparsity import Sparsity, check_sparsity, sparsity_of
 from deft_lightning.training.loss import BatchLoss
 from deft_lightning.training.protocols import shards
-from deft_lightning.trust import check_attention
+from deft_lightning.trust import check_attention, read_settings
+
+# Of the products with a 4-bit base, which autocast does not reach.
+PRODUCTS = {"bf16-mixed": torch.bfloat16, "bf16-true": torch.bfloat16, "16-mixed": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -59,6 +72,8 @@ class ModelSource:
     compile: bool
     add_tokens: list[str] | None = None
     resize_vocabulary: bool = False
+    quantization: Quantization | None = None
+    compute_dtype: Dtype | None = None
 
     @classmethod
     def of(cls, settings: Record) -> Self:
@@ -71,7 +86,14 @@ class ModelSource:
             lora = adapters.agreed(lora)
         elif source.widens and lora is not None:
             lora = replace(lora, embeddings=True)  # rows that are new have to be trained
-        return replace(source, lora=lora)
+        own = quantization_of(source.pretrained) if source.given else None
+        if source.given and source.quantization not in (None, own):
+            raise UserError("quantization: the model that was given is loaded already; give its name instead")
+        quantization = own or source.quantization
+        check_quantization(quantization, source.compute_dtype, lora)
+        if quantization is not None and not source.given:
+            check_installed(f"--model.quantization {quantization}")
+        return replace(source, lora=lora, quantization=quantization)
 
     def __post_init__(self) -> None:
         """Refuse what cannot be loaded, and must not be, before data is prepared."""
@@ -94,9 +116,16 @@ class ModelSource:
                     " keeps its tokens; leave both out, or merge the adapters first"
                 )
             check_base(self.pretrained, adapters.base if adapters else self.pretrained, self._check)
+        elif self.quantization is not None:
+            raise UserError(
+                f"--model.quantization {self.quantization}: random weights have no file to quantise; name a model with"
+                " --model.pretrained"
+            )
 
     def _check(self, name: str) -> None:
-        check_pretrained(name, self.trust_remote_code, self.attention)
+        source = check_pretrained(name, self.trust_remote_code, self.attention)
+        if Path(source).is_dir():
+            check_unquantized(read_settings(source, "config.json"), name, self.quantization)
 
     @property
     def given(self) -> bool:
@@ -175,13 +204,19 @@ class ModelSource:
         if self.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if self.lora is not None and not hasattr(model, "get_base_model"):
+            check_trained_whole(model, self.lora.modules_to_save)
             model = add_adapters(model, self.lora)
         if adapters is not None:
             adapters.load_into(model)
         return model
 
     def _load(self, name: str) -> CausalLM:
-        return load_pretrained(name, self.dtype, self.attention, self.trust_remote_code)
+        model = load_pretrained(
+            name, self.dtype, self.attention, self.trust_remote_code, self.quantization, self.compute_dtype
+        )
+        if self.quantization is not None and torch.get_default_device().type != "meta":
+            rank_zero_info(base_line(model, self.quantization))
+        return model
 
     def _given(self) -> CausalLM:
         """Return the model that was given, itself; under the meta device its shapes."""
@@ -205,12 +240,16 @@ class ModelSource:
             UserError: The fused head cannot read this model's, or its layers cannot be found.
         """
         copied: Callable[[], Any] | None = None
+        check_precision(self.quantization, strategy)
         if shards(strategy):
             where = (strategy.device_mesh["data_parallel"], strategy.root_device, strategy.low_precision)
             model = build_sharded(build, *where)
             copied = partial(sharded_copy, model, build, *where)
         else:
             model = build()
+        products = PRODUCTS.get(str(getattr(getattr(strategy, "precision_plugin", None), "precision", "")))
+        if self.quantization is not None and self.compute_dtype is None and products is not None:
+            settle_products(model, products)
         seam = find_head(model, self.head_backend) if self.head == "fused" else None
         if seam is not None:
             device = "cpu" if strategy is None else strategy.root_device.type
@@ -223,6 +262,27 @@ class ModelSource:
             if loss.reference is not None and loss.reference.frozen:
                 compile_body(loss.reference.model)
         return model, loss
+
+
+def check_precision(quantization: str | None, strategy: Any) -> None:
+    """Refuse strategies and precisions that cannot hold a quantised base.
+
+    Raises:
+        UserError: Names the option to change.
+    """
+    if quantization is None:
+        return
+    if shards(strategy):
+        raise UserError(
+            f"--model.quantization {quantization}: fsdp2 shards floating-point weights alone; use --trainer.strategy"
+            " ddp, in which each device holds the quantised base"
+        )
+    precision = str(getattr(getattr(strategy, "precision_plugin", None), "precision", "32-true"))
+    if precision not in ("32-true", *PRODUCTS):
+        raise UserError(
+            f"--model.quantization {quantization}: not with --trainer.precision {precision}; use 32-true, bf16-mixed or"
+            " bf16-true"
+        )
 
 
 def check_causal_lm(model: CausalLM) -> None:

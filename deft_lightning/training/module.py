@@ -35,7 +35,7 @@ from deft_lightning.training.hyper_parameters import hyper_parameters
 from deft_lightning.training.loss import NoObjective, facts_of
 from deft_lightning.training.memory.advice import tell_memory
 from deft_lightning.training.meters import Meters
-from deft_lightning.training.model_source import ModelSource, check_vocabulary
+from deft_lightning.training.model_source import ModelSource, check_precision, check_vocabulary
 from deft_lightning.training.nonfinite import OnNonfinite
 from deft_lightning.training.normaliser import StepNormaliser
 from deft_lightning.training.optim import CosineWithWarmup, adamw
@@ -77,6 +77,9 @@ class SFTModule(LightningModule):
         trust_remote_code: Run code that the folder or hub id of the model or the tokenizer brings along.
         add_tokens: Spellings that become tokens, `'[<tool>, </tool>]'`; their rows begin at the mean of the others.
         resize_vocabulary: Give the model rows for tokens of its tokenizer that it has none for.
+        quantization: Hold the frozen base of adapters in 4 bits (`nf4`) or 8 bits (`int8`): QLoRA. Needs `lora`, and
+            the packages of `deft-lightning[qlora]`.
+        compute_dtype: Dtype of the products with a 4-bit base; default: that of a mixed precision, else `dtype`.
         forgetting: Log `forgetting/kl` with every validation: how far predictions are from those before training.
 
     Raises:
@@ -104,6 +107,8 @@ class SFTModule(LightningModule):
         add_tokens: list[str] | None = None,
         resize_vocabulary: bool = False,
         forgetting: bool = False,
+        quantization: Literal["nf4", "int8"] | None = None,
+        compute_dtype: Literal["float32", "bfloat16"] | None = None,
     ) -> None:
         given = {**locals(), "objective": (objective := as_objective(objective))}
         super().__init__()
@@ -114,8 +119,10 @@ class SFTModule(LightningModule):
         self.lora, self.dtype_name, self.attention = self.source.lora, dtype, attention
         self.gradient_checkpointing, self.generation = gradient_checkpointing, generation
         self.on_nonfinite, self.trust_remote_code, self.add_tokens = on_nonfinite, trust_remote_code, add_tokens
-        self.forgetting = forgetting
-        self.save_hyperparameters(hyper_parameters({**given, "pretrained": self.pretrained}))
+        self.forgetting, self.quantization, self.compute_dtype = forgetting, self.source.quantization, compute_dtype
+        self.save_hyperparameters(
+            hyper_parameters({**given, "pretrained": self.pretrained, "quantization": self.quantization})
+        )
         self.normaliser, self.meters, self.evaluator = StepNormaliser(on_nonfinite), Meters(), Evaluator(generation)
         self.base_weights = BaseWeights(self.source)
         self.model: Any = None
@@ -172,6 +179,7 @@ class SFTModule(LightningModule):
     def setup(self, stage: str) -> None:
         """Refuse strategies under which the head would not see its whole weight; begin the objective's course."""
         check_strategy(self.trainer.strategy)
+        check_precision(self.quantization, self.trainer.strategy)
         if stage in ("fit", "validate"):
             self.objective = by_source(self.objective, self.prompts)
         self.course.begin(self.objective, stage == "fit", self.normaliser.memory)

@@ -14,6 +14,11 @@ TIPS = (
     "💡 Tip: For seamless cloud logging and experiment tracking, try installing [litlogger]",
     "💡 Tip: For seamless cloud uploads and versioning, try installing [litmodels]",
 )
+# For every product with an 8-bit base, in every step.
+CASTS = ("MatMul8bitLt: inputs will be cast from",)
+# Of a kernel that would be fetched from the hub; products without it are exact and slower.
+KERNELS = ("Failed to load CPU gemm_4bit_forward from kernels-community",)
+LOGGERS = {LOGGER: TIPS, "bitsandbytes.autograd._functions": CASTS, "bitsandbytes.backends.cpu.ops": KERNELS}
 WARNINGS: tuple[tuple[str, type[Warning]], ...] = (
     # Loader processes do not help tokens that are in memory already.
     (r".*does not have many workers.*", Warning),
@@ -28,18 +33,27 @@ WARNINGS: tuple[tuple[str, type[Warning]], ...] = (
 )
 
 
-class NoTips(logging.Filter):
-    """Leaves the advertisements out."""
+class LeftOut(logging.Filter):
+    """Leaves known lines out.
+
+    Args:
+        lines: How they begin.
+    """
+
+    def __init__(self, lines: tuple[str, ...]) -> None:
+        super().__init__()
+        self.lines = lines
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Return whether a record is shown."""
-        return not record.getMessage().startswith(TIPS)
+        return not record.getMessage().startswith(self.lines)
 
 
 def hush() -> None:
     """Leave the known lines out from here on, in this process."""
-    logger = logging.getLogger(LOGGER)
-    if not any(isinstance(one, NoTips) for one in logger.filters):
-        logger.addFilter(NoTips())
+    for name, lines in LOGGERS.items():
+        logger = logging.getLogger(name)
+        if not any(isinstance(one, LeftOut) for one in logger.filters):
+            logger.addFilter(LeftOut(lines))
     for message, category in WARNINGS:
         warnings.filterwarnings("ignore", message=message, category=category)  # Python keeps one of each

@@ -46,6 +46,10 @@ RUNS: dict[str, dict[str, Any]] = {
     "full, checkpointing": {"gradient_checkpointing": True},
     "LoRA": {"lora": 16},
     "LoRA, checkpointing": {"lora": 16, "gradient_checkpointing": True},
+    "nf4": {"lora": 16, "quantization": "nf4"},
+    "nf4, checkpointing": {"lora": 16, "quantization": "nf4", "gradient_checkpointing": True},
+    "int8": {"lora": 16, "quantization": "int8"},
+    "int8, checkpointing": {"lora": 16, "quantization": "int8", "gradient_checkpointing": True},
 }
 LIMIT = 0.15
 # Sizes of Qwen2.5, from its published configurations.
@@ -58,6 +62,7 @@ QWEN = {
             "num_key_value_heads": 8, "vocab_size": 152_064, "tie_word_embeddings": False},
 }  # fmt: skip
 WAYS = ("full", "full, checkpointing", "`deft:model/full`", "`deft:model/lora`", "LoRA, checkpointing",
+        "LoRA, int8", "LoRA, int8, checkpointing", "LoRA, nf4", "`deft:model/qlora`",
         "`fsdp2`, 8 GPUs, checkpointing")  # fmt: skip
 GIB = 2**30
 M_MMAP_THRESHOLD = -3  # of malloc.h
@@ -96,7 +101,17 @@ def fit(size: str, run: str, precision: str) -> dict[str, Any]:
             [{"text": bytes(row).decode()} for row in letters], tokenizer_size=0, max_length=length, batch_size=rows,
             validation_fraction=0.0, cache=False,
         )  # fmt: skip
-        module = Measured(architecture={**COMMON, **SHAPES[size]}, **options)
+        if "quantization" in options:  # weights are quantised while they are read from files
+            from deft_lightning.data.encoding.tokenizer import build_tokenizer
+            from deft_lightning.models import from_architecture
+
+            written = from_architecture({**COMMON, **SHAPES[size]}, None, "float32")
+            written.save_pretrained(base := str(Path(folder) / "base"))
+            build_tokenizer(["a"], 0).save_pretrained(base)
+            del written
+            module = Measured(pretrained=base, **options)
+        else:
+            module = Measured(architecture={**COMMON, **SHAPES[size]}, **options)
         trainer = Trainer(
             max_steps=STEPS, default_root_dir=folder, accelerator="cpu", devices=1, precision=precision,
             enable_progress_bar=False, log_every_n_steps=1,
@@ -140,6 +155,7 @@ def needed(model: str, way: str) -> float:
 
     from deft_lightning.data.loading.shape import BatchShape
     from deft_lightning.models import LoRA, add_adapters
+    from deft_lightning.models.quantized_shape import quantize_shapes
     from deft_lightning.training.memory.estimate import Setup, estimate
     from deft_lightning.training.optim import adamw
 
@@ -147,7 +163,10 @@ def needed(model: str, way: str) -> float:
     config = AutoConfig.for_model("qwen2", **QWEN[model])
     with torch.device("meta"):
         built = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if lora else torch.float32).train()
-        if "checkpointing" in way or "full`" in way:
+        kind: Any = "nf4" if "nf4" in way or "qlora" in way else "int8" if "int8" in way else None
+        if kind is not None:
+            quantize_shapes(built, kind, torch.bfloat16)
+        if "checkpointing" in way or "full`" in way or "qlora" in way:
             built.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         built = add_adapters(built, LoRA()) if lora else built
     setup = Setup(adamw, "bf16-mixed", kernel="triton", device="cuda")

@@ -1,6 +1,7 @@
 """Runs of adapters on a base in files, on two ranks; as a script, one rank of all of them.
 
-``python adapters_worker.py FOLDER STRATEGY`` with LOCAL_RANK, WORLD_SIZE and MASTER_* set, as ``ranks_worker.py``.
+``python adapters_worker.py FOLDER STRATEGY [QUANTIZATION]`` with LOCAL_RANK, WORLD_SIZE and MASTER_* set, as
+``ranks_worker.py``.
 """
 
 from __future__ import annotations
@@ -73,6 +74,7 @@ def main() -> None:
     """Run every scenario as one rank."""
     root, world = Path(sys.argv[1]), int(os.environ["WORLD_SIZE"])
     torch.set_num_threads(1)
+    ADAPTERS["quantization"] = sys.argv[3] if len(sys.argv) > 3 else None
     found = {}
     for name, scenario in SCENARIOS.items():
         print(f"scenario: {name}", flush=True)

@@ -23,6 +23,7 @@ from deft_lightning.callbacks import ModelLine
 from deft_lightning.data.loading.shape import BatchShape
 from deft_lightning.models import LoRA, add_adapters, find_head
 from deft_lightning.models.fused import fused_forward
+from deft_lightning.models.load import load_pretrained
 from deft_lightning.objectives import DEFT, NLL, KLAnchor
 from deft_lightning.ops import linear_loss
 from deft_lightning.training.memory.advice import tell_memory
@@ -135,6 +136,38 @@ def test_a_real_step_holds_what_the_estimate_says(lora: bool, checkpointing: boo
     assert said.forward == pytest.approx(forward, rel=0.05)
     # Above it by what the first layer that is run backward holds more than the others: two hidden states of a batch.
     assert -0.05 <= max(said.backward, said.end) / live.peak - 1 <= 0.08
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_real_step_over_a_quantised_base_holds_what_the_estimate_says(
+    kind: Any, checkpointing: bool, tmp_path: Path
+) -> None:
+    """Beside activations the weight that is made for a product; 8-bit layers keep their inputs, whatever is asked."""
+    pytest.importorskip("bitsandbytes", reason="a quantised base needs the packages of deft-lightning[qlora]")
+    llama(5).save_pretrained(tmp_path)
+    model = load_pretrained(str(tmp_path), "float32", quantization=kind)
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model = add_adapters(model, LoRA(r=4))
+    said = count_step(model, BATCH, fused=True)
+    with torch.device("meta"):
+        shapes = load_pretrained(str(tmp_path), "float32", quantization=kind)
+        if checkpointing:
+            shapes.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        shapes = add_adapters(shapes, LoRA(r=4))
+    assert count_step(shapes, BATCH, fused=True) == said
+    assert estimate(shapes, BATCH, Setup(adamw)).weights == estimate(model, BATCH, Setup(adamw)).weights
+    seam, live = find_head(model, "torch"), LiveBytes()
+    targets = torch.full((BATCH.rows, BATCH.length), -100)
+    targets.view(-1)[: BATCH.supervised] = 1
+    inputs = {"input_ids": torch.ones(BATCH.rows, BATCH.length, dtype=torch.int64), "use_cache": False}
+    with live:
+        loss = fused_forward(model, seam, inputs, targets, NLL()).loss
+        forward = live.restart()
+        loss.backward()
+    assert said.forward == pytest.approx(forward, rel=0.05)
+    assert -0.05 <= max(said.backward, said.end) / live.peak - 1 <= 0.1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -117,6 +117,11 @@ def alternatives(module: Any, batch: BatchShape) -> Iterator[tuple[str, MemoryEs
         yield ADAPTERS, estimate_of(module, batch, **adapters)
     if adapters and checkpointing:
         yield f"{ADAPTERS} {CHECKPOINTING}", estimate_of(module, batch, **adapters, **checkpointing)
+    fits = source.pretrained is not None and not source.given and source.quantization is None
+    if fits and not (source.lora is not None and (source.lora.changes_base or source.lora.use_dora)):
+        options = {**adapters, **checkpointing, "quantization": "nf4"}
+        words = [ADAPTERS if adapters else "", "--model.quantization nf4", CHECKPOINTING if checkpointing else ""]
+        yield " ".join(filter(None, words)), estimate_of(module, batch, **options)
 
 
 def start_line(need: MemoryEstimate, batch: BatchShape, room: int | None) -> str:

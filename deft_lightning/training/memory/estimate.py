@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from deft_lightning.annotations import CausalLM
 from deft_lightning.data.loading.shape import BatchShape
 from deft_lightning.models import layers_of
+from deft_lightning.models.quantized import scales
 from deft_lightning.training.memory.fake_step import count_step
 from deft_lightning.training.memory.optimizer import OptimizerBytes, optimizer_bytes
 from deft_lightning.training.optimizers import groups_of
@@ -102,7 +103,7 @@ def estimate(model: CausalLM, batch: BatchShape, setup: Setup) -> MemoryEstimate
         raise ValueError(f"--trainer.precision {setup.precision}")
     dtype, autocast = PRECISIONS[setup.precision]
     shares = setup.ranks if setup.sharded else 1
-    weights = _bytes((*model.parameters(), *model.buffers()), dtype)
+    weights = _bytes((*model.parameters(), *model.buffers()), dtype) + _bytes(scales(model), None)
     trained = _bytes((weight for weight in model.parameters() if weight.requires_grad), dtype)
     compute = dtype
     if setup.sharded and autocast is not None:  # weights are gathered in it, in place of autocast

@@ -17,6 +17,8 @@ from deft_lightning.annotations import CausalLM
 from deft_lightning.data.loading.shape import BatchShape
 from deft_lightning.models import find_head
 from deft_lightning.models.fused import hidden_states
+from deft_lightning.models.quantized import quantization_of, quantized_layers
+from deft_lightning.models.quantized_shape import shapes_of_layers
 from deft_lightning.models.shard import layers_of
 from deft_lightning.ops.dense import BLOCK_CPU, dense_stats
 from deft_lightning.training.memory.head import HeadBytes, HeadShape, head_bytes
@@ -52,7 +54,7 @@ def fake_copy(model: CausalLM, mode: FakeTensorMode, layers: int, dtype: torch.d
         layers: How many layers it gets.
         dtype: Of floating-point weights; None for those of the model.
     """
-    stack = layers_of(model)
+    stack, quantization = layers_of(model), quantization_of(model)
     dropped = {id(weight) for layer in stack[layers:] for weight in layer.parameters()}
     memo: dict[int, Any] = {}
     with mode:
@@ -63,8 +65,14 @@ def fake_copy(model: CausalLM, mode: FakeTensorMode, layers: int, dtype: torch.d
             empty = torch.empty(tensor.shape, dtype=kind)
             own = isinstance(tensor, nn.Parameter)
             memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if own else empty
+    for _, layer in quantized_layers(model):  # scales beside the weights, which are not looked at
+        memo |= {id(one): one for one in (getattr(layer, "state", None), getattr(layer, "quant_state", None)) if one}
     memo[id(stack)] = nn.ModuleList(copy.deepcopy(layer, memo) for layer in stack[:layers])
-    return copy.deepcopy(model, memo)
+    small = copy.deepcopy(model, memo)
+    if quantization is not None:
+        with mode:
+            shapes_of_layers(small, quantization)
+    return small
 
 
 def count_step(

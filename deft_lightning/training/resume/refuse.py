@@ -74,6 +74,7 @@ def refuse(path: str | Path, trainer: Trainer, module: Any) -> None:
         )
     _refuse_limits(path, held, trainer)
     _refuse_adapters(path, about(held).get("lora"), getattr(module, "lora", None))
+    _refuse_quantization(path, about(held).get("quantization"), getattr(module, "quantization", None))
     before = known_settings(held)
     asked = getattr(module, "add_tokens", None)
     if before.get("model.add_tokens", asked) != asked:
@@ -129,6 +130,14 @@ def _refuse_adapters(path: str | Path, before: Any, lora: Any) -> None:
                 f"--model.lora.{name} {shown(new)}: {path} was trained with {shown(old)}, and cannot be resumed with"
                 " another one"
             )
+
+
+def _refuse_quantization(path: str | Path, before: Any, now: str | None) -> None:
+    old = before.get("kind") if isinstance(before, dict) else None
+    if old != now:
+        had = "is not quantised" if old is None else f"is quantised to {old}"
+        way = "leave --model.quantization out" if old is None else f"set --model.quantization {old}"
+        raise UserError(f"--model.quantization {shown(now)}: the base of the adapters in {path} {had}; {way}")
 
 
 def _scale(lora: Settings, name: str) -> Any:
