@@ -44,7 +44,8 @@ def merged(model: CausalLM, way: Merge) -> CausalLM:
     """Return a copy of a model, in host memory, with its adapters merged into its weights.
 
     A quantised base is dequantised first: it is what the adapters were trained on. The sum is made in float32; in the
-    dtype of the base it is rounded once, and the share of the update that rounding has lost is told: ``|rounded - exact| / |exact - base|`` over all weights that the adapters change.
+    dtype of the base it is rounded once, and the share of the update that rounding has lost is told:
+    ``|rounded - exact| / |exact - base|`` over all weights that the adapters change.
 
     Args:
         model: With adapters; stays as it is.
