@@ -79,7 +79,7 @@ class SFTModule(LightningModule):
         resize_vocabulary: Give the model rows for tokens of its tokenizer that it has none for.
         quantization: Hold the frozen base of adapters in 4 bits (`nf4`) or 8 bits (`int8`): QLoRA. Needs `lora`, and
             the packages of `deft-lightning[qlora]`.
-        compute_dtype: Dtype of the products with a 4-bit base; default: that of a mixed precision, else `dtype`.
+        compute_dtype: Dtype of the products with a 4-bit base; default: the dtype of a mixed precision, else `dtype`.
         forgetting: Log `forgetting/kl` with every validation: how far predictions are from those before training.
 
     Raises:

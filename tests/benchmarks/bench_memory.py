@@ -90,6 +90,7 @@ def fit(size: str, run: str, precision: str) -> dict[str, Any]:
                 Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # VmHWM begins anew
                 found["before"] = status("VmRSS")
             super().configure_model()
+            found.setdefault("loaded", status("VmHWM") - found["before"])  # pages of files that are read count too
             found["estimate"] = vars(estimate_of(self, self.prompts.largest_batch))
 
     (rows, length), options = BATCHES[size], dict(RUNS[run])
@@ -145,7 +146,7 @@ def measure(size: str, run: str, precision: str) -> dict[str, Any]:
         "size": size, "run": run, "precision": precision, "rows": rows, "length": length,
         "estimate": found["estimate"], "estimated_GiB": found["estimate"]["peak"] / GIB,
         "measured_GiB": found["peak"] / GIB, "ratio": found["estimate"]["peak"] / found["peak"],
-        "seconds": found["seconds"],
+        "loaded_GiB": found["loaded"] / GIB, "seconds": found["seconds"],
     }  # fmt: skip
 
 
