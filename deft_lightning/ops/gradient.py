@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from deft_lightning.functional import accumulation_dtype
+from deft_lightning.tokens import accumulation_dtype
 
 # Elements of a block of rows of dW. On the CPU the product of a block is added to the sum while it is still in cache:
 # 2,000 to 8,000 rows of 896 were within 5 % of each other on one thread, 16,000 took half as long again.
