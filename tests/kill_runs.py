@@ -105,7 +105,7 @@ def kill_and_go_on(
         seed: Of the moments.
         longest: Seconds after its start that a run is killed at the latest; every second one is killed up to 50 ms
             after it has begun to write a checkpoint.
-        asynchronous: Whether checkpoints are written while training goes on.
+        asynchronous: Whether checkpoints are written while training continues.
     """
     draw = random.Random(seed)
     rows = ({"question": f"{i} + {i * 7}", "answer": str(8 * i) * (1 + i % 3)} for i in range(90))
