@@ -23,7 +23,7 @@ class Checkpoint(FinalCheckpoint):
         mode: Whether a smaller (min) or larger (max) value of `monitor` is better.
         dirpath: Folder; default: `checkpoints` in the run's log folder.
         save_weights_only: Save only weights; such a checkpoint cannot be resumed.
-        asynchronous: Copy the state, and write it while training continues; one at a time, and a fit waits for the last.
+        asynchronous: Copy the state, and write it while training continues; one at a time. A fit waits for it.
 
     Raises:
         UserError: Sharded checkpoints are asynchronous, or one could not be written.
