@@ -16,14 +16,14 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 
 from deft_lightning.annotations import CausalLM, Checkpoint, Record, Settings, State, Tokenizer
 from deft_lightning.config_sizes import check_sizes
-from deft_lightning.errors import UserError
+from deft_lightning.errors import UserError, reason_of
 from deft_lightning.hashing import key
 from deft_lightning.models.base import BASE, COPIED, OWNER, check_base, completed, frozen_entries
 from deft_lightning.models.contents import DTYPES, KEY, is_inside, pickled, problem
 from deft_lightning.models.head import base_causal_lm
-from deft_lightning.models.load import load_pretrained, ready
+from deft_lightning.models.load import load_base, ready
 from deft_lightning.models.lora import LoRA, add_adapters
-from deft_lightning.models.quantized import check_installed, describe_quantization
+from deft_lightning.models.quantized import describe_quantization
 from deft_lightning.models.seal import DIGESTS, Damaged, check_folder, check_sealed, has_end, is_sealed, unbounded
 from deft_lightning.models.shares import METADATA, SHARED, read_weights
 from deft_lightning.models.sizes import check_memory
@@ -212,8 +212,7 @@ def model_from_checkpoint(checkpoint: Checkpoint, base: str | None = None) -> tu
     except UserError:
         raise
     except Exception as error:  # configs and layers refuse what they do not like with any kind of exception
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"--ckpt_path: the checkpoint's model cannot be built: {reason}") from None
+        raise UserError(f"--ckpt_path: the checkpoint's model cannot be built: {reason_of(error)}") from None
     return model, tokenizer_from_checkpoint(checkpoint), list(about["stop_token_ids"])
 
 
@@ -242,11 +241,7 @@ def _adapted(about: Settings, weights: Mapping[str, Any], base: str) -> CausalLM
     from transformers import GenerationConfig
 
     try:
-        held = about.get("quantization", {})
-        if held:
-            check_installed(f"the checkpoint, whose base was quantised to {held['kind']},")
-        compute = held.get("compute_dtype")
-        model = load_pretrained(base, about["dtype"], quantization=held.get("kind"), compute_dtype=compute)
+        model = load_base(base, about)
     except UserError as error:
         raise UserError(
             f"--ckpt_path: the checkpoint holds adapters of {base!r}, which cannot be loaded: {error}; if it "
@@ -301,5 +296,4 @@ def tokenizer_from_checkpoint(checkpoint: Checkpoint) -> Tokenizer | None:
         except UserError:
             raise
         except Exception as error:  # half surrogates, a file that is a folder too; tokenizers raise a bare Exception
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise UserError(f"--ckpt_path: the checkpoint's tokenizer cannot be loaded: {reason}") from None
+            raise UserError(f"--ckpt_path: the checkpoint's tokenizer cannot be loaded: {reason_of(error)}") from None

@@ -16,6 +16,7 @@ from deft_lightning.errors import UserError, did_you_mean, reason_of
 from deft_lightning.models.contents import DTYPES
 from deft_lightning.models.quantized import (
     Quantization,
+    base_line,
     check_installed,
     check_unquantized,
     quantization_config,
@@ -100,6 +101,7 @@ def load_pretrained(
         model = ready(_with_weights(name, source, options))
         if quantization is not None:
             settle_layers(model, name)
+            rank_zero_info(base_line(model, quantization))
         return model
     except UserError:
         raise
@@ -107,6 +109,20 @@ def load_pretrained(
         reason = damaged(weight_files(source, settings.get("transformers_weights")))
         reason = reason or reason_of(error)
         raise UserError(f"{name}: cannot load the model: {reason} (--model.pretrained)") from None
+
+
+def load_base(name: str, about: Settings) -> CausalLM:
+    """Load the base of a checkpoint's adapters in the dtype that it had in training, quantised if it was.
+
+    Args:
+        name: Folder or hub id.
+        about: What the checkpoint says of itself.
+    """
+    held = about.get("quantization", {})
+    if held:
+        check_installed(f"the checkpoint, whose base was quantised to {held['kind']},")
+    compute = held.get("compute_dtype")
+    return load_pretrained(name, about["dtype"], quantization=held.get("kind"), compute_dtype=compute)
 
 
 def _with_weights(name: str, source: str, options: Settings) -> CausalLM:

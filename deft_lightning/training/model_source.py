@@ -32,27 +32,22 @@ from deft_lightning.models import (
     router_loss_factor,
     shapes_of,
     sharded_copy,
-    vocabulary_digest,
 )
 from deft_lightning.models.load import Dtype, ready
 from deft_lightning.models.quantized import (
     Quantization,
-    base_line,
     check_installed,
     check_quantization,
     check_trained_whole,
     check_unquantized,
     quantization_of,
 )
-from deft_lightning.models.quantized_shape import settle_products
 from deft_lightning.ops import Backend
 from deft_lightning.training.head_sparsity import Sparsity, check_sparsity, sparsity_of
 from deft_lightning.training.loss import BatchLoss
+from deft_lightning.training.model_checks import check_base, check_causal_lm, check_precision, check_tokens, compute_as
 from deft_lightning.training.protocols import shards
 from deft_lightning.trust import check_attention, read_settings
-
-# Of the products with a 4-bit base, which autocast does not reach.
-PRODUCTS = {"bf16-mixed": torch.bfloat16, "bf16-true": torch.bfloat16, "16-mixed": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -123,8 +118,7 @@ class ModelSource:
             )
 
     def _check(self, name: str) -> None:
-        source = check_pretrained(name, self.trust_remote_code, self.attention)
-        if Path(source).is_dir():
+        if Path(source := check_pretrained(name, self.trust_remote_code, self.attention)).is_dir():
             check_unquantized(read_settings(source, "config.json"), name, self.quantization)
 
     @property
@@ -211,12 +205,9 @@ class ModelSource:
         return model
 
     def _load(self, name: str) -> CausalLM:
-        model = load_pretrained(
+        return load_pretrained(
             name, self.dtype, self.attention, self.trust_remote_code, self.quantization, self.compute_dtype
         )
-        if self.quantization is not None and torch.get_default_device().type != "meta":
-            rank_zero_info(base_line(model, self.quantization))
-        return model
 
     def _given(self) -> CausalLM:
         """Return the model that was given, itself; under the meta device its shapes."""
@@ -247,9 +238,7 @@ class ModelSource:
             copied = partial(sharded_copy, model, build, *where)
         else:
             model = build()
-        products = PRODUCTS.get(str(getattr(getattr(strategy, "precision_plugin", None), "precision", "")))
-        if self.quantization is not None and self.compute_dtype is None and products is not None:
-            settle_products(model, products)
+        compute_as(model, strategy, self.compute_dtype)
         seam = find_head(model, self.head_backend) if self.head == "fused" else None
         if seam is not None:
             device = "cpu" if strategy is None else strategy.root_device.type
@@ -262,82 +251,3 @@ class ModelSource:
             if loss.reference is not None and loss.reference.frozen:
                 compile_body(loss.reference.model)
         return model, loss
-
-
-def check_precision(quantization: str | None, strategy: Any) -> None:
-    """Refuse strategies and precisions that cannot hold a quantised base.
-
-    Raises:
-        UserError: Names the option to change.
-    """
-    if quantization is None:
-        return
-    if shards(strategy):
-        raise UserError(
-            f"--model.quantization {quantization}: fsdp2 shards floating-point weights alone; use --trainer.strategy"
-            " ddp, in which each device holds the quantised base"
-        )
-    precision = str(getattr(getattr(strategy, "precision_plugin", None), "precision", "32-true"))
-    if precision not in ("32-true", *PRODUCTS):
-        raise UserError(
-            f"--model.quantization {quantization}: not with --trainer.precision {precision}; use 32-true, bf16-mixed or"
-            " bf16-true"
-        )
-
-
-def check_causal_lm(model: CausalLM) -> None:
-    """Refuse an object that is no causal language model of transformers, with adapters or without.
-
-    Raises:
-        UserError: It is something else.
-    """
-    from transformers import PreTrainedModel
-
-    causal = base_causal_lm(model)
-    if not isinstance(causal, PreTrainedModel) or causal.get_output_embeddings() is None:
-        raise UserError(
-            f"pretrained: {type(model).__name__} is neither the name of a model nor a causal language model of"
-            " transformers"
-        )
-
-
-def check_base(pretrained: str, base: str, use: Callable[[str], Any]) -> Any:
-    """Return what is made of a model's name; of a base that adapters name, an error says whose base it is.
-
-    Raises:
-        UserError: It cannot be used.
-    """
-    try:
-        return use(base)
-    except UserError as error:
-        if base == pretrained:
-            raise
-        raise UserError(f"{pretrained}: holds adapters of {base!r}, which cannot be loaded: {error}") from None
-
-
-def check_tokens(tokens: object) -> None:
-    """Refuse tokens to add that are no list of spellings.
-
-    Raises:
-        UserError: Names the option.
-    """
-    fine = isinstance(tokens, list | tuple) and all(isinstance(token, str) and token.strip() for token in tokens)
-    if tokens is not None and not fine:
-        raise UserError(f"--model.add_tokens must be a list of texts, such as '[<tool>, </tool>]', not {tokens!r}")
-
-
-def check_vocabulary(tokenizer: Tokenizer | None, digest: str | None) -> None:
-    """Refuse another tokenizer than the one a checkpoint was trained with.
-
-    Args:
-        tokenizer: Of the data, None without any.
-        digest: Of the checkpoint's, None where it is not known.
-
-    Raises:
-        UserError: They differ.
-    """
-    if tokenizer is not None and digest is not None and digest != vocabulary_digest(tokenizer):
-        raise UserError(
-            "the tokenizer is not the one the checkpoint was trained with: a tokenizer built from the data changes"
-            " with --data.source and its split; name one with --data.tokenizer, for example the run's export folder"
-        )

@@ -35,7 +35,8 @@ from deft_lightning.training.hyper_parameters import hyper_parameters
 from deft_lightning.training.loss import NoObjective, facts_of
 from deft_lightning.training.memory.advice import tell_memory
 from deft_lightning.training.meters import Meters
-from deft_lightning.training.model_source import ModelSource, check_precision, check_vocabulary
+from deft_lightning.training.model_checks import check_precision, check_vocabulary
+from deft_lightning.training.model_source import ModelSource
 from deft_lightning.training.nonfinite import OnNonfinite
 from deft_lightning.training.normaliser import StepNormaliser
 from deft_lightning.training.optim import CosineWithWarmup, adamw

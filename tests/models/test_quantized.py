@@ -30,7 +30,7 @@ from deft_lightning.models.quantized import (
 )
 from deft_lightning.objectives import DEFT, KLAnchor
 from deft_lightning.training.fsdp2 import FSDP2Strategy
-from deft_lightning.training.model_source import check_precision
+from deft_lightning.training.model_checks import check_precision
 
 pytest.importorskip("bitsandbytes", reason="a quantised base needs the packages of deft-lightning[qlora]")
 pytest.importorskip("accelerate", reason="a quantised base needs the packages of deft-lightning[qlora]")
