@@ -24,7 +24,9 @@ def statistics_of(id: str, count: int) -> tuple[TokenStats, Tensor, Tensor]:
     noise = (torch.rand(count, generator=generator) < 0.3).long()
     clean = torch.where(torch.rand(count, generator=generator) < 0.5, first, other[1])
     # Through float64, whose formula no kernel changes.
-    stats = token_stats(logits.double(), labels).map(lambda field: field.float() if field.is_floating_point() else field)
+    stats = token_stats(logits.double(), labels).map(
+        lambda field: field.float() if field.is_floating_point() else field
+    )
     return stats, noise, torch.where(noise > 0, clean, labels)
 
 

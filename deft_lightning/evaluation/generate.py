@@ -27,7 +27,7 @@ class Generation:
         samples: Completions per prompt; more than one needs a temperature.
         seed: Seed of the sampling. What is drawn depends on it, the example id, the number of the sample and the place
             of the token alone: not on the batch, its order, or the ranks.
-        backend: `transformers`, or `vllm` where it is installed: one GPU, and samples differ from the default's.
+        backend: `transformers`, or `vllm` on one GPU, whose samples differ.
     """
 
     max_new_tokens: int = 256

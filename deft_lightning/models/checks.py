@@ -147,7 +147,7 @@ def check_head(model: CausalLM, seam: HeadSeam, input_ids: Tensor, objective: Ca
     low = low or torch.is_autocast_enabled(input_ids.device.type)
     # A few roundings of either; a log-probability and an entropy are off by twice what a logit is.
     allowed = (2e-2 if low else 1e-3) * 2 * max(1.0, _largest(own))
-    wanted = token_stats(own[0], few[0, 1:])
+    wanted = token_stats(own[0].double(), few[0, 1:])  # in float64 no kernel of the head has a part in it
     pairs = [(fused.stats.log_prob, wanted.log_prob), (fused.stats.entropy, wanted.entropy)]
     worst = max(float((a - b).abs().max()) for a, b in pairs)
     if not worst <= allowed:
@@ -190,8 +190,8 @@ def _constant(tensor: Tensor) -> Tensor:
 
 
 def _transformed(seam: HeadSeam, product: Tensor) -> Tensor:
-    """Return the logits of a product, in float32."""
-    z = product.float() * seam.logit_scale
+    """Return the logits of a product, in float64."""
+    z = product.double() * seam.logit_scale
     return seam.softcap * torch.tanh(z / seam.softcap) if seam.softcap else z
 
 
@@ -222,6 +222,7 @@ def _gradient_error(
         if adapter is not None:
             z = z + torch.nn.functional.linear(*adapter).to(z.dtype)
         beside = None if reference is None else torch.nn.functional.linear(*reference[:3])
+        # In float64 from here on, where no kernel of the head has a part in it.
         z, beside = _transformed(seam, z), None if beside is None else _transformed(seam, beside)
         stats = token_stats(z, targets, topk=int(getattr(objective, "topk", 0)), reference_logits=beside)
         (dense,) = torch.autograd.grad(objective(stats.within(context)).sum(), leaf)

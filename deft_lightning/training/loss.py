@@ -25,6 +25,7 @@ from deft_lightning.models.unprompted import UnpromptedReader
 from deft_lightning.objectives import Needs, Objective
 from deft_lightning.objectives.context import ContextSource
 from deft_lightning.ops import ColumnSparsity
+from deft_lightning.training.batch_checks import check_places, check_weight, places_of
 
 
 class NoObjective(NamedTuple):
@@ -144,7 +145,7 @@ class BatchLoss:
         # A callable of statistics with `topk`: all that the head asks of an objective.
         objective: Any = current if instead is None else instead
         targets = batch["labels"][:, 1:]
-        keep, places = targets != IGNORE_INDEX, _places(batch)
+        keep, places = targets != IGNORE_INDEX, places_of(batch)
         batch = self._asked(batch, complete=instead is None)
         context = self.context(batch, complete=instead is None)
         predictions = self.context.prediction_sum if torch.is_grad_enabled() else None
@@ -219,7 +220,7 @@ class BatchLoss:
         """Refuse a batch or a model with which the objective would not be what trains."""
         if "token_weight" in batch:
             check_weight(batch["token_weight"], batch["labels"])
-        _check_places(batch)
+        check_places(batch)
         mask, input_ids = batch.get("attention_mask"), batch["input_ids"]
         if mask is not None and bool((mask.diff(dim=1) > 0).any()):
             raise UserError("the batch is left-padded: training wants right padding (padding_side='right')")
@@ -230,42 +231,6 @@ class BatchLoss:
             check_packing(self.model, few)
         if self.seam is not None:
             check_head(self.model, self.seam, few, current)
-
-
-def _places(batch: dict[str, Any]) -> Tensor | None:
-    """Return the places of the labels that count, where the batch says them; on a CPU a look at them costs nothing."""
-    if batch["labels"].device.type == "cpu":
-        _check_places(batch)
-    places: Tensor | None = batch.get("supervised_at")
-    return places
-
-
-def _check_places(batch: dict[str, Any]) -> None:
-    """Refuse places that are not those of the labels, as where somebody changes labels of a batch that is made.
-
-    Raises:
-        UserError: They are not.
-    """
-    labels, places = batch["labels"], batch.get("supervised_at")
-    if places is None:
-        return
-    learnt = labels != IGNORE_INDEX
-    learnt[:, 0] = False
-    if not torch.equal(learnt.flatten().nonzero().squeeze(1), places):
-        raise UserError(
-            "supervised_at of the batch is not where its labels are: leave it out, or change it with labels"
-        )
-
-
-def check_weight(weight: Tensor, labels: Tensor, values: bool = True) -> None:
-    """Refuse weights that are none; a look at their values is one that CUDA waits for.
-
-    Raises:
-        UserError: There is not one for each label, or, where ``values`` count, one is not finite or below 0.
-    """
-    fits = weight.shape == labels.shape
-    if not fits or (values and not bool((torch.isfinite(weight) & (weight >= 0)).all())):
-        raise UserError("token_weight of the batch: want finite numbers of at least 0, one for each label")
 
 
 class TokenFacts(TypedDict, total=False):

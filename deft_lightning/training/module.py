@@ -66,8 +66,7 @@ class SFTModule(LightningModule):
         scheduler: Called with the optimizer; stepped each optimizer step. `null` is a constant rate.
         head: `fused` never holds the logits of a batch; `dense` uses the model's own.
         head_backend: Row kernel of the fused head: `triton` (CUDA), `torch`, or `auto`, Triton where it runs.
-        head_sparsity: Share of the norm of the gradient of the logits that the fused head may leave out, by columns:
-            a number, `off`, or `auto`, 2^-11 on a CPU where the vocabulary has 16,384 entries or more.
+        head_sparsity: `off`, `auto`, or the share of the logits' gradient that may be left out.
         lora: Train low-rank adapters only; `--model.lora.r 16` switches them on.
         dtype: Dtype the weights are loaded in. For bf16 with float32 weights use `--trainer.precision bf16-mixed`.
         attention: transformers' `attn_implementation` (sdpa, eager, flash_attention_2); default: its choice.
@@ -80,7 +79,7 @@ class SFTModule(LightningModule):
         resize_vocabulary: Give the model rows for tokens of its tokenizer that it has none for.
         quantization: Hold the frozen base of adapters in 4 bits (`nf4`) or 8 bits (`int8`): QLoRA. Needs `lora`, and
             the packages of `deft-lightning[qlora]`.
-        compute_dtype: Dtype of the products with a 4-bit base; default: the dtype of a mixed precision, else `dtype`.
+        compute_dtype: Dtype of the products with a 4-bit base; default: by the precision.
         forgetting: Log `forgetting/kl` with every validation: how far predictions are from those before training.
 
     Raises:

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from deft_lightning.functional import IGNORE_INDEX
 from deft_lightning.objectives import Tracked
+from deft_lightning.training.batch_checks import check_weight
 from deft_lightning.training.distributed import gradients_of, local, ranks, whole
-from deft_lightning.training.loss import StepOutput, check_weight
+from deft_lightning.training.loss import StepOutput
 from deft_lightning.training.nonfinite import NonfiniteGuard, OnNonfinite, SkippedStep
 from deft_lightning.training.totals import StepTotals
 

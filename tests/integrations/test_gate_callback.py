@@ -197,7 +197,8 @@ def test_a_stream_is_not_counted_but_its_counts_can_be_given(tmp_path: Path) -> 
     streamed = run(compute_loss_func(objective, label_counts=torch.bincount(labels)))
     counted = trained(tmp_path, compute_loss_func(objective), GateCallback())
     for one, other in zip(streamed.model.parameters(), counted.model.parameters(), strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+        # Sums of other batches of rows in memory are rounded differently, which Adam scales up.
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
     sampled = Contaminated(chance="unigram", answer_chance=None)
     with pytest.warns(UserWarning, match=r"noise rates begin at 0.01: a stream has no sample of its answers"):
         entry = run(compute_loss_func(sampled, label_counts=torch.bincount(labels))).state.log_history[0]
