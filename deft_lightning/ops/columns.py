@@ -26,8 +26,6 @@ from deft_lightning.errors import UserError
 from deft_lightning.ops.float16 import multiply
 from deft_lightning.ops.gradient import WeightGradient
 
-__all__ = ["AUTO_TOLERANCE", "AUTO_VOCABULARY", "ColumnSparsity", "ColumnSums", "KeptColumns"]
-
 # On real hidden states dX is then off by half of what rounding its factors to bfloat16 costs, and dW by a sixth.
 AUTO_TOLERANCE = 2.0**-11
 # Below, the products are too small for the gain to show.
