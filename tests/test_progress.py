@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from deft_lightning.data import progress as module
+from deft_lightning import progress as module
 
 
 def test_off_a_terminal_a_line_now_and_then_says_how_far_it_is(
