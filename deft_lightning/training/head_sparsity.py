@@ -12,7 +12,7 @@ from deft_lightning.models import HeadSeam
 from deft_lightning.ops import ColumnSparsity
 from deft_lightning.ops.columns import AUTO_TOLERANCE, AUTO_VOCABULARY
 
-Sparsity = float | Literal["off", "auto"]
+Sparsity = float | Literal["off", "auto", False]  # YAML reads `off` as false
 OPTION = "--model.head_sparsity"
 
 

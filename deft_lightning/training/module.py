@@ -110,6 +110,7 @@ class SFTModule(LightningModule):
         quantization: Literal["nf4", "int8"] | None = None,
         compute_dtype: Literal["float32", "bfloat16"] | None = None,
     ) -> None:
+        head_sparsity = "off" if head_sparsity is False else head_sparsity
         given = {**locals(), "objective": (objective := as_objective(objective))}
         super().__init__()
         self.source = ModelSource.of(given)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from worlds import noise_models
 
+from deft_lightning import SFTModule
 from deft_lightning.errors import UserError
 from deft_lightning.functional import TokenStats
 from deft_lightning.objectives import DEFT, NLL, Cayley, KLAnchor, Objective, known_objectives
@@ -217,3 +218,18 @@ def test_beside_a_reference_the_whole_gradient_is_taken() -> None:
 def test_a_tolerance_that_is_none(tolerance: float) -> None:
     with pytest.raises(UserError, match="above 0 and below 1"):
         ColumnSparsity(tolerance)
+
+
+# --- the option -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 1.0, True, "on", None])
+def test_an_option_that_is_none_is_named(sparsity: Any) -> None:
+    with pytest.raises(UserError, match=r"--model.head_sparsity must be off, auto, or a tolerance"):
+        SFTModule(architecture={"model_type": "llama"}, head_sparsity=sparsity)
+
+
+@pytest.mark.parametrize("sparsity", ["off", False])
+def test_off_is_off_also_as_yaml_reads_it(sparsity: Any) -> None:
+    module = SFTModule(architecture={"model_type": "llama"}, head_sparsity=sparsity)
+    assert module.hparams["head_sparsity"] == module.source.head_sparsity == "off"
