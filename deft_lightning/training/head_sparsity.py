@@ -12,7 +12,7 @@ from deft_lightning.models import HeadSeam
 from deft_lightning.ops import ColumnSparsity
 from deft_lightning.ops.columns import AUTO_TOLERANCE, AUTO_VOCABULARY
 
-Sparsity = float | Literal["off", "auto", False]  # YAML reads `off` as false
+Sparsity = float | Literal["off", "auto"] | bool  # YAML reads `off` as false
 OPTION = "--model.head_sparsity"
 
 
@@ -27,8 +27,8 @@ def check_sparsity(sparsity: object) -> None:
         raise UserError(f"{OPTION} must be off, auto, or a tolerance above 0 and below 1, not {sparsity!r}")
 
 
-def sparsity_of(setting: Sparsity, seam: HeadSeam, device: str, reference: bool) -> ColumnSparsity | None:
-    """Return what the head of a run is asked to leave out; a line says so where it is something.
+def sparsity_of(setting: Sparsity, seam: HeadSeam, device: str, anchored: bool) -> ColumnSparsity | None:
+    """Return what the head of a run is asked to leave out, None for nothing.
 
     `auto` leaves columns out on a CPU, where a vocabulary is large enough for that to be faster.
 
@@ -36,22 +36,25 @@ def sparsity_of(setting: Sparsity, seam: HeadSeam, device: str, reference: bool)
         setting: The option.
         seam: The head.
         device: ``cpu`` or ``cuda``.
-        reference: Whether predictions are compared with those of another model: the whole gradient is taken then.
+        anchored: Whether training compares predictions with those of another model: the whole gradient is taken then.
     """
     vocabulary = seam.projection.weight.shape[0]
     if setting == "off":
         return None
-    if reference:
+    if anchored:
         if setting != "auto":
             rank_zero_info(f"{OPTION} {setting:g} is not used: beside a reference model the whole gradient is taken")
         return None
     if setting == "auto" and (device != "cpu" or vocabulary < AUTO_VOCABULARY):
         return None
-    found = ColumnSparsity(AUTO_TOLERANCE if setting == "auto" else float(setting))
-    rank_zero_info(
-        f"head: leaves columns of the gradient out, up to {found.tolerance:.2%} of its norm ({OPTION} off: none)"
-    )
-    return found
+    return ColumnSparsity(AUTO_TOLERANCE if setting == "auto" else float(setting))
+
+
+def tell_head(sparsity: ColumnSparsity | None) -> None:
+    """Say that a training leaves columns out, where it does."""
+    if sparsity is not None:
+        share = f"{sparsity.tolerance:.2%}"
+        rank_zero_info(f"head: leaves columns of the gradient out, up to {share} of its norm ({OPTION} off: none)")
 
 
 def log_head(log: Callable[..., Any], sparsity: ColumnSparsity | None) -> None:
@@ -63,7 +66,6 @@ def log_head(log: Callable[..., Any], sparsity: ColumnSparsity | None) -> None:
     """
     if sparsity is None:
         return
-    found = sparsity.taken()
-    # Every rank logs both, whatever its tokens: a collective is waited for by all.
-    log("head/kept_columns", found.get("head/kept_columns", 1.0), sync_dist=True)
-    log("head/dropped", found.get("head/dropped", 0.0), sync_dist=True, reduce_fx="max")
+    kept, bound = sparsity.taken()
+    log("head/kept_columns", kept, sync_dist=True)
+    log("head/dropped", bound, sync_dist=True, reduce_fx="max")

@@ -30,7 +30,7 @@ from deft_lightning.training.course import Course
 from deft_lightning.training.distributed import ranks
 from deft_lightning.training.first_rates import begin_rates
 from deft_lightning.training.gradient_hooks import shows_gradients
-from deft_lightning.training.head_sparsity import Sparsity
+from deft_lightning.training.head_sparsity import Sparsity, tell_head
 from deft_lightning.training.hyper_parameters import hyper_parameters
 from deft_lightning.training.loss import NoObjective, facts_of
 from deft_lightning.training.memory.advice import tell_memory
@@ -191,7 +191,8 @@ class SFTModule(LightningModule):
             trainer = trainer_of(self)
             compared = (self.objective.needs.reference or self.forgetting) and computes_loss(trainer)
             strategy = getattr(trainer, "strategy", None)
-            self.model, self.batch_loss = self.source.place(self._build, strategy, compared)
+            anchored = self.objective.needs.reference
+            self.model, self.batch_loss = self.source.place(self._build, strategy, compared, anchored)
             self.batch_loss.forgetting, self.meters.sparsity = self.forgetting, self.batch_loss.sparsity
         before, self.batch_loss.context = (
             self.batch_loss.context,
@@ -230,6 +231,7 @@ class SFTModule(LightningModule):
 
     def on_fit_start(self) -> None:
         """Put the sums where the tokens are; forget the micro-batches of a fit that was interrupted."""
+        tell_head(self.meters.sparsity)
         self.meters.to(self.device)
         self.normaliser.forget()
         settle_unprompted(self, self.prompts)

@@ -122,7 +122,7 @@ def measure(inputs: Inputs, name: str, dtype: torch.dtype, rounds: int) -> dict[
     del by_logits
     return {
         "ratios": ratios,
-        **sparsity.taken(),
+        **sparsity.taken()._asdict(),
         "error": {kind: [error(g, w) for g, w in zip(pair, (by_hidden, by_weight), strict=True)]
                   for kind, pair in found.items()},
         "bfloat16": [error(rounded @ weight, by_hidden), error(rounded.T @ hidden, by_weight)],
@@ -160,8 +160,8 @@ def main() -> None:
                     errors = [
                         ", ".join(f"{e:.2%}" for e in pair) for pair in (row["error"]["columns"], row["bfloat16"])
                     ]
-                    cells = [kind, tokens, dtype, name, *spans, f"{row['head/kept_columns']:.3f}"]
-                    cells += [f"{row['head/dropped']:.2%}", *errors]
+                    cells = [kind, tokens, dtype, name, *spans, f"{row['kept']:.3f}"]
+                    cells += [f"{row['bound']:.2%}", *errors]
                     print(f"| {' | '.join(map(str, cells))} |", flush=True)
     if args.output:
         args.output.write_text(json.dumps({"shape": shape, "machine": where, "rows": results}, indent=1) + "\n")

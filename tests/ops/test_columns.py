@@ -13,12 +13,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from worlds import noise_models
 
-from deft_lightning import SFTModule
 from deft_lightning.errors import UserError
 from deft_lightning.functional import TokenStats
 from deft_lightning.objectives import DEFT, NLL, Cayley, KLAnchor, Objective, known_objectives
 from deft_lightning.ops import ColumnSparsity, linear_loss
-from deft_lightning.ops.columns import ROWS_TELL, ColumnSums, KeptColumns
+from deft_lightning.ops.columns import ROWS_TELL, ColumnSums, KeptColumns, LeftOut
 
 OBJECTIVES: list[Objective] = [
     *(cls() for cls in known_objectives().values() if cls.__module__.startswith("deft_lightning.")),
@@ -84,13 +83,13 @@ def test_what_is_logged_bounds_the_error_of_the_gradient_and_of_both_products(
     found = chosen(full, targets, sparsity, signs, block)
     logged = sparsity.taken()
     if found is None:
-        assert logged == {"head/kept_columns": 1.0, "head/dropped": 0.0}
+        assert logged == LeftOut(1.0, 0.0)
         return
-    assert logged["head/kept_columns"] == pytest.approx(len(found.kept) / vocabulary)
+    assert logged.kept == pytest.approx(len(found.kept) / vocabulary)
     generator = torch.Generator().manual_seed(seed + 1)
     weight = torch.randn(vocabulary, 7, generator=generator, dtype=torch.float64)
     rows = torch.randn(n, 7, generator=generator, dtype=torch.float64)
-    allowed = logged["head/dropped"] * full.norm() * (1 + 1e-9) + 1e-14
+    allowed = logged.bound * full.norm() * (1 + 1e-9) + 1e-14
     assert (as_one(found, full) - full).norm() <= allowed
     left_out = full.clone()
     left_out[:, found.kept] = 0
@@ -121,7 +120,7 @@ def test_flat_predictions_are_seen_from_their_first_rows_and_taken_as_a_whole() 
 def test_a_gradient_of_nothing_and_one_that_is_not_finite() -> None:
     full, targets = gradient(4, 60, seed=0)
     found = chosen(0 * full, targets, sparsity := ColumnSparsity(0.01), signs=False, block=4)
-    assert found is not None and not as_one(found, full).any() and sparsity.taken()["head/dropped"] == 0
+    assert found is not None and not as_one(found, full).any() and sparsity.taken().bound == 0
     full[1, 5] = torch.nan
     found = chosen(full, targets, ColumnSparsity(0.01), signs=False, block=4)
     assert found is None or bool(as_one(found, full).isnan().any())
@@ -153,9 +152,9 @@ def test_gradients_stay_within_the_tolerance_of_the_float64_ones(objective: Obje
     assert found.loss == differentiate(fused_loss(objective), case).loss
     logged = sparsity.taken()
     if objective.needs.reference:
-        assert not logged
+        assert logged == LeftOut(1.0, 0.0)
     else:
-        assert 0 < logged["head/kept_columns"] <= 1 and logged["head/dropped"] <= 2 * 2**-9
+        assert 0 < logged.kept <= 1 and logged.bound <= 2 * 2**-9
     for name, gradient, exact in zip(wanted._fields[1:], found[1:], wanted[1:], strict=True):
         if exact is not None:
             assert relative_error(gradient, exact) <= (1e-9 if objective.needs.reference else 0.02), name
@@ -167,15 +166,15 @@ def test_columns_are_left_out_in_the_cases_above() -> None:
     case = sparse_case(60, seed=60)
     differentiate(fused_loss(DEFT()), leaving_out(case, sparsity))
     logged = sparsity.taken()
-    assert logged["head/kept_columns"] < 0.4 and logged["head/dropped"] > 0
-    assert sparsity.taken() == {}
+    assert logged.kept < 0.4 and logged.bound > 0
+    assert sparsity.taken() == LeftOut(1.0, 0.0)
 
 
 def test_gates_of_either_sign() -> None:
     case = sparse_case(60, seed=1)
     wanted, sparsity = differentiate(dense_loss(Uphill()), case), ColumnSparsity(2**-9)
     found = differentiate(fused_loss(Uphill()), leaving_out(case, sparsity))
-    assert sparsity.taken()["head/kept_columns"] < 0.4
+    assert sparsity.taken().kept < 0.4
     assert relative_error(found.hidden, wanted.hidden) < 0.02 and relative_error(found.weight, wanted.weight) < 0.02
 
 
@@ -196,7 +195,7 @@ def test_a_low_rank_update_and_other_dtypes(dtype: torch.dtype) -> None:
     wanted, whole = run(torch.float64, None), run(dtype, None)
     sparsity = ColumnSparsity(2**-9)
     found = run(dtype, sparsity)
-    assert sparsity.taken()["head/kept_columns"] < 0.4
+    assert sparsity.taken().kept < 0.4
     for exact, dense, sparse in zip(wanted, whole, found, strict=True):
         assert (sparse - exact).norm() <= (dense - exact).norm() + 0.02 * exact.norm()
 
@@ -211,25 +210,10 @@ def test_flat_predictions_give_what_they_gave() -> None:
 def test_beside_a_reference_the_whole_gradient_is_taken() -> None:
     case, sparsity = sparse_case(40, seed=5), ColumnSparsity(2**-5)
     differentiate(fused_loss(KLAnchor(DEFT(), 0.1)), leaving_out(case, sparsity))
-    assert sparsity.taken() == {}
+    assert sparsity.taken() == LeftOut(1.0, 0.0)
 
 
 @pytest.mark.parametrize("tolerance", [0.0, 1.0, -1e-3, float("nan")])
 def test_a_tolerance_that_is_none(tolerance: float) -> None:
     with pytest.raises(UserError, match="above 0 and below 1"):
         ColumnSparsity(tolerance)
-
-
-# --- the option -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("sparsity", [0.0, 1.0, True, "on", None])
-def test_an_option_that_is_none_is_named(sparsity: Any) -> None:
-    with pytest.raises(UserError, match=r"--model.head_sparsity must be off, auto, or a tolerance"):
-        SFTModule(architecture={"model_type": "llama"}, head_sparsity=sparsity)
-
-
-@pytest.mark.parametrize("sparsity", ["off", False])
-def test_off_is_off_also_as_yaml_reads_it(sparsity: Any) -> None:
-    module = SFTModule(architecture={"model_type": "llama"}, head_sparsity=sparsity)
-    assert module.hparams["head_sparsity"] == module.source.head_sparsity == "off"
