@@ -27,7 +27,7 @@ def check_sparsity(sparsity: object) -> None:
         raise UserError(f"{OPTION} must be off, auto, or a tolerance above 0 and below 1, not {sparsity!r}")
 
 
-def sparsity_of(setting: Sparsity, seam: HeadSeam, device: str, anchored: bool) -> ColumnSparsity | None:
+def sparsity_of(setting: Sparsity, seam: HeadSeam, device: str) -> ColumnSparsity | None:
     """Return what the head of a run is asked to leave out, None for nothing.
 
     `auto` leaves columns out on a CPU, where a vocabulary is large enough for that to be faster.
@@ -36,23 +36,23 @@ def sparsity_of(setting: Sparsity, seam: HeadSeam, device: str, anchored: bool) 
         setting: The option.
         seam: The head.
         device: ``cpu`` or ``cuda``.
-        anchored: Whether training compares predictions with those of another model: the whole gradient is taken then.
     """
-    vocabulary = seam.projection.weight.shape[0]
-    if setting == "off":
-        return None
-    if anchored:
-        if setting != "auto":
-            rank_zero_info(f"{OPTION} {setting:g} is not used: beside a reference model the whole gradient is taken")
-        return None
-    if setting == "auto" and (device != "cpu" or vocabulary < AUTO_VOCABULARY):
+    small = seam.projection.weight.shape[0] < AUTO_VOCABULARY
+    if setting == "off" or (setting == "auto" and (device != "cpu" or small)):
         return None
     return ColumnSparsity(AUTO_TOLERANCE if setting == "auto" else float(setting))
 
 
-def tell_head(sparsity: ColumnSparsity | None) -> None:
-    """Say that a training leaves columns out, where it does."""
-    if sparsity is not None:
+def tell_head(sparsity: ColumnSparsity | None, anchored: bool) -> None:
+    """Say that a training leaves columns out, or why it does not.
+
+    Args:
+        sparsity: Of the head; None where nothing was to be left out.
+        anchored: Whether the objective compares predictions with those of a reference model.
+    """
+    if sparsity is not None and anchored:
+        rank_zero_info(f"{OPTION} is not used: beside a reference model the whole gradient is taken")
+    elif sparsity is not None:
         share = f"{sparsity.tolerance:.2%}"
         rank_zero_info(f"head: leaves columns of the gradient out, up to {share} of its norm ({OPTION} off: none)")
 

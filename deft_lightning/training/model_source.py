@@ -219,16 +219,13 @@ class ModelSource:
         # Not a copy: rank 0 has put the adapters that a run adds into the model itself.
         return ready(type(causal)(copy.deepcopy(causal.config)).to(causal.dtype))
 
-    def place(
-        self, build: Callable[[], Any], strategy: Any | None, reference: bool = False, anchored: bool = False
-    ) -> tuple[Any, BatchLoss]:
+    def place(self, build: Callable[[], Any], strategy: Any | None, reference: bool = False) -> tuple[Any, BatchLoss]:
         """Return the model where a strategy wants it, and what makes a loss of it.
 
         Args:
             build: Builds the model, :meth:`build` with the data's tokenizer; called under the meta device as well.
             strategy: Of the trainer; None without one.
             reference: Whether predictions will be compared with those of the model as it is now.
-            anchored: Whether training compares them, not a measurement alone.
 
         Raises:
             UserError: The fused head cannot read this model's, or its layers cannot be found.
@@ -245,7 +242,7 @@ class ModelSource:
         seam = find_head(model, self.head_backend) if self.head == "fused" else None
         if seam is not None:
             device = "cpu" if strategy is None else strategy.root_device.type
-            seam = replace(seam, sparsity=sparsity_of(self.head_sparsity, seam, device, anchored))
+            seam = replace(seam, sparsity=sparsity_of(self.head_sparsity, seam, device))
         loss = BatchLoss(model, seam, router_loss_factor(model))
         if reference:
             loss.reference = make_reference(model, seam, copied)

@@ -191,8 +191,7 @@ class SFTModule(LightningModule):
             trainer = trainer_of(self)
             compared = (self.objective.needs.reference or self.forgetting) and computes_loss(trainer)
             strategy = getattr(trainer, "strategy", None)
-            anchored = self.objective.needs.reference
-            self.model, self.batch_loss = self.source.place(self._build, strategy, compared, anchored)
+            self.model, self.batch_loss = self.source.place(self._build, strategy, compared)
             self.batch_loss.forgetting, self.meters.sparsity = self.forgetting, self.batch_loss.sparsity
         before, self.batch_loss.context = (
             self.batch_loss.context,
@@ -231,7 +230,7 @@ class SFTModule(LightningModule):
 
     def on_fit_start(self) -> None:
         """Put the sums where the tokens are; forget the micro-batches of a fit that was interrupted."""
-        tell_head(self.meters.sparsity)
+        tell_head(self.meters.sparsity, self.objective.needs.reference)
         self.meters.to(self.device)
         self.normaliser.forget()
         settle_unprompted(self, self.prompts)
