@@ -72,7 +72,7 @@ def _refuse_second_order() -> None:
     # torch's own once_differentiable says nothing where the loss itself is differentiated: a penalty on the gradient
     # would be left out without a word.
     if torch.is_grad_enabled():
-        raise RuntimeError("the fused head cannot be differentiated twice (create_graph): use token_loss on logits")
+        raise RuntimeError("the fused head cannot be differentiated twice (create_graph)")
 
 
 def _log_prob(stats: TokenStats) -> Tensor:
