@@ -10,15 +10,39 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
-from worlds import random_context
+from worlds import noise_models, random_context
 
 from deft_lightning.functional import TokenContext, TokenStats
-from deft_lightning.objectives import Needs, Objective
+from deft_lightning.objectives import (
+    DEFT,
+    EAFT,
+    BySource,
+    Cayley,
+    Contaminated,
+    Likelihood,
+    Needs,
+    Objective,
+    Truncated,
+    Tsallis,
+    known_objectives,
+)
 from deft_lightning.ops import ReferenceHead
 from deft_lightning.ops.backend import Backend
 from deft_lightning.ops.linear import linear_loss
 
 FP32 = 5e-5  # of the largest entry
+# All that the package has, and settings of them that take another way through a head.
+OBJECTIVES: list[Objective] = [
+    *(cls() for cls in known_objectives().values() if cls.__module__.startswith("deft_lightning.")),
+    Tsallis(q=1.5),
+    Cayley(floor=0.5),
+    DEFT(eps=1e-6),
+    EAFT(k=3, normalizer="none"),
+    *noise_models(),
+    BySource(base=Contaminated(), own={"a": Cayley(floor=0.5), "b": Contaminated(level="answer")}),
+    Truncated(threshold=0.05, keep="below", base=Likelihood(), normalize_by="kept"),
+    Truncated(threshold=0.05, base=Cayley(floor=0.5)),
+]
 
 
 class Problem(NamedTuple):

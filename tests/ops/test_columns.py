@@ -7,23 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from dense import Problem, dense_loss, differentiate, fused_loss, problem, relative_error
+from dense import OBJECTIVES, Problem, dense_loss, differentiate, fused_loss, problem, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from worlds import noise_models
 
 from deft_lightning.errors import UserError
 from deft_lightning.functional import TokenStats
-from deft_lightning.objectives import DEFT, NLL, Cayley, KLAnchor, Objective, known_objectives
+from deft_lightning.objectives import DEFT, NLL, KLAnchor, Objective
 from deft_lightning.ops import ColumnSparsity, linear_loss
 from deft_lightning.ops.columns import ROWS_TELL, ColumnSums, KeptColumns, LeftOut
 
-OBJECTIVES: list[Objective] = [
-    *(cls() for cls in known_objectives().values() if cls.__module__.startswith("deft_lightning.")),
-    Cayley(floor=0.5),
-    *noise_models(),
-]
 every_objective = pytest.mark.parametrize("objective", OBJECTIVES, ids=repr)
 quick = settings(deadline=None, max_examples=60, derandomize=True)
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from dense import (
     FP32,
+    OBJECTIVES,
     Problem,
     Result,
     assert_close,
@@ -28,7 +29,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from worlds import noise_models
 
 from deft_lightning.errors import UserError
 from deft_lightning.functional import TokenStats
@@ -36,30 +36,14 @@ from deft_lightning.objectives import (
     DEFT,
     EAFT,
     NLL,
-    BySource,
     Cayley,
-    Contaminated,
-    Likelihood,
     Objective,
-    Truncated,
     Tsallis,
-    known_objectives,
 )
 from deft_lightning.ops import plan
 from deft_lightning.ops.linear import linear_loss, linear_token_stats
 from deft_lightning.ops.torch_rows import Transform
 
-OBJECTIVES: list[Objective] = [
-    *(cls() for cls in known_objectives().values() if cls.__module__.startswith("deft_lightning.")),
-    Tsallis(q=1.5),
-    Cayley(floor=0.5),
-    DEFT(eps=1e-6),
-    EAFT(k=3, normalizer="none"),
-    *noise_models(),
-    BySource(base=Contaminated(), own={"a": Cayley(floor=0.5), "b": Contaminated(level="answer")}),
-    Truncated(threshold=0.05, keep="below", base=Likelihood(), normalize_by="kept"),
-    Truncated(threshold=0.05, base=Cayley(floor=0.5)),
-]
 every_objective = pytest.mark.parametrize("objective", OBJECTIVES, ids=repr)
 quick = settings(deadline=None, max_examples=50, derandomize=True)
 

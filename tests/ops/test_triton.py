@@ -40,7 +40,7 @@ from torch import Tensor
 from deft_lightning.errors import UserError
 from deft_lightning.functional import TokenStats
 from deft_lightning.objectives import DEFT, EAFT, NLL, Cayley, Objective, known_objectives
-from deft_lightning.ops import backend, plan
+from deft_lightning.ops import ColumnSparsity, backend, plan
 from deft_lightning.ops.backend import choose_kernel
 from deft_lightning.ops.linear import linear_loss, linear_token_stats
 from deft_lightning.ops.torch_rows import Transform
@@ -308,6 +308,16 @@ class TestInterpreted:
         case = problem(9, 37, seed=2, masked=0.0, bias=True, weighted=True)
         wanted = differentiate(dense_loss(objective), case)
         assert_close(differentiate(triton_loss(objective), case.to(torch.float32)), wanted, FP32)
+
+    @pytest.mark.parametrize("options", [{}, {"softcap": 60.0}], ids=["plain", "softcap"])
+    def test_columns_left_out_stay_within_the_bound_that_is_told(self, options: dict[str, Any]) -> None:
+        case = problem(20, 600, dim=24, scale=14.0, masked=0.0, seed=3, **options)
+        sparsity = ColumnSparsity(2**-9)
+        left_out = case._replace(options={**case.options, "sparsity": sparsity}).to(torch.float32)
+        found, wanted = differentiate(triton_loss(DEFT()), left_out), differentiate(dense_loss(DEFT()), case)
+        told = sparsity.taken()
+        assert told.kept < 0.5 and 0 < told.bound <= 2 * 2**-9
+        assert relative_error(found.hidden, wanted.hidden) < 0.02 and relative_error(found.weight, wanted.weight) < 0.02
 
     @settings(deadline=None, max_examples=40, derandomize=True)
     @given(
