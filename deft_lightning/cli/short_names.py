@@ -1,4 +1,4 @@
-"""Names of optimizers and schedules without their module: torch's come first."""
+"""Names of optimizers without their module: torch's come first."""
 
 from __future__ import annotations
 
@@ -10,15 +10,14 @@ from typing import Any
 import torch
 from jsonargparse import _typehints
 
-MODULES = (torch.optim, torch.optim.lr_scheduler)
-
 
 @contextmanager
 def torch_first() -> Iterator[None]:
-    """Let a name that several classes have mean torch's.
+    """Let a name that several optimizers have mean torch's.
 
     Other packages bring optimizers of the same names, bitsandbytes for one, and peft imports them: whether a name is
-    ambiguous would depend on what else is installed.
+    ambiguous would depend on what else is installed. Schedules are not meant: Lightning's ReduceLROnPlateau takes a
+    metric to watch and torch's does not, so that name stays refused with both.
     """
     before = _typehints.resolve_class_path_by_name
 
@@ -26,10 +25,9 @@ def torch_first() -> Iterator[None]:
         try:
             return before(cls, name)
         except ValueError:  # several classes
-            for module in MODULES:
-                own = getattr(module, name, None)
-                if isclass(own) and isclass(cls) and issubclass(own, cls):
-                    return f"{module.__name__}.{name}"
+            own = getattr(torch.optim, name, None)
+            if isclass(own) and isclass(cls) and issubclass(own, cls):
+                return f"torch.optim.{name}"
             raise
 
     _typehints.resolve_class_path_by_name = resolve
