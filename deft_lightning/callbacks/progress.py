@@ -15,7 +15,7 @@ from deft_lightning.callbacks.pace import Pace, clock_time, gibibytes, over_rank
 from deft_lightning.errors import UserError
 
 Style = Literal["auto", "bar", "lines"]
-EVERY = 30.0  # seconds between two lines of a long validation, test or prediction
+EVERY = 30.0  # seconds between two lines of a long validation, test or prediction, and of steps that are not logged
 SHORT = {"train/loss": "loss", "train/nll": "nll", "val/nll": "val_nll", "noise/estimated": "noise"}
 VALIDATED = ("val/nll", "val/token_accuracy", "val_noisy/nll", "forgetting/kl")
 
@@ -25,8 +25,8 @@ class SFTProgressBar(TQDMProgressBar):
 
     Steps are optimizer steps of the whole run, also under gradient accumulation and after a resume. Lines are written
     by rank 0 to standard output: one for each logged step (`--trainer.log_every_n_steps`), one for each validation, one
-    each half minute of a long validation or test. Tokens are those of all ranks in lines and of this rank behind the
-    bar, without padding. `noise` is the estimated share of wrong answers.
+    each half minute of a long validation or test, and of steps that are not logged. Tokens are those of all ranks in
+    lines and of this rank behind the bar, without padding. `noise` is the estimated share of wrong answers.
 
     Args:
         refresh_rate: Optimizer steps between updates of the bar; None is 1.
@@ -81,12 +81,14 @@ class SFTProgressBar(TQDMProgressBar):
     ) -> None:
         """Count; the number of tokens is a plain one in the batch, so nothing waits for the device."""
         self.pace.batch(trainer, batch)
-        if is_accumulating(trainer):
-            return
         if self.lines:
-            if is_logging_step(trainer):
+            if not is_accumulating(trainer) and is_logging_step(trainer):
                 rate = over_ranks(trainer, pl_module, self.pace.rate())
                 self._waiting = self._numbers(trainer, pl_module, rate)
+            elif time.perf_counter() - self._mark >= EVERY:
+                self._tell(trainer, "  ".join([_place(self.pace.step, self._total), *self._time_left(trainer)]))
+            return
+        if is_accumulating(trainer):
             return
         if time.perf_counter() - self._mark > 1.0:
             self._rate, self._mark = self.pace.rate(), time.perf_counter()
@@ -160,11 +162,14 @@ class SFTProgressBar(TQDMProgressBar):
         return shown
 
     def _numbers(self, trainer: Trainer, module: LightningModule, rate: float) -> str:
-        memory, left = peak_memory(module), self.pace.left(trainer, self._total)
+        memory = peak_memory(module)
         parts = [f"{rate:,.0f} tokens/s"]
         parts += [] if memory is None else [f"peak {gibibytes(memory)}"]
-        parts += [] if left is None else [f"ETA {clock_time(left)}"]
-        return "  ".join(parts)
+        return "  ".join(parts + self._time_left(trainer))
+
+    def _time_left(self, trainer: Trainer) -> list[str]:
+        left = self.pace.left(trainer, self._total)
+        return [] if left is None else [f"ETA {clock_time(left)}"]
 
     def _write_waiting(self, trainer: Trainer) -> None:
         if self._waiting is None:
@@ -188,7 +193,6 @@ class SFTProgressBar(TQDMProgressBar):
         now = time.perf_counter()
         if not self.lines or now - self._mark < EVERY:
             return
-        self._mark = now
         total = sum(sizes)
         if total == float("inf"):
             self._tell(trainer, f"{what}: {self._done} batches")
@@ -197,6 +201,7 @@ class SFTProgressBar(TQDMProgressBar):
         self._tell(trainer, f"{what}: {self._done} of {total:.0f} batches  ETA {clock_time(left)}")
 
     def _tell(self, trainer: Trainer, line: str) -> None:
+        self._mark = time.perf_counter()
         if trainer.is_global_zero:
             sys.stdout.write(f"{line}\n")
             sys.stdout.flush()

@@ -1,12 +1,15 @@
 """Lines of libraries that say nothing to whoever trains: exactly these are left out, and nothing else.
 
-Each is the beginning of a known text. What is not in these lists is shown.
+Each is the beginning of a known text. What is not in these lists is shown. A warning of this package is its text,
+without the file and line that Python puts before it: it is about a run and not about code.
 """
 
 from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Callable
+from pathlib import Path
 
 LOGGER = "lightning.pytorch.utilities.rank_zero"  # what Lightning's information goes through
 # Advertisements for services, at the start of every run.
@@ -49,8 +52,31 @@ class LeftOut(logging.Filter):
         return not record.getMessage().startswith(self.lines)
 
 
+class PlainWarnings:
+    """Writes a warning of this package as ``warning: text``, and any other as it was written before.
+
+    Args:
+        others: Formats those, as ``warnings.formatwarning``.
+    """
+
+    HOME = Path(__file__).resolve().parents[1]
+
+    def __init__(self, others: Callable[..., str]) -> None:
+        self.others = others
+
+    def __call__(
+        self, message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+    ) -> str:
+        """Return what is written."""
+        if self.HOME in Path(filename).resolve().parents:
+            return f"warning: {message}\n"
+        return self.others(message, category, filename, lineno, line)
+
+
 def hush() -> None:
-    """Leave the known lines out from here on, in this process."""
+    """Leave the known lines out from here on, in this process, and the places before warnings of this package."""
+    if not isinstance(warnings.formatwarning, PlainWarnings):
+        warnings.formatwarning = PlainWarnings(warnings.formatwarning)
     for name, lines in LOGGERS.items():
         logger = logging.getLogger(name)
         if not any(isinstance(one, LeftOut) for one in logger.filters):

@@ -187,6 +187,20 @@ def test_a_long_validation_says_how_far_it_is(
     assert lines == [("1", "2"), ("2", "2")] * 2
 
 
+@pytest.mark.slow
+def test_long_steps_that_are_not_logged_say_how_far_the_run_is(
+    source: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit(source, tmp_path / "quick", SFTProgressBar(), max_steps=4)
+    assert "step 1/4" not in capsys.readouterr().out
+    monkeypatch.setattr(progress_module, "EVERY", 0.0)
+    fit(source, tmp_path / "slow", SFTProgressBar(), max_steps=4, accumulate_grad_batches=2)
+    out = capsys.readouterr().out
+    # Within the first step nothing is known of the time; within the others it is.
+    assert re.findall(r"^step (\d)/4(?:  ETA [\d:]+)?$", out, re.MULTILINE) == ["0", "1", "1", "2", "3", "3"]
+    assert [line["step"] for line in matches(STEP, out)] == ["2", "4"]
+
+
 def test_other_ranks_say_nothing(source: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bar = SFTProgressBar()
     bar._tell(SimpleNamespace(is_global_zero=False), "step 1/2")  # type: ignore[arg-type]

@@ -53,11 +53,22 @@ def test_advertisements_are_left_out_and_all_else_of_that_logger_is_shown(caplog
 
 
 def test_it_is_set_up_once() -> None:
+    def state() -> tuple[object, ...]:
+        return len(warnings.filters), len(logging.getLogger(LOGGER).filters), warnings.formatwarning
+
     with warnings.catch_warnings():
         hush()
-        before = len(warnings.filters), len(logging.getLogger(LOGGER).filters)
+        before = state()
         hush()
-        assert (len(warnings.filters), len(logging.getLogger(LOGGER).filters)) == before
+        assert state() == before
+
+
+def test_a_warning_of_this_package_is_written_without_its_place() -> None:
+    hush()
+    ours = str(ROOT / "deft_lightning" / "data" / "announce.py")
+    assert warnings.formatwarning("rows.jsonl: 3 rows", UserWarning, ours, 54) == "warning: rows.jsonl: 3 rows\n"
+    theirs = warnings.formatwarning("deprecated", UserWarning, str(ROOT / "my_lightning" / "model.py"), 7)
+    assert "model.py:7: " in theirs and "deprecated" in theirs
 
 
 def test_libraries_still_write_what_is_left_out() -> None:
