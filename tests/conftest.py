@@ -29,6 +29,7 @@ LONG = (
     "callbacks/test_stop.py", "training/test_checkpoints.py", "evaluation/test_adversarial.py", "test_saved.py",
     "evaluation/test_grader_bounds.py", "data/loading/test_order_resume.py", "cli/test_lost_rank.py",
     "training/test_module.py", "data/sources/test_long_rows.py", "fuzz/test_fuzz.py", "test_wheel.py",
+    "test_first_hour.py",
 )  # fmt: skip
 
 

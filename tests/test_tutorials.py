@@ -6,13 +6,13 @@ import copy
 import json
 import re
 import runpy
-import shlex
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from page_commands import blocks, commands
 from worlds import ROOT
 
 from deft_lightning.cli import run as command_line
@@ -23,17 +23,11 @@ PAGE = (TUTORIALS / "first_noisy_file.md").read_text(encoding="utf-8")
 NOTEBOOK = ROOT / "docs" / "tutorials" / "wrong_answers.ipynb"
 
 
-def commands(page: str) -> list[list[str]]:
-    """Return the words behind ``python -m deft_lightning`` of each command."""
-    blocks = re.findall(r"```bash\n(.*?)```", page, flags=re.DOTALL)
-    return [shlex.split(block.replace("\\\n", " "))[3:] for block in blocks]
-
-
 def test_a_first_noisy_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "make_rows.py").write_text(re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)[0])
+    (tmp_path / "make_rows.py").write_text(blocks(PAGE, "python")[0])
     made = runpy.run_path("make_rows.py")
     probe, *fits = commands(PAGE)
     monkeypatch.setattr("sys.argv", ["deft-lightning", *probe])
@@ -51,19 +45,14 @@ def test_a_first_noisy_file(
     assert len(fits) == 3
 
 
-def block(page: str, kind: str) -> str:
-    """Return the first block of a page in a language."""
-    return re.findall(rf"```{kind}\n(.*?)```", page, flags=re.DOTALL)[0]
-
-
 def test_an_objective_of_ones_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     page = (TUTORIALS / "own_objective.md").read_text(encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "trust.py").write_text(block(page, "python"))
+    (tmp_path / "trust.py").write_text(blocks(page, "python")[0])
     # Of 60 steps a few, on a tenth of the rows: the numbers of the page take longer than a test may.
-    settings = block(page, "yaml")
+    settings = blocks(page, "yaml")[0]
     for long, short in (("steps: 60", "steps: 4"), ("rows: 1500", "rows: 150"), ("held_out: 100", "held_out: 10")):
         assert long in settings
         settings = settings.replace(long, short)
@@ -82,9 +71,15 @@ def test_an_objective_of_ones_own(
     assert (tmp_path / "compared" / "bars.png").stat().st_size > 1000
 
 
+@pytest.mark.parametrize("page", [*TUTORIALS.glob("*.md"), ROOT / "docs" / "quickstart.md"], ids=lambda page: page.stem)
+def test_a_tutorial_ends_with_what_to_read_next(page: Path) -> None:
+    last = page.read_text(encoding="utf-8").rpartition("\n## ")[2]
+    assert last.startswith("Next\n") and len(re.findall(r"\]\([\w./]+", last)) >= 3
+
+
 def test_two_devices(tmp_path: Path) -> None:
     page = (TUTORIALS / "two_gpus.md").read_text(encoding="utf-8")
-    (tmp_path / "make_rows.py").write_text(block(page, "python"))
+    (tmp_path / "make_rows.py").write_text(blocks(page, "python")[0])
     subprocess.run([sys.executable, "make_rows.py"], cwd=tmp_path, check=True)
     said = []
     for words in commands(page):
