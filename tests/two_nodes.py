@@ -75,7 +75,8 @@ def fit(home: Path, root: Path, steps: int, ranks: int, *more: str) -> list[str]
             "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
         }),
         "--model.optimizer.lr", "1e-3", "--model.scheduler", "null", "--trainer.accelerator", "cpu",
-        "--trainer.max_steps", str(steps), "--trainer.logger", "false", "--trainer.enable_progress_bar", "false", "--after_fit.export", "false",
+        "--trainer.max_steps", str(steps), "--trainer.logger", "false", "--trainer.enable_progress_bar", "false",
+        "--after_fit.export", "false",
         "--checkpoint.every_n_train_steps", "2", "--checkpoint.dirpath", str(home), *more,
     ]  # fmt: skip
 
@@ -112,9 +113,14 @@ def members(node: int) -> list[int]:
     return [int(word) for word in listed.stdout.split()]
 
 
+def step_of(file: Path) -> int:
+    """Return the optimizer step of a checkpoint."""
+    return int(file.stem.removeprefix("step="))
+
+
 def weights(home: Path) -> dict[str, torch.Tensor]:
-    """Return the weights of the last checkpoint of a folder."""
-    state: dict[str, Any] = torch.load(home / "last.ckpt", weights_only=True)
+    """Return the weights of the latest checkpoint of a folder: beside that of a killed run, `last.ckpt` is its own."""
+    state: dict[str, Any] = torch.load(max(home.glob("step=*.ckpt"), key=step_of), weights_only=True)
     return dict(state["state_dict"])
 
 
@@ -145,7 +151,7 @@ def lose_a_node(root: Path, steps: int, options: list[str]) -> tuple[float, str,
     seconds = time.monotonic() - killed
     assert code != 0, "a node that has lost the other one cannot have trained to the end"
     nodes[1].wait()
-    left = max(int(file.stem.removeprefix("step=")) for file in home.glob("step=*.ckpt"))
+    left = max(map(step_of, home.glob("step=*.ckpt")))
     said = [line for line in (home / "node0.log").read_text(errors="replace").splitlines() if line.startswith("error:")]
     return seconds, said[-1] if said else "", left
 
