@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import os
 import re
@@ -13,6 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from worlds import ROOT
 
 pytestmark = [
@@ -114,3 +117,75 @@ def test_data_of_the_package_are_in_it(installed: Installed) -> None:
     assert {path.name for path in page.iterdir()} == {
         path.name for path in (ROOT / "deft_lightning" / "probe" / "page" / "web").iterdir()
     }
+
+
+def needed_by(name: str) -> set[str]:
+    """Return the distributions that one needs on this machine, itself included."""
+    found, todo = set[str](), [name]
+    while todo:
+        one = canonicalize_name(todo.pop())
+        if one in found:
+            continue
+        found.add(one)
+        wanted = map(Requirement, importlib.metadata.requires(one) or [])
+        todo += [want.name for want in wanted if want.marker is None or want.marker.evaluate({"extra": ""})]
+    return found
+
+
+@pytest.fixture(scope="module")
+def torch_alone(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of packages: torch, what it needs, and the wheel without what that needs."""
+    folder = tmp_path_factory.mktemp("alone")
+    for name in needed_by("torch"):
+        for top in {Path(file).parts[0] for file in importlib.metadata.files(name) or []}:
+            own = Path(sysconfig.get_path("purelib")) / top
+            if top not in ("..", "__pycache__") and own.exists() and not (folder / top).exists():
+                (folder / top).symlink_to(own)
+    zipfile.ZipFile(wheel).extractall(folder)
+    return folder
+
+
+ALONE = """
+import importlib.util
+import torch
+from deft_lightning.functional import token_loss
+from deft_lightning.integrations import compute_loss_func
+from deft_lightning.objectives import DEFT, Floored
+from deft_lightning.ops import linear_loss
+
+others = ("lightning", "transformers", "datasets", "peft", "numpy")
+assert not [name for name in others if importlib.util.find_spec(name)]
+torch.manual_seed(0)
+hidden, weight = torch.randn(6, 8, requires_grad=True), torch.randn(32, 8, requires_grad=True)
+labels = torch.tensor([3, 1, -100, 7, 0, 31])
+fused, _ = linear_loss(hidden, weight, labels, DEFT())
+logits = (hidden @ weight.T).detach().requires_grad_()
+dense = token_loss(logits, labels, DEFT()).sum()
+torch.testing.assert_close(fused, dense)
+
+class Outputs(dict):
+    logits = logits.detach()[None].requires_grad_()
+
+loss = compute_loss_func(Floored(base=DEFT(), floor=0.3))(Outputs(logits=Outputs.logits), labels[None])
+loss.backward()
+print("all of it ran")
+"""
+
+
+def test_objectives_functions_and_losses_for_other_trainers_need_torch_alone(torch_alone: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "VIRTUAL_ENV"}
+    environment["PYTHONPATH"] = str(torch_alone)
+    call = [sys.executable, "-S", "-c", ALONE]
+    done = subprocess.run(call, capture_output=True, text=True, env=environment, timeout=120, cwd=torch_alone)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip() == "all of it ran"
+
+
+def test_training_without_its_packages_ends_in_one_line(torch_alone: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "VIRTUAL_ENV"}
+    environment["PYTHONPATH"] = str(torch_alone)
+    call = [sys.executable, "-S", "-m", "deft_lightning", "fit", "--config", "deft:quickstart"]
+    done = subprocess.run(call, capture_output=True, text=True, env=environment, timeout=120, cwd=torch_alone)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1, done.stderr[-2000:]
+    assert "pip install deft-lightning" in done.stderr

@@ -60,6 +60,8 @@ def explain(error: BaseException) -> str | None:
         return text
     if is_lost_rank(error):
         return RANKS.line()
+    if isinstance(error, ModuleNotFoundError) and error.name and "." not in error.name:
+        return f"the package {error.name} is not installed: pip install deft-lightning brings all that training needs"
     if isinstance(error, RuntimeError) and (match := WORKER.search(str(error))):
         how = f" ({match[1].strip()})" if match[1] else ""
         return (

@@ -15,7 +15,7 @@ from deft_lightning.cli.config_files import MODE, bounded
 from deft_lightning.cli.help import WHOLE, short_help
 from deft_lightning.cli.messages import one_line
 from deft_lightning.cli.shipped import resolved
-from deft_lightning.cli.short_names import torch_first
+from deft_lightning.cli.short_names import named_classes
 from deft_lightning.cli.verbs import PROGRAM, VERBS
 from deft_lightning.data import known_noise
 from deft_lightning.errors import UserError
@@ -60,7 +60,7 @@ class DeftParser(LightningArgumentParser):
             DeftParser.whole = WHOLE in given
         given = ["--help" if word == WHOLE else word for word in given]
         try:
-            with bounded(), torch_first():
+            with bounded(), named_classes():
                 namespace = super().parse_args(given, *rest, **kwargs)
         except ImportError as error:  # of what opens an address such as s3://
             raise UserError(f"{error} (named by an option or a configuration)") from None

@@ -104,7 +104,7 @@ class ObjectiveRun:
                     f"compute_loss_func: {self.objective!r} compares with label frequencies: add {CALLBACK},"
                     " which counts them when training begins, or give compute_loss_func(objective, label_counts=...)"
                 )
-            counts = None if self.counts is None or not self.counts.sum() else self.counts.cpu().numpy()
+            counts = None if self.counts is None or not self.counts.sum() else self.counts.cpu()
             unigram = None if counts is None else unigram_log_prob(counts, vocabulary)
             self._context = ContextSource(self.objective, unigram, vocabulary)
             if self._mean is not None:

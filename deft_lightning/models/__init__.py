@@ -20,7 +20,15 @@ from deft_lightning.models.head import HeadSeam, base_causal_lm, find_head, rout
 from deft_lightning.models.load import check_fits, check_pretrained, compile_body, from_architecture, load_pretrained
 from deft_lightning.models.lora import LoRA, add_adapters, lora_of
 from deft_lightning.models.reference import Reference, make_reference
-from deft_lightning.models.shard import build_sharded, gathered, is_sharded, layers_of, shapes_of, sharded_copy
+from deft_lightning.models.shard import (
+    Sharding,
+    build_sharded,
+    gathered,
+    is_sharded,
+    layers_of,
+    shapes_of,
+    sharded_copy,
+)
 from deft_lightning.models.vocabulary import fit_vocabulary
 
 __all__ = [
@@ -29,6 +37,7 @@ __all__ = [
     "HeadSeam",
     "LoRA",
     "Reference",
+    "Sharding",
     "adapter_folder",
     "add_adapters",
     "base_causal_lm",

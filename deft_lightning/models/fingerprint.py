@@ -73,8 +73,11 @@ def _of_this_rank(weight: Any) -> tuple[Tensor, int, int]:
     stride = max(1, weight.numel() // SAMPLED)
     if not hasattr(weight, "placements"):
         return weight.reshape(-1)[::stride], 0, stride
-    rows, world = weight.shape[0], weight.device_mesh.size()
-    first_row = min(weight.device_mesh.get_local_rank() * -(-rows // world), rows)  # as torch.chunk shares rows out
+    mesh = weight.device_mesh  # of hybrid sharding: the first dimension holds copies, of which one is counted
+    if mesh.ndim > 1 and mesh.get_local_rank(0) > 0:
+        return weight.to_local().reshape(-1)[:0], 0, stride
+    rows, world = weight.shape[0], mesh.size(-1)
+    first_row = min(mesh.get_local_rank(mesh.ndim - 1) * -(-rows // world), rows)  # as torch.chunk shares rows out
     offset = first_row * (weight.numel() // max(rows, 1))
     skipped = -offset % stride
     return weight.to_local().reshape(-1)[skipped::stride], offset + skipped, stride

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +14,24 @@ from torch import Tensor, nn
 from deft_lightning.annotations import CausalLM, State
 from deft_lightning.errors import UserError
 from deft_lightning.models.head import base_causal_lm
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How a model is shared out.
+
+    Attributes:
+        mesh: Device mesh: one dimension to shard over, or two, of which the first holds copies (hybrid sharding).
+        device: Of this rank.
+        low_precision: Gather weights and compute in bfloat16, reduce gradients in float32; the shares stay as they are.
+        cpu_offload: Keep shares, gradients and optimizer state in host memory; a layer's weights are on the device
+            while it computes.
+    """
+
+    mesh: Any
+    device: torch.device
+    low_precision: bool = False
+    cpu_offload: bool = False
 
 
 def layers_of(model: CausalLM) -> nn.ModuleList:
@@ -28,7 +47,7 @@ def layers_of(model: CausalLM) -> nn.ModuleList:
     return stacks[0]
 
 
-def build_sharded(build: Callable[[], Any], mesh: Any, device: torch.device, low_precision: bool) -> CausalLM:
+def build_sharded(build: Callable[[], Any], sharding: Sharding) -> CausalLM:
     """Build a model of which every rank holds a share.
 
     Rank 0 builds it in host memory; the others know its shapes alone. Each layer is a unit of its own, what is left
@@ -36,9 +55,7 @@ def build_sharded(build: Callable[[], Any], mesh: Any, device: torch.device, low
 
     Args:
         build: Builds the model; called under the ``meta`` device as well, where weights hold nothing.
-        mesh: One-dimensional device mesh to shard over.
-        device: Of this rank.
-        low_precision: Gather weights and compute in bfloat16, reduce gradients in float32; the shares stay as they are.
+        sharding: How it is shared out.
 
     Raises:
         UserError: The model has a tensor that is neither a weight nor a buffer, or a tied embedding beside adapters.
@@ -54,13 +71,13 @@ def build_sharded(build: Callable[[], Any], mesh: Any, device: torch.device, low
             "--trainer.strategy fsdp2 cannot shard a tied embedding that is trained whole beside adapters"
             " (--model.add_tokens, --model.resize_vocabulary, --model.lora.embeddings); use --trainer.strategy ddp"
         )
-    _share_out(model, mesh, device, low_precision)
+    _share_out(model, sharding)
     set_model_state_dict(
         model,
         {} if full_model is None else full_model.state_dict(),
         options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=full_model is not None),
     )
-    _hand_out_buffers(model, full_model, device)
+    _hand_out_buffers(model, full_model, sharding.device)
     for name, module in model.named_modules():
         for attribute, value in vars(module).items():
             if isinstance(value, Tensor) and value.is_meta:
@@ -71,35 +88,37 @@ def build_sharded(build: Callable[[], Any], mesh: Any, device: torch.device, low
     return model
 
 
-def _share_out(model: CausalLM, mesh: Any, device: torch.device, low_precision: bool) -> None:
+def _share_out(model: CausalLM, sharding: Sharding) -> None:
     """Share a model on the meta device out over all ranks; its weights hold nothing yet."""
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
-    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if low_precision else MixedPrecisionPolicy()
+    low, device = sharding.low_precision, sharding.device
+    precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if low else MixedPrecisionPolicy()
+    offload = CPUOffloadPolicy(pin_memory=device.type != "cpu") if sharding.cpu_offload else OffloadPolicy()
     for layer in layers_of(model):
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
-    model.to_empty(device=device)
+        fully_shard(layer, mesh=sharding.mesh, mp_policy=precision, offload_policy=offload)
+    fully_shard(model, mesh=sharding.mesh, mp_policy=precision, offload_policy=offload)
+    model.to_empty(device="cpu" if sharding.cpu_offload else device)
+    if sharding.cpu_offload and device.type != "cpu":
+        for module in model.modules():  # a layer finds its buffers where it computes
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, torch.empty_like(buffer, device=device))
     base_causal_lm(model).tie_weights()
 
 
 @torch.no_grad()
-def sharded_copy(
-    model: CausalLM, build: Callable[[], Any], mesh: Any, device: torch.device, low_precision: bool
-) -> CausalLM:
+def sharded_copy(model: CausalLM, build: Callable[[], Any], sharding: Sharding) -> CausalLM:
     """Return a frozen copy of a model that :func:`build_sharded` has made; every rank copies its own share.
 
     Args:
         model: The model.
         build: As for :func:`build_sharded`; called under the ``meta`` device alone.
-        mesh: As there.
-        device: As there.
-        low_precision: As there.
+        sharding: As there.
     """
     with torch.device("meta"):
         copied: CausalLM = build()
     copied.requires_grad_(False)
-    _share_out(copied, mesh, device, low_precision)
+    _share_out(copied, sharding)
     for (name, own), (other_name, other) in zip(copied.named_parameters(), model.named_parameters(), strict=True):
         assert name == other_name
         own.to_local().copy_(other.to_local())

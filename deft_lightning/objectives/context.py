@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from numpy.typing import NDArray
 from torch import Tensor
 
 from deft_lightning.annotations import Batch
@@ -17,12 +15,16 @@ from deft_lightning.functional import IGNORE_INDEX, TokenContext, TokenStats
 from deft_lightning.objectives.base import Objective
 from deft_lightning.objectives.run_state import Needs
 
+if TYPE_CHECKING:
+    import numpy as np  # an objective needs torch alone
+    from numpy.typing import NDArray
+
 NOTHING = Needs()
 DECAY = 0.9  # of the running mean prediction
 UNIFORM = 0.01  # share of the unigram that is uniform: a label that no training row has must not be impossible
 
 
-def unigram_log_prob(counts: NDArray[np.int64], vocabulary: int) -> Tensor:
+def unigram_log_prob(counts: Tensor | NDArray[np.int64], vocabulary: int) -> Tensor:
     """Return ``log u`` of every token: how frequent it is among labels, one percent of it uniform.
 
     Args:
@@ -37,9 +39,9 @@ def unigram_log_prob(counts: NDArray[np.int64], vocabulary: int) -> Tensor:
     """
     if len(counts) > vocabulary or not counts.sum():
         raise UserError(f"{int(counts.sum())} labels of {len(counts)} tokens do not make a unigram over {vocabulary}")
-    full = np.zeros(vocabulary)
-    full[: len(counts)] = counts
-    return _smoothed(torch.from_numpy(full / full.sum()))
+    full = torch.zeros(vocabulary, dtype=torch.float64)
+    full[: len(counts)] = torch.as_tensor(counts)
+    return _smoothed(full / full.sum())
 
 
 def _smoothed(prob: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ def _logits(product, scale, cap, CAPPED: tl.constexpr):  # noqa: ANN001, ANN202
     return z
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])  # it differs from batch to batch: no second compilation for a multiple of 16
 def _statistics_kernel(  # noqa: ANN202
     product, stride, targets, out, arg_max, vocabulary, rows, scale, cap,  # noqa: ANN001
     CAPPED: tl.constexpr, BLOCK: tl.constexpr,

@@ -79,7 +79,7 @@ def train_base(cell: Cell, root: Path) -> JsonObject:
             cell, root, task.train, task.validation, base.batch_size, cell.seed, 1.0 if base.op else 0.0, None, base.op
         )
         module = _module(cell, NLL(), base.rate, None)
-        trainer = _trainer(base.steps, root, None, cell.setting.looks)
+        trainer = _trainer(cell, base.steps, root, None, cell.setting.looks)
         trainer.fit(module, datamodule=data)
         with complete_folder(target) as folder:
             trainer.export(module, output=str(folder / "model"), datamodule=data)
@@ -126,7 +126,7 @@ def run_cell(cell: Cell, root: Path) -> JsonObject:
     module = _module(cell, cell.objective, cell.rate, model)
     folder = root / "runs" / cell.folder
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
-    trainer = _trainer(cell.setting.steps, root, folder, cell.setting.looks)
+    trainer = _trainer(cell, cell.setting.steps, root, folder, cell.setting.looks)
     trainer.fit(module, datamodule=data)
     if trainer.global_step != cell.setting.steps:
         raise UserError(
@@ -153,7 +153,7 @@ def start(cell: Cell, root: Path) -> tuple[SFTModule, InstructionDataModule, Tra
     task = rows_of(cell, root)
     model = start_from(cell, root)
     data = _own_data(cell, root, task, model)
-    return _module(cell, cell.objective, cell.rate, model), data, _trainer(1, root, None)
+    return _module(cell, cell.objective, cell.rate, model), data, _trainer(cell, 1, root, None)
 
 
 def audit_file(cell: Cell, root: Path) -> Path | None:
@@ -216,7 +216,7 @@ def _module(cell: Cell, objective: Any, rate: float, model: str | None) -> SFTMo
     )  # fmt: skip
 
 
-def _trainer(steps: int, root: Path, folder: Path | None, looks: int = 1) -> Trainer:
+def _trainer(cell: Cell, steps: int, root: Path, folder: Path | None, looks: int = 1) -> Trainer:
     logger = False if folder is None else TensorBoardLogger(folder.parent, name="", version=folder.name)
     monitors: list[Any] = [
         GateMonitor(histograms=False),
@@ -227,7 +227,7 @@ def _trainer(steps: int, root: Path, folder: Path | None, looks: int = 1) -> Tra
     # Curves have the looks that were asked for, and nothing else.
     watches: list[Any] = [FirstLastValidation(before=False, after=False), *(monitors if folder else [])]
     return Trainer(
-        accelerator="cpu", devices=1, logger=logger, callbacks=watches, max_steps=steps,
+        accelerator=cell.setting.accelerator, devices=1, logger=logger, callbacks=watches, max_steps=steps,
         gradient_clip_val=1.0, log_every_n_steps=max(1, steps // POINTS), val_check_interval=max(1, steps // looks),
         check_val_every_n_epoch=None, num_sanity_val_steps=0, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, default_root_dir=str(root), use_distributed_sampler=False, monitors=False,
@@ -248,7 +248,7 @@ def _score(
         clean = _data(cell, root, rows, rows, cell.setting.batch_size, cell.seed, 0.0, model)
         if model is None:
             clean.use_tokenizer(data.tokenizer)  # not one that is built from the rows it is judged on
-        judge = _trainer(1, root, None)  # the run's own would log the result as one more step of its validation
+        judge = _trainer(cell, 1, root, None)  # the run's own would log the result as one more step of its validation
         judge.validate(module, datamodule=clean, verbose=False)
         return {name: float(judge.callback_metrics[f"val/{name}"]) for name in ("nll", "token_accuracy")}
     data.test_source = str(rows)
@@ -262,7 +262,7 @@ def _forgetting(cell: Cell, root: Path, module: SFTModule, model: str | None) ->
     if rows is None or model is None:
         return {}
     data = _data(cell, root, rows, rows, cell.setting.batch_size, cell.seed, 0.0, model)
-    judge = _trainer(1, root, None)
+    judge = _trainer(cell, 1, root, None)
     judge.validate(module, datamodule=data, verbose=False)
     return {"forgetting/kl": float(judge.callback_metrics["forgetting/kl"])}
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 from deft_lightning.errors import UserError
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
     from deft_lightning.cli.parser import DeftParser
     from deft_lightning.study.plan import Study
+    from deft_lightning.study.pool import Workers
 
 
 def study_parser() -> DeftParser:
@@ -40,6 +42,15 @@ def study_parser() -> DeftParser:
         "--workers", type=int, default=os.cpu_count() or 1, help="Number of processes, each on one thread."
     )
     parser.add_argument(
+        "--launcher", type=Literal["local", "submitit"], default="local",
+        help="What runs the cells: processes of this machine, or jobs of a cluster.",
+    )  # fmt: skip
+    parser.add_argument(
+        "--submitit", type=dict[str, Any], default={},
+        help="Settings of a job, as for submitit, for example '{slurm_partition: gpu, gpus_per_node: 1, "
+        "timeout_min: 120}'; `cluster: local` tries them on this machine. --workers jobs run at a time.",
+    )  # fmt: skip
+    parser.add_argument(
         "--smoke", type=bool, nargs="?", const=True, default=False,
         help="A small study of the same kind that takes minutes.",
     )  # fmt: skip
@@ -62,8 +73,21 @@ def read_options(args: Sequence[str]) -> tuple[Study, Namespace]:
         options.output = str(Path("logs") / ("smoke" if options.smoke else "study") / named)
     if options.workers < 1:
         raise UserError(f"--workers must be at least 1, got {options.workers}")
+    if options.submitit and options.launcher != "submitit":
+        raise UserError("--submitit has settings of jobs, which --launcher submitit starts")
     made = parser.instantiate_classes(options)
     return Study(**{name: made[name] for name in Study.__dataclass_fields__}), options
+
+
+def _launcher(options: Namespace) -> Callable[[Path], Workers]:
+    """Return what makes the workers that a command line asks for."""
+    if options.launcher == "submitit":
+        from deft_lightning.study.cluster import Jobs
+
+        return partial(Jobs, options.workers, options=options.submitit)
+    from deft_lightning.study.pool import Pool
+
+    return partial(Pool, options.workers)
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -75,7 +99,7 @@ def main(args: Sequence[str] | None = None) -> None:
         from deft_lightning.study.tables import text
 
         root = Path(options.output)
-        report = run_study(study.smoke() if options.smoke else study, root, options.workers)
+        report = run_study(study.smoke() if options.smoke else study, root, _launcher(options))
     except (UserError, OSError) as error:  # OSError: a full disk, a folder not to write to
         sys.stderr.write(f"error: {error}\n")
         sys.exit(2)

@@ -102,6 +102,7 @@ class Study:
         second_rounding: Run the headline cells again with the dense head, whose gradients agree with the fused head to
             rounding. A cell with two medians far apart is unstable, and proves nothing.
         pretrained: Hub id or folder of the model of every regime that names neither one nor a base.
+        accelerator: Where the cells of all regimes run, such as `gpu`; default: each regime's own.
         first_seed: First seed. Report a method on seeds that were not used to develop it.
     """
 
@@ -117,6 +118,7 @@ class Study:
     first_seed: int = 0
     second_rounding: bool = False
     pretrained: str | None = None
+    accelerator: str | None = None
 
     def __post_init__(self) -> None:
         """Refuse a study of nothing, and the same objective twice."""
@@ -178,6 +180,8 @@ class Study:
         setting = self.regimes[regime]
         if setting.base is None and setting.pretrained is None:
             setting = replace(setting, pretrained=self.pretrained)
+        if self.accelerator is not None:
+            setting = replace(setting, accelerator=self.accelerator)
         base = "" if setting.base is None else setting.base.source
         files = files_of(setting.source, base, setting.pretrained or "", *filter(None, [setting.forgetting]))
         sizes = (setting.rows or self.rows, self.held_out, self.rows)

@@ -1,4 +1,4 @@
-"""Cells in parallel: one process a core, each cell on one thread, and none that outlives its study."""
+"""Cells in parallel: one process per core, each cell on one thread, and none that outlives its study."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import re
 import signal
 import sys
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -24,23 +25,32 @@ from deft_lightning.study.regime import DEFAULTS
 Work = Callable[[Cell, Path], dict[str, Any]]
 
 
-class Pool:
-    """Processes that run cells, and a bar over the optimizer steps of all of them.
+class Workers(ABC):
+    """What runs cells, a few at a time, and a bar over the optimizer steps of all of them.
 
     Args:
-        workers: Processes.
+        count: Cells at a time.
         root: Folder of the study.
     """
 
-    def __init__(self, workers: int, root: Path) -> None:
-        os.environ["OMP_NUM_THREADS"] = "1"  # of the processes to come: two busy threads on a core are slower than one
-        self.root = root
-        context = multiprocessing.get_context("spawn")
-        self._pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin)
+    def __init__(self, count: int, root: Path) -> None:
+        self.count, self.root = count, root
         self._bar = tqdm(
             desc="study", unit="step", total=0, file=sys.stderr, mininterval=0 if sys.stderr.isatty() else 30,
             smoothing=0.05,
         )  # fmt: skip
+
+    @abstractmethod
+    def submit(self, work: Work, cell: Cell) -> Any:
+        """Start a cell; return what has ``result()``, which raises its error, and ``cancel()``."""
+
+    @abstractmethod
+    def wait(self, running: Iterable[Any]) -> Iterable[Any]:
+        """Wait for at least one of what :meth:`submit` has returned; return those that are done."""
+
+    @abstractmethod
+    def lost(self, future: Any, error: Exception) -> str | None:
+        """Return how a cell was lost that did not end by itself, None for an error of its own."""
 
     def run(self, stage: str, work: Work, cells: Iterable[Cell], steps: Callable[[Cell], int]) -> None:
         """Run cells; the first error stops the study once the cells in hand are done.
@@ -55,14 +65,16 @@ class Pool:
         self._bar.total = (self._bar.total or 0) + sum(map(steps, todo))
         self._bar.set_postfix_str(f"{len(todo)} runs left", refresh=False)
         self._bar.set_description(f"study: {stage}")
-        running = {self._pool.submit(work, cell, self.root): cell for cell in todo}
+        waiting, running = list(reversed(todo)), dict[Any, Cell]()
         try:
-            while running:
-                done, _ = wait(running, return_when=FIRST_COMPLETED)
-                for future in done:
+            while waiting or running:
+                while waiting and len(running) < self.count:
+                    cell = waiting.pop()
+                    running[self.submit(work, cell)] = cell
+                for future in self.wait(running):
                     cell = running.pop(future)
                     self._finish(future, cell)
-                    self._bar.set_postfix_str(f"{len(running)} runs left", refresh=False)
+                    self._bar.set_postfix_str(f"{len(waiting) + len(running)} runs left", refresh=False)
                     self._bar.update(steps(cell))
         except BaseException:
             for future in running:
@@ -75,29 +87,68 @@ class Pool:
         except UserError as error:
             reason = re.sub(rf"--(?:data|model)\.({'|'.join(DEFAULTS)})\b", r"\1 of the regime:", str(error))
             raise UserError(f"{cell.label}: {reason}") from None
-        except BrokenProcessPool:
-            raise UserError(
-                f"{cell.label}: a worker was killed, perhaps because memory ran out; the finished runs are kept, start"
-                " again with fewer --workers"
-            ) from None
+        except Exception as error:
+            if (how := self.lost(future, error)) is None:
+                raise
+            raise UserError(f"{cell.label}: {how}") from None
+
+    def close(self) -> None:
+        """End the bar."""
+        self._bar.close()
 
     def __enter__(self) -> Self:
-        """Return the pool; its processes start with the first cell."""
+        """Return the workers; the first starts with the first cell."""
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: object, where: object) -> None:
-        """End the processes; what they have in hand after an error is left: results are written whole or not at all."""
+        """End what runs; what it has in hand after an error is left: results are written whole or not at all."""
         main = threading.current_thread() is threading.main_thread()
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN) if main else None  # an impatient Ctrl-C would leave them
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN) if main else None  # an impatient Ctrl-C would leave it
         try:
-            # Asked to leave, they would wait for each other; Lightning would catch a SIGTERM.
-            for process in list((self._pool._processes or {}).values()):
-                process.kill()
-            self._pool.shutdown(cancel_futures=True)
-            self._bar.close()
+            self.close()
         finally:
             if main:
                 signal.signal(signal.SIGINT, before)
+
+
+class Pool(Workers):
+    """Processes of this machine, each on one thread.
+
+    Args:
+        count: Processes.
+        root: Folder of the study.
+    """
+
+    def __init__(self, count: int, root: Path) -> None:
+        os.environ["OMP_NUM_THREADS"] = "1"  # of the processes to come: two busy threads on a core are slower than one
+        super().__init__(count, root)
+        context = multiprocessing.get_context("spawn")
+        self._pool = ProcessPoolExecutor(count, mp_context=context, initializer=_begin)
+
+    def submit(self, work: Work, cell: Cell) -> Any:
+        """Give a cell to a process."""
+        return self._pool.submit(work, cell, self.root)
+
+    def wait(self, running: Iterable[Any]) -> Iterable[Any]:
+        """Wait for a process to be done with a cell."""
+        return wait(running, return_when=FIRST_COMPLETED).done
+
+    def lost(self, future: Any, error: Exception) -> str | None:
+        """Return what a process that was killed says."""
+        if not isinstance(error, BrokenProcessPool):
+            return None
+        return (
+            "a worker was killed, perhaps because memory ran out; the finished runs are kept, start"
+            " again with fewer --workers"
+        )
+
+    def close(self) -> None:
+        """End the processes."""
+        # Asked to leave, they would wait for each other; Lightning would catch a SIGTERM.
+        for process in list((self._pool._processes or {}).values()):
+            process.kill()
+        self._pool.shutdown(cancel_futures=True)
+        super().close()
 
 
 def _begin() -> None:

@@ -64,6 +64,7 @@ class Regime:
             after training, in nats per token. Costs a second forward pass in each validation.
         exclude_top: Training rows to leave out, the worst by an audit of the model that a cell starts from: a share
             such as 10%, or a count; default: none.
+        accelerator: Where cells run: `cpu`, where small models are fastest, or as for `--trainer.accelerator`.
     """
 
     source: str
@@ -87,6 +88,7 @@ class Regime:
     looks: int = 4
     forgetting: str | None = None
     exclude_top: int | str | None = None
+    accelerator: str = "cpu"
 
     def __post_init__(self) -> None:
         """Refuse numbers that mean nothing."""

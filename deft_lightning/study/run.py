@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from deft_lightning.annotations import JsonObject
@@ -12,13 +12,13 @@ from deft_lightning.study import cells as work
 from deft_lightning.study.draw import draw
 from deft_lightning.study.files import write_json, write_text
 from deft_lightning.study.plan import Cell, Study
-from deft_lightning.study.pool import Pool
+from deft_lightning.study.pool import Workers
 from deft_lightning.study.report import chosen_rates, grid, summary
 from deft_lightning.study.tables import text
 from deft_lightning.terminal import visible
 
 
-def run_study(study: Study, root: Path, workers: int) -> JsonObject:
+def run_study(study: Study, root: Path, start: Callable[[Path], Workers]) -> JsonObject:
     """Run what is missing of a study and write its report, tables and figures.
 
     Args:
@@ -26,7 +26,7 @@ def run_study(study: Study, root: Path, workers: int) -> JsonObject:
         root: Where everything goes: `cells` (a JSON file for each finished run), `runs` (TensorBoard), `bases`
             (models that regimes start from), `audits` (of rows of which the worst are left out), `report.json`,
             `report.md`, and figures.
-        workers: Processes.
+        start: Makes what runs the cells, once their rows are there.
 
     Returns:
         The report.
@@ -35,7 +35,7 @@ def run_study(study: Study, root: Path, workers: int) -> JsonObject:
         cell = study.cell(name, study.objectives[0], regime.noise[0], regime.rate, 0)
         for write in (tasks.rows_of, tasks.base_rows, tasks.rows_apart):  # before several processes want them
             write(cell, root)
-    with Pool(workers, root) as pool:
+    with start(root) as pool:
         bases, starts, audited = dict[Path, Cell](), dict[Path, Cell](), dict[Path, Cell]()
         for cell in (*study.shared(), *study.tuning()):
             if (folder := work.base_folder(cell, root)) is not None:
@@ -73,7 +73,7 @@ def run_study(study: Study, root: Path, workers: int) -> JsonObject:
     return report
 
 
-def _run(pool: Pool, stage: str, cells: Iterable[Cell], root: Path) -> None:
+def _run(pool: Workers, stage: str, cells: Iterable[Cell], root: Path) -> None:
     unique = {cell.id: cell for cell in cells}
     missing = [cell for cell in unique.values() if not work.cell_file(cell, root).exists()]
     pool.run(stage, work.run_cell, missing, lambda cell: cell.setting.steps)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +23,20 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.checkpoint.state_dict_loader import load as load_shares
+from torch.distributed.device_mesh import init_device_mesh
 from torch.optim import Optimizer
 
 from deft_lightning._lightning import DataParallelStrategy, unwrapped
 from deft_lightning.annotations import Checkpoint, State
 from deft_lightning.atomic import partial_name, replace_folder, sweep
 from deft_lightning.errors import UserError
-from deft_lightning.models import BASE, check_shapes, check_state, load_checkpoint, read_checkpoint
+from deft_lightning.models import BASE, Sharding, check_shapes, check_state, load_checkpoint, read_checkpoint
 from deft_lightning.models.base import OWNER, frozen_entries
 from deft_lightning.models.contents import KEY, problem
 from deft_lightning.models.seal import file_digest, write_digests
 from deft_lightning.models.shares import METADATA, SHARED, WEIGHTS, SharePlanner, ShareReader, innermost, read_metadata
 from deft_lightning.training.checkpoint_io import why_not_saved
+from deft_lightning.training.offload import activations_in_host_memory
 
 
 def _about_shares(folder: Path) -> Checkpoint:
@@ -45,6 +48,17 @@ def _about_shares(folder: Path) -> Checkpoint:
     return checkpoint
 
 
+def hybrid_mesh(device: torch.device, ranks: int, replicate: int) -> Any:
+    """Return a mesh of groups of neighbouring ranks: copies along its first dimension, shares along the second.
+
+    Raises:
+        UserError: The ranks do not divide into that many groups.
+    """
+    if ranks % replicate:
+        raise UserError(f"--trainer.strategy.replicate {replicate}: {ranks} ranks do not divide into as many groups")
+    return init_device_mesh(device.type, (replicate, ranks // replicate), mesh_dim_names=("replicate", "shard"))
+
+
 class FSDP2Strategy(DataParallelStrategy):
     """Shards weights, gradients and optimizer state over all ranks (``torch.distributed.fsdp.fully_shard``).
 
@@ -53,20 +67,40 @@ class FSDP2Strategy(DataParallelStrategy):
 
     Args:
         save_distributed_checkpoint: A folder to which each rank writes its share, instead of one file with everything.
+        replicate: Number of groups of ranks that hold the whole model each (hybrid sharding): a group shards it over
+            its ranks, which gather weights among themselves alone; gradients are summed over all groups. With the
+            number of machines, weights are gathered within a machine. 1: one group of all ranks.
+        cpu_offload: Keep weights, gradients and optimizer state in host memory; the optimizer steps there.
+        offload_activations: Keep what backward needs of the forward pass in host memory meanwhile; with
+            ``--model.gradient_checkpointing true`` the input of each layer.
         kwargs: As :class:`lightning.pytorch.strategies.ModelParallelStrategy`.
 
     Raises:
-        UserError: A size of data or tensor parallelism other than all ranks and one.
+        UserError: A size of data or tensor parallelism other than all ranks and one; ``replicate`` below 1.
     """
 
     shards_weights = True
 
-    def __init__(self, save_distributed_checkpoint: bool = False, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        save_distributed_checkpoint: bool = False,
+        replicate: int = 1,
+        cpu_offload: bool = False,
+        offload_activations: bool = False,
+        **kwargs: Any,
+    ) -> None:
         for name, allowed in (("data_parallel_size", ("auto",)), ("tensor_parallel_size", ("auto", 1))):
             if kwargs.pop(name, "auto") not in allowed:
                 raise UserError(f"fsdp2: {name} cannot be set in this version: weights are sharded over all ranks")
+        if replicate < 1:
+            raise UserError(f"--trainer.strategy.replicate must be at least 1, got {replicate}")
+        if cpu_offload and torch.cuda.is_available() and kwargs.get("process_group_backend") is None:
+            kwargs["process_group_backend"] = (
+                "cuda:nccl,cpu:gloo"  # the norm of gradients in host memory is summed there
+            )
         super().__init__(save_distributed_checkpoint, **kwargs)
         self.low_precision = False
+        self.replicate, self.cpu_offload, self.offload_activations = replicate, cpu_offload, offload_activations
 
     def setup_environment(self) -> None:
         """Join the other ranks; take mixed precision over from Lightning."""
@@ -75,6 +109,20 @@ class FSDP2Strategy(DataParallelStrategy):
                 raise UserError("fsdp2 cannot train in float16: use --trainer.precision bf16-mixed or 32-true")
             self.low_precision, self.precision_plugin = True, Precision()
         super().setup_environment()
+        mesh = self.device_mesh["data_parallel"]
+        if self.replicate > 1:
+            mesh = hybrid_mesh(self.root_device, self.world_size, self.replicate)
+        self.sharding = Sharding(mesh, self.root_device, self.low_precision, self.cpu_offload)
+
+    def model_to_device(self) -> None:
+        """Move what is not there yet; weights that are kept in host memory stay."""
+        if not self.cpu_offload:
+            super().model_to_device()
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the step; what its backward pass needs waits in host memory where that is asked for."""
+        with activations_in_host_memory() if self.offload_activations else nullcontext():
+            return super().training_step(*args, **kwargs)
 
     def setup(self, trainer: Trainer) -> None:
         """Set up; weights that are gathered in inference mode could not be trained afterwards."""

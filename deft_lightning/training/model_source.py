@@ -233,9 +233,8 @@ class ModelSource:
         copied: Callable[[], Any] | None = None
         check_precision(self.quantization, strategy)
         if shards(strategy):
-            where = (strategy.device_mesh["data_parallel"], strategy.root_device, strategy.low_precision)
-            model = build_sharded(build, *where)
-            copied = partial(sharded_copy, model, build, *where)
+            model = build_sharded(build, strategy.sharding)
+            copied = partial(sharded_copy, model, build, strategy.sharding)
         else:
             model = build()
         compute_as(model, strategy, self.compute_dtype)

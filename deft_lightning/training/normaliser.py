@@ -195,7 +195,8 @@ class StepNormaliser:
         factors = [one for one in (self._scale, factor) if one is not None]
         self._scale = None
         if grads and factors:
-            torch._foreach_mul_(local(grads), math.prod(factors[1:], start=factors[0]))
+            shares = local(grads)  # in host memory under cpu_offload
+            torch._foreach_mul_(shares, math.prod(factors[1:], start=factors[0]).to(shares[0].device))
 
     def logged(self) -> dict[str, Any]:
         """Return what is logged of the steps so far, by tag."""

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from deft_lightning.annotations import Tokenizer
 from deft_lightning.errors import UserError
 from deft_lightning.evaluation import TestSet
+from deft_lightning.models import Sharding
 
 
 class PromptSource(Protocol):
@@ -72,18 +73,24 @@ class ShardingStrategy(Protocol):
     Attributes:
         shards_weights: Whether it does.
         low_precision: Whether weights are gathered in bfloat16.
+        replicate: Groups of ranks that hold the whole model each.
+        cpu_offload: Whether shares are kept in host memory.
+        offload_activations: Whether activations wait for backward in host memory.
     """
 
     shards_weights: bool
     low_precision: bool
+    replicate: int
+    cpu_offload: bool
+    offload_activations: bool
 
     @property
     def root_device(self) -> torch.device:
         """Return the device of this rank."""
 
     @property
-    def device_mesh(self) -> Any:
-        """Return the mesh, which has the dimension ``data_parallel``."""
+    def sharding(self) -> Sharding:
+        """Return how the model is shared out, once the ranks have met."""
 
 
 def shards(strategy: Any) -> TypeGuard[ShardingStrategy]:

@@ -325,10 +325,10 @@ def exchanged(root: Path, world: int) -> Found:
     return {"weights": weights(module.model), "checkpoint": path}
 
 
-def exported(root: Path, world: int) -> Found:
+def exported(root: Path, world: int, **options: Any) -> Found:
     """From the running module, by all ranks."""
     module = make_module(root, lora=LoRA(r=2))
-    trainer = make_trainer(root, world)
+    trainer = make_trainer(root, world, **options)
     trainer.fit(module, DataLoader(uneven(8), 8 // world, collate_fn=TrainCollator(0)))  # type: ignore[arg-type]
     folder = trainer.export(module, output=str(root / f"exported-{world}"))
     named = {name: p.detach() for name, p in module.model.named_parameters()}

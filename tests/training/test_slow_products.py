@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from deft_lightning.training import slow_products
 from deft_lightning.training.slow_products import times_as_long, warn_of_slow_products
@@ -43,3 +44,17 @@ def test_a_large_model_is_warned_of_where_the_processor_is_slow(
     mixed = said(full, "bf16-mixed")  # weights in float32, products in bfloat16
     assert len(mixed) == warned and said(small, "bf16-mixed") == []
     assert not warned or mixed[0].endswith("--trainer.precision 32-true trains faster here")
+
+
+def test_full_float32_on_a_gpu_is_warned_of() -> None:
+    with FakeTensorMode():  # weights of a device that need not be there
+        large = torch.nn.ParameterList([torch.empty(8192, 4096, device="cuda")])
+        small = torch.nn.ParameterList([torch.empty(64, 64, device="cuda")])
+    (line,) = said(large, "32-true")
+    assert "--trainer.precision bf16-mixed" in line and "set_float32_matmul_precision('high')" in line
+    assert said(small, "32-true") == said(large, "bf16-mixed") == []
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert said(large, "32-true") == []
+    finally:
+        torch.set_float32_matmul_precision("highest")

@@ -78,6 +78,8 @@ def setup_of(module: Any) -> Setup:
     trainer, sharded = module.trainer, shards(module.trainer.strategy)
     device = "cuda" if trainer.strategy.root_device.type == "cuda" else "cpu"
     precision = str(trainer.precision)
+    if sharded and (trainer.strategy.cpu_offload or trainer.strategy.offload_activations):
+        raise ValueError("what is kept in host memory is not told apart (--trainer.strategy.cpu_offload)")
     if sharded and trainer.strategy.low_precision:
         precision = "bf16-mixed"
     reference = bool(module.objective.needs.reference)
@@ -85,7 +87,7 @@ def setup_of(module: Any) -> Setup:
     return Setup(
         module.optimizer_callable, precision, fused=module.head == "fused", kernel="torch" if reference else kernel,
         accumulate=trainer.accumulate_grad_batches, reference=reference or module.forgetting, device=device,
-        ranks=trainer.world_size, sharded=sharded,
+        ranks=trainer.world_size, sharded=sharded, replicate=trainer.strategy.replicate if sharded else 1,
     )  # fmt: skip
 
 

@@ -39,6 +39,7 @@ class Setup:
         device: ``cpu`` or ``cuda``.
         ranks: Number of processes.
         sharded: Whether they share weights, gradients and optimizer state out (fsdp2).
+        replicate: Groups of processes that share out for themselves (hybrid sharding).
     """
 
     optimizer: Callable[..., Optimizer]
@@ -50,6 +51,12 @@ class Setup:
     device: str = "cpu"
     ranks: int = 1
     sharded: bool = False
+    replicate: int = 1
+
+    @property
+    def shares(self) -> int:
+        """Return the number of parts that weights, gradients and optimizer state are cut into."""
+        return self.ranks // self.replicate if self.sharded else 1
 
 
 @dataclass(frozen=True)
@@ -102,7 +109,7 @@ def estimate(model: CausalLM, batch: BatchShape, setup: Setup) -> MemoryEstimate
     if setup.precision not in PRECISIONS:
         raise ValueError(f"--trainer.precision {setup.precision}")
     dtype, autocast = PRECISIONS[setup.precision]
-    shares = setup.ranks if setup.sharded else 1
+    shares = setup.shares
     weights = _bytes((*model.parameters(), *model.buffers()), dtype) + _bytes(scales(model), None)
     trained = _bytes((weight for weight in model.parameters() if weight.requires_grad), dtype)
     compute = dtype
