@@ -11,12 +11,14 @@ from types import ModuleType
 import torch
 from lightning.pytorch import Callback, callbacks, loggers
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import DDPStrategy
 
 from deft_lightning.cli.parser_errors import Complaint, complaint, plainly, shown
 from deft_lightning.cli.verbs import unknown_verb
 from deft_lightning.data import known_noise
 from deft_lightning.errors import did_you_mean
 from deft_lightning.objectives import known_objectives
+from deft_lightning.training.fsdp2 import FSDP2Strategy
 from deft_lightning.training.optim import CosineWithWarmup
 
 
@@ -81,6 +83,7 @@ def _families() -> dict[str, Mapping[str, type]]:
         },
         "trainer.callbacks": _classes(callbacks, Callback),
         "trainer.logger": _classes(loggers, Logger),
+        "trainer.strategy": {"ddp": DDPStrategy, "fsdp2": FSDP2Strategy},
     }
 
 
@@ -93,6 +96,8 @@ def _classes(module: ModuleType, base: type) -> dict[str, type]:
 
 def _no_class(problem: Complaint, known: Mapping[str, type]) -> str:
     (word,) = problem.what
+    if problem.key == "trainer.strategy" and word == "auto":
+        return f"--{problem.key} auto has no options of its own: choose {' or '.join(known)}"
     if not known:
         return f"--{problem.key}: there is no class {word}"
     name = word.partition("(")[0]

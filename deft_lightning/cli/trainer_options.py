@@ -18,6 +18,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 
 from deft_lightning.errors import UserError
+from deft_lightning.training.fsdp2 import FSDP2Strategy
 
 LEAST: dict[str, int] = {
     "accumulate_grad_batches": 1, "check_val_every_n_epoch": 1, "log_every_n_steps": 0,
@@ -111,6 +112,8 @@ def check_trainer(options: Any, verb: str) -> None:
     if options.get("accelerator") == "cpu" and devices.isdigit() and int(devices) > max(8, 4 * cores):
         raise UserError(f"--trainer.devices {devices}: one process for each, and this machine has {cores} CPU cores")
     strategy = options.get("strategy")
+    if str(getattr(strategy, "class_path", None)).endswith(".FSDP2Strategy"):
+        FSDP2Strategy(**vars(strategy.init_args))  # the parser would say what else could stand there, and not why
     if isinstance(strategy, str) and strategy.startswith("fsdp") and strategy != "fsdp2":
         raise UserError(
             f"--trainer.strategy {strategy}: FSDP1 hides the weight of the head from the loss and is no longer"
