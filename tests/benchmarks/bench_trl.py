@@ -1,13 +1,14 @@
-"""A training step of `fit` and of TRL's SFTTrainer side by side: processor time, peak memory, and the start.
+"""A step of `fit`, of TRL's SFTTrainer and of a bare loop side by side: processor time, peak memory, and the start.
 
     python tests/benchmarks/bench_trl.py --pretrained MODEL --rows my.jsonl [--rounds 1] [--steps 4]
-        [--precision 32-true bf16-mixed] [--output docs/evidence/data/bench_trl.json]
+        [--precision 32-true bf16-mixed] [--cases NAME ...] [--output docs/evidence/data/bench_trl.json]
 
-Both train the same model on the same texts, cut to the same number of tokens, with AdamW and clipping, without
-validation, checkpoints and gradient checkpointing, and log as they do by default. The weights are in float32;
-`bf16-mixed` is SFTTrainer's `bf16=True`. Each case is a process of its own with one thread; the cases take turns. Times
-are of the processor. Steps count from the second on; the start is from the beginning of the process to the end of its
-first step. The peak is VmHWM of the whole process (Linux: /proc/self/status).
+All train the same model on the same texts, cut to the same number of tokens, with AdamW and clipping, without
+validation, checkpoints and gradient checkpointing, and log as they do by default. The bare loop, with transformers'
+loss, logs nothing. The weights are in float32; `bf16-mixed` is SFTTrainer's `bf16=True`. Each case is a process of its
+own with one thread; the cases take turns. Times are of the processor. Steps count from the second on; the start is from
+the beginning of the process to the end of its first step. The peak is VmHWM of the whole process (Linux:
+/proc/self/status).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-CASES = ("fit DEFT", "fit NLL", "TRL nll", "TRL dft")
+CASES = ("fit DEFT", "fit NLL", "TRL nll", "TRL dft", "bare loop")
 RATE, BETAS, DECAY = 5e-5, (0.9, 0.95), 0.01
 
 
@@ -94,12 +95,34 @@ def train_there(args: argparse.Namespace, ends: list[float], folder: str, loss: 
     trainer.train()
 
 
+def train_bare(args: argparse.Namespace, ends: list[float], folder: str, name: str) -> None:
+    """Train in a plain loop, by the model's own loss."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(args.pretrained)
+    ids = [tokenizer(row["text"])["input_ids"][: args.max_length] for row in texts(args)]
+    model = AutoModelForCausalLM.from_pretrained(args.pretrained, dtype=torch.float32).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=BETAS, weight_decay=DECAY, fused=True)
+    for batch in torch.tensor(ids).split(args.batch_size):
+        with torch.autocast("cpu", torch.bfloat16, enabled=args.precision[0] != "32-true"):
+            loss = model(input_ids=batch, labels=batch, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        ends.append(time.process_time())
+
+
+WAYS = {"fit": train_here, "TRL": train_there, "bare": train_bare}
+
+
 def child(args: argparse.Namespace) -> None:
     """Train one case in this process, and print what it took."""
     ends: list[float] = []
     way, name = args.case.split()
     with tempfile.TemporaryDirectory() as folder:
-        (train_here if way == "fit" else train_there)(args, ends, folder, name)
+        WAYS[way](args, ends, folder, name)
     status = Path("/proc/self/status").read_text(encoding="ascii")
     peak = int(status.partition("VmHWM:")[2].split()[0])
     steps = [after - before for before, after in pairwise(ends)]
@@ -136,6 +159,7 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--max_length", type=int, default=256)
     parser.add_argument("--precision", nargs="+", default=["32-true", "bf16-mixed"])
+    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--case", choices=CASES, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -146,7 +170,7 @@ def main() -> None:
     found: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for number in range(args.rounds):
         for precision in args.precision:
-            for case in CASES if number % 2 == 0 else CASES[::-1]:
+            for case in args.cases if number % 2 == 0 else args.cases[::-1]:
                 one = measure(args, case, precision)
                 found.setdefault(precision, {}).setdefault(case, []).append(one)
                 step = statistics.median(one["steps_s"])
