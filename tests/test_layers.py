@@ -33,8 +33,8 @@ FLOORS = [
     {"addresses"},
 ]
 GROUND = {
-    "_lightning", "_version", "annotations", "answers", "atomic", "config_sizes", "errors", "functional", "hashing",
-    "progress", "ranks", "registry", "shipped_models", "terminal", "tokens", "trust",
+    "_lightning", "_version", "annotations", "answers", "atomic", "config_sizes", "deferred", "errors", "functional",
+    "hashing", "progress", "ranks", "registry", "shipped_models", "terminal", "tokens", "trust",
 }  # fmt: skip
 # Names that users and saved configs have for what lies in rooms.
 ADDRESSES = {"__init__", "__main__", "module", "optim", "strategy", "trainer"}

@@ -34,11 +34,12 @@ Charts = dict[str, dict[str, list[Any]]]
 class Dashboard(Callback):
     """Arranges what the monitors log, for loggers that take figures and texts; the layout is for TensorBoard alone.
 
-    When `fit` starts: the layout of the Custom Scalars page and, with matplotlib, `objective/gate`, the curve of the
-    gate against p; the curve again before each validation by which a schedule has moved on. After each validation:
-    `examples/val` (and `examples/val_noisy`), the first examples with their tokens marked by gate, always the same
-    ones, so that the slider of the Text page shows what became of them. On the first, second, fourth, eighth ... logged
-    step: `examples/train`, the first rows of that step, marked by the gate with which they trained.
+    When `fit` starts: the layout of the Custom Scalars page. After the first batch, with matplotlib: `objective/gate`,
+    the curve of the gate against p as it was at the start. The curve again before each validation by which a schedule
+    has moved on. After each validation: `examples/val` (and `examples/val_noisy`), the first examples with their tokens
+    marked by gate, always the same ones, so that the slider of the Text page shows what became of them. On the first,
+    second, fourth, eighth ... logged step: `examples/train`, the first rows of that step, marked by the gate with which
+    they trained.
 
     Args:
         layout: Write the layout.
@@ -57,11 +58,12 @@ class Dashboard(Callback):
             raise UserError(f"dashboard.tokens must be at least 1, got {tokens}")
         self.layout, self.curve, self.examples, self.tokens = layout, curve, examples, tokens
         self.drawn: Objective | None = None
+        self.at_start: tuple[Objective, int] | None = None  # to be drawn, and the step beside it
         self.steps, self.last = 0, -1  # logged ones that were seen, and the newest of them
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the layout and the curve, on rank zero alone."""
-        self.steps, self.last = 0, -1
+        self.steps, self.last, self.at_start = 0, -1, None
         if not is_watched(pl_module):
             return
         module = watched(pl_module)
@@ -74,7 +76,12 @@ class Dashboard(Callback):
         if self.layout:
             for writer in writers(trainer):
                 writer.add_custom_scalars(charts)
-        self._draw(trainer, module.current_objective)
+        self.drawn = module.current_objective
+        self.at_start = module.current_objective, logged_step(trainer)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw the curve where a run ends before its first batch."""
+        self._draw_start(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw the curve again if the run has reached another objective; another scale of the same is none."""
@@ -82,17 +89,23 @@ class Dashboard(Callback):
             return
         module = watched(pl_module)
         if module.objective.scheduled and module.current_objective != self.drawn:
-            self._draw(trainer, module.current_objective)
+            self.drawn = module.current_objective
+            self._draw(trainer, module.current_objective, logged_step(trainer))
 
-    def _draw(self, trainer: Trainer, objective: Objective) -> None:
-        self.drawn = objective
+    def _draw_start(self, trainer: Trainer) -> None:
+        if self.at_start is not None:
+            self._draw(trainer, *self.at_start)
+            self.at_start = None
+
+    def _draw(self, trainer: Trainer, objective: Objective, step: int) -> None:
         if self.curve and has_matplotlib():
-            add_figure(trainer, "objective/gate", lambda: pixels_of(gate_curve(objective)))
+            add_figure(trainer, "objective/gate", lambda: pixels_of(gate_curve(objective)), step)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         """Write the first rows of a logged step, ever less often, on rank zero alone."""
+        self._draw_start(trainer)
         step = logged_step(trainer)
         if not self.examples or not is_watched(pl_module) or not is_logging_step(trainer) or step == self.last:
             return

@@ -134,13 +134,13 @@ class TokenMonitor(Callback):
             add_figure(trainer, tag, draw)
 
 
-def add_figure(trainer: Trainer, tag: str, draw: Callable[[], Pixels]) -> None:
-    """Draw a figure as an image for the loggers that take some; on rank zero alone."""
+def add_figure(trainer: Trainer, tag: str, draw: Callable[[], Pixels], step: int | None = None) -> None:
+    """Draw a figure as an image for the loggers that take some, beside a step; on rank zero alone."""
     if not (taking := [sink for sink in sinks(trainer) if "figures" in sink.kinds]):
         return
     pixels = draw()
     for sink in taking:
-        sink.figure(tag, pixels, logged_step(trainer))
+        sink.figure(tag, pixels, logged_step(trainer) if step is None else step)
 
 
 def writers(trainer: Trainer) -> list[Any]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from deft_lightning._version import __version__
 from deft_lightning.cli.verbs import TRAINER, VERBS, overview, unknown_verb
+from deft_lightning.deferred import deferred, no_collection
 
 
 def dispatch(arguments: Sequence[str], module: type | None = None, data: type | None = None) -> None:
@@ -45,4 +46,7 @@ def dispatch(arguments: Sequence[str], module: type | None = None, data: type | 
 def _home(name: str) -> Any:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenizers deadlock in forked loader processes
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning calls the deprecated names
-    return import_module(name)
+    if name != TRAINER or name in sys.modules:
+        return import_module(name)
+    with no_collection(), deferred():
+        return import_module(name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from contextlib import suppress
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ from deft_lightning.cli.trainer_options import (
     trainer_error,
 )
 from deft_lightning.data import InstructionDataModule
+from deft_lightning.deferred import deferred
 from deft_lightning.errors import UserError
 from deft_lightning.models import tokenizer_from_checkpoint
 from deft_lightning.training.module import SFTModule
@@ -216,6 +218,9 @@ class DeftCLI(LightningCLI):
         RUN.folders = [partial(log_folder, self.trainer), partial(getattr, self.trainer, "default_root_dir")]
         if subcommand == "fit":
             RUN.saved = partial(saved, self.trainer)
+        if subcommand != "preview":  # which loads no model
+            with deferred():
+                import_module("transformers.modeling_utils")
         try:
             super()._run_subcommand(subcommand)
         except Exception as error:

@@ -6,6 +6,7 @@ from typing import Any
 from urllib.parse import parse_qsl
 
 from deft_lightning.data.sources.rows import Located
+from deft_lightning.deferred import deferred
 from deft_lightning.errors import UserError, did_you_mean
 
 
@@ -15,9 +16,11 @@ def read_task(source: str) -> Located:
     Options go to the task, but for ``question`` and ``answer``: they name another field of its rows to take instead,
     for example ``metadata.word``.
     """
-    import reasoning_gym
     import yaml
-    from reasoning_gym.factory import DATASETS
+
+    with deferred():
+        import reasoning_gym
+        from reasoning_gym.factory import DATASETS
 
     task, _, query = source.removeprefix("reasoning_gym:").partition("?")
     if task not in DATASETS:

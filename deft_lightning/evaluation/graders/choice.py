@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import ClassVar
 
-from rapidfuzz.distance import Indel
-
 from deft_lightning.annotations import Record
 from deft_lightning.answers.locate import boxed
 from deft_lightning.answers.numbers import unwrapped
@@ -74,6 +72,8 @@ def begun_with(completion: str, options: Mapping[str, str]) -> str | None:
 
 def nearest(completion: str, options: Mapping[str, str]) -> str | None:
     """Return the label of the option whose text is most like the completion; None where it is like none."""
+    from rapidfuzz.distance import Indel  # here, as no other grader of a run needs it
+
     tail = completion.strip()[-TAIL:].lower()
     likeness = {label: Indel.normalized_similarity(tail, text.lower()) for label, text in options.items()}
     best = max(likeness, key=likeness.__getitem__)

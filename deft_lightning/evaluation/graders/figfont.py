@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from rapidfuzz.distance import Jaro
-
 from deft_lightning.annotations import Record
 from deft_lightning.evaluation.graders.base import Grader
 from deft_lightning.evaluation.graders.exact import tidy
@@ -23,6 +21,8 @@ def jaro_winkler(first: str, second: str) -> float:
     always, as the paper's figures need it; rapidfuzz's own Jaro-Winkler applies it above 0.7 only. Two empty texts are
     alike, 1; an empty one and another are not, 0.
     """
+    from rapidfuzz.distance import Jaro  # here, as no other grader of a run needs it
+
     similarity = float(Jaro.similarity(first, second))
     common = 0
     for a, b in zip(first[:PREFIX], second[:PREFIX], strict=False):
