@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,12 @@ def _about_shares(folder: Path) -> Checkpoint:
     if why := problem({**checkpoint, "state_dict": {"": torch.empty(0)}}):
         raise UserError(f"{folder}: {why} (--ckpt_path)")
     return checkpoint
+
+
+def _renamed(state: State, names: Mapping[Any, Any]) -> State:
+    """Return the state of an optimizer with its parameters under other names, or under numbers."""
+    groups = [{**group, "params": [names[one] for one in group["params"]]} for group in state["param_groups"]]
+    return {"state": {names[one]: values for one, values in state["state"].items()}, "param_groups": groups}
 
 
 def hybrid_mesh(device: torch.device, ranks: int, replicate: int) -> Any:
@@ -143,13 +149,7 @@ class FSDP2Strategy(DataParallelStrategy):
         named: State = get_optimizer_state_dict(self._owner, optimizer, options=options)
         if not self.is_global_zero:
             return {}
-        number = {name: i for i, name in enumerate(self._names(optimizer))}
-        return {
-            "state": {number[name]: state for name, state in named["state"].items()},
-            "param_groups": [
-                {**group, "params": [number[name] for name in group["params"]]} for group in named["param_groups"]
-            ],
-        }
+        return _renamed(named, {name: i for i, name in enumerate(self._names(optimizer))})
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> Checkpoint:
         """Load shares, or a file that any strategy has written: rank 0 reads it and hands out what is each rank's.
@@ -170,13 +170,7 @@ class FSDP2Strategy(DataParallelStrategy):
         set_model_state_dict(self._owner, weights if first else {}, options=options)
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=first)
         for optimizer, state in zip(self.optimizers, states, strict=False):
-            names = list(self._names(optimizer))
-            named: State = {
-                "state": {names[i]: values for i, values in state["state"].items()},
-                "param_groups": [
-                    {**group, "params": [names[i] for i in group["params"]]} for group in state["param_groups"]
-                ],
-            }
+            named = _renamed(state, dict(enumerate(self._names(optimizer))))
             set_optimizer_state_dict(self._owner, optimizer, named if first else {}, options=options)
         return checkpoint
 

@@ -79,7 +79,9 @@ def setup_of(module: Any) -> Setup:
     device = "cuda" if trainer.strategy.root_device.type == "cuda" else "cpu"
     precision = str(trainer.precision)
     if sharded and (trainer.strategy.cpu_offload or trainer.strategy.offload_activations):
-        raise ValueError("tensors in host memory are not counted apart (--trainer.strategy.cpu_offload, offload_activations)")
+        raise ValueError(
+            "tensors in host memory are not counted apart (--trainer.strategy.cpu_offload, offload_activations)"
+        )
     if sharded and trainer.strategy.low_precision:
         precision = "bf16-mixed"
     reference = bool(module.objective.needs.reference)
