@@ -73,8 +73,8 @@ def test_the_fingerprint_is_that_of_the_whole_model(runs: Runs) -> None:
 
 def test_low_precision_works_in_groups(runs: Runs) -> None:
     for found in runs.ranks:
-        wanted = runs.single["groups"]["nll"].item()
-        assert found["low precision"]["nll"].item() == pytest.approx(wanted, rel=2e-2) != wanted
+        wanted, low = runs.single["groups"]["nll"].item(), found["low precision"]["nll"].item()
+        assert low != wanted and low == pytest.approx(wanted, rel=2e-2)
 
 
 @pytest.mark.parametrize("name", ["resumed", "resumed from shares"])
