@@ -11,6 +11,9 @@ from deft_lightning.errors import UserError, did_you_mean
 from deft_lightning.models.lora import LoRA
 
 
+ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")  # as Lightning names them
+
+
 @dataclass(frozen=True)
 class Base:
     """The model a regime starts from: trained with NLL, one for each seed of the cells.
@@ -100,6 +103,8 @@ class Regime:
         if self.split_by not in ("prompt", "answer"):
             raise UserError(f"regime: split_by must be prompt or answer, not {self.split_by!r}")
         _check_op("regime", self.op)
+        if self.accelerator not in ACCELERATORS:
+            raise UserError(f"study: accelerator must be one of {', '.join(ACCELERATORS)}, not {self.accelerator!r}")
         limits = {"rows": self.rows, "max_characters": self.max_characters}
         check_positive("regime", **{name: limit for name, limit in limits.items() if limit is not None})
         for rate in self.rates:

@@ -246,3 +246,8 @@ def test_too_few_rows_are_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="different prompts are too few"):
         task_files(WORDS.replace("3000", "30"), 10, 100, tmp_path)
     assert not list(tmp_path.rglob("*.jsonl"))
+
+
+def test_an_accelerator_that_nobody_knows_is_refused_in_one_line() -> None:
+    with pytest.raises(UserError, match=r"accelerator must be one of auto, cpu, .* not 'gpuu'"):
+        Regime(source="rows.jsonl", steps=1, rate=0.1, accelerator="gpuu")
