@@ -10,7 +10,6 @@ from deft_lightning.data.prepared.audit_file import Top
 from deft_lightning.errors import UserError, did_you_mean
 from deft_lightning.models.lora import LoRA
 
-
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")  # as Lightning names them
 
 
