@@ -23,11 +23,11 @@ class Jobs(Workers):
     Args:
         count: Jobs at a time.
         root: Folder of the study; `jobs` below it gets the logs.
-        options: As for ``submitit.AutoExecutor.update_parameters``; and `cluster`, which is `slurm` where there is one,
-            else `local`: processes of this machine.
+        options: As for ``submitit.AutoExecutor.update_parameters``; and `cluster`: `slurm`, the default, or `local`,
+            processes of this machine.
 
     Raises:
-        UserError: submitit is not installed, or does not know an option.
+        UserError: submitit is not installed, does not know an option, or finds no SLURM where `cluster` is not given.
     """
 
     def __init__(self, count: int, root: Path, options: Mapping[str, Any]) -> None:
@@ -36,6 +36,10 @@ class Jobs(Workers):
         except ImportError:
             raise UserError("--launcher submitit needs its package: pip install 'deft-lightning[cluster]'") from None
         given = {"timeout_min": MINUTES, **options}
+        if given.get("cluster") is None and submitit.AutoExecutor.which() != "slurm":
+            raise UserError(
+                "--launcher submitit: there is no SLURM here; --submitit '{cluster: local}' runs jobs on this machine"
+            )
         try:
             self._jobs = submitit.AutoExecutor(root.absolute() / "jobs", cluster=given.pop("cluster", None))
             self._jobs.update_parameters(**given)

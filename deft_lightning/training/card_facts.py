@@ -21,7 +21,7 @@ from deft_lightning.models.card import LORA, QUANTIZED, CardFacts
 from deft_lightning.models.contents import KEY
 from deft_lightning.training.card_data import facts_of_data
 from deft_lightning.training.hyper_parameters import HYPER_PARAMETERS
-from deft_lightning.training.protocols import shards
+from deft_lightning.training.protocols import precision_of
 
 CARD = "card"  # of what a checkpoint says of itself
 SHARE = "estimated share of wrong answers"
@@ -139,7 +139,7 @@ def _of_trainer(trainer: Any) -> Record:
     strategy = trainer.strategy
     name = {"SingleDeviceStrategy": "one device", "DDPStrategy": "ddp", "FSDP2Strategy": "fsdp2"}
     return {
-        "trainer.precision": "bf16-mixed" if shards(strategy) and strategy.low_precision else trainer.precision,
+        "trainer.precision": precision_of(trainer),
         "trainer.strategy": name.get(type(strategy).__name__, type(strategy).__name__),
         "trainer.world_size": trainer.world_size,
         "trainer.accumulate_grad_batches": trainer.accumulate_grad_batches,

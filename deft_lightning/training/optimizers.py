@@ -19,6 +19,7 @@ from deft_lightning.models import is_sharded
 from deft_lightning.training.fused_adam import fuse
 from deft_lightning.training.muon import MuonAdamW, for_muon
 from deft_lightning.training.optim import CosineWithWarmup
+from deft_lightning.training.protocols import precision_of
 from deft_lightning.training.rounding import warn_of_rounding
 from deft_lightning.training.slow_products import warn_of_slow_products
 
@@ -55,7 +56,7 @@ def make_optimizer(
         for group in built.param_groups:
             group["lr"] = rate
     warn_of_rounding(model, built)
-    warn_of_slow_products(model, str(trainer.precision))
+    warn_of_slow_products(model, precision_of(trainer))
     if hasattr(model, "get_base_model") and (peak := built.param_groups[0]["lr"]) <= FOR_WHOLE_MODELS:
         rank_zero_info(
             f"adapters train with the learning rate {peak:g}, which suits full fine-tuning; 2e-4 is usual for"

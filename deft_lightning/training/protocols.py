@@ -98,6 +98,12 @@ def shards(strategy: Any) -> TypeGuard[ShardingStrategy]:
     return bool(getattr(type(strategy), "shards_weights", False))
 
 
+def precision_of(trainer: Any) -> str:
+    """Return the precision that was asked for: FSDP takes `bf16-mixed` over, and Lightning's own says 32-true then."""
+    low = shards(trainer.strategy) and trainer.strategy.low_precision
+    return "bf16-mixed" if low else str(trainer.precision)
+
+
 def check_strategy(strategy: Any) -> None:
     """Refuse strategies under which the head would not see its whole weight.
 

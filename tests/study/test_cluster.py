@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -78,6 +79,9 @@ def test_settings_of_jobs_are_checked(tmp_path: Path) -> None:
         Jobs(1, tmp_path, {"cluster": "local", "slurm_partitoin": "gpu"})
     with pytest.raises(UserError, match=r"--submitit: .*nowhere"):
         Jobs(1, tmp_path, {"cluster": "nowhere"})
+    if shutil.which("srun") is None:
+        with pytest.raises(UserError, match=r"no SLURM here; --submitit '\{cluster: local\}'"):
+            Jobs(1, tmp_path, {})
     done = study(tmp_path, SMALL, "--submitit", "{timeout_min: 3}")
     assert done.returncode == 2
     assert done.stderr == "error: --submitit has settings of jobs, which --launcher submitit starts\n"

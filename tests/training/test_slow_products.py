@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from deft_lightning.training import slow_products
+from deft_lightning.training.fsdp2 import FSDP2Strategy
+from deft_lightning.training.protocols import precision_of
 from deft_lightning.training.slow_products import times_as_long, warn_of_slow_products
 
 
@@ -44,6 +47,15 @@ def test_a_large_model_is_warned_of_where_the_processor_is_slow(
     mixed = said(full, "bf16-mixed")  # weights in float32, products in bfloat16
     assert len(mixed) == warned and said(small, "bf16-mixed") == []
     assert not warned or mixed[0].endswith("--trainer.precision 32-true trains faster here")
+
+
+def test_fsdp2_in_low_precision_is_no_full_float32() -> None:
+    """FSDP takes the precision over, and leaves Lightning's at 32-true."""
+    strategy = FSDP2Strategy()
+    trainer = SimpleNamespace(strategy=strategy, precision="32-true")
+    assert precision_of(trainer) == "32-true"
+    strategy.low_precision = True
+    assert precision_of(trainer) == "bf16-mixed"
 
 
 def test_full_float32_on_a_gpu_is_warned_of() -> None:

@@ -17,7 +17,7 @@ from deft_lightning.models import LoRA, is_sharded
 from deft_lightning.models.sizes import available_memory, size_of
 from deft_lightning.ops.backend import choose_kernel
 from deft_lightning.training.memory.estimate import MemoryEstimate, Setup, estimate
-from deft_lightning.training.protocols import shards
+from deft_lightning.training.protocols import precision_of, shards
 
 CHECKPOINTING = "--model.gradient_checkpointing true"
 ADAPTERS = "--model.lora.r 16 --model.dtype bfloat16"
@@ -77,17 +77,15 @@ def setup_of(module: Any) -> Setup:
     """Return how a module is trained by its trainer."""
     trainer, sharded = module.trainer, shards(module.trainer.strategy)
     device = "cuda" if trainer.strategy.root_device.type == "cuda" else "cpu"
-    precision = str(trainer.precision)
     if sharded and (trainer.strategy.cpu_offload or trainer.strategy.offload_activations):
         raise ValueError(
             "tensors in host memory are not counted apart (--trainer.strategy.cpu_offload, offload_activations)"
         )
-    if sharded and trainer.strategy.low_precision:
-        precision = "bf16-mixed"
     reference = bool(module.objective.needs.reference)
     kernel = choose_kernel(module.head_backend, device, torch.float32)
     return Setup(
-        module.optimizer_callable, precision, fused=module.head == "fused", kernel="torch" if reference else kernel,
+        module.optimizer_callable, precision_of(trainer), fused=module.head == "fused",
+        kernel="torch" if reference else kernel,
         accumulate=trainer.accumulate_grad_batches, reference=reference or module.forgetting, device=device,
         ranks=trainer.world_size, sharded=sharded, replicate=trainer.strategy.replicate if sharded else 1,
     )  # fmt: skip

@@ -20,7 +20,7 @@ from deft_lightning.data.sources.given import GivenRows
 from deft_lightning.data.sources.places import last_identity
 from deft_lightning.data.sources.read import address_of, weights
 from deft_lightning.terminal import visible
-from deft_lightning.training.protocols import shards
+from deft_lightning.training.protocols import precision_of
 
 ADDRESSES = {"deft_lightning.training.optim": "deft_lightning.optim"}  # where code is, where it is known to be
 WHOLE = 1 << 26  # bytes up to which a file is known by all of its content; of a larger one, blocks of it are read
@@ -66,7 +66,7 @@ def settings(trainer: Any) -> Settings:
     values: Settings = {
         "seed_everything": int(seed) if seed is not None and seed.isdigit() else seed,
         "trainer.strategy": _strategy_name(strategy),
-        "trainer.precision": "bf16-mixed" if shards(strategy) and strategy.low_precision else trainer.precision,
+        "trainer.precision": precision_of(trainer),
         "trainer.world_size": trainer.world_size,
         **{f"trainer.{name}": plain(getattr(trainer, name)) for name in OF_TRAINER},
         **_options(module, "model", NOT_MODEL),
