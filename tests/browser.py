@@ -101,11 +101,13 @@ class Browser:
         """Return the value of a script in the page."""
         return self.call("Runtime.evaluate", expression=script, returnByValue=True)["result"].get("value")
 
-    def open(self, url: str, *awaited: str, seconds: float = 45) -> str:
-        """Open a page and return its text, once everything awaited is in it or the time is up."""
+    def open(self, url: str, *awaited: str, gone: str | None = None, seconds: float = 45) -> str:
+        """Open a page and return its text, once it has everything awaited and no more of `gone`, or the time is up."""
         self.call("Page.navigate", url=url)
         end, text = time.monotonic() + seconds, ""
-        while time.monotonic() < end and not (text and all(word in text for word in awaited)):
+        while time.monotonic() < end and not (
+            text and all(word in text for word in awaited) and (gone is None or gone not in text)
+        ):
             time.sleep(0.3)
             text = self.evaluate(TEXT) or ""
         return text
