@@ -70,6 +70,7 @@ class UnpromptedReader:
     def read(self, batch: Batch, alone: bool, once: bool) -> Tensor:
         """Return the same, read in one of the ways."""
         ids, labels = batch["unprompted_ids"], batch["unprompted_labels"]
+        places = batch.get("unprompted_supervised_at")
         ahead: Tensor = batch["ahead_ids"][:, : batch["frame"] if alone else None]
         inputs: dict[str, Any] = {"input_ids": ids, "use_cache": False}
         with _casts_of_its_own(ids.device), evaluating(self.model):
@@ -78,9 +79,11 @@ class UnpromptedReader:
             elif ahead.shape[1]:
                 inputs["input_ids"] = torch.cat([ahead[batch["ahead"]], ids], dim=1)
                 labels = pad(labels, (ahead.shape[1], 0), value=IGNORE_INDEX)
+                places = None if places is None else places + (places // ids.shape[1] + 1) * ahead.shape[1]
             targets = pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
             if self.seam is not None:
-                return fused_forward(self.model, self.seam, inputs, targets, _nll).stats.log_prob
+                index = None if places is None else places - 1
+                return fused_forward(self.model, self.seam, inputs, targets, _nll, index=index).stats.log_prob
             return supervised_stats(self.model(**inputs).logits, targets).log_prob
 
     def _in_front(self, ahead: Tensor, places: Tensor) -> dict[str, Any]:

@@ -230,7 +230,8 @@ class ContextSource:
         # Of two explanations of a whole answer by chance the better one counts, for all its tokens.
         learnt, place = (targets != IGNORE_INDEX) & (asked < 0), example.clamp_min(0)
         gain = torch.where(learnt, asked - known, 0).double().flatten()
-        sums = gain.new_zeros(max(int(place.max()) + 1, 1)).index_add_(0, place.flatten(), gain)
+        # As many as there can be: a device would be waited for to count them.
+        sums = gain.new_zeros(batch["labels"].numel()).index_add_(0, place.flatten(), gain)
         return torch.where(sums[place] > 0, asked, known)
 
     def _marginal(self, like: Tensor) -> Tensor:

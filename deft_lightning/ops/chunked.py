@@ -17,7 +17,7 @@ from deft_lightning.functional import LossFn, TokenStats, accumulation_dtype
 from deft_lightning.ops.columns import AllColumns, ColumnSums
 from deft_lightning.ops.float16 import range_of
 from deft_lightning.ops.gradient import WeightGradient
-from deft_lightning.ops.plan import CallShape, Inputs, Plan
+from deft_lightning.ops.plan import CallShape, Inputs, Plan, row_buffer
 from deft_lightning.ops.reference import ReferenceHead, head_product
 
 
@@ -60,9 +60,9 @@ class _Chunks:
         self.weight = inputs.weight.to(dtype)
         self._bias = None if inputs.bias is None else inputs.bias.to(dtype)
         self.up = None if inputs.up is None else inputs.up.to(dtype)
-        self.buffer = inputs.hidden.new_empty((size, vocabulary))
+        self.buffer = row_buffer(inputs.hidden, size, vocabulary)
         self._reference = plan.reference
-        self._reference_buffer = None if plan.reference is None else torch.empty_like(self.buffer)
+        self._reference_buffer = None if plan.reference is None else row_buffer(self.buffer, size, vocabulary)
         self.kernel = plan.rows(self.buffer)
 
     def product(self, piece: slice, there: bool = False) -> Tensor:

@@ -21,6 +21,9 @@ CHUNK_CPU = 512
 SMALL_CPU = 1 << 18
 # On CUDA a chunk fills a budget, and has at least 1024 tokens: summing dW in float32 costs about 250 / chunk.
 CHUNK_CUDA, BUDGET_CUDA = 1024, 1 << 30
+# On CUDA a row of logits has room for a multiple of this many entries: where the vocabulary is odd, each row begins at
+# an address that wide loads and the fast kernels of a product can take.
+ALIGNED_CUDA = 64
 NOTHING = TokenContext()
 
 
@@ -64,6 +67,18 @@ class Inputs(NamedTuple):
     up: Tensor | None
     targets: Tensor
     token_weight: Tensor | None
+
+
+def row_buffer(like: Tensor, rows: int, columns: int) -> Tensor:
+    """Return memory for logits, shape ``(rows, columns)``, in the dtype and on the device of ``like``.
+
+    On CUDA its rows may lie further apart than they are long. What lies between is 0: a product in 16 bits may read
+    it, as torch's does on a CPU, and not-a-number times 0 is no zero.
+    """
+    room = columns if like.is_cpu else -(-columns // ALIGNED_CUDA) * ALIGNED_CUDA
+    buffer = like.new_empty((rows, room))
+    buffer[:, columns:].zero_()
+    return buffer[:, :columns]
 
 
 @dataclass(frozen=True)

@@ -40,11 +40,10 @@ class NonfiniteGuard:
         self.on_nonfinite = on_nonfinite
         self.skipped = self._in_a_row = 0
 
-    def check(self, norm: Tensor, totals: StepTotals, model: CausalLM, step: int) -> None:
-        """Let a finite step pass; every rank has to call it, once their totals are summed.
+    def check(self, totals: StepTotals, model: CausalLM, step: int) -> None:
+        """Let a finite step pass; every rank has to call it, once their totals are settled.
 
         Args:
-            norm: Of the whole gradient.
             totals: What the step consists of.
             model: Names the parameters.
             step: Its number, for the message.
@@ -53,9 +52,7 @@ class NonfiniteGuard:
             SkippedStep: It is to be left out.
             UserError: It is not finite, or too many in a row were not; names examples and parameters.
         """
-        assert totals.summed is not None
-        # Waits for the device, once an optimizer step: nothing may reach the optimizer unseen.
-        if bool(torch.isfinite(norm) & (totals.summed[1] == 0)):
+        if totals.finite:
             return
         problem = describe_nonfinite(totals, model, step)
         if self.on_nonfinite == "raise":

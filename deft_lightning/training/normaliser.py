@@ -37,6 +37,7 @@ class StepNormaliser:
         stop_agreed: Whether any rank had been asked to stop when the last step was made.
         left_out: Whether the last step was skipped.
         grad_norm: Norm of the last gradient before clipping, None before the first step.
+        tokens_seen: Supervised tokens trained on so far, on all ranks.
         rate: Learning rate of the last step; the schedule moves on before it is logged.
     """
 
@@ -46,19 +47,13 @@ class StepNormaliser:
         self.stop_agreed = self.left_out = False
         self.grad_norm: Tensor | None = None
         self.rate = 0.0
+        self.tokens_seen = 0
         self._scale: Tensor | None = None  # on the gradients of the step in hand, until they are multiplied by it
-        self._seen_before = 0
-        self._seen: Tensor | None = None
 
     @property
     def begins_step(self) -> bool:
         """Return whether the next micro-batch is the first of an optimizer step."""
         return self.totals.tokens is None
-
-    @property
-    def tokens_seen(self) -> int:
-        """Return the number of supervised tokens trained on so far, on all ranks."""
-        return self._seen_before + (0 if self._seen is None else int(self._seen))
 
     def forget(self) -> None:
         """Forget the micro-batches of a step that was never made."""
@@ -70,7 +65,7 @@ class StepNormaliser:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on counting from a checkpoint; what it does not know begins at 0."""
-        self._seen_before, self._seen = int(state.get("tokens_seen", 0)), None
+        self.tokens_seen = int(state.get("tokens_seen", 0))
         memory = tuple(state.get("gates", ()))
         self.memory = memory if any(memory) else ()
 
@@ -142,14 +137,14 @@ class StepNormaliser:
             yield closure
         except SkippedStep:
             skipped = True
+        if self.totals.finite is None:  # somebody clips in a way of his own
+            self.totals.settle()
         self.guard.note(skipped)
         self.left_out = skipped
-        assert self.totals.summed is not None
         if not skipped:
-            tokens = self.totals.summed[0].long()
-            self._seen = tokens if self._seen is None else self._seen + tokens
+            self.tokens_seen += self.totals.known
             self._remember(tracked)
-        self.stop_agreed = bool(self.totals.summed[2] > 0)
+        self.stop_agreed = self.totals.stop
         self.totals = StepTotals()
 
     def _remember(self, tracked: Tracked | None) -> None:
@@ -157,8 +152,8 @@ class StepNormaliser:
         if tracked is None:
             return
         measured = self.totals.measured
-        if bool(torch.isfinite(measured).all()):  # in float16 the loss scaler has left the step out
-            self.memory = tracked.fold(self.memory, measured.tolist())
+        if all(map(math.isfinite, measured)):  # in float16 the loss scaler has left the step out
+            self.memory = tracked.fold(self.memory, measured)
 
     def clip(self, optimizer: Any, limit: float | None, by_value: bool, module: Any) -> None:
         """Divide the gradient of a step and clip it, in one pass; keep its norm before clipping.
@@ -173,11 +168,11 @@ class StepNormaliser:
             SkippedStep: The step is not finite, and is to be left out.
             UserError: It is not finite, or too many in a row were not.
         """
-        norm = self.clip_norm(optimizer, None if by_value else limit)
+        self.totals.settle(self.clip_norm(optimizer, None if by_value else limit))
         trainer = module.trainer
         # In float16 the loss scaler leaves steps out that are not finite, and lowers its scale.
         if getattr(trainer.precision_plugin, "scaler", None) is None:
-            self.guard.check(norm, self.totals, module.model, trainer.global_step + 1)
+            self.guard.check(self.totals, module.model, trainer.global_step + 1)
         if by_value:
             module.clip_gradients(optimizer, limit, "value")
 

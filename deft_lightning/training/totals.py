@@ -24,6 +24,7 @@ class StepTotals:
         batches: Ids of the examples of each micro-batch, and whether its loss was not finite.
         summed: Tokens, bad micro-batches, wishes to stop and, where there are any, weights and what is tracked of all
             ranks, once they are known: integers, or float64, which is exact up to 2^53 tokens.
+        finite: Whether losses and gradient were finite, once :meth:`settle` has looked.
     """
 
     tokens: Tensor | None = None
@@ -32,6 +33,8 @@ class StepTotals:
     tracked: Tensor | None = None
     batches: list[tuple[Sequence[str], Tensor]] = field(default_factory=list)
     summed: Tensor | None = None
+    finite: bool | None = None
+    _host: list[float] = field(default_factory=list)
 
     def count(self, tokens: Tensor, weight: Tensor | None = None) -> None:
         """Add the supervised tokens of a micro-batch, and the sum of their weights.
@@ -76,11 +79,36 @@ class StepTotals:
         assert self.summed is not None
         return self.summed[0 if self.weight is None else 3]
 
+    def settle(self, norm: Tensor | None = None) -> None:
+        """Bring the sums to the host, with whether the step is finite: the one wait for the device in a step.
+
+        It comes before the optimizer, which nothing may reach unseen.
+
+        Args:
+            norm: Of the whole gradient; None where nobody has computed it.
+        """
+        assert self.summed is not None
+        finite = (self.summed[1] == 0).to(self.summed)
+        if norm is not None:
+            finite = finite * torch.isfinite(norm).to(finite)
+        first, *self._host = torch.cat([finite.reshape(1), self.summed]).tolist()
+        self.finite = bool(first)
+
     @property
-    def measured(self) -> Tensor:
-        """Return what is tracked, of all ranks, shape ``(k,)``."""
-        assert self.summed is not None and self.tracked is not None
-        return self.summed[-len(self.tracked) :]
+    def known(self) -> int:
+        """Return the number of supervised tokens of all ranks, after :meth:`settle`."""
+        return int(self._host[0])
+
+    @property
+    def stop(self) -> bool:
+        """Return whether any rank wishes to stop, after :meth:`settle`."""
+        return self._host[2] > 0
+
+    @property
+    def measured(self) -> list[float]:
+        """Return what is tracked, of all ranks, after :meth:`settle`."""
+        assert self.tracked is not None
+        return self._host[-len(self.tracked) :]
 
     def bad_examples(self) -> list[str]:
         """Return the ids of the micro-batches whose loss was not finite, of all if it was only the gradient."""

@@ -40,7 +40,7 @@ from deft_lightning.objectives import (
     Objective,
     Tsallis,
 )
-from deft_lightning.ops import plan
+from deft_lightning.ops import chunked, plan
 from deft_lightning.ops.linear import linear_loss, linear_token_stats
 from deft_lightning.ops.torch_rows import Transform
 
@@ -64,6 +64,34 @@ def test_linear_loss_matches_dense_float64_for_every_shape(objective: Objective,
     assert found.loss.dtype == torch.float32 and found.loss.shape == ()
     assert_close(found, wanted, FP32)
     assert_close(differentiate(fused_loss(objective), case), wanted, 1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("n", [40, 1100])
+def test_rows_of_logits_that_lie_apart_give_the_same(
+    n: int, bias: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = problem(n, 37, bias=bias, seed=4).to(dtype)
+    wanted = differentiate(fused_loss(DEFT()), case)
+    made: list[Tensor] = []
+
+    def apart(like: Tensor, rows: int, columns: int) -> Tensor:
+        made.append(like.new_full((rows, columns + 27), torch.nan))
+        made[-1][:, columns:] = 0
+        return made[-1][:, :columns]
+
+    monkeypatch.setattr(chunked, "row_buffer", apart)
+    assert_close(differentiate(fused_loss(DEFT()), case), wanted, 1e-6)
+    assert made and not any(bool(one[:, 37:].any()) for one in made)  # nobody writes between them
+
+
+def test_on_cuda_each_row_of_logits_begins_at_an_address_for_wide_loads() -> None:
+    here = plan.row_buffer(torch.empty(0), 3, 50_257)
+    assert here.shape == (3, 50_257) and here.is_contiguous()
+    there = plan.row_buffer(torch.empty(0, device="meta", dtype=torch.bfloat16), 3, 50_257)
+    assert there.shape == (3, 50_257) and there.stride() == (50_304, 1)
+    assert plan.row_buffer(torch.empty(0, device="meta"), 3, 49_152).is_contiguous()
 
 
 OPTIONS: dict[str, dict[str, Any]] = {

@@ -40,7 +40,7 @@ from torch import Tensor
 from deft_lightning.errors import UserError
 from deft_lightning.functional import TokenStats
 from deft_lightning.objectives import DEFT, EAFT, NLL, Cayley, Objective, known_objectives
-from deft_lightning.ops import ColumnSparsity, backend, plan
+from deft_lightning.ops import ColumnSparsity, backend, chunked, plan
 from deft_lightning.ops.backend import choose_kernel
 from deft_lightning.ops.linear import linear_loss, linear_token_stats
 from deft_lightning.ops.torch_rows import Transform
@@ -308,6 +308,12 @@ class TestInterpreted:
         case = problem(9, 37, seed=2, masked=0.0, bias=True, weighted=True)
         wanted = differentiate(dense_loss(objective), case)
         assert_close(differentiate(triton_loss(objective), case.to(torch.float32)), wanted, FP32)
+
+    def test_rows_of_logits_may_lie_apart(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(chunked, "row_buffer", lambda like, n, v: like.new_full((n, v + 27), torch.nan)[:, :v])
+        case = problem(9, 37, seed=2, masked=0.0, bias=True, weighted=True)
+        wanted = differentiate(dense_loss(DEFT()), case)
+        assert_close(differentiate(triton_loss(DEFT()), case.to(torch.float32)), wanted, FP32)
 
     @pytest.mark.parametrize("options", [{}, {"softcap": 60.0}], ids=["plain", "softcap"])
     def test_columns_left_out_stay_within_the_bound_that_is_told(self, options: dict[str, Any]) -> None:

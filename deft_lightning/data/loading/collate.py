@@ -127,17 +127,20 @@ def unprompted_fields(answers: Sequence[Unprompted], pad_id: int) -> dict[str, A
         pad_id: Token that fills rows up.
 
     Returns:
-        ``unprompted_ids`` and ``unprompted_labels`` (int64, ``(examples, S)``), right-padded; ``ahead_ids`` (int64,
-        ``(K, P)``), the rows in front of them, of which the first ``frame`` (int) tokens are the frame of all prompts;
-        ``ahead`` (int64, ``(examples,)``), which of these stands in front of each; ``has_prompt`` (bool,
-        ``(examples,)``), whether an example has one that could be left out.
+        ``unprompted_ids`` and ``unprompted_labels`` (int64, ``(examples, S)``), right-padded;
+        ``unprompted_supervised_at`` (int64), the places of the labels that count among all of them, in order;
+        ``ahead_ids`` (int64, ``(K, P)``), the rows in front of them, of which the first ``frame`` (int) tokens are the
+        frame of all prompts; ``ahead`` (int64, ``(examples,)``), which of these stands in front of each; ``has_prompt``
+        (bool, ``(examples,)``), whether an example has one that could be left out.
     """
     longest = max(2, *(len(answer.input_ids) for answer in answers))
     rows = {answer.key: answer.ahead for answer in answers}
     places = {key: place for place, key in enumerate(rows)}
+    labels = _pad([answer.labels for answer in answers], longest, IGNORE_INDEX, torch.int64)
     return {
         "unprompted_ids": _pad([answer.input_ids for answer in answers], longest, pad_id, torch.int64),
-        "unprompted_labels": _pad([answer.labels for answer in answers], longest, IGNORE_INDEX, torch.int64),
+        "unprompted_labels": labels,
+        "unprompted_supervised_at": supervised_at(labels),
         "ahead_ids": torch.from_numpy(np.stack(list(rows.values()))),
         "ahead": torch.tensor([places[answer.key] for answer in answers]),
         "has_prompt": torch.tensor([len(answer.input_ids) > 0 for answer in answers]),
