@@ -85,7 +85,11 @@ def test_weights_gradients_and_state_are_those_counted_by_hand() -> None:
     assert found.weights == 4 * weights + 2 * 4 * 4  # frequencies of positions, and those they began with
     tensors = 1 + 3 * 9 + 1  # each of which has a step count
     assert found.optimizer == 2 * 4 * weights + 4 * tensors
-    assert found.peak >= found.weights + found.gradients + found.optimizer + found.activations
+    always = found.weights + found.optimizer
+    assert found.peak >= always + max(found.gradients, found.activations)
+    # Of earlier micro-batches there are gradients while the next one runs.
+    again = estimate(llama(3), BATCH, Setup(adamw, accumulate=2))
+    assert again.peak >= always + again.gradients + again.activations and again.peak > found.peak
 
 
 def test_adapters_alone_have_gradients_and_state() -> None:
@@ -261,7 +265,7 @@ def test_a_run_that_fits_says_so_once(tmp_path: Path, caplog: pytest.LogCaptureF
     (line,) = lines(caplog)
     assert re.fullmatch(
         r"memory: a step of 4 x \d+ tokens takes about [\d.]+ MiB \(weights [\d.]+ MiB, gradients [\d.]+ MiB, optimizer"
-        r" [\d.]+ MiB, activations [\d.]+ MiB, buffers [\d.]+ MiB\); the device has [\d.,]+ GiB",
+        r" [\d.]+ MiB, activations [\d.]+ MiB(, buffers [\d.]+ MiB|; not all at a time)\); the device has [\d.,]+ GiB",
         line,
     ), line
     fit(tmp_path, room=1 << 40, summary=False)

@@ -282,3 +282,51 @@ def test_places_of_labels_are_those_of_the_batch_or_found(head: Any, pretrained:
     for stale in (batch["supervised_at"] - 1, batch["supervised_at"][1:]):
         with pytest.raises(UserError, match="supervised_at of the batch is not where its labels are"):
             module.loss_and_stats({**batch, "supervised_at": stale})
+
+
+# --- gradients of the last step -------------------------------------------------------------------------------------
+
+
+class Seen(Callback):
+    """Notes whether there are gradients: before a batch, while the model runs, in validation."""
+
+    def __init__(self) -> None:
+        self.before: list[bool] = []
+        self.running: list[bool] = []
+        self.validating: list[bool] = []
+
+    @staticmethod
+    def there(module: Any) -> bool:
+        return any(weight.grad is not None for weight in module.parameters())
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        def look(model: Any, *_: object) -> None:
+            (self.running if model.training else self.validating).append(self.there(model))
+
+        pl_module.model.register_forward_pre_hook(look)
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: object, batch_idx: int) -> None:
+        self.before.append(self.there(pl_module))
+
+
+def test_gradients_of_a_step_are_freed_before_the_next_forward_pass(
+    pretrained: str, source: str, tmp_path: Path
+) -> None:
+    seen = Seen()
+    trainer = bare_trainer(
+        tmp_path, seen, max_steps=3, accumulate_grad_batches=2, val_check_interval=2, num_sanity_val_steps=0,
+        check_val_every_n_epoch=None,
+    )  # fmt: skip
+    trainer.fit(SFTModule(pretrained=pretrained), split_data(source, tokenizer=pretrained))
+    # The model is run once more, before the first step, to check its head.
+    assert seen.running[-6:] == [False, True] * 3, "of an earlier micro-batch they stay"
+    assert seen.before[:6] == [False, True, False, True, False, True], "a validation has freed them"
+    assert seen.validating and not any(seen.validating)
+
+
+def test_whoever_looks_at_gradients_between_two_steps_finds_them(pretrained: str, source: str, tmp_path: Path) -> None:
+    seen, module = Seen(), SFTModule(pretrained=pretrained)
+    trainer = bare_trainer(tmp_path, seen, max_steps=3, limit_val_batches=0)
+    trainer.fit(module, split_data(source, tokenizer=pretrained))
+    assert seen.before == [False, True, True] and not any(seen.running)
+    assert seen.there(module), "those of the last step stay"

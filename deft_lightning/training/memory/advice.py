@@ -133,6 +133,7 @@ def start_line(need: MemoryEstimate, batch: BatchShape, room: int | None) -> str
         "optimizer": need.optimizer, "activations": need.activations, "buffers": need.buffers,
     }  # fmt: skip
     listed = ", ".join(f"{name} {size_of(size)}" for name, size in parts.items() if size)
+    listed += "" if need.buffers else "; not all at a time"
     has = "" if room is None else f"; the device has {size_of(room)}"
     return f"memory: a step of {batch.rows} x {batch.length} tokens takes about {size_of(need.peak)} ({listed}){has}"
 

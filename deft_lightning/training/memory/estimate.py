@@ -91,9 +91,9 @@ class MemoryEstimate:
 def estimate(model: CausalLM, batch: BatchShape, setup: Setup) -> MemoryEstimate:
     """Return what a training step takes on one device, from the second step on, when there is optimizer state.
 
-    The peak is that of three moments: the head has run, when Lightning still holds the gradients of the step before;
-    the backward pass, in which activations go and gradients come; the step of the optimizer. Beside it stands what is
-    always there. What an allocator keeps for itself or cannot use is not counted, nor what CUDA holds beside tensors.
+    The peak is that of three moments: the head has run, beside the gradients of earlier micro-batches; the backward
+    pass, in which activations go and gradients come; the step of the optimizer. Beside it stands what is always there.
+    What an allocator keeps for itself or cannot use is not counted, nor what CUDA holds beside tensors.
 
     Under fsdp2 a device holds its share, and gathers two layers at a time and what is no layer (embedding, head).
     Under ddp gradients are there twice: torch sends them in buffers of their own.
@@ -129,7 +129,7 @@ def estimate(model: CausalLM, batch: BatchShape, setup: Setup) -> MemoryEstimate
     state = optimizer.state // shares
     kept = gradients if setup.accumulate > 1 or setup.sharded else 0
     moments = (
-        state + gradients + count.forward,
+        state + kept + count.forward,
         state + kept + max(count.backward, count.end),
         state + gradients + optimizer.step // shares,
     )
