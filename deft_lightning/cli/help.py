@@ -34,7 +34,7 @@ TRAINER = {
     "accumulate_grad_batches": "Micro-batches per optimizer step",
     "gradient_clip_val": "Clip the norm of the gradient to this",
     "precision": "32-true, bf16-mixed, 16-mixed, bf16-true, 64-true; default bf16-mixed on a GPU that has it",
-    "strategy": "auto (one device), ddp (one process per device), fsdp2 (sharded)",
+    "strategy": "auto (one device, or ddp over several), ddp (one process per device), fsdp2 (sharded)",
     "devices": "Devices per node: a number, a list or auto",
     "num_nodes": "Nodes; start them with torchrun or SLURM",
     "val_check_interval": "Micro-batches between validations, or a share of an epoch (0.5)",

@@ -27,7 +27,8 @@ def _choices() -> str:
     return (
         f"Objectives (--model.objective): {', '.join(known_objectives())}, or the class path of your own. "
         f"Label noise (--data.noise.ops+=): {', '.join(known_noise())}. "
-        "Strategies (--trainer.strategy): auto (one device), ddp (one process per device), fsdp2 (sharded). "
+        "Strategies (--trainer.strategy): auto (one device, or ddp over several), ddp (one process per device), fsdp2"
+        " (sharded). "
         "Sources (--data.source): .jsonl, .json, .csv, .tsv, .parquet, .arrow (also .gz, .bz2, .xz, .zst), a folder or"
         " pattern of them, an address (https://, hf://, s3://), a hub id, reasoning_gym:<task>;"
         " several with --data.source '{a.jsonl: 1, b.jsonl: 0.5}'. "

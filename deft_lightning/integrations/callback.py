@@ -264,7 +264,7 @@ def _evaluated(run: ObjectiveRun, tag: str, device: torch.device) -> dict[str, f
 def _weight(stats: Any) -> Tensor:
     if stats.weight is not None:
         return stats.weight.double().sum()
-    return torch.tensor(len(stats.log_prob), dtype=torch.float64, device=stats.log_prob.device)
+    return torch.full((), len(stats.log_prob), dtype=torch.float64, device=stats.log_prob.device)
 
 
 def _or_zeros(sums: Tensor | None, size: int, device: torch.device) -> Tensor:

@@ -72,7 +72,7 @@ class ObjectiveLoss:
         if divisor is not None and divisor.ndim:
             raise UserError("compute_loss_func: start one process per device (torchrun), not one for all")
         total = weighted_loss(self.run.current, stats).sum()
-        own = torch.tensor(len(stats.log_prob), device=total.device) if stats.weight is None else stats.weight.sum()
+        own = torch.full((), len(stats.log_prob), device=total.device) if stats.weight is None else stats.weight.sum()
         if torch.is_grad_enabled():
             self.run.add(stats.detach(), logits, keep, divisor)
             if (aux := _field(outputs, "aux_loss")) is not None:

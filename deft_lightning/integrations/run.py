@@ -199,7 +199,7 @@ class ObjectiveRun:
 
 def nll_sums(stats: TokenStats) -> Tensor:
     """Return the sum of the plain NLL of tokens, in nats, and their number: shape ``(2,)``, float64."""
-    count = torch.tensor(len(stats.log_prob), dtype=torch.float64, device=stats.log_prob.device)
+    count = torch.full((), len(stats.log_prob), dtype=torch.float64, device=stats.log_prob.device)
     return torch.stack([-stats.log_prob.sum(dtype=torch.float64), count])
 
 

@@ -31,7 +31,7 @@ class TokenMeter(Metric):
             loss_sum: Sum of the objective over them, each times its weight.
             stats: Their statistics, shape ``(N,)``, with the weights if they have any.
         """
-        tokens = torch.tensor(stats.log_prob.numel(), device=loss_sum.device)
+        tokens = torch.full((), stats.log_prob.numel(), device=loss_sum.device)  # CUDA would wait for a copy
         weight = tokens if stats.weight is None else stats.weight.sum(dtype=torch.float64)
         parts = (loss_sum.detach(), -stats.log_prob.sum(), stats.correct.sum(), tokens, weight)
         finite = torch.isfinite(loss_sum.detach())  # such a micro-batch is not counted: its step is skipped

@@ -109,6 +109,7 @@ class ContextSource:
         # What callbacks want is theirs where the objective does not say.
         self.needs = self.trained._replace(answer_chance=self.trained.answer_chance or watched.answer_chance)
         self.own = () if objective is None else objective.sources
+        self._places: dict[tuple[tuple[str, ...], torch.device], Tensor] = {}  # of the sources of a batch among its own
         self.unigram, self.legend = unigram, repr(objective)
         self.marginal = Marginal(vocabulary) if self._kinds & {"marginal", "least", "best"} else None
 
@@ -252,8 +253,11 @@ class ContextSource:
         if not self.own or "source" not in batch:
             return None
         names: Sequence[str] = batch["source_names"]
-        places = [self.own.index(name) if name in self.own else -1 for name in names]
-        table = torch.tensor(places, device=batch["source"].device)
+        # Made once: CUDA would wait for a copy in each micro-batch.
+        key = (tuple(names), batch["source"].device)
+        if (table := self._places.get(key)) is None:
+            places = [self.own.index(name) if name in self.own else -1 for name in names]
+            table = self._places[key] = torch.tensor(places, device=batch["source"].device)
         segment = batch["segment"][:, 1:].long().clamp_min(0)  # padding teaches nothing
         return table[batch["source"]][segment]
 

@@ -44,7 +44,9 @@ class Waits(TorchFunctionMode):
         return super().__enter__()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in READS or self._by_mask(func, args) or (func is torch.where and len(args) == 1):
+        # A tensor made of numbers for a device is a copy that the device is waited for.
+        copied = func is torch.tensor and (kwargs or {}).get("device") is not None
+        if copied or func in READS or self._by_mask(func, args) or (func is torch.where and len(args) == 1):
             frames = traceback.extract_stack()[:-1]
             own = next((frame for frame in reversed(frames) if "site-packages" not in frame.filename), None)
             # What a library reads on its own account is not ours, unless we have called it for that.
