@@ -11,6 +11,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.core.optimizer import LightningOptimizer
@@ -119,6 +120,11 @@ def attach(trainer: Trainer, module: Any, datamodule: Any | None = None) -> None
 def attached_module(trainer: Trainer) -> Any | None:
     """Return the module of a trainer, None before it has one."""
     return trainer.strategy._lightning_module
+
+
+def computes_on(module: Any, device: torch.device) -> None:
+    """Tell a module the device it computes on, where its weights wait elsewhere and nothing moves it there."""
+    module._device = device
 
 
 def unwrapped(optimizer: Any) -> Any:

@@ -73,6 +73,9 @@ ATTRIBUTES: dict[str, tuple[Callable[[], Any], Callable[[Any], bool], str]] = {
     "_data_parallel_size": (
         ModelParallelStrategy, lambda found: found == "auto", "fsdp2 shards nothing",
     ),
+    "_device": (
+        LightningModule, lambda found: found == torch.device("cpu"), "sums stay in host memory where weights do",
+    ),
     "_optimizer": (
         lambda: LightningOptimizer(torch.optim.SGD([torch.zeros(1)])),
         lambda found: isinstance(found, torch.optim.SGD), "a checkpoint names the wrapper as its optimizer",

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from deft_lightning.annotations import CausalLM
@@ -32,20 +33,21 @@ class Batchwise:
         places: Prompts at a time.
         pad: Token that fills rows up.
         together: Go on until every rank is done: sharded weights are gathered by all ranks at once.
+        device: Where the model computes; default: where its weights are.
     """
 
     def __init__(
         self, model: CausalLM, warpers: Sequence[Any], sampled: bool, seed: int, stops: Iterable[int], limit: int,
-        samples: int, places: int, pad: int, together: bool = False,
+        samples: int, places: int, pad: int, together: bool = False, device: torch.device | None = None,
     ) -> None:  # fmt: skip
         self.model, self.warpers, self.sampled, self.seed = model, warpers, sampled, seed
         self.stops, self.limit, self.samples, self.places = list(stops), limit, samples, places
-        self.pad, self.together = pad, together
+        self.pad, self.together, self.device = pad, together, device or causal_lm(model).device
 
     def step(self, waiting: deque[Ask]) -> list[Row]:
         """Complete the next batch of ``waiting``."""
         asks = [waiting.popleft() for _ in range(min(self.places, len(waiting)))]
-        ids, mask, _ = left_padded([ask.input_ids for ask in asks], self.pad, causal_lm(self.model).device)
+        ids, mask, _ = left_padded([ask.input_ids for ask in asks], self.pad, self.device)
         out: Tensor = self.model.generate(
             input_ids=ids.repeat_interleave(self.samples, 0),
             attention_mask=mask.repeat_interleave(self.samples, 0),

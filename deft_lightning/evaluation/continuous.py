@@ -115,15 +115,17 @@ class Decoder:
         samples: Completions per prompt.
         places: Prompts at a time.
         pad: Token that fills rows up.
+        device: Where the model computes; default: where its weights are.
     """
 
     def __init__(
-        self, model: CausalLM, choose: Chooser, stops: Iterable[int], limit: int, samples: int, places: int, pad: int
-    ) -> None:
+        self, model: CausalLM, choose: Chooser, stops: Iterable[int], limit: int, samples: int, places: int, pad: int,
+        device: torch.device | None = None,
+    ) -> None:  # fmt: skip
         self.model, self.choose, self.stops, self.limit, self.pad = model, choose, frozenset(stops), limit, pad
         self.samples = samples
         self.slots, self.rows = Slots(places * samples), list[Row]()
-        self.device = causal_lm(model).device
+        self.device = device or causal_lm(model).device
         takes = set(_takes(causal_lm(model)))
         self._cache = "cache" if "cache" in takes else "past_key_values"  # the name before transformers 5.24
         self._positions, self._last = "position_ids" in takes, "logits_to_keep" in takes

@@ -60,6 +60,7 @@ def completions_of(
     longest: int = 0,
     together: bool = False,
     engine: Engine | None = None,
+    device: torch.device | None = None,
 ) -> Completions:
     """Return the completions of prompts: batch by batch where rows of the model cannot come and go, or ranks share it.
 
@@ -73,6 +74,7 @@ def completions_of(
         longest: As for :func:`complete`.
         together: As for :func:`complete`.
         engine: Of vLLM, where that completes them.
+        device: Where the model computes; default: where its weights are, which may wait in host memory.
     """
     longest = max(longest, *(len(ask.input_ids) for ask in asks))
     # Past its positions a model has no embedding; what is cut there counts as truncated.
@@ -84,9 +86,10 @@ def completions_of(
         steps = VLLM(engine, *drawn, stops, limit, settings.samples)
     elif together or why_not(model):
         given = (warpers, sampled, settings.seed, stops, limit, settings.samples, places, pad, together)
-        steps = Batchwise(model, *given)
+        steps = Batchwise(model, *given, device=device)
     else:
-        steps = Decoder(model, Chooser(warpers, sampled, settings.seed), stops, limit, settings.samples, places, pad)
+        choose = Chooser(warpers, sampled, settings.seed)
+        steps = Decoder(model, choose, stops, limit, settings.samples, places, pad, device)
     return Completions(asks, steps, tokenizer, stops, settings.samples, places)
 
 

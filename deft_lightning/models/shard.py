@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,7 +78,8 @@ def build_sharded(build: Callable[[], Any], sharding: Sharding) -> CausalLM:
         {} if full_model is None else full_model.state_dict(),
         options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=full_model is not None),
     )
-    _hand_out_buffers(model, full_model, sharding.device)
+    _hand_out_buffers(model, full_model)
+    move_buffers(model, sharding.device)
     for name, module in model.named_modules():
         for attribute, value in vars(module).items():
             if isinstance(value, Tensor) and value.is_meta:
@@ -89,7 +91,10 @@ def build_sharded(build: Callable[[], Any], sharding: Sharding) -> CausalLM:
 
 
 def _share_out(model: CausalLM, sharding: Sharding) -> None:
-    """Share a model on the meta device out over all ranks; its weights hold nothing yet."""
+    """Share a model on the meta device out over all ranks; its weights hold nothing yet.
+
+    Buffers are where weights are: torch hands a state dict out to one device alone, and those that are saved are in it.
+    """
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
     low, device = sharding.low_precision, sharding.device
@@ -99,10 +104,6 @@ def _share_out(model: CausalLM, sharding: Sharding) -> None:
         fully_shard(layer, mesh=sharding.mesh, mp_policy=precision, offload_policy=offload)
     fully_shard(model, mesh=sharding.mesh, mp_policy=precision, offload_policy=offload)
     model.to_empty(device="cpu" if sharding.cpu_offload else device)
-    if sharding.cpu_offload and device.type != "cpu":
-        for module in model.modules():  # a layer finds its buffers where it computes
-            for name, buffer in module.named_buffers(recurse=False):
-                setattr(module, name, torch.empty_like(buffer, device=device))
     base_causal_lm(model).tie_weights()
 
 
@@ -122,6 +123,7 @@ def sharded_copy(model: CausalLM, build: Callable[[], Any], sharding: Sharding) 
     for (name, own), (other_name, other) in zip(copied.named_parameters(), model.named_parameters(), strict=True):
         assert name == other_name
         own.to_local().copy_(other.to_local())
+    move_buffers(copied, sharding.device)
     for own, other in zip(copied.buffers(), model.buffers(), strict=True):
         own.copy_(other)
     return copied
@@ -135,12 +137,35 @@ def shapes_of(model: nn.Module) -> CausalLM:
     return copy.deepcopy(model, empty)
 
 
-def _hand_out_buffers(model: CausalLM, full_model: CausalLM | None, device: torch.device) -> None:
+def move_buffers(model: nn.Module, device: torch.device) -> None:
+    """Move buffers and leave weights: a layer whose weights wait in host memory finds its buffers where it computes."""
+    moved: dict[Tensor, Tensor] = {}  # modules may share one
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer not in moved:
+                moved[buffer] = buffer.to(device)
+            setattr(module, name, moved[buffer])
+
+
+@contextmanager
+def buffers_beside_weights(model: nn.Module, sharding: Sharding) -> Iterator[None]:
+    """Keep buffers where weights are, so that a state dict can be handed out to all of them."""
+    if not sharding.cpu_offload:
+        yield
+        return
+    move_buffers(model, torch.device("cpu"))
+    try:
+        yield
+    finally:
+        move_buffers(model, sharding.device)
+
+
+def _hand_out_buffers(model: CausalLM, full_model: CausalLM | None) -> None:
     """Give every rank the buffers of rank 0: those that are not saved, such as rotary frequencies, too."""
     source = {} if full_model is None else dict(full_model.named_buffers())
     for name, buffer in model.named_buffers():
         if full_model is not None:
-            buffer.copy_(source[name].to(device))
+            buffer.copy_(source[name])
         dist.broadcast(buffer, src=0)
 
 

@@ -48,7 +48,10 @@ CURVES = (
 
 
 def base_folder(cell: Cell, root: Path) -> Path | None:
-    """Return where the study keeps the model that it trains for a cell to start from, if it does."""
+    """Return where the study keeps the model that it trains for a cell to start from, if it does.
+
+    The accelerator, on which cells depend, has no part in it: a base is the same model wherever it was trained.
+    """
     base = cell.setting.base
     if base is None:
         return None
@@ -89,7 +92,10 @@ def train_base(cell: Cell, root: Path) -> JsonObject:
 
 
 def start_file(cell: Cell, root: Path) -> Path | None:
-    """Return where the scores of a pretrained model are before it is trained; None for other starts."""
+    """Return where the scores of a pretrained model are before it is trained; None for other starts.
+
+    The accelerator, on which cells depend, has no part in it: it is the same model wherever it is scored.
+    """
     setting = cell.setting
     if setting.pretrained is None:
         return None

@@ -82,8 +82,9 @@ def read_options(args: Sequence[str]) -> tuple[Study, Namespace]:
 def _launcher(options: Namespace) -> Callable[[Path], Workers]:
     """Return what makes the workers that a command line asks for."""
     if options.launcher == "submitit":
-        from deft_lightning.study.cluster import Jobs
+        from deft_lightning.study.cluster import Jobs, check_settings
 
+        check_settings(options.submitit)
         return partial(Jobs, options.workers, options=options.submitit)
     from deft_lightning.study.pool import Pool
 

@@ -18,7 +18,7 @@ from typing import Any, Self
 from tqdm import tqdm
 
 from deft_lightning.data.prepared.workers import follow_parent
-from deft_lightning.errors import UserError
+from deft_lightning.errors import UserError, reason_of
 from deft_lightning.study.plan import Cell
 from deft_lightning.study.regime import DEFAULTS
 
@@ -53,7 +53,9 @@ class Workers(ABC):
         """Return how a cell was lost that did not end by itself, None for an error of its own."""
 
     def run(self, stage: str, work: Work, cells: Iterable[Cell], steps: Callable[[Cell], int]) -> None:
-        """Run cells; the first error stops the study once the cells in hand are done.
+        """Run cells; the first error stops the study once the cells in hand are done, and is raised then.
+
+        Each error is told as it comes, if others are in hand: these may take hours, and may end in errors too.
 
         Args:
             stage: What the bar says.
@@ -66,20 +68,37 @@ class Workers(ABC):
         self._bar.set_postfix_str(f"{len(todo)} runs left", refresh=False)
         self._bar.set_description(f"study: {stage}")
         waiting, running = list(reversed(todo)), dict[Any, Cell]()
+        errors: list[Exception] = []
         try:
-            while waiting or running:
-                while waiting and len(running) < self.count:
+            while running or (waiting and not errors):
+                while waiting and len(running) < self.count and not errors:
                     cell = waiting.pop()
-                    running[self.submit(work, cell)] = cell
-                for future in self.wait(running):
+                    try:
+                        running[self.submit(work, cell)] = cell
+                    except Exception as error:
+                        self._note(errors, error, len(running))
+                for future in self.wait(running) if running else ():
                     cell = running.pop(future)
-                    self._finish(future, cell)
+                    try:
+                        self._finish(future, cell)
+                    except Exception as error:
+                        self._note(errors, error, len(running))
+                    else:
+                        self._bar.update(steps(cell))
                     self._bar.set_postfix_str(f"{len(waiting) + len(running)} runs left", refresh=False)
-                    self._bar.update(steps(cell))
-        except BaseException:
+        except BaseException:  # Ctrl-C, or a cluster that cannot be asked
             for future in running:
                 future.cancel()
             raise
+        if errors:
+            raise errors[0]
+
+    def _note(self, errors: list[Exception], error: Exception, in_hand: int) -> None:
+        """Keep an error; tell it, unless it is the only one and ends the study now."""
+        if errors or in_hand:
+            rest = f" (waiting for runs in hand: {in_hand}; Ctrl-C ends them)" if in_hand else ""
+            self._bar.write(f"study: {reason_of(error)}{rest}", file=sys.stderr)
+        errors.append(error)
 
     def _finish(self, future: Any, cell: Cell) -> None:
         try:

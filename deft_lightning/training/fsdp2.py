@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_shares
 from torch.distributed.device_mesh import init_device_mesh
 from torch.optim import Optimizer
 
-from deft_lightning._lightning import DataParallelStrategy, unwrapped
+from deft_lightning._lightning import DataParallelStrategy, computes_on, unwrapped
 from deft_lightning.annotations import Checkpoint, State
 from deft_lightning.atomic import partial_name, replace_folder, sweep
 from deft_lightning.errors import UserError
@@ -34,6 +34,7 @@ from deft_lightning.models import BASE, Sharding, check_shapes, check_state, loa
 from deft_lightning.models.base import OWNER, frozen_entries
 from deft_lightning.models.contents import KEY, problem
 from deft_lightning.models.seal import file_digest, write_digests
+from deft_lightning.models.shard import buffers_beside_weights
 from deft_lightning.models.shares import METADATA, SHARED, WEIGHTS, SharePlanner, ShareReader, innermost, read_metadata
 from deft_lightning.training.checkpoint_io import why_not_saved
 from deft_lightning.training.offload import activations_in_host_memory
@@ -121,8 +122,10 @@ class FSDP2Strategy(DataParallelStrategy):
         self.sharding = Sharding(mesh, self.root_device, self.low_precision, self.cpu_offload)
 
     def model_to_device(self) -> None:
-        """Move what is not there yet; weights that are kept in host memory stay."""
-        if not self.cpu_offload:
+        """Move what is not there yet; weights that are kept in host memory stay, batches and sums do not."""
+        if self.cpu_offload:
+            computes_on(self.lightning_module, self.root_device)
+        else:
             super().model_to_device()
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -167,7 +170,8 @@ class FSDP2Strategy(DataParallelStrategy):
         self._owner.base_weights.check(self._owner.model, weights, about)
         # Without the base's weights, those that are here stay.
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=first and BASE not in about)
-        set_model_state_dict(self._owner, weights if first else {}, options=options)
+        with buffers_beside_weights(self._owner, self.sharding):
+            set_model_state_dict(self._owner, weights if first else {}, options=options)
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=first)
         for optimizer, state in zip(self.optimizers, states, strict=False):
             named = _renamed(state, dict(enumerate(self._names(optimizer))))

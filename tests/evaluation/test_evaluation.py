@@ -12,7 +12,8 @@ import torch
 from deft_lightning.data.examples import Prompt
 from deft_lightning.data.loading.collate import PromptCollator
 from deft_lightning.errors import UserError
-from deft_lightning.evaluation import Generation, complete, exact_match
+from deft_lightning.evaluation import Generation, complete, exact_match, generate
+from deft_lightning.evaluation.evaluator import Evaluator
 
 SPREAD = 0.4
 PROMPTS = ["ab", "hello there, ", "x", "12345678"]
@@ -180,3 +181,20 @@ def test_greedy_is_plain_greedy_whatever_the_models_own_generation_config_asks_f
     batch = prompt_batch(tokenizer, PROMPTS)
     assert complete(penalised, tokenizer, batch, settings, stops) == complete(model, tokenizer, batch, settings, stops)
     assert generated_alone(penalised, tokenizer, "ab", 12, stops) != generated_alone(model, tokenizer, "ab", 12, stops)
+
+
+@pytest.mark.parametrize("why_not", ["", "rows of this model cannot come and go"])
+def test_prompts_go_where_the_batch_is_and_not_where_the_weights_wait(
+    model: Any, tokenizer: Any, why_not: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights that fsdp2 keeps in host memory say that the model is there."""
+    batch = prompt_batch(tokenizer, ["ab", "abc"])
+
+    def texts() -> list[list[str]]:
+        samples = Evaluator(Generation(max_new_tokens=4)).complete(model, tokenizer, batch, [tokenizer.eos_token_id])
+        return [[one.text for one in completions] for completions in samples]
+
+    monkeypatch.setattr(generate, "why_not", lambda _: why_not)
+    wanted = texts()
+    monkeypatch.setattr(type(model), "device", torch.device("meta"))
+    assert texts() == wanted

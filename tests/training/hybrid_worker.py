@@ -19,10 +19,12 @@ from worlds import weights
 
 from deft_lightning.errors import UserError
 from deft_lightning.models.fingerprint import fingerprint
+from deft_lightning.training import offload
 from deft_lightning.training.fsdp2 import FSDP2Strategy
 
 Found = dict[str, Any]
 IN_HOST_MEMORY = {"cpu_offload": True, "offload_activations": True}
+SENT = {"count": 0}  # activations that went to host memory
 
 
 class Watch(Callback):
@@ -38,10 +40,10 @@ class Watch(Callback):
 
 def plain(root: Path, world: int, **options: Any) -> Found:
     """Four steps on rows of which each rank has its own."""
-    watch = Watch()
+    watch, before = Watch(), SENT["count"]
     # A small rate: what is compared is the rounding of sums in another order, not how far training carries it.
     trained = train(root, world, uneven(32), callbacks=[watch], model={"rate": 0.1}, **options)
-    return {**trained, **watch.found}
+    return {**trained, **watch.found, "sent": SENT["count"] - before}
 
 
 def exchanged(root: Path, world: int) -> Found:
@@ -64,10 +66,24 @@ def refused(root: Path, world: int) -> Found:
     return {}
 
 
+def count_sent() -> None:
+    """Send activations of any size, as none is large in a model this small, and count them."""
+    offload.LEAST = 0
+    worth_sending = offload._worth_sending
+
+    def counting(tensor: torch.Tensor, least: int) -> bool:
+        worth = worth_sending(tensor, least)
+        SENT["count"] += worth
+        return worth
+
+    offload._worth_sending = counting
+
+
 def main() -> None:
     """Run every scenario as one rank of four."""
     root, world, rank = Path(sys.argv[1]), int(os.environ["WORLD_SIZE"]), os.environ["RANK"]
     groups = partial(FSDP2Strategy, replicate=2)
+    count_sent()
     found = {
         "groups": plain(root, world, strategy=groups),
         "host memory": plain(root, world, strategy=partial(groups, **IN_HOST_MEMORY)),

@@ -61,6 +61,10 @@ def test_groups_of_ranks_train_the_weights_of_one_process(name: str, runs: Runs)
         assert found[name]["nll"].item() == pytest.approx(one["nll"].item(), rel=1e-5)
 
 
+def test_activations_have_waited_in_host_memory(runs: Runs) -> None:
+    assert all(found["host memory"]["sent"] > 0 == found["groups"]["sent"] for found in runs.ranks)
+
+
 def test_a_rank_holds_its_share_of_its_group(runs: Runs) -> None:
     shares = [found["groups"]["share"] for found in runs.ranks]
     assert shares[0] + shares[1] == pytest.approx(1.0) == shares[2] + shares[3]
