@@ -152,7 +152,7 @@ class FSDP2Strategy(DataParallelStrategy):
         named: State = get_optimizer_state_dict(self._owner, optimizer, options=options)
         if not self.is_global_zero:
             return {}
-        return _renamed(named, {name: i for i, name in enumerate(self._names(optimizer))})
+        return _renamed(named, {name: i for i, name in enumerate(_names(self._owner, optimizer))})
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> Checkpoint:
         """Load shares, or a file that any strategy has written: rank 0 reads it and hands out what is each rank's.
@@ -174,7 +174,7 @@ class FSDP2Strategy(DataParallelStrategy):
             set_model_state_dict(self._owner, weights if first else {}, options=options)
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=first)
         for optimizer, state in zip(self.optimizers, states, strict=False):
-            named = _renamed(state, dict(enumerate(self._names(optimizer))))
+            named = _renamed(state, dict(enumerate(_names(self._owner, optimizer))))
             set_optimizer_state_dict(self._owner, optimizer, named if first else {}, options=options)
         return checkpoint
 
@@ -227,12 +227,6 @@ class FSDP2Strategy(DataParallelStrategy):
         assert self.lightning_module is not None
         return self.lightning_module
 
-    def _names(self, optimizer: Optimizer) -> Iterator[str]:
-        """Return names of what an optimizer trains, in the order in which it numbers them."""
-        names = {id(parameter): name for name, parameter in self._owner.named_parameters()}
-        for group in optimizer.param_groups:
-            yield from (names[id(parameter)] for parameter in group["params"])
-
     def save_checkpoint(self, checkpoint: Checkpoint, filepath: Any, storage_options: object = None) -> None:
         """Save a file, or a folder that gets its name once every rank has written its share."""
         if not self.saves_shares:
@@ -269,6 +263,13 @@ class FSDP2Strategy(DataParallelStrategy):
         flag = torch.tensor(int(here), device=self.root_device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return bool(flag)
+
+
+def _names(owner: Any, optimizer: Optimizer) -> Iterator[str]:
+    """Return names of what an optimizer of a module trains, in the order in which it numbers them."""
+    names = {id(parameter): name for name, parameter in owner.named_parameters()}
+    for group in optimizer.param_groups:
+        yield from (names[id(parameter)] for parameter in group["params"])
 
 
 def register() -> None:
