@@ -93,8 +93,10 @@ class Evaluator:
             loader: Number of the loader.
             ahead: Returns all prompts that the loader will give this rank; none where that is not known.
         """
-        how: dict[str, Any] = {"places": len(batch["example_id"]), "longest": longest, "engine": self._engine}
-        how["device"] = batch["input_ids"].device  # of the rank; its weights may be in host memory
+        how: dict[str, Any] = {
+            "places": len(batch["example_id"]), "longest": longest, "engine": self._engine,
+            "device": batch["input_ids"].device,  # of the rank; its weights may be in host memory
+        }  # fmt: skip
         given = (self.generation, stops)
         if self._together:
             made = completions_of(model, tokenizer, asks_of(batch), *given, **how, together=True)

@@ -242,16 +242,11 @@ class SFTModule(LightningModule):
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Count the supervised tokens of the optimizer step; its first micro-batch settles `current_objective`."""
         if self.normaliser.begins_step:
-            self._free_gradients()
+            self.normaliser.free_gradients(self.trainer.optimizers)
             self.course.advance(self.objective, self.trainer.global_step, self.normaliser.memory)
         self.batch_loss.watching = is_logging_step(self.trainer)
         self.normaliser.count(batch["labels"], batch.get("token_weight"))
         reseed(self.current_epoch, batch_idx, self.global_rank, self.device)
-
-    def _free_gradients(self) -> None:
-        """Free the gradients of the last step: Lightning would keep them through the next forward pass."""
-        for optimizer in getattr(trainer_of(self), "optimizers", ()):
-            optimizer.zero_grad()
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """Return the summed loss, and detached statistics for the callbacks that watch."""
@@ -289,8 +284,7 @@ class SFTModule(LightningModule):
         """Put the sums where the tokens are."""
         self.meters.to(self.device)
         self.batch_loss.watching = False
-        if self.normaliser.begins_step:
-            self._free_gradients()
+        self.normaliser.free_gradients(self.trainer.optimizers)
         settle_unprompted(self, self.prompts)
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from deft_lightning.functional import IGNORE_INDEX
 from deft_lightning.objectives import Tracked
@@ -54,6 +55,12 @@ class StepNormaliser:
     def begins_step(self) -> bool:
         """Return whether the next micro-batch is the first of an optimizer step."""
         return self.totals.tokens is None
+
+    def free_gradients(self, optimizers: Sequence[Optimizer]) -> None:
+        """Free those of the last step, unless a step is in hand: Lightning keeps them through the next forward pass."""
+        if self.begins_step:
+            for optimizer in optimizers:
+                optimizer.zero_grad()
 
     def forget(self) -> None:
         """Forget the micro-batches of a step that was never made."""
@@ -142,7 +149,7 @@ class StepNormaliser:
         self.guard.note(skipped)
         self.left_out = skipped
         if not skipped:
-            self.tokens_seen += self.totals.known
+            self.tokens_seen += self.totals.all_tokens
             self._remember(tracked)
         self.stop_agreed = self.totals.stop
         self.totals = StepTotals()

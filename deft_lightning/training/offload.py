@@ -12,19 +12,15 @@ LEAST = 1 << 16  # bytes; what is smaller costs more to send than it frees
 
 
 @contextmanager
-def activations_in_host_memory(least: int | None = None) -> Iterator[None]:
+def activations_in_host_memory() -> Iterator[None]:
     """Keep what autograd saves within the block in host memory, and bring each tensor back when backward asks for it.
 
     Weights stay where they are: :func:`torch.autograd.graph.save_on_cpu` would copy them too, and under FSDP2 those of
     every layer that is gathered. Under gradient checkpointing the inputs of the layers are nearly all that is saved.
-
-    Args:
-        least: Tensors of fewer bytes stay; default: :data:`LEAST`.
     """
-    fewest = LEAST if least is None else least
 
     def pack(saved: Tensor) -> tuple[torch.device, Tensor] | Tensor:
-        if not _worth_sending(saved, fewest):
+        if not _worth_sending(saved):
             return saved
         kept = torch.empty_like(saved, device="cpu", pin_memory=saved.device.type == "cuda")
         kept.copy_(saved, non_blocking=True)  # of one stream: backward reads it after this
@@ -40,9 +36,9 @@ def activations_in_host_memory(least: int | None = None) -> Iterator[None]:
         yield
 
 
-def _worth_sending(tensor: Tensor, least: int) -> bool:
+def _worth_sending(tensor: Tensor) -> bool:
     """Return whether a copy of a tensor frees memory: it is no weight, nor repeats what its memory holds once."""
     size = tensor.numel() * tensor.element_size()
     if isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter):
         return False
-    return least <= size <= tensor.untyped_storage().nbytes()
+    return LEAST <= size <= tensor.untyped_storage().nbytes()

@@ -95,7 +95,7 @@ class StepTotals:
         self.finite = bool(first)
 
     @property
-    def known(self) -> int:
+    def all_tokens(self) -> int:
         """Return the number of supervised tokens of all ranks, after :meth:`settle`."""
         return int(self._host[0])
 

@@ -71,8 +71,8 @@ def count_sent() -> None:
     offload.LEAST = 0
     worth_sending = offload._worth_sending
 
-    def counting(tensor: torch.Tensor, least: int) -> bool:
-        worth = worth_sending(tensor, least)
+    def counting(tensor: torch.Tensor) -> bool:
+        worth = worth_sending(tensor)
         SENT["count"] += worth
         return worth
 

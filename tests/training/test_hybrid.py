@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from worlds import save_tiny_llama, write_rows
 
 from deft_lightning.errors import UserError
+from deft_lightning.training import offload
 from deft_lightning.training.fsdp2 import FSDP2Strategy
 from deft_lightning.training.memory.estimate import Setup
 from deft_lightning.training.offload import activations_in_host_memory
@@ -129,7 +130,8 @@ def test_what_waits_in_host_memory_is_copied_and_weights_are_not() -> None:
         p.grad = None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "empty_like", counted)
-        with activations_in_host_memory(least=1024):
+        patch.setattr(offload, "LEAST", 1024)
+        with activations_in_host_memory():
             loss = model(x).square().sum()
     loss.backward()
     found = [p.grad for p in (*model.parameters(), x)]

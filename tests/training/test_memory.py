@@ -26,8 +26,8 @@ from deft_lightning.models.fused import fused_forward
 from deft_lightning.models.load import load_pretrained
 from deft_lightning.objectives import DEFT, NLL, KLAnchor
 from deft_lightning.ops import linear_loss
-from deft_lightning.training.memory.advice import tell_memory
-from deft_lightning.training.memory.estimate import Setup, estimate
+from deft_lightning.training.memory.advice import start_line, tell_memory
+from deft_lightning.training.memory.estimate import MemoryEstimate, Setup, estimate
 from deft_lightning.training.memory.fake_step import count_step
 from deft_lightning.training.memory.head import HeadShape, head_bytes
 from deft_lightning.training.memory.live import LiveBytes
@@ -258,6 +258,17 @@ def lines(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.message for record in caplog.records if record.message.startswith("memory:")]
 
 
+def test_parts_that_are_more_than_the_peak_are_said_to_be_there_one_after_the_other() -> None:
+    mib = 1 << 20
+    need = MemoryEstimate(8 * mib, 8 * mib, 8 * mib, 16 * mib, 20 * mib, 0, peak=46 * mib)
+    assert need.buffers == 0
+    line = start_line(need, BATCH, None)
+    assert line == (
+        "memory: a step of 3 x 8 tokens takes about 46.0 MiB (weights 8.0 MiB, gradients 8.0 MiB, optimizer 16.0 MiB,"
+        " activations 20.0 MiB; not all at a time)"
+    )
+
+
 @pytest.mark.slow
 def test_a_run_that_fits_says_so_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
@@ -265,7 +276,7 @@ def test_a_run_that_fits_says_so_once(tmp_path: Path, caplog: pytest.LogCaptureF
     (line,) = lines(caplog)
     assert re.fullmatch(
         r"memory: a step of 4 x \d+ tokens takes about [\d.]+ MiB \(weights [\d.]+ MiB, gradients [\d.]+ MiB, optimizer"
-        r" [\d.]+ MiB, activations [\d.]+ MiB(, buffers [\d.]+ MiB|; not all at a time)\); the device has [\d.,]+ GiB",
+        r" [\d.]+ MiB, activations [\d.]+ MiB, buffers [\d.]+ MiB\); the device has [\d.,]+ GiB",
         line,
     ), line
     fit(tmp_path, room=1 << 40, summary=False)

@@ -6,7 +6,7 @@ import traceback
 import warnings
 from collections import Counter
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import pytest
 import torch
@@ -39,9 +39,6 @@ class Waits(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.found: Counter[str] = Counter()
-
-    def __enter__(self) -> Self:
-        return super().__enter__()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         # A tensor made of numbers for a device is a copy that the device is waited for.
@@ -116,7 +113,7 @@ def test_the_one_read_brings_all_there_is_to_know() -> None:
     totals.measure(torch.tensor([0.25, 3.0], dtype=torch.float64))
     totals.reduce(stop=True)
     totals.settle(torch.tensor(2.0))
-    assert (totals.finite, totals.known, totals.stop, totals.measured) == (True, 7, True, [0.25, 3.0])
+    assert (totals.finite, totals.all_tokens, totals.stop, totals.measured) == (True, 7, True, [0.25, 3.0])
     totals.settle(torch.tensor(torch.inf))
     assert totals.finite is False
     totals.watch(["b"], torch.tensor(torch.nan))
