@@ -213,6 +213,14 @@ def ready(model: CausalLM) -> CausalLM:
     return model
 
 
+def recompute_activations(model: CausalLM) -> None:
+    """Let the layers of a model recompute their activations in backward."""
+    # transformers before 5.24 knows the older name alone, later ones warn of it.
+    known = hasattr(model, "activation_checkpointing_enable")
+    enable = model.activation_checkpointing_enable if known else model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
 def compile_body(model: CausalLM) -> None:
     """Compile each layer of a model's body with torch.compile; names of weights stay.
 

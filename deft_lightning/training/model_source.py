@@ -33,7 +33,7 @@ from deft_lightning.models import (
     shapes_of,
     sharded_copy,
 )
-from deft_lightning.models.load import Dtype, ready
+from deft_lightning.models.load import Dtype, ready, recompute_activations
 from deft_lightning.models.quantized import (
     Quantization,
     check_installed,
@@ -196,7 +196,7 @@ class ModelSource:
             fit_vocabulary(model, tokenizer, added)
         check_fits(model, tokenizer, longest)
         if self.gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            recompute_activations(model)
         if self.lora is not None and not hasattr(model, "get_base_model"):
             check_trained_whole(model, self.lora.modules_to_save)
             model = add_adapters(model, self.lora)

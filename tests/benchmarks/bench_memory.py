@@ -156,6 +156,7 @@ def needed(model: str, way: str) -> float:
 
     from deft_lightning.data.loading.shape import BatchShape
     from deft_lightning.models import LoRA, add_adapters
+    from deft_lightning.models.load import recompute_activations
     from deft_lightning.models.quantized_shape import quantize_shapes
     from deft_lightning.training.memory.estimate import Setup, estimate
     from deft_lightning.training.optim import adamw
@@ -168,7 +169,7 @@ def needed(model: str, way: str) -> float:
         if kind is not None:
             quantize_shapes(built, kind, torch.bfloat16)
         if "checkpointing" in way or "full`" in way or "qlora" in way:
-            built.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            recompute_activations(built)
         built = add_adapters(built, LoRA()) if lora else built
     setup = Setup(adamw, "bf16-mixed", kernel="triton", device="cuda")
     if "full`" in way:

@@ -144,7 +144,7 @@ def fit(pair: str, root: Path, ranks: int) -> dict[str, Any]:
         "shares": sorted({str(parameter.dtype) for parameter in module.model.parameters()}),
         "sharded": all(hasattr(parameter, "placements") for parameter in module.model.parameters()),
         "fused": module.batch_loss.seam is not None,
-        "checkpointing": module.model.is_gradient_checkpointing,
+        "checkpointing": any(getattr(layer, "gradient_checkpointing", False) for layer in module.model.modules()),
         "objective": repr(module.objective),
         "optimizer": [type(optimizer).__name__, group["initial_lr"], *group["betas"], group["weight_decay"]],
         "steps": trainer.global_step,

@@ -35,6 +35,7 @@ from deft_lightning.models import (
     fused_forward,
     router_loss_factor,
 )
+from deft_lightning.models.load import recompute_activations
 from deft_lightning.objectives import DEFT
 from deft_lightning.optim import MuonAdamW
 
@@ -106,7 +107,7 @@ def make(case: Case) -> Any:
     """The model of a case, the same on every rank."""
     model = build(case.options)
     if case.checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        recompute_activations(model)
     if case.lora:
         from peft import LoraConfig, get_peft_model
 

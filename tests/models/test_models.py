@@ -45,7 +45,7 @@ from deft_lightning.models import (
     model_from_checkpoint,
     save_hugging_face,
 )
-from deft_lightning.models.load import keep_rotary_fp32
+from deft_lightning.models.load import keep_rotary_fp32, recompute_activations
 from deft_lightning.objectives import DEFT
 
 # --- from_architecture ----------------------------------------------------------------------------------------------
@@ -136,6 +136,19 @@ def test_data_the_model_has_no_embedding_for_is_refused(tokenizer: Any, kind: st
     with pytest.raises(UserError, match=r"65 tokens, the model 64 positions.*--data\.max_length 64"):
         check_fits(model, None, 65)
     check_fits(model, None, 64)
+
+
+@pytest.mark.filterwarnings("error")
+def test_activations_are_recomputed_without_a_warning() -> None:
+    model = build(LLAMA).train()
+    recompute_activations(model)
+    assert all(layer.gradient_checkpointing for layer in model.model.layers)
+
+
+def test_activations_are_recomputed_where_only_the_older_name_is_known() -> None:
+    asked: list[dict[str, bool]] = []
+    recompute_activations(types.SimpleNamespace(gradient_checkpointing_enable=asked.append))
+    assert asked == [{"use_reentrant": False}]
 
 
 # --- load_pretrained and ready --------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from deft_lightning.callbacks import ModelLine
 from deft_lightning.data.loading.shape import BatchShape
 from deft_lightning.models import LoRA, add_adapters, find_head
 from deft_lightning.models.fused import fused_forward
-from deft_lightning.models.load import load_pretrained
+from deft_lightning.models.load import load_pretrained, recompute_activations
 from deft_lightning.objectives import DEFT, NLL, KLAnchor
 from deft_lightning.ops import linear_loss
 from deft_lightning.training.memory.advice import start_line, tell_memory
@@ -52,7 +52,7 @@ def llama(layers: int, dtype: torch.dtype = torch.float32, checkpointing: bool =
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype).train()
     if checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        recompute_activations(model)
     return model
 
 
@@ -158,13 +158,13 @@ def test_a_real_step_over_a_quantised_base_holds_what_the_estimate_says(
     llama(5).save_pretrained(tmp_path)
     model = load_pretrained(str(tmp_path), "float32", quantization=kind)
     if checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        recompute_activations(model)
     model = add_adapters(model, LoRA(r=4))
     said = count_step(model, BATCH, fused=True)
     with torch.device("meta"):
         shapes = load_pretrained(str(tmp_path), "float32", quantization=kind)
         if checkpointing:
-            shapes.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            recompute_activations(shapes)
         shapes = add_adapters(shapes, LoRA(r=4))
     assert count_step(shapes, BATCH, fused=True) == said
     assert estimate(shapes, BATCH, Setup(adamw)).weights == estimate(model, BATCH, Setup(adamw)).weights
