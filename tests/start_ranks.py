@@ -7,13 +7,12 @@ import os
 import random
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from forge import Forged, start_forged
 
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 600.0  # many times what they take on a quiet machine
@@ -42,7 +41,6 @@ def run_ranks(script: Path, root: Path, *arguments: str, worlds: Sequence[int] =
         for process in processes:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
     if any(code != 0 for code in codes):
         logs = [
             f"--- rank {rank} of {world}\n{(root / f'{world}-{rank}.log').read_text(errors='replace')[-3000:]}"
@@ -65,24 +63,17 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
-def _start(
-    script: Path, root: Path, arguments: Sequence[str], world: int, rank: int, port: int
-) -> subprocess.Popen[bytes]:
-    environment = {
+def _start(script: Path, root: Path, arguments: Sequence[str], world: int, rank: int, port: int) -> Forged:
+    common = {
         **{name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "TORCHELASTIC_"))},
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "NODE_RANK": "0",
-        "WORLD_SIZE": str(world),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
         "GLOO_SOCKET_IFNAME": "lo",
         "OMP_NUM_THREADS": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]),
     }
-    with (root / f"{world}-{rank}.log").open("wb") as log:
-        return subprocess.Popen(
-            [sys.executable, str(script), str(root), *arguments], env=environment, cwd=root, stdout=log,
-            stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
+    common.pop("PYTEST_CURRENT_TEST", None)  # another for each test
+    own = {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "NODE_RANK": "0", "WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+    }  # fmt: skip
+    return start_forged(script, [str(root), *arguments], common, own, root, root / f"{world}-{rank}.log")
