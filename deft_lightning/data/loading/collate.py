@@ -8,9 +8,21 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from deft_lightning.data.examples import Floats, Ints, Prepared, Prompt, Unprompted, weight_of
 from deft_lightning.functional import IGNORE_INDEX
+
+_NUMPY = {
+    torch.int64: np.int64, torch.int32: np.int32, torch.int8: np.int8, torch.bool: np.bool_, torch.float32: np.float32
+}  # fmt: skip
+
+
+def _fill(there: NDArray[np.bool_], values: Ints | Floats, value: int, dtype: torch.dtype) -> torch.Tensor:
+    """Return a tensor with these values where they belong, in order, and ``value`` elsewhere."""
+    out: NDArray[Any] = np.full(there.shape, value, dtype=_NUMPY[dtype])
+    out[there] = values
+    return torch.from_numpy(out)
 
 
 def _pad(rows: Sequence[Ints | Floats], length: int, value: int, dtype: torch.dtype) -> torch.Tensor:
@@ -57,36 +69,34 @@ class TrainCollator:
         parts = [[row] if isinstance(row, Prepared) else list(row) for row in rows]
         if self.flatten:
             parts = [[example for row in parts for example in row]]
-        lengths = torch.tensor([sum(len(e.input_ids) for e in row) for row in parts])
+        lengths = np.array([sum(len(e.input_ids) for e in row) for row in parts])
         longest, examples = int(lengths.max()), [example for row in parts for example in row]
+        # Examples stand in rows one after another: what all of them have, end to end, fills the places that are there.
+        there = np.arange(longest) < lengths[:, np.newaxis]
 
         def field(name: str, fill: int, dtype: torch.dtype) -> torch.Tensor:
-            return _pad([np.concatenate([getattr(e, name) for e in row]) for row in parts], longest, fill, dtype)
+            return _fill(there, np.concatenate([getattr(e, name) for e in examples]), fill, dtype)
 
-        starts = np.cumsum([0, *(len(row) for row in parts)]).tolist()
-        segments = [
-            np.repeat(np.arange(start, start + len(row)), [len(e.input_ids) for e in row])
-            for start, row in zip(starts, parts, strict=False)
-        ]
+        segments = np.repeat(np.arange(len(examples)), [len(e.input_ids) for e in examples])
+        codes = np.concatenate([e.noise_code for e in examples])
         batch: dict[str, Any] = {
             "input_ids": field("input_ids", self.pad_id, torch.int64),
             "labels": field("labels", IGNORE_INDEX, torch.int64),
             "clean_labels": field("clean", IGNORE_INDEX, torch.int64),
-            "noise_code": field("noise_code", 0, torch.int8),
-            "segment": _pad(segments, longest, -1, torch.int32),
+            "noise_code": _fill(there, codes, 0, torch.int8),
+            "segment": _fill(there, segments, -1, torch.int32),
             "example_id": [e.id for e in examples],
-            "is_noisy": torch.tensor([bool(e.noise_code.any()) for e in examples]),
+            "is_noisy": torch.from_numpy(np.bincount(segments, codes != 0, len(examples)) > 0),
             "num_tokens": int(lengths.sum()),
         }
         batch["supervised_at"] = supervised_at(batch["labels"])
         if self.weighted:
-            weights = [np.concatenate([weight_of(e.labels, e.weight) for e in row]) for row in parts]
-            batch["token_weight"] = _pad(weights, longest, 0, torch.float32)
+            weights = np.concatenate([weight_of(e.labels, e.weight) for e in examples])
+            batch["token_weight"] = _fill(there, weights, 0, torch.float32)
         answers = [e.unprompted for e in examples if e.unprompted is not None]
         if answers:
             batch |= unprompted_fields(answers, self.pad_id)
-            places = [np.concatenate([_read(e) for e in row]) for row in parts]
-            batch["unprompted_at"] = _pad(places, longest, 0, torch.bool)
+            batch["unprompted_at"] = _fill(there, np.concatenate([_read(e) for e in examples]), 0, torch.bool)
         if self.sources:
             batch |= {"source": torch.tensor([e.source for e in examples]), "source_names": self.sources}
         if self.packed:
@@ -96,7 +106,7 @@ class TrainCollator:
             ]
             batch["position_ids"] = torch.from_numpy(np.stack(positions))
         else:
-            batch["attention_mask"] = (torch.arange(longest) < lengths.unsqueeze(1)).to(torch.int64)
+            batch["attention_mask"] = torch.from_numpy(there.astype(np.int64))
         return batch
 
 

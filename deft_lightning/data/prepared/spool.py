@@ -236,11 +236,13 @@ class Tokens(Table[Prepared]):
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         names = ("input_ids", "labels", "noise_code", "weight")
-        # Views of the file: a row is two look-ups and three slices.
+        # Views of the file: a row is a few look-ups and slices.
         self._lists = [
             [(_mapped(batch.column(name).offsets), _mapped(batch.column(name).values)) for name in names]
             for batch in self.batches
         ]
+        self._ids = [_mapped_text(batch.column("id")) for batch in self.batches]
+        self._numbers = [(_mapped(batch.column("skipped")), _mapped(batch.column("source"))) for batch in self.batches]
         self.weighted = any(len(lists[-1][1]) for lists in self._lists)
 
     def __getitem__(self, at: int) -> Prepared:
@@ -249,8 +251,9 @@ class Tokens(Table[Prepared]):
         *lists, (starts, weights) = self._lists[batch]
         ids, labels, codes = (values[offsets[row] : offsets[row + 1]].astype(np.int64) for offsets, values in lists)
         weight = weights[starts[row] : starts[row + 1]].copy() if starts[row] < starts[row + 1] else None
-        columns = self.batches[batch]
-        id, skipped, source = (columns.column(name)[row].as_py() for name in ("id", "skipped", "source"))
+        begins, text = self._ids[batch]
+        id = str(text[begins[row] : begins[row + 1]], "utf-8")
+        skipped, source = (int(column[row]) for column in self._numbers[batch])
         return Prepared(id, ids, labels, codes, skipped=skipped, weight=weight, source=source)
 
     def cut(self, at: int) -> tuple[int, list[int]]:
