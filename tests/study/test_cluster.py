@@ -35,7 +35,6 @@ def study(folder: Path, config: str, *more: str) -> subprocess.CompletedProcess[
 SMALL = (
     CONFIG.replace("    rates: [3.0e-3]\n", "")
     .replace("[0.0, 0.5]", "[0.5]")
-    .replace("headline_seeds: 2", "headline_seeds: 1")
 )
 SMALL = "\n".join(line for line in SMALL.splitlines() if "weak:" not in line)
 LOCAL = ["--launcher", "submitit", "--submitit", "{cluster: local, timeout_min: 30}"]

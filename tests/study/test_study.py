@@ -40,7 +40,7 @@ architecture:
   tie_word_embeddings: true
 objectives: [NLL, DEFT]
 seeds: 1
-headline_seeds: 2
+headline_seeds: 1
 rows: 100
 held_out: 20
 """
