@@ -32,10 +32,7 @@ def study(folder: Path, config: str, *more: str) -> subprocess.CompletedProcess[
 
 
 # Without the weak regime, and one learning rate: what is shown is where cells run.
-SMALL = (
-    CONFIG.replace("    rates: [3.0e-3]\n", "")
-    .replace("[0.0, 0.5]", "[0.5]")
-)
+SMALL = CONFIG.replace("    rates: [3.0e-3]\n", "").replace("[0.0, 0.5]", "[0.5]")
 SMALL = "\n".join(line for line in SMALL.splitlines() if "weak:" not in line)
 LOCAL = ["--launcher", "submitit", "--submitit", "{cluster: local, timeout_min: 30}"]
 
