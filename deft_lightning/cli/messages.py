@@ -11,7 +11,7 @@ from types import ModuleType
 import torch
 from lightning.pytorch import Callback, callbacks, loggers
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 
 from deft_lightning.cli.parser_errors import Complaint, complaint, plainly, shown
 from deft_lightning.cli.verbs import unknown_verb
@@ -96,8 +96,8 @@ def _classes(module: ModuleType, base: type) -> dict[str, type]:
 
 def _no_class(problem: Complaint, known: Mapping[str, type]) -> str:
     (word,) = problem.what
-    if problem.key == "trainer.strategy" and word == "auto":
-        return f"--{problem.key} auto has no options of its own: choose {' or '.join(known)}"
+    if problem.key == "trainer.strategy" and (word == "auto" or word in StrategyRegistry):
+        return f"--{problem.key} {word} has no options of its own: choose {' or '.join(known)}"
     if not known:
         return f"--{problem.key}: there is no class {word}"
     name = word.partition("(")[0]

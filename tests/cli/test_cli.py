@@ -477,6 +477,10 @@ def test_a_checkpoint_brings_its_tokenizer_although_the_training_rows_changed(
         (["--model.scheduler", "Cosine"], ["Cosine", "CosineWithWarmup"]),
         (["--trainer.strategy", "auto", "--trainer.strategy.replicate", "2"], ["--trainer.strategy auto", "fsdp2"]),
         (["--trainer.strategy", "ddp", "--trainer.strategy.replicate", "2"], ["is an option of fsdp2"]),
+        (
+            ["--trainer.strategy", "ddp_find_unused_parameters_true", "--trainer.strategy.replicate", "2"],
+            ["ddp_find_unused_parameters_true has no options of its own: choose ddp or fsdp2"],
+        ),
         (["--trainer.strategy", "fsdp2", "--trainer.strategy.replicat", "2"], ["replicat", "Did you mean replicate"]),
         (["--trainer.strategy", "fsdp2", "--trainer.strategy.replicate", "0"], ["strategy.replicate", "at least 1"]),
         (["--data.num_workers", "-1"], ["--data.num_workers"]),
