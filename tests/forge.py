@@ -7,15 +7,20 @@ these modules: a forked process has its own environment, folder, arguments, outp
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import os
+import select
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-_FORGES: dict[str, Forge] = {}
+SECONDS = 300.0  # many times what imports take on a busy machine
+_FORGES: dict[tuple[str, int], Forge] = {}
 
 
 class Forge:
@@ -26,20 +31,36 @@ class Forge:
     """
 
     def __init__(self, environment: Mapping[str, str]) -> None:
+        # In a session of its own: a Ctrl-C is for the tests, which end what they have started.
         self._process = subprocess.Popen(
-            [sys.executable, __file__], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+            [sys.executable, __file__], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            start_new_session=True,
+        )  # fmt: skip
 
     def ask(self, **request: Any) -> Any:
-        """Send a request, return the answer."""
+        """Send a request, return the answer.
+
+        Raises:
+            RuntimeError: There is none.
+        """
         assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        return json.loads(self._process.stdout.readline())
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+            if select.select([self._process.stdout], [], [], SECONDS)[0] and (line := self._process.stdout.readline()):
+                return json.loads(line)
+        self._process.kill()
+        raise RuntimeError(f"the process that forks others gives no answer to {request}")
+
+    @property
+    def alive(self) -> bool:
+        """Return whether it can be asked."""
+        return self._process.poll() is None
 
     def close(self) -> None:
         """End it; what it forked goes on."""
-        self._process.communicate("")
+        with contextlib.suppress(BrokenPipeError, ValueError):
+            self._process.communicate("")
 
 
 class Forged:
@@ -59,10 +80,24 @@ class Forged:
             self._code = self._forge.ask(poll=self.pid)
         return self._code
 
+    def kill(self) -> None:
+        """End it with its session, whether its forge answers or not, and wait until it has ended."""
+        if self._code is not None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)  # it leads no session yet
+        end = time.monotonic() + 10
+        with contextlib.suppress(RuntimeError):
+            while self.poll() is None and time.monotonic() < end:
+                time.sleep(0.01)
+
 
 def start_forged(
-    script: Path, arguments: Sequence[str], common: Mapping[str, str], own: Mapping[str, str], folder: Path, log: Path
-) -> Forged:
+    script: Path, arguments: Sequence[str], common: Mapping[str, str], own: Mapping[str, str], folder: Path, log: Path,
+    number: int = 0,
+) -> Forged:  # fmt: skip
     """Run ``script ARGUMENTS`` in a new process.
 
     Args:
@@ -72,9 +107,12 @@ def start_forged(
         own: What the process has in its environment beside.
         folder: Where it runs.
         log: File for all output.
+        number: Of the forge. Processes of one share the seed of their hashes, which those of different machines do not.
     """
-    key = json.dumps(dict(common), sort_keys=True)
-    if key not in _FORGES:
+    key = json.dumps(dict(common), sort_keys=True), number
+    if key not in _FORGES or not _FORGES[key].alive:
+        for old in [old for old in _FORGES if old[0] != key[0]]:  # half a gigabyte each
+            _FORGES.pop(old).close()
         _FORGES[key] = Forge(common)
         atexit.register(_FORGES[key].close)
     forge = _FORGES[key]
@@ -96,6 +134,13 @@ def _become(request: dict[str, Any]) -> None:
 
     rank_zero_only.rank = int(os.environ.get("RANK", 0))  # Lightning reads it at its import
     import runpy
+
+    import numpy as np
+    import torch
+
+    # As a process that has imported them itself: numbers that no other rank draws.
+    torch.seed()
+    np.random.seed()
 
     runpy.run_path(request["script"], run_name="__main__")
 

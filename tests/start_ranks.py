@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import random
-import signal
 import socket
 import time
 from collections.abc import Sequence
@@ -29,9 +28,11 @@ def run_ranks(script: Path, root: Path, *arguments: str, worlds: Sequence[int] =
     """
     names = [(world, rank) for world in worlds for rank in range(world)]
     ports = dict(zip(worlds, free_ports(len(worlds)), strict=True))
-    processes = [_start(script, root, arguments, world, rank, ports[world]) for world, rank in names]
+    processes: list[Forged] = []
     deadline = time.monotonic() + SECONDS
     try:
+        for world, rank in names:
+            processes.append(_start(script, root, arguments, world, rank, ports[world]))
         while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
             if any(process.poll() for process in processes):
                 break  # one has failed, and another may wait for it
@@ -39,8 +40,7 @@ def run_ranks(script: Path, root: Path, *arguments: str, worlds: Sequence[int] =
         codes = [process.poll() for process in processes]
     finally:
         for process in processes:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
+            process.kill()
     if any(code != 0 for code in codes):
         logs = [
             f"--- rank {rank} of {world}\n{(root / f'{world}-{rank}.log').read_text(errors='replace')[-3000:]}"
@@ -76,4 +76,4 @@ def _start(script: Path, root: Path, arguments: Sequence[str], world: int, rank:
         "RANK": str(rank), "LOCAL_RANK": str(rank), "NODE_RANK": "0", "WORLD_SIZE": str(world),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
     }  # fmt: skip
-    return start_forged(script, [str(root), *arguments], common, own, root, root / f"{world}-{rank}.log")
+    return start_forged(script, [str(root), *arguments], common, own, root, root / f"{world}-{rank}.log", rank)

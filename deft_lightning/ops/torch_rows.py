@@ -123,17 +123,20 @@ class TorchRows:
         others = _masses(z, top, arg, pi)
         log_peak = others.log1p().neg_()
         self._share = peak = log_peak.exp()
-        # An entry without mass (a bias of -inf) has 0 * -inf in its products. The finite minimum keeps that a zero; on
-        # the CPU such entries are looked for behind the product instead, which saves a pass.
-        if reference is not None or not z.is_cpu:
+        # An entry without mass (a bias of -inf) has 0 * -inf in its products. The finite minimum keeps that a zero; a
+        # plain tensor of the CPU is looked at behind the product instead, which saves a pass. A device would be waited
+        # for, and a fake tensor has no values.
+        looked_at = reference is None and z.is_cpu and type(z) is Tensor
+        if not looked_at:
             z.clamp_min_(torch.finfo(z.dtype).min)
         divergence = None if reference is None else self._divergence(reference, z, log_peak.squeeze(-1))
         rest = torch.linalg.vector_norm(pi, dim=-1, keepdim=True).square_()
         weighted = z.mul_(pi).sum(-1, keepdim=True)
-        if z.is_cpu and bool(weighted.isnan().any()):
+        if looked_at and bool(weighted.isnan().any()):
             weighted = z.nan_to_num_(nan=0.0).sum(-1, keepdim=True)
         pi.scatter_(-1, arg, 1.0)
         collision, entropy = (rest + 1).mul_(peak.square()), torch.addcmul(log_peak, weighted, peak, value=LN2).neg_()
+        entropy.clamp_min_(0)  # of a certain prediction it would be -0
         topk_entropy = None if largest is None else topk_entropy_of(largest - top, self.transform.topk)
         log_prob, collision, entropy, arg = (x.squeeze(-1) for x in (log_prob.add_(log_peak), collision, entropy, arg))
         stats = TokenStats(log_prob, collision, entropy, arg == targets, topk_entropy, arg)

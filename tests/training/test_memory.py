@@ -78,6 +78,11 @@ def test_with_checkpointing_a_layer_keeps_its_input_alone() -> None:
     assert a_layer_keeps(checkpointing=True) == D
 
 
+def test_the_dense_head_keeps_the_logits_of_all_places() -> None:
+    fused, dense = (count_step(llama(3), BATCH, fused=head) for head in (True, False))
+    assert dense.activations - fused.activations >= 4 * TOKENS * V
+
+
 def test_weights_gradients_and_state_are_those_counted_by_hand() -> None:
     found = estimate(llama(3), BATCH, Setup(adamw))
     weights = V * D + 3 * LAYER + D

@@ -18,11 +18,35 @@ _NUMPY = {
 }  # fmt: skip
 
 
-def _fill(there: NDArray[np.bool_], values: Ints | Floats, value: int, dtype: torch.dtype) -> torch.Tensor:
-    """Return a tensor with these values where they belong, in order, and ``value`` elsewhere."""
-    out: NDArray[Any] = np.full(there.shape, value, dtype=_NUMPY[dtype])
-    out[there] = values
-    return torch.from_numpy(out)
+# From this length on rows are copied one by one: a slice of numpy is faster than its mask then.
+LONG = 512
+
+
+class _Places:
+    """Where the tokens of rows stand in a right-padded batch.
+
+    Args:
+        lengths: Of the rows, shape ``(B,)``.
+
+    Attributes:
+        there: Whether a token stands there, shape ``(B, T)``.
+    """
+
+    def __init__(self, lengths: NDArray[np.int64]) -> None:
+        self._ends = np.cumsum(lengths).tolist()
+        self.there = np.arange(int(lengths.max())) < lengths[:, np.newaxis]
+
+    def fill(self, values: Ints | Floats, value: int, dtype: torch.dtype) -> torch.Tensor:
+        """Return a tensor with these values where tokens stand, in order, and ``value`` elsewhere."""
+        out: NDArray[Any] = np.full(self.there.shape, value, dtype=_NUMPY[dtype])
+        if out.shape[1] < LONG:
+            out[self.there] = values
+        else:
+            start = 0
+            for row, end in zip(out, self._ends, strict=True):
+                row[: end - start] = values[start:end]
+                start = end
+        return torch.from_numpy(out)
 
 
 def _pad(rows: Sequence[Ints | Floats], length: int, value: int, dtype: torch.dtype) -> torch.Tensor:
@@ -72,10 +96,10 @@ class TrainCollator:
         lengths = np.array([sum(len(e.input_ids) for e in row) for row in parts])
         longest, examples = int(lengths.max()), [example for row in parts for example in row]
         # Examples stand in rows one after another: what all of them have, end to end, fills the places that are there.
-        there = np.arange(longest) < lengths[:, np.newaxis]
+        places = _Places(lengths)
 
         def field(name: str, fill: int, dtype: torch.dtype) -> torch.Tensor:
-            return _fill(there, np.concatenate([getattr(e, name) for e in examples]), fill, dtype)
+            return places.fill(np.concatenate([getattr(e, name) for e in examples]), fill, dtype)
 
         segments = np.repeat(np.arange(len(examples)), [len(e.input_ids) for e in examples])
         codes = np.concatenate([e.noise_code for e in examples])
@@ -83,8 +107,8 @@ class TrainCollator:
             "input_ids": field("input_ids", self.pad_id, torch.int64),
             "labels": field("labels", IGNORE_INDEX, torch.int64),
             "clean_labels": field("clean", IGNORE_INDEX, torch.int64),
-            "noise_code": _fill(there, codes, 0, torch.int8),
-            "segment": _fill(there, segments, -1, torch.int32),
+            "noise_code": places.fill(codes, 0, torch.int8),
+            "segment": places.fill(segments, -1, torch.int32),
             "example_id": [e.id for e in examples],
             "is_noisy": torch.from_numpy(np.bincount(segments, codes != 0, len(examples)) > 0),
             "num_tokens": int(lengths.sum()),
@@ -92,11 +116,11 @@ class TrainCollator:
         batch["supervised_at"] = supervised_at(batch["labels"])
         if self.weighted:
             weights = np.concatenate([weight_of(e.labels, e.weight) for e in examples])
-            batch["token_weight"] = _fill(there, weights, 0, torch.float32)
+            batch["token_weight"] = places.fill(weights, 0, torch.float32)
         answers = [e.unprompted for e in examples if e.unprompted is not None]
         if answers:
             batch |= unprompted_fields(answers, self.pad_id)
-            batch["unprompted_at"] = _fill(there, np.concatenate([_read(e) for e in examples]), 0, torch.bool)
+            batch["unprompted_at"] = places.fill(np.concatenate([_read(e) for e in examples]), 0, torch.bool)
         if self.sources:
             batch |= {"source": torch.tensor([e.source for e in examples]), "source_names": self.sources}
         if self.packed:
@@ -106,7 +130,7 @@ class TrainCollator:
             ]
             batch["position_ids"] = torch.from_numpy(np.stack(positions))
         else:
-            batch["attention_mask"] = torch.from_numpy(there.astype(np.int64))
+            batch["attention_mask"] = torch.from_numpy(places.there.astype(np.int64))
         return batch
 
 
