@@ -12,7 +12,9 @@ from deft_lightning.data.noise import Noise
 from deft_lightning.data.prepared.audit_file import Top
 from deft_lightning.data.prepared.recipe import Recipe
 from deft_lightning.data.records.formats import FIELDS, Format
+from deft_lightning.data.sources.choice import check_choice
 from deft_lightning.data.sources.given import Settled, settled
+from deft_lightning.data.sources.read import weights
 from deft_lightning.errors import UserError, did_you_mean
 
 SOURCES = ("source", "validation_source", "test_source")
@@ -151,6 +153,9 @@ class DataSettings:
         Raises:
             UserError: Nothing says where the rows are.
         """
+        if source is None and self.source:
+            beside = self.validation_source
+            check_choice([*weights(self.source), *(weights(beside) if beside else ())], self.subset, self.split)
         source = source or self.source
         if not source:
             raise UserError("no data: set --data.source to a file, a hub id or reasoning_gym:<task>")

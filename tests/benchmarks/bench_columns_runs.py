@@ -39,7 +39,7 @@ def words_of(case: str, model: str, data: str) -> list[str]:
         return ["--config", str(ROOT / "configs" / "from_scratch.yaml"), "--trainer.max_steps", "200",
                 "--trainer.val_check_interval", "200", "--after_fit.test", "false"]  # fmt: skip
     return ["--model.pretrained", model, "--model.lora.r", "16", "--model.dtype", "float32", "--trainer.precision",
-            "32-true", "--data.source", data, "--data.split", "train[:200]", "--data.validation_fraction", "0.1",
+            "32-true", "--data.source", f"{data}?limit=200", "--data.validation_fraction", "0.1",
             "--data.max_length", "128", "--data.batch_size", "4", "--trainer.max_steps", "10",
             "--trainer.val_check_interval", "10"]  # fmt: skip
 

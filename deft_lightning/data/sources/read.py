@@ -68,7 +68,7 @@ def read(
     if isinstance(source, GivenRows):
         located = source.read()
     else:
-        name, own = _options(source)
+        name, own = options_of(source)
         settings = {"subset": subset, "split": split, "streaming": streaming, "limit": limit, **own}
         limit = settings.pop("limit")
         located = _open(name, expected=expected, **settings)
@@ -165,7 +165,7 @@ def _digest(record: Any) -> int:
 # --- which source it is ---------------------------------------------------------------------------------------------
 
 
-def _options(source: str) -> tuple[str, dict[str, Any]]:
+def options_of(source: str) -> tuple[str, dict[str, Any]]:
     """Split off ``?option=value&...``; a question mark without one belongs to a pattern."""
     name, _, query = source.rpartition("?")
     if not name or source.startswith("reasoning_gym:") or not re.fullmatch(r"\w+=[^&]*(&\w+=[^&]*)*", query):
@@ -192,7 +192,7 @@ def _options(source: str) -> tuple[str, dict[str, Any]]:
 
 def address_of(source: str) -> str | None:
     """Return the address that a source is, without its options and its split; None if it is none."""
-    return _of_split(_options(source)[0], "")[0] if is_address(source) else None
+    return _of_split(options_of(source)[0], "")[0] if is_address(source) else None
 
 
 def _of_split(address: str, split: str) -> tuple[str, str]:
@@ -209,14 +209,14 @@ def _open(source: str, expected: Expected, subset: str | None, split: str, strea
     source = without_scheme(source)
     # "part-[01]" is a pattern if there are such files, else it names a split.
     with_split = re.fullmatch(r"(.+)\[([\w.:%+-]+)\]", source)
-    if with_split and not _exists(source) and not glob.glob(os.path.expanduser(source)):
+    if with_split and not exists(source) and not glob.glob(os.path.expanduser(source)):
         source, split = with_split[1], with_split[2]
     if source.startswith("hub:"):
         return _datasets(source.removeprefix("hub:"), subset, split, streaming)
     path = Path(source).expanduser()
-    if _exists(source) and path.is_file():
+    if exists(source) and path.is_file():
         return read_file(path, expected=expected)
-    if _exists(source) and path.is_dir():
+    if exists(source) and path.is_dir():
         files = [] if subset or not split.isidentifier() else split_files(path, split)
         return _files(files, expected) if files else _datasets(str(path), subset, split, streaming)
     if glob.has_magic(source):
@@ -225,7 +225,7 @@ def _open(source: str, expected: Expected, subset: str | None, split: str, strea
         if not files:
             raise UserError(f"{source}: no file matches the pattern (--data.source)")
         return _files(files, expected)
-    if _exists(source):
+    if exists(source):
         return read_file(path, expected=expected)  # a pipe or a device, which it refuses
     # "data/rows.txt" reads like a hub id, unless there is such a folder here.
     beside = len(path.parts) > 1 and path.parent.is_dir()
@@ -234,7 +234,8 @@ def _open(source: str, expected: Expected, subset: str | None, split: str, strea
     raise UserError(f"{source}: no such file or folder (--data.source)")
 
 
-def _exists(source: str) -> bool:
+def exists(source: str) -> bool:
+    """Return whether there is such a file or folder."""
     try:
         return Path(source).expanduser().exists()
     except OSError as error:  # a name too long for the file system, a folder that may not be entered

@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from deft_lightning.data import InstructionDataModule
 from deft_lightning.data.records.formats import normalise
 from deft_lightning.data.sources.read import read
 from deft_lightning.errors import UserError
@@ -250,6 +251,35 @@ def test_a_folder_below_the_home_folder_is_found(folder: Path) -> None:
 def test_a_split_that_a_folder_lacks_is_one_line_that_names_it(folder: Path) -> None:
     message = refused(folder, split="validatoin")
     assert str(folder) in message and "validatoin" in message and "--data.split" in message
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"split": "train[:10]"}, "--data.split train[:10]: rows.jsonl has no splits"),
+        ({"subset": "main"}, "--data.subset main: rows.jsonl has no subsets"),
+        ({"source": "rows.jsonl?split=test"}, "split test: rows.jsonl has no splits"),
+        ({"source": "*.jsonl", "split": "test"}, "--data.split test: *.jsonl has no splits"),
+        ({"source": "reasoning_gym:spell_backward?size=9", "split": "test"}, "spell_backward?size=9 has no splits"),
+        ({"source": ["rows.jsonl", "rows.jsonl?limit=2"], "split": "test"}, "--data.split test: rows.jsonl has no"),
+    ],
+)
+def test_a_split_that_no_source_can_have_is_refused(
+    options: dict[str, Any], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_jsonl(tmp_path / "rows.jsonl")
+    with pytest.raises(UserError) as caught:
+        InstructionDataModule(**{"source": "rows.jsonl", **options}).settings.recipe()
+    message = str(caught.value)
+    assert says in message and len(message.splitlines()) == 1
+    assert ("?limit=1000' reads its first 1000 rows" in message) is ("reasoning_gym" not in message)
+
+
+def test_a_split_is_for_the_sources_that_have_some(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    for more in ({"source": [str(folder), "train.jsonl"]}, {"source": "train.jsonl", "validation_source": str(folder)}):
+        assert InstructionDataModule(split="test", **more).settings.recipe().split == "test"
 
 
 def test_a_folder_without_data_is_one_line_that_names_it(folder: Path) -> None:
