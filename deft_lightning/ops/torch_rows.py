@@ -126,14 +126,13 @@ class TorchRows:
         # An entry without mass (a bias of -inf) has 0 * -inf in its products. The finite minimum keeps that a zero; a
         # plain tensor of the CPU is looked at behind the product instead, which saves a pass. A device would be waited
         # for, and a fake tensor has no values.
-        looked_at = reference is None and z.is_cpu and type(z) is Tensor
-        if not looked_at:
+        plain = reference is None and z.is_cpu and type(z) is Tensor
+        if not plain:
             z.clamp_min_(torch.finfo(z.dtype).min)
         divergence = None if reference is None else self._divergence(reference, z, log_peak.squeeze(-1))
         rest = torch.linalg.vector_norm(pi, dim=-1, keepdim=True).square_()
         weighted = z.mul_(pi).sum(-1, keepdim=True)
-        if looked_at and bool(weighted.isnan().any()):
-            weighted = z.nan_to_num_(nan=0.0).sum(-1, keepdim=True)
+        weighted = _without_empty(weighted, z) if plain else weighted
         pi.scatter_(-1, arg, 1.0)
         collision, entropy = (rest + 1).mul_(peak.square()), torch.addcmul(log_peak, weighted, peak, value=LN2).neg_()
         entropy.clamp_min_(0)  # of a certain prediction it would be -0
@@ -217,6 +216,11 @@ class TorchRows:
 def _widened(product: Tensor, buffer: Tensor | None) -> Tensor:
     """Return a product in the dtype of the buffer, in it; the product itself where none is needed."""
     return product if buffer is None else buffer[: len(product)].copy_(product)
+
+
+def _without_empty(total: Tensor, products: Tensor) -> Tensor:
+    """Return the sums of rows of products, 0 for those that are not a number; used up. On a CPU, which it looks at."""
+    return products.nan_to_num_(nan=0.0).sum(-1, keepdim=True) if bool(total.isnan().any()) else total
 
 
 def _masses(z: Tensor, top: Tensor, arg: Tensor, out: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ READS: set[Any] = {
 }  # fmt: skip
 PACKAGE = Path(deft_lightning.__file__).parent
 # Functions that look at tensors of a CPU alone, where a look costs nothing, or that run before a batch is on a device.
-ON_THE_HOST = {"check_places", "supervised_at", "__call__@loading/collate.py"}
+ON_THE_HOST = {"check_places", "supervised_at", "__call__@loading/collate.py", "_without_empty"}
 
 
 class Waits(TorchFunctionMode):
