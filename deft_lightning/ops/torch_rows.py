@@ -230,7 +230,7 @@ def _masses(z: Tensor, top: Tensor, arg: Tensor, out: Tensor) -> Tensor:
         The sum of each row, shape ``(n, 1)``: without the largest entry, which is 1, it keeps its relative accuracy
         where the prediction is nearly certain. It is not a number where an entry is none, or infinite.
     """
-    # Powers of two: torch's softmax takes three times as long on the CPUs that were measured, and exp longer still.
+    # Powers of two: torch's softmax takes three times as long on the CPU that was measured, and exp longer still.
     torch.exp2(z.sub_(top).mul_(1 / LN2), out=out)
     out.scatter_(-1, arg, 0.0)
     return out.sum(-1, keepdim=True).add_(top - top)

@@ -13,11 +13,6 @@ from numpy.typing import NDArray
 from deft_lightning.data.examples import Floats, Ints, Prepared, Prompt, Unprompted, weight_of
 from deft_lightning.functional import IGNORE_INDEX
 
-_NUMPY = {
-    torch.int64: np.int64, torch.int32: np.int32, torch.int8: np.int8, torch.bool: np.bool_, torch.float32: np.float32
-}  # fmt: skip
-
-
 # From this length on rows are copied one by one: a slice of numpy is faster than its mask then.
 LONG = 512
 
@@ -27,18 +22,19 @@ class _Places:
 
     Args:
         lengths: Of the rows, shape ``(B,)``.
+        longest: T, of the batch.
 
     Attributes:
         there: Whether a token stands there, shape ``(B, T)``.
     """
 
-    def __init__(self, lengths: NDArray[np.int64]) -> None:
+    def __init__(self, lengths: NDArray[np.int64], longest: int) -> None:
         self._ends = np.cumsum(lengths).tolist()
-        self.there = np.arange(int(lengths.max())) < lengths[:, np.newaxis]
+        self.there = np.arange(longest) < lengths[:, np.newaxis]
 
-    def fill(self, values: Ints | Floats, value: int, dtype: torch.dtype) -> torch.Tensor:
+    def fill(self, values: Ints | Floats, value: int, dtype: type[np.generic] = np.int64) -> torch.Tensor:
         """Return a tensor with these values where tokens stand, in order, and ``value`` elsewhere."""
-        out: NDArray[Any] = np.full(self.there.shape, value, dtype=_NUMPY[dtype])
+        out: NDArray[Any] = np.full(self.there.shape, value, dtype=dtype)
         if out.shape[1] < LONG:
             out[self.there] = values
         else:
@@ -49,11 +45,8 @@ class _Places:
         return torch.from_numpy(out)
 
 
-def _pad(rows: Sequence[Ints | Floats], length: int, value: int, dtype: torch.dtype) -> torch.Tensor:
-    out = np.full((len(rows), length), value, dtype=np.float32 if dtype.is_floating_point else np.int64)
-    for i, row in enumerate(rows):
-        out[i, : len(row)] = row
-    return torch.from_numpy(out).to(dtype)
+def _pad(rows: Sequence[Ints], longest: int, value: int) -> torch.Tensor:
+    return _Places(np.array([len(row) for row in rows]), longest).fill(np.concatenate(rows), value)
 
 
 Segments = Prepared | Sequence[Prepared]
@@ -96,19 +89,19 @@ class TrainCollator:
         lengths = np.array([sum(len(e.input_ids) for e in row) for row in parts])
         longest, examples = int(lengths.max()), [example for row in parts for example in row]
         # Examples stand in rows one after another: what all of them have, end to end, fills the places that are there.
-        places = _Places(lengths)
+        places = _Places(lengths, longest)
 
-        def field(name: str, fill: int, dtype: torch.dtype) -> torch.Tensor:
-            return places.fill(np.concatenate([getattr(e, name) for e in examples]), fill, dtype)
+        def field(name: str, fill: int) -> torch.Tensor:
+            return places.fill(np.concatenate([getattr(e, name) for e in examples]), fill)
 
         segments = np.repeat(np.arange(len(examples)), [len(e.input_ids) for e in examples])
         codes = np.concatenate([e.noise_code for e in examples])
         batch: dict[str, Any] = {
-            "input_ids": field("input_ids", self.pad_id, torch.int64),
-            "labels": field("labels", IGNORE_INDEX, torch.int64),
-            "clean_labels": field("clean", IGNORE_INDEX, torch.int64),
-            "noise_code": places.fill(codes, 0, torch.int8),
-            "segment": places.fill(segments, -1, torch.int32),
+            "input_ids": field("input_ids", self.pad_id),
+            "labels": field("labels", IGNORE_INDEX),
+            "clean_labels": field("clean", IGNORE_INDEX),
+            "noise_code": places.fill(codes, 0, np.int8),
+            "segment": places.fill(segments, -1, np.int32),
             "example_id": [e.id for e in examples],
             "is_noisy": torch.from_numpy(np.bincount(segments, codes != 0, len(examples)) > 0),
             "num_tokens": int(lengths.sum()),
@@ -116,11 +109,11 @@ class TrainCollator:
         batch["supervised_at"] = supervised_at(batch["labels"])
         if self.weighted:
             weights = np.concatenate([weight_of(e.labels, e.weight) for e in examples])
-            batch["token_weight"] = places.fill(weights, 0, torch.float32)
+            batch["token_weight"] = places.fill(weights, 0, np.float32)
         answers = [e.unprompted for e in examples if e.unprompted is not None]
         if answers:
             batch |= unprompted_fields(answers, self.pad_id)
-            batch["unprompted_at"] = places.fill(np.concatenate([_read(e) for e in examples]), 0, torch.bool)
+            batch["unprompted_at"] = places.fill(np.concatenate([_read(e) for e in examples]), 0, np.bool_)
         if self.sources:
             batch |= {"source": torch.tensor([e.source for e in examples]), "source_names": self.sources}
         if self.packed:
@@ -170,9 +163,9 @@ def unprompted_fields(answers: Sequence[Unprompted], pad_id: int) -> dict[str, A
     longest = max(2, *(len(answer.input_ids) for answer in answers))
     rows = {answer.key: answer.ahead for answer in answers}
     places = {key: place for place, key in enumerate(rows)}
-    labels = _pad([answer.labels for answer in answers], longest, IGNORE_INDEX, torch.int64)
+    labels = _pad([answer.labels for answer in answers], longest, IGNORE_INDEX)
     return {
-        "unprompted_ids": _pad([answer.input_ids for answer in answers], longest, pad_id, torch.int64),
+        "unprompted_ids": _pad([answer.input_ids for answer in answers], longest, pad_id),
         "unprompted_labels": labels,
         "unprompted_supervised_at": supervised_at(labels),
         "ahead_ids": torch.from_numpy(np.stack(list(rows.values()))),
@@ -198,8 +191,8 @@ class PromptCollator:
         flipped = [np.array(prompt.input_ids[::-1], dtype=np.int64) for prompt in prompts]
         mask = [np.ones(len(prompt.input_ids), dtype=np.int64) for prompt in prompts]
         return {
-            "input_ids": _pad(flipped, longest, self.pad_id, torch.int64).flip(1),
-            "attention_mask": _pad(mask, longest, 0, torch.int64).flip(1),
+            "input_ids": _pad(flipped, longest, self.pad_id).flip(1),
+            "attention_mask": _pad(mask, longest, 0).flip(1),
             "example_id": [prompt.id for prompt in prompts],
             "prompt": [prompt.text for prompt in prompts],
             "gold": [prompt.gold for prompt in prompts],

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import glob
+import os
+import re
 from collections.abc import Iterable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
+from deft_lightning.data.sources.files import suffix
 from deft_lightning.data.sources.given import GivenRows
 from deft_lightning.data.sources.places import is_address, without_scheme
 from deft_lightning.data.sources.read import exists, options_of
@@ -24,9 +28,9 @@ def check_choice(sources: Iterable[str | GivenRows], subset: str | None, split: 
     """
     sources = list(sources)
     for source in sources:
-        own = {} if isinstance(source, GivenRows) or _has_splits(source) else options_of(source)[1]
-        for option in own.keys() & {"split", "subset"}:
-            raise UserError(_line(f"{source}: {option} {own[option]}", source, option))
+        named = {} if isinstance(source, GivenRows) or _has_splits(source) else _named(source)
+        for option, value in named.items():
+            raise UserError(_line(f"{source}: {option} {value}", source, option))
     if (subset or split != "train") and not any(map(_has_splits, sources)):
         option, value = ("subset", subset) if subset else ("split", split)
         raise UserError(_line(f"--data.{option} {value}", sources[0], option))
@@ -35,15 +39,30 @@ def check_choice(sources: Iterable[str | GivenRows], subset: str | None, split: 
 def _line(what: str, source: str | GivenRows, option: str) -> str:
     if isinstance(source, GivenRows) or source.startswith("reasoning_gym:"):
         return f"{what}: {source} has no {option}s"
-    name = options_of(source)[0]
+    name = _bare(source)[0]
     return f"{what}: {name} has no {option}s; --data.source '{name}?limit=1000' reads its first 1000 rows"
+
+
+def _bare(source: str) -> tuple[str, str | None]:
+    """Return a source without its options and its ``[split]``, and that split."""
+    name = options_of(source)[0]
+    found = re.fullmatch(r"(.+)\[([\w.:%+-]+)\]", name)
+    pattern = found is None or (not is_address(name) and (exists(name) or glob.glob(os.path.expanduser(name))))
+    return (name, None) if found is None or pattern else (found[1], found[2])
+
+
+def _named(source: str) -> dict[str, str]:
+    """Return the subset and the split that a source names itself."""
+    own = {option: value for option, value in options_of(source)[1].items() if option in ("split", "subset")}
+    split = _bare(source)[1]
+    return own if split is None else {**own, "split": split}
 
 
 def _has_splits(source: str | GivenRows) -> bool:
     if isinstance(source, GivenRows) or source.startswith("reasoning_gym:"):
         return False
-    name = options_of(source)[0]
+    name = _bare(source)[0]
     if is_address(name):
-        return True
+        return not (glob.has_magic(name) or suffix(PurePosixPath(name)))
     name = without_scheme(name)
-    return not ("*" in name or (exists(name) and Path(name).expanduser().is_file()))
+    return not (glob.has_magic(name) or (exists(name) and Path(name).expanduser().is_file()))

@@ -259,7 +259,11 @@ def test_a_split_that_a_folder_lacks_is_one_line_that_names_it(folder: Path) -> 
         ({"split": "train[:10]"}, "--data.split train[:10]: rows.jsonl has no splits"),
         ({"subset": "main"}, "--data.subset main: rows.jsonl has no subsets"),
         ({"source": "rows.jsonl?split=test"}, "split test: rows.jsonl has no splits"),
+        ({"source": "rows.jsonl[test]"}, "split test: rows.jsonl has no splits"),
         ({"source": "*.jsonl", "split": "test"}, "--data.split test: *.jsonl has no splits"),
+        ({"source": "row?.jsonl", "split": "test"}, "--data.split test: row?.jsonl has no splits"),
+        ({"source": "row[s].jsonl", "split": "test"}, "--data.split test: row[s].jsonl has no splits"),
+        ({"source": "s3://bucket/rows.jsonl", "split": "test"}, "test: s3://bucket/rows.jsonl has no splits"),
         ({"source": "reasoning_gym:spell_backward?size=9", "split": "test"}, "spell_backward?size=9 has no splits"),
         ({"source": ["rows.jsonl", "rows.jsonl?limit=2"], "split": "test"}, "--data.split test: rows.jsonl has no"),
     ],
@@ -278,6 +282,8 @@ def test_a_split_that_no_source_can_have_is_refused(
 
 def test_a_split_is_for_the_sources_that_have_some(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
+    assert InstructionDataModule(source="s3://bucket/rows", split="test").settings.recipe().split == "test"
+    assert InstructionDataModule(source=f"{folder}[test]").settings.recipe().split == "train"
     for more in ({"source": [str(folder), "train.jsonl"]}, {"source": "train.jsonl", "validation_source": str(folder)}):
         assert InstructionDataModule(split="test", **more).settings.recipe().split == "test"
 
