@@ -8,16 +8,17 @@ but the last one, which is still there.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
 from deft_lightning.functional import LossFn, TokenStats, accumulation_dtype
+from deft_lightning.ops.buffers import give_back, row_buffer
 from deft_lightning.ops.columns import AllColumns, ColumnSums
 from deft_lightning.ops.float16 import range_of
 from deft_lightning.ops.gradient import WeightGradient
-from deft_lightning.ops.plan import CallShape, Inputs, Plan, row_buffer
+from deft_lightning.ops.plan import CallShape, Inputs, Plan
 from deft_lightning.ops.reference import ReferenceHead, head_product
 
 
@@ -46,7 +47,7 @@ class Gradients(NamedTuple):
 
 
 class _Chunks:
-    """Products of one call, chunk by chunk, in one buffer."""
+    """Products of one call, chunk by chunk, in one buffer, which is given back at the end of the ``with``."""
 
     def __init__(self, inputs: Inputs, plan: Plan, trained: bool) -> None:
         self.inputs, self.topk, dtype = inputs, plan.transform.topk, inputs.hidden.dtype
@@ -64,6 +65,14 @@ class _Chunks:
         self._reference = plan.reference
         self._reference_buffer = None if plan.reference is None else row_buffer(self.buffer, size, vocabulary)
         self.kernel = plan.rows(self.buffer)
+
+    def __enter__(self) -> Self:
+        """Return itself."""
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        """Give the buffer back; products are not to be looked at any longer."""
+        give_back(self.buffer)
 
     def product(self, piece: slice, there: bool = False) -> Tensor:
         """Return the product of a chunk, and make that of the reference beside it; ``there``: it was made last."""
@@ -147,8 +156,8 @@ def _value_and_slopes(objective: LossFn, stats: TokenStats) -> tuple[Tensor, _Sl
 
 def statistics(inputs: Inputs, plan: Plan) -> TokenStats:
     """Return statistics of all tokens: one product, no gradient buffers."""
-    with torch.autocast(inputs.hidden.device.type, enabled=False):
-        return _Chunks(inputs, plan, trained=False).statistics()
+    with torch.autocast(inputs.hidden.device.type, enabled=False), _Chunks(inputs, plan, trained=False) as chunks:
+        return chunks.statistics()
 
 
 def loss_and_gradients(inputs: Inputs, plan: Plan, wanted: tuple[bool, ...]) -> tuple[Tensor, TokenStats, Gradients]:
@@ -160,8 +169,8 @@ def loss_and_gradients(inputs: Inputs, plan: Plan, wanted: tuple[bool, ...]) -> 
         wanted: Whether to compute the gradient of hidden, weight, bias, low and up.
     """
     assert plan.objective is not None
-    with torch.autocast(inputs.hidden.device.type, enabled=False):
-        chunks, dtype = _Chunks(inputs, plan, trained=wanted[1]), inputs.hidden.dtype
+    dtype = inputs.hidden.dtype
+    with torch.autocast(inputs.hidden.device.type, enabled=False), _Chunks(inputs, plan, wanted[1]) as chunks:
         hidden, weight, bias, low, up = (
             tensor if want else None for tensor, want in zip(inputs[:5], wanted, strict=True)
         )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from deft_lightning.functional import LossFn, TokenContext, accumulation_dtype
+from deft_lightning.ops.buffers import KEPT_CPU
 from deft_lightning.ops.columns import ColumnSparsity
 from deft_lightning.ops.reference import ReferenceHead
 from deft_lightning.ops.torch_rows import RowKernel, TorchRows, Transform
@@ -21,9 +22,6 @@ CHUNK_CPU = 512
 SMALL_CPU = 1 << 18
 # On CUDA a chunk fills a budget, and has at least 1024 tokens: summing dW in float32 costs about 250 / chunk.
 CHUNK_CUDA, BUDGET_CUDA = 1024, 1 << 30
-# On CUDA a row of logits has room for a multiple of this many entries: where the vocabulary is odd, each row begins at
-# an address that wide loads and the fast kernels of a product can take.
-ALIGNED_CUDA = 64
 NOTHING = TokenContext()
 
 
@@ -69,18 +67,6 @@ class Inputs(NamedTuple):
     token_weight: Tensor | None
 
 
-def row_buffer(like: Tensor, rows: int, columns: int) -> Tensor:
-    """Return memory for logits, shape ``(rows, columns)``, in the dtype and on the device of ``like``.
-
-    On CUDA its rows may lie further apart than they are long. What lies between is 0: a product in 16 bits may read
-    it, as torch's does on a CPU, and not-a-number times 0 is no zero.
-    """
-    room = columns if like.is_cpu else -(-columns // ALIGNED_CUDA) * ALIGNED_CUDA
-    buffer = like.new_empty((rows, room))
-    buffer[:, columns:].zero_()
-    return buffer[:, :columns]
-
-
 @dataclass(frozen=True)
 class Plan:
     """The part of a call that is not a tensor.
@@ -107,7 +93,8 @@ class Plan:
         """Return the number of tokens of a chunk: all chunks of a call have nearly as many.
 
         One chunk in 16 bits needs no sum of ``dW`` in float32, which is ``4 V D`` bytes. Where the logits of all tokens
-        take less than that beyond those of a chunk, one chunk is smaller and faster.
+        take less than that beyond those of a chunk, one chunk is smaller and faster. On a CPU it is one chunk as well
+        where the logits fit into the buffer that is kept.
         """
         tokens, width, vocabulary, dtype, cpu, narrow_weight = shape
         # On CUDA in torch the softmax and the wide logits stand beside the product; on the CPU those of a few rows.
@@ -116,8 +103,10 @@ class Plan:
         row = max(1, heads * vocabulary * (dtype.itemsize + wide))
         most = max(CHUNK_CPU, SMALL_CPU // max(vocabulary, 1))
         size = most if cpu else max(CHUNK_CUDA, BUDGET_CUDA // row // 128 * 128)
-        spared = 4 * vocabulary * width // row if narrow_weight and dtype == torch.bfloat16 else 0
-        if tokens <= size + spared:
+        if narrow_weight and dtype == torch.bfloat16:
+            one = size + 4 * vocabulary * width // row
+            size = tokens if tokens <= max(one, KEPT_CPU // row if cpu else 0) else size
+        if tokens <= size:
             return max(1, tokens)
         return -(-tokens // -(-tokens // size))
 

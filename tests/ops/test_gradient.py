@@ -8,6 +8,8 @@ from dense import bytes_held, relative_error
 from torch import Tensor
 
 from deft_lightning.ops import gradient
+from deft_lightning.ops import plan as plans
+from deft_lightning.ops.buffers import KEPT_CPU
 from deft_lightning.ops.gradient import WeightGradient
 from deft_lightning.ops.plan import CHUNK_CPU, CallShape, Plan
 from deft_lightning.ops.torch_rows import Transform
@@ -208,3 +210,12 @@ def test_one_chunk_where_that_takes_less_than_a_float32_sum_beside_it(width: int
     assert plan.chunk(call_shape(most + 1, dtype, True, width)) <= CHUNK_CPU
     assert plan.chunk(call_shape(most, dtype, False, width)) <= CHUNK_CPU  # no sum: nothing is spared
     assert plan.chunk(call_shape(most, torch.float32, True, width)) <= CHUNK_CPU
+
+
+def test_one_chunk_where_its_logits_fit_into_the_buffer_that_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plans, "KEPT_CPU", KEPT_CPU)  # this folder's tests run without it
+    plan, most = Plan(None, Transform(), "torch"), KEPT_CPU // (1000 * 2)
+    assert plan.chunk(call_shape(most, torch.bfloat16, True)) == most
+    assert plan.chunk(call_shape(most + 1, torch.bfloat16, True)) <= CHUNK_CPU
+    assert plan.chunk(call_shape(most, torch.bfloat16, False)) <= CHUNK_CPU  # no sum of dW beside it
+    assert plan.chunk(call_shape(most // 2, torch.float32, True)) <= CHUNK_CPU

@@ -40,7 +40,7 @@ from deft_lightning.objectives import (
     Objective,
     Tsallis,
 )
-from deft_lightning.ops import chunked, plan
+from deft_lightning.ops import buffers, chunked, plan
 from deft_lightning.ops.linear import linear_loss, linear_token_stats
 from deft_lightning.ops.torch_rows import Transform
 
@@ -87,11 +87,11 @@ def test_rows_of_logits_that_lie_apart_give_the_same(
 
 
 def test_on_cuda_each_row_of_logits_begins_at_an_address_for_wide_loads() -> None:
-    here = plan.row_buffer(torch.empty(0), 3, 50_257)
+    here = buffers.row_buffer(torch.empty(0), 3, 50_257)
     assert here.shape == (3, 50_257) and here.is_contiguous()
-    there = plan.row_buffer(torch.empty(0, device="meta", dtype=torch.bfloat16), 3, 50_257)
+    there = buffers.row_buffer(torch.empty(0, device="meta", dtype=torch.bfloat16), 3, 50_257)
     assert there.shape == (3, 50_257) and there.stride() == (50_304, 1)
-    assert plan.row_buffer(torch.empty(0, device="meta"), 3, 49_152).is_contiguous()
+    assert buffers.row_buffer(torch.empty(0, device="meta"), 3, 49_152).is_contiguous()
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -496,6 +496,7 @@ def watched(head: Callable[[Problem], Tensor], n: int) -> LargestTensor:
 
 def peak_of(head: Callable[[Problem], Tensor], n: int) -> int:
     case = problem(n, VOCAB, dim=4, masked=0.0, bias=True).to(torch.float32)
+    buffers.release()
     return peak_bytes(lambda: differentiate(head, case))
 
 
