@@ -151,9 +151,11 @@ class DataSettings:
         """Return what is prepared, of another source if one is given.
 
         Raises:
-            UserError: Nothing says where the rows are.
+            UserError: Nothing says where the rows are, or a split or a subset is asked for where none are.
         """
-        if source is None and self.source:
+        if source is not None:  # --data.subset and --data.split may be meant for --data.source
+            check_choice(weights(source), None, "train")
+        elif self.source:
             beside = self.validation_source
             check_choice([*weights(self.source), *(weights(beside) if beside else ())], self.subset, self.split)
         source = source or self.source

@@ -40,7 +40,7 @@ def _line(what: str, source: str | GivenRows, option: str) -> str:
     if isinstance(source, GivenRows) or source.startswith("reasoning_gym:"):
         return f"{what}: {source} has no {option}s"
     name = _bare(source)[0]
-    return f"{what}: {name} has no {option}s; --data.source '{name}?limit=1000' reads its first 1000 rows"
+    return f"{what}: {name} has no {option}s; '{name}?limit=1000' reads its first 1000 rows"
 
 
 def _bare(source: str) -> tuple[str, str | None]:

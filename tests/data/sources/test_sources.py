@@ -280,6 +280,25 @@ def test_a_split_that_no_source_can_have_is_refused(
     assert ("?limit=1000' reads its first 1000 rows" in message) is ("reasoning_gym" not in message)
 
 
+@pytest.mark.parametrize("asked", ["rows.jsonl?split=test", "rows.jsonl[test]", "rows.jsonl?subset=main"])
+def test_a_split_that_a_test_source_cannot_have_is_refused(
+    asked: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_jsonl(tmp_path / "rows.jsonl")
+    settings = InstructionDataModule("rows.jsonl", test_source=asked).settings
+    with pytest.raises(UserError, match=r"^rows\.jsonl.* has no (split|subset)s; 'rows\.jsonl\?limit=1000' reads"):
+        settings.recipe(settings.test_source)
+    assert settings.recipe("rows.jsonl?limit=2").source == "rows.jsonl?limit=2"
+
+
+def test_the_split_of_a_folder_is_no_matter_of_a_test_file(folder: Path) -> None:
+    rows = write_jsonl(folder / "tests.jsonl")
+    settings = InstructionDataModule(str(folder), split="validation", test_source=str(rows)).settings
+    assert settings.recipe(settings.test_source).split == "validation"
+
+
+
 def test_a_split_is_for_the_sources_that_have_some(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     assert InstructionDataModule(source="s3://bucket/rows", split="test").settings.recipe().split == "test"
