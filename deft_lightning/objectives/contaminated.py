@@ -71,8 +71,9 @@ class Contaminated(Objective):
     Args:
         level: `token` judges tokens alone (``w = 1``), `answer` whole answers alone (``e2 = 0``), `both` does both.
         chance: ``u`` of a token: `unigram`, how frequent the label is among the training labels; `marginal`, how often
-            the model says it, whatever the prompt; `least`, the smaller of the two; `unprompted`, what the model says
-            of the answer without its prompt, behind a few other answers, in the same step.
+            the model says it, whatever the prompt; `least`, the smaller of the two, and ``1 / V`` at least;
+            `unprompted`, what the model says of the answer without its prompt, behind a few other answers, in the same
+            step.
         answer_chance: ``u`` of the sum over an answer. `best` is of `least` and `unprompted` the one that explains the
             answer better; null is that of tokens.
         start: Rates of the first step, in ``[0, 1)``, in place of the estimate.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
@@ -217,7 +218,7 @@ class ContextSource:
         else:
             if self.unigram.device != targets.device:
                 self.unigram = self.unigram.to(targets.device)
-            table = self.unigram if kind == "unigram" else torch.minimum(self.unigram, self._marginal(targets))
+            table = self.unigram if kind == "unigram" else self._least(self.unigram, self._marginal(targets))
         return table[targets.clamp_min(0)]
 
     def _answer_chance(self, batch: Batch, targets: Tensor, example: Tensor | None) -> Tensor | None:
@@ -234,6 +235,15 @@ class ContextSource:
         # As many as there can be: a device would be waited for to count them.
         sums = gain.new_zeros(batch["labels"].numel()).index_add_(0, place.flatten(), gain)
         return torch.where(sums[place] > 0, asked, known)
+
+    @staticmethod
+    def _least(unigram: Tensor, marginal: Tensor) -> Tensor:
+        """Return the smaller chance of each token, but that of a draw from all tokens at least.
+
+        A model that knows its language hardly ever says most of a large vocabulary: without a bound, a token that was
+        put there at random would be as improbable by chance as it is for the model, and would count as right.
+        """
+        return torch.minimum(unigram, marginal).clamp_min(-math.log(len(unigram)))
 
     def _marginal(self, like: Tensor) -> Tensor:
         assert self.marginal is not None

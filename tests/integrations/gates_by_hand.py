@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -44,7 +45,8 @@ class NoiseModel:
     """Of Contaminated(chance=..., answer_chance=None): posterior by Bayes' rule, rates by one step of EM a step.
 
     Args:
-        least: Chance is the smaller of word frequency and the model's running mean prediction, not word frequency.
+        least: Chance is the smaller of word frequency and the model's running mean prediction, and one in all tokens at
+            least, not word frequency.
         opening: Share of the steps in which the gate is at least a tenth of the collision probability.
     """
 
@@ -59,6 +61,7 @@ class NoiseModel:
         chance = unigram()
         if self.least:
             chance = torch.minimum(chance, (0.99 * self.mean + 0.01 / VOCABULARY).log())
+            chance = chance.clamp_min(-math.log(VOCABULARY))
             self.mean = 0.9 * self.mean + 0.1 * tokens.pi.mean(0)
         u = chance.exp()[tokens.targets]
         a = (1 - self.tokens) * tokens.prob + self.tokens * u
