@@ -153,11 +153,13 @@ class DataSettings:
         Raises:
             UserError: Nothing says where the rows are, or a split or a subset is asked for where none are.
         """
-        if source is not None:  # --data.subset and --data.split may be meant for --data.source
-            check_choice(weights(source), None, "train")
-        elif self.source:
-            beside = self.validation_source
-            check_choice([*weights(self.source), *(weights(beside) if beside else ())], self.subset, self.split)
+        trained = [one for place in (self.source, self.validation_source) if place for one in weights(place)]
+        if source is not None:  # --data.subset and --data.split may be meant for either
+            check_choice([*weights(source), *trained], self.subset, self.split)
+        elif trained:
+            check_choice(trained, self.subset, self.split)
+            if self.test_source is not None:
+                check_choice(weights(self.test_source), None, "train")
         source = source or self.source
         if not source:
             raise UserError("no data: set --data.source to a file, a hub id or reasoning_gym:<task>")

@@ -14,8 +14,8 @@ from torch import Tensor
 # On CUDA a row of logits has room for a multiple of this many entries: where the vocabulary is odd, each row begins at
 # an address that wide loads and the fast kernels of a product can take.
 ALIGNED_CUDA = 64
-# Bytes of the buffer that is kept on a CPU, at most: 512 rows of 152k entries in bfloat16 are 156 MB. A training step
-# holds its activations while the head works, and those are gone when the rest of a step needs its most.
+# Bytes of the buffer that is kept on a CPU, at most: 512 rows of 152k entries in bfloat16 are 156 MB. It stands while
+# the optimizer steps, too, which is the most that a step with few activations holds.
 KEPT_CPU = 1 << 28
 
 # At most one. A call takes it out and puts it back, so calls inside a call and in other threads have their own.
@@ -34,14 +34,15 @@ def row_buffer(like: Tensor, rows: int, columns: int) -> Tensor:
         buffer[:, columns:].zero_()
         return buffer[:, :columns]
     wanted = rows * columns * like.dtype.itemsize
-    if type(like) is not Tensor or wanted > KEPT_CPU:
-        return like.new_empty((rows, columns))
     # A tensor of inference mode could not be written in training.
-    with torch.inference_mode(False), contextlib.suppress(IndexError):
-        storage = _spare.pop()
-        if storage.nbytes() >= wanted:
-            return torch.empty(0, dtype=like.dtype).set_(storage, 0, (rows, columns), (columns, 1))
     with torch.inference_mode(False):
+        empty = like.new_empty(0)
+        # Of a fake tensor, and in a mode that makes them, this one is fake too.
+        if type(empty) is Tensor and wanted <= KEPT_CPU:
+            with contextlib.suppress(IndexError):
+                storage = _spare.pop()
+                if storage.nbytes() >= wanted:
+                    return empty.set_(storage, 0, (rows, columns), (columns, 1))
         return like.new_empty((rows, columns))
 
 

@@ -73,6 +73,7 @@ class _Chunks:
     def __exit__(self, *raised: object) -> None:
         """Give the buffer back; products are not to be looked at any longer."""
         give_back(self.buffer)
+        del self.buffer  # an error that is held holds this object
 
     def product(self, piece: slice, there: bool = False) -> Tensor:
         """Return the product of a chunk, and make that of the reference beside it; ``there``: it was made last."""
@@ -222,8 +223,10 @@ def loss_and_gradients(inputs: Inputs, plan: Plan, wanted: tuple[bool, ...]) -> 
                 if summed is not None and rows is not None:
                     by_logits.add_to(summed, rows[piece])
             if found.bias is not None:
-                total = product.sum(0, dtype=found.bias.dtype)
-                found.bias.add_(total if inverse is None else total * inverse)
+                # By blocks: on a CPU a sum in another dtype makes a copy first.
+                for block, _ in chunks.blocks(piece):
+                    total = product[block].sum(0, dtype=found.bias.dtype)
+                    found.bias.add_(total if inverse is None else total * inverse)
         if whole is not None:
             return whole_loss, whole, found
         stats = chunks.concatenate(parts)

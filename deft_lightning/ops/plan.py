@@ -20,6 +20,9 @@ CHUNK_CPU = 512
 # Of a small vocabulary a chunk has more tokens, this many logits: below that the calls of a chunk cost more than its
 # arithmetic.
 SMALL_CPU = 1 << 18
+# Of so many chunks one is made where that spares a sum of dW in float32 and the buffer of logits has room: beyond, the
+# sum is a small part of the work, and memory would grow for little.
+FEW_CHUNKS = 4
 # On CUDA a chunk fills a budget, and has at least 1024 tokens: summing dW in float32 costs about 250 / chunk.
 CHUNK_CUDA, BUDGET_CUDA = 1024, 1 << 30
 NOTHING = TokenContext()
@@ -93,8 +96,8 @@ class Plan:
         """Return the number of tokens of a chunk: all chunks of a call have nearly as many.
 
         One chunk in 16 bits needs no sum of ``dW`` in float32, which is ``4 V D`` bytes. Where the logits of all tokens
-        take less than that beyond those of a chunk, one chunk is smaller and faster. On a CPU it is one chunk as well
-        where the logits fit into the buffer that is kept.
+        take less than that beyond those of a chunk, one chunk is smaller and faster. On a CPU up to four
+        chunks are made one as well, where their logits fit into the buffer that is kept.
         """
         tokens, width, vocabulary, dtype, cpu, narrow_weight = shape
         # On CUDA in torch the softmax and the wide logits stand beside the product; on the CPU those of a few rows.
@@ -105,7 +108,7 @@ class Plan:
         size = most if cpu else max(CHUNK_CUDA, BUDGET_CUDA // row // 128 * 128)
         if narrow_weight and dtype == torch.bfloat16:
             one = size + 4 * vocabulary * width // row
-            size = tokens if tokens <= max(one, KEPT_CPU // row if cpu else 0) else size
+            size = tokens if tokens <= max(one, min(FEW_CHUNKS * size, KEPT_CPU // row) if cpu else 0) else size
         if tokens <= size:
             return max(1, tokens)
         return -(-tokens // -(-tokens // size))

@@ -248,7 +248,7 @@ def _largest(z: Tensor, k: int, scratch: Tensor | None = None) -> tuple[Tensor, 
     k = min(k, vocabulary)
     if z.device.type == "cpu" and stripes < STRIPES and not k:
         top = z.amax(-1, keepdim=True)
-        from_end = torch.arange(vocabulary, 0, -1, dtype=z.dtype)
+        from_end = torch.arange(vocabulary, 0, -1, dtype=z.dtype, device=z.device)
         # As floats: comparisons to booleans take six times as long. A row that is not a number has no largest entry.
         last = torch.eq(z, top, out=scratch) if scratch is not None else (z == top).to(z.dtype)
         return top, (vocabulary - last.mul_(from_end).amax(-1, keepdim=True).long()).clamp_max_(vocabulary - 1), None
@@ -258,7 +258,7 @@ def _largest(z: Tensor, k: int, scratch: Tensor | None = None) -> tuple[Tensor, 
     even = stripes * STRIPE
     maxima = z[:, :even].unflatten(1, (stripes, STRIPE)).amax(-1)
     top, stripe = maxima.max(dim=-1, keepdim=True)
-    offsets = torch.arange(STRIPE)
+    offsets = torch.arange(STRIPE, device=z.device)
     at = stripe * STRIPE + offsets
     arg = stripe * STRIPE + z.gather(-1, at).argmax(-1, keepdim=True)
     if even < vocabulary:

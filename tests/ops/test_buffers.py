@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from dense import assert_close, dense_loss, differentiate, fused_loss, problem
+from dense import assert_close, dense_loss, differentiate, fused_loss, peak_bytes, problem
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from deft_lightning.functional import TokenStats
-from deft_lightning.objectives import DEFT, NLL, Cayley, Objective
+from deft_lightning.objectives import DEFT, EAFT, NLL, Cayley, Objective
 from deft_lightning.ops import buffers, linear_loss, linear_token_stats
 
 FLOAT = torch.empty(0)
@@ -61,11 +61,51 @@ def test_more_than_the_limit_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_fake_tensor_and_a_device_have_buffers_of_their_own() -> None:
-    with FakeTensorMode() as mode:
-        fake = buffers.row_buffer(mode.from_tensor(FLOAT), 4, 100)
-    buffers.give_back(fake)
+    buffers.give_back(buffers.row_buffer(FLOAT, 4, 100))
+    kept = list(buffers._spare)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        for like in (mode.from_tensor(FLOAT), FLOAT):
+            fake = buffers.row_buffer(like, 4, 100)
+            assert isinstance(fake, FakeTensor)
+            buffers.give_back(fake)
     buffers.give_back(buffers.row_buffer(torch.empty(0, device="meta"), 4, 100))
-    assert not buffers._spare
+    assert [storage.data_ptr() for storage in buffers._spare] == [storage.data_ptr() for storage in kept]
+
+
+@pytest.mark.parametrize("vocabulary", [40, 3000, 40_000])
+def test_tensors_of_the_cpu_are_worked_on_whatever_the_default_device(vocabulary: int) -> None:
+    case = problem(9, vocabulary, seed=1, masked=0.0, bias=True)
+    wanted = differentiate(dense_loss(EAFT(k=5)), case)
+    for _ in range(2):  # the second time with the buffer of the first
+        with torch.device("meta"):
+            assert_close(differentiate(fused_loss(EAFT(k=5)), case), wanted, 1e-10)
+
+
+def test_an_error_that_is_held_does_not_hold_the_buffer() -> None:
+    case = problem(12, 40, seed=1, masked=0.0)
+
+    def fails(stats: TokenStats) -> Tensor:
+        raise ZeroDivisionError("of the objective")
+
+    with pytest.raises(ZeroDivisionError) as held:
+        differentiate(fused_loss(fails), case)
+    frames = [entry.frame.f_locals for entry in held.traceback]
+    assert any("chunks" in found for found in frames)
+    assert not any(hasattr(found.get("chunks"), "buffer") for found in frames)
+
+
+def test_the_gradient_of_a_bias_takes_no_copy_of_a_chunk() -> None:
+    """In 16 bits, where it is summed in float32; one chunk has all tokens."""
+    tokens, vocabulary = 2000, 3000
+    hidden = torch.randn(tokens, 8, dtype=torch.bfloat16)
+    weight = torch.randn(vocabulary, 8, dtype=torch.bfloat16, requires_grad=True)
+    bias = torch.zeros(vocabulary, dtype=torch.bfloat16, requires_grad=True)
+    targets = torch.randint(vocabulary, (tokens,))
+    peaks = [
+        peak_bytes(lambda given=given: linear_loss(hidden, weight, targets, NLL(), bias=given))  # type: ignore[misc]
+        for given in (None, bias)
+    ]
+    assert peaks[1] - peaks[0] < 0.2 * 4 * tokens * vocabulary
 
 
 def test_what_inference_mode_has_made_can_be_trained_with() -> None:

@@ -214,8 +214,11 @@ def test_one_chunk_where_that_takes_less_than_a_float32_sum_beside_it(width: int
 
 def test_one_chunk_where_its_logits_fit_into_the_buffer_that_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plans, "KEPT_CPU", KEPT_CPU)  # this folder's tests run without it
-    plan, most = Plan(None, Transform(), "torch"), KEPT_CPU // (1000 * 2)
+    plan, most = Plan(None, Transform(), "torch"), 4 * CHUNK_CPU
     assert plan.chunk(call_shape(most, torch.bfloat16, True)) == most
     assert plan.chunk(call_shape(most + 1, torch.bfloat16, True)) <= CHUNK_CPU
     assert plan.chunk(call_shape(most, torch.bfloat16, False)) <= CHUNK_CPU  # no sum of dW beside it
     assert plan.chunk(call_shape(most // 2, torch.float32, True)) <= CHUNK_CPU
+    rows = KEPT_CPU // (2 * 152_000)
+    for tokens, chunk in ((rows, rows), (rows + 1, rows // 2 + 1)):
+        assert plan.chunk(CallShape(tokens, 8, 152_000, torch.bfloat16, cpu=True, narrow_weight=True)) == chunk

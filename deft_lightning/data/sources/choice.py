@@ -55,7 +55,8 @@ def _named(source: str) -> dict[str, str]:
     """Return the subset and the split that a source names itself."""
     own = {option: value for option, value in options_of(source)[1].items() if option in ("split", "subset")}
     split = _bare(source)[1]
-    return own if split is None else {**own, "split": split}
+    named = own if split is None else {**own, "split": split}
+    return {option: value for option, value in named.items() if (option, value) != ("split", "train")}
 
 
 def _has_splits(source: str | GivenRows) -> bool:

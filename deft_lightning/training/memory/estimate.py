@@ -131,7 +131,7 @@ def estimate(model: CausalLM, batch: BatchShape, setup: Setup) -> MemoryEstimate
     moments = (
         state + kept + count.forward,
         state + kept + max(count.backward, count.end),
-        state + gradients + optimizer.step // shares,
+        state + gradients + optimizer.step // shares + count.buffer,
     )
     return MemoryEstimate(
         weights=held, trained=share, gradients=gradients + copied, optimizer=state, activations=count.activations,

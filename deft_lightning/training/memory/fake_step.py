@@ -37,12 +37,14 @@ class StepCount:
         forward: At most until the head has run.
         backward: At most while the layers are run backward: the activations that are left, gradients so far, buffers.
         end: At most while the embedding's gradient is made, when those of all layers are there.
+        buffer: Of each, what stays for the next step: logits of a chunk.
     """
 
     activations: int
     forward: int
     backward: int
     end: int
+    buffer: int
 
 
 def fake_copy(model: CausalLM, mode: FakeTensorMode, layers: int, dtype: torch.dtype | None = None) -> CausalLM:
@@ -132,12 +134,14 @@ def count_step(
     added = marks[1] - marks[0] if len(layers) > 1 else 0
     own = 0 if accumulated else _bytes(weight for weight in layers[-1].parameters() if weight.requires_grad)
     more = whole - len(layers)
-    backward = max(before_embedding[0] if before_embedding else rest, kept + head.kept - head.gradient)
+    stays = head.gradient + head.buffer
+    backward = max(before_embedding[0] if before_embedding else rest, kept + head.kept - stays)
     return StepCount(
         activations=kept + more * added,
         forward=forward + more * added,
-        backward=backward + head.gradient + more * max(added, own),
-        end=rest + head.gradient + more * own,
+        backward=backward + stays + more * max(added, own),
+        end=rest + stays + more * own,
+        buffer=head.buffer,
     )
 
 
@@ -175,7 +179,7 @@ def _forward(
         # Their gradient is of all logits, however few are read: more than three blocks take time and no more memory.
         few = min(count, 3 * max(1, BLOCK_CPU // logits.shape[-1]))
         targets, at = torch.zeros(few, dtype=torch.int64), torch.arange(few)
-        return -dense_stats(logits[:, :-1], targets, at).log_prob.sum(), HeadBytes(0, 0, 0), kept
+        return -dense_stats(logits[:, :-1], targets, at).log_prob.sum(), HeadBytes(0, 0, 0, 0), kept
     seam = find_head(model, "torch")
     beside = None
     if reference:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from deft_lightning.functional import accumulation_dtype
+from deft_lightning.ops.buffers import KEPT_CPU
 from deft_lightning.ops.gradient import BLOCK_CPU as GRADIENT_BLOCK_CPU
 from deft_lightning.ops.gradient import BLOCK_CUDA as GRADIENT_BLOCK_CUDA
 from deft_lightning.ops.plan import CallShape, Plan
@@ -50,11 +51,13 @@ class HeadBytes:
         forward: At most in the forward pass.
         kept: From there to the backward pass.
         gradient: Of them, what becomes the gradient of the weight.
+        buffer: Of them, the logits of a chunk, which stay for the next call (:mod:`deft_lightning.ops.buffers`).
     """
 
     forward: int
     kept: int
     gradient: int
+    buffer: int
 
 
 def head_bytes(head: HeadShape) -> HeadBytes:
@@ -86,9 +89,11 @@ def head_bytes(head: HeadShape) -> HeadBytes:
         largest = GRADIENT_BLOCK_CPU if head.device == "cpu" else GRADIENT_BLOCK_CUDA
         if summed != compute and head.device == "cpu":  # products of a block before they are added; CUDA adds them
             scratch = min(v, max(1, largest // d)) * d * compute.itemsize
-    kept = n * d * compute.itemsize * 2
+    logits = chunk * v * compute.itemsize
+    buffer = logits if head.device == "cpu" and logits <= KEPT_CPU else 0
+    kept = n * d * compute.itemsize * 2 + buffer
     forward = rows + cast + n * d * compute.itemsize + buffers + beside + gradient + scratch
-    return HeadBytes(forward=forward, kept=kept + gradient, gradient=gradient)
+    return HeadBytes(forward=forward, kept=kept + gradient, gradient=gradient, buffer=buffer)
 
 
 def _chunk(head: HeadShape) -> int:

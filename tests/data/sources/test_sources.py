@@ -281,22 +281,43 @@ def test_a_split_that_no_source_can_have_is_refused(
 
 
 @pytest.mark.parametrize("asked", ["rows.jsonl?split=test", "rows.jsonl[test]", "rows.jsonl?subset=main"])
+@pytest.mark.parametrize("training", [False, True])
 def test_a_split_that_a_test_source_cannot_have_is_refused(
-    asked: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    asked: str, training: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Also where the model is trained first: the test comes at the end."""
     monkeypatch.chdir(tmp_path)
     write_jsonl(tmp_path / "rows.jsonl")
     settings = InstructionDataModule("rows.jsonl", test_source=asked).settings
     with pytest.raises(UserError, match=r"^rows\.jsonl.* has no (split|subset)s; 'rows\.jsonl\?limit=1000' reads"):
-        settings.recipe(settings.test_source)
+        settings.recipe(None if training else settings.test_source)
     assert settings.recipe("rows.jsonl?limit=2").source == "rows.jsonl?limit=2"
+
+
+@pytest.mark.parametrize("source", [None, "rows.jsonl"])
+@pytest.mark.parametrize("options", [{"split": "test"}, {"subset": "main"}])
+def test_options_that_neither_the_test_source_nor_another_can_have_are_refused(
+    source: str | None, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_jsonl(tmp_path / "rows.jsonl")
+    settings = InstructionDataModule(source, test_source="rows.jsonl", **options).settings
+    with pytest.raises(UserError, match=r"^--data\.(split test|subset main): rows\.jsonl has no "):
+        settings.recipe(settings.test_source)
+
+
+@pytest.mark.parametrize("source", ["rows.jsonl?split=train", "rows.jsonl[train]"])
+def test_every_file_has_the_split_train(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_jsonl(tmp_path / "rows.jsonl")
+    recipe = InstructionDataModule(source).settings.recipe()
+    assert len(list(read(recipe.source))) == len(ROWS)
 
 
 def test_the_split_of_a_folder_is_no_matter_of_a_test_file(folder: Path) -> None:
     rows = write_jsonl(folder / "tests.jsonl")
     settings = InstructionDataModule(str(folder), split="validation", test_source=str(rows)).settings
     assert settings.recipe(settings.test_source).split == "validation"
-
 
 
 def test_a_split_is_for_the_sources_that_have_some(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
