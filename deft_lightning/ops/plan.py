@@ -97,8 +97,8 @@ class Plan:
 
         One chunk in 16 bits needs no sum of ``dW`` in float32, which is ``4 V D`` bytes. Where the logits of all tokens
         take less than that beyond those of a chunk, there is one chunk: it is faster, and smaller up to ``D`` tokens
-        more than a chunk has. Beyond, ``dW`` stands beside more logits than the sum would have taken. On a CPU up to four
-        chunks are made one as well, where their logits fit into the buffer that is kept.
+        more than a chunk has. Beyond, ``dW`` stands beside more logits than the sum would have taken. On a CPU up to
+        four chunks are made one as well, where their logits fit into the buffer that is kept.
         """
         tokens, width, vocabulary, dtype, cpu, narrow_weight = shape
         # On CUDA in torch the softmax and the wide logits stand beside the product; on the CPU those of a few rows.
