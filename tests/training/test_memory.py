@@ -133,6 +133,7 @@ def measured_step(model: Any) -> tuple[int, int]:
     targets = torch.full((BATCH.rows, BATCH.length), -100)
     targets.view(-1)[: BATCH.supervised] = 1
     inputs = {"input_ids": torch.ones(BATCH.rows, BATCH.length, dtype=torch.int64), "use_cache": False}
+    buffers.release()  # what a call before this one has left is not made anew
     with live:
         loss = fused_forward(model, seam, inputs, targets, NLL()).loss
         forward = live.restart()
