@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import glob
-import os
-import re
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
 from deft_lightning.data.sources.files import suffix
 from deft_lightning.data.sources.given import GivenRows
 from deft_lightning.data.sources.places import is_address, without_scheme
-from deft_lightning.data.sources.read import exists, options_of
+from deft_lightning.data.sources.read import exists, named_split, options_of
 from deft_lightning.errors import UserError
 
 
@@ -24,7 +22,7 @@ def check_choice(sources: Iterable[str | GivenRows], subset: str | None, split: 
         split: Split of a hub dataset or folder; ``train`` is the default, which every source has.
 
     Raises:
-        UserError: None of the sources has one, or one that has none names it behind a question mark.
+        UserError: None of the sources has one, or one that has none names it itself.
     """
     sources = list(sources)
     for source in sources:
@@ -44,11 +42,9 @@ def _line(what: str, source: str | GivenRows, option: str) -> str:
 
 
 def _bare(source: str) -> tuple[str, str | None]:
-    """Return a source without its options and its ``[split]``, and that split."""
+    """Return a source without its scheme, its options and its ``[split]``, and that split."""
     name = options_of(source)[0]
-    found = re.fullmatch(r"(.+)\[([\w.:%+-]+)\]", name)
-    pattern = found is None or (not is_address(name) and (exists(name) or glob.glob(os.path.expanduser(name))))
-    return (name, None) if found is None or pattern else (found[1], found[2])
+    return named_split(name if is_address(name) else without_scheme(name))
 
 
 def _named(source: str) -> dict[str, str]:
@@ -65,5 +61,4 @@ def _has_splits(source: str | GivenRows) -> bool:
     name = _bare(source)[0]
     if is_address(name):
         return not (glob.has_magic(name) or suffix(PurePosixPath(name)))
-    name = without_scheme(name)
     return not (glob.has_magic(name) or (exists(name) and Path(name).expanduser().is_file()))

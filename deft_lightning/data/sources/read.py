@@ -192,25 +192,29 @@ def options_of(source: str) -> tuple[str, dict[str, Any]]:
 
 def address_of(source: str) -> str | None:
     """Return the address that a source is, without its options and its split; None if it is none."""
-    return _of_split(options_of(source)[0], "")[0] if is_address(source) else None
+    return named_split(options_of(source)[0])[0] if is_address(source) else None
 
 
-def _of_split(address: str, split: str) -> tuple[str, str]:
-    """Split off ``[split]``; brackets around anything else belong to a pattern."""
-    found = re.fullmatch(r"([^*?\[\]]+)\[(\w+)\]", address)
-    return (found[1], found[2]) if found and found[2] in SPLITS else (address, split)
+def named_split(source: str) -> tuple[str, str | None]:
+    """Split off ``[split]`` of a source without options and scheme, None where it names no split.
+
+    Brackets around anything else belong to a pattern: of an address, and of a name that files here have.
+    """
+    if is_address(source):
+        found = re.fullmatch(r"([^*?\[\]]+)\[(\w+)\]", source)
+        return (found[1], found[2]) if found and found[2] in SPLITS else (source, None)
+    found = re.fullmatch(r"(.+)\[([\w.:%+-]+)\]", source)
+    named = found is not None and not exists(source) and not glob.glob(os.path.expanduser(source))
+    return (found[1], found[2]) if found is not None and named else (source, None)
 
 
 def _open(source: str, expected: Expected, subset: str | None, split: str, streaming: bool) -> Located:
     if source.startswith("reasoning_gym:"):
         return read_task(source)
+    source, named = named_split(source if is_address(source) else without_scheme(source))
+    split = named or split
     if is_address(source):
-        return read_address(*_of_split(source, split), expected)
-    source = without_scheme(source)
-    # "part-[01]" is a pattern if there are such files, else it names a split.
-    with_split = re.fullmatch(r"(.+)\[([\w.:%+-]+)\]", source)
-    if with_split and not exists(source) and not glob.glob(os.path.expanduser(source)):
-        source, split = with_split[1], with_split[2]
+        return read_address(source, split, expected)
     if source.startswith("hub:"):
         return _datasets(source.removeprefix("hub:"), subset, split, streaming)
     path = Path(source).expanduser()
